@@ -1,0 +1,152 @@
+// The loops of native_feedback_step_ over one stretch of one tensor. In an unnamed namespace, see scalar.h.
+#pragma once
+
+#include <cstdint>
+
+#include "../feedback_step.h"
+#include "../philox.h"
+#include "scalar.h"
+
+namespace pyfeedback::cpu {
+namespace {
+
+// Walks elements of a layout in row-major order and keeps the offset of each operand.
+class Walk {
+ public:
+  Walk(const StepLayout& layout, int64_t element) : layout_(layout) {
+    for (int64_t d = layout.dims - 1; d >= 0; --d) {
+      position_[d] = element % layout.size[d];
+      element /= layout.size[d];
+      for (int k = 0; k < kStepOperands; ++k) offset_[k] += position_[d] * layout.stride[k][d];
+    }
+  }
+
+  int64_t offset(int operand) const { return offset_[operand]; }
+
+  void next() {
+    for (int64_t d = layout_.dims - 1; d >= 0; --d) {
+      const bool carry = ++position_[d] == layout_.size[d];
+      const int64_t steps = carry ? 1 - layout_.size[d] : 1;
+      for (int k = 0; k < kStepOperands; ++k) offset_[k] += steps * layout_.stride[k][d];
+      if (!carry) return;
+      position_[d] = 0;
+    }
+  }
+
+ private:
+  const StepLayout& layout_;
+  int64_t position_[kMaxDims] = {};
+  int64_t offset_[kStepOperands] = {};
+};
+
+// Every operand has element i at i.
+struct Straight {
+  int64_t at;
+  int64_t offset(int) const { return at; }
+  void next() { ++at; }
+};
+
+// Every operand at the same place: one read of each, one write of feedback and momentum.
+template <typename Scalar, bool kWeight, bool kGrad, bool kMomentum>
+void step_dense(const StepTensor& tensor, const FeedbackStep<Wide<Scalar>>& step, int64_t begin, int64_t end) {
+  using T = Wide<Scalar>;
+  Scalar* __restrict feedback = static_cast<Scalar*>(tensor.feedback);
+  const Scalar* __restrict weight = static_cast<const Scalar*>(tensor.weight);
+  const Scalar* __restrict grad = static_cast<const Scalar*>(tensor.grad);
+  Scalar* __restrict momentum = static_cast<Scalar*>(tensor.momentum);
+  const FeedbackStep<T> local = step;
+  for (int64_t i = begin; i < end; ++i) {
+    const T old = widen(feedback[i]);
+    const T gradient = local.gradient(old, kWeight ? widen(weight[i]) : T(0), kGrad ? widen(grad[i]) : T(0));
+    T direction = gradient;
+    if constexpr (kMomentum) {
+      T buffer = widen(momentum[i]);
+      direction = local.direction(gradient, buffer);
+      narrow(buffer, momentum[i]);
+    }
+    narrow(old - local.lr * direction, feedback[i]);
+  }
+}
+
+template <typename Scalar>
+void step_dense(const StepTensor& tensor, const FeedbackStep<Wide<Scalar>>& step, int64_t begin, int64_t end) {
+  const int operands = (tensor.weight ? 4 : 0) | (tensor.grad ? 2 : 0) | (tensor.momentum ? 1 : 0);
+  constexpr decltype(&step_dense<Scalar, false, false, false>) kLoops[] = {
+      step_dense<Scalar, false, false, false>, step_dense<Scalar, false, false, true>,
+      step_dense<Scalar, false, true, false>,  step_dense<Scalar, false, true, true>,
+      step_dense<Scalar, true, false, false>,  step_dense<Scalar, true, false, true>,
+      step_dense<Scalar, true, true, false>,   step_dense<Scalar, true, true, true>,
+  };
+  kLoops[operands](tensor, step, begin, end);
+}
+
+// With noise, with operands in unlike layouts, or both: element by element in row-major order.
+template <typename Scalar, typename Offsets>
+void step_each(const StepTensor& tensor, const StepOptions& options, const FeedbackStep<Wide<Scalar>>& step,
+               Offsets at, int64_t begin, int64_t end) {
+  using T = Wide<Scalar>;
+  Normals normal = {};
+  for (int64_t i = begin; i < end; ++i, at.next()) {
+    Scalar& feedback = static_cast<Scalar*>(tensor.feedback)[at.offset(0)];
+    const T old = widen(feedback);
+    const T weight = tensor.weight ? widen(static_cast<const Scalar*>(tensor.weight)[at.offset(1)]) : T(0);
+    const T grad = tensor.grad ? widen(static_cast<const Scalar*>(tensor.grad)[at.offset(2)]) : T(0);
+    T gradient = step.gradient(old, weight, grad);
+    if (options.noise != 0) {
+      if (i == begin || i % 4 == 0) normal = normals(options.seed, tensor.index, static_cast<uint64_t>(i) / 4);
+      gradient += step.noise * normal.value[i % 4];
+    }
+    T direction = gradient;
+    if (tensor.momentum) {
+      Scalar& stored = static_cast<Scalar*>(tensor.momentum)[at.offset(3)];
+      T buffer = widen(stored);
+      direction = step.direction(gradient, buffer);
+      narrow(buffer, stored);
+    }
+    narrow(old - step.lr * direction, feedback);
+  }
+}
+
+void step(const StepTensor& tensor, const StepLayout* layout, const StepOptions& options, int64_t begin,
+          int64_t end) {
+  visit_dtype(tensor.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const auto coefficients = make_step<Wide<Scalar>>(tensor, options);
+    if (layout) {
+      step_each<Scalar>(tensor, options, coefficients, Walk(*layout, begin), begin, end);
+    } else if (options.noise != 0) {
+      step_each<Scalar>(tensor, options, coefficients, Straight{begin}, begin, end);
+    } else {
+      step_dense<Scalar>(tensor, coefficients, begin, end);
+    }
+  });
+}
+
+template <typename Scalar>
+bool any_nonfinite_dense(const void* data, int64_t begin, int64_t end) {
+  const Scalar* values = static_cast<const Scalar*>(data);
+  decltype(nonfinite(Scalar{})) found = 0;
+  for (int64_t i = begin; i < end; ++i) found |= nonfinite(values[i]);
+  return found != 0;
+}
+
+template <typename Scalar>
+bool any_nonfinite_each(const StepTensor& tensor, Walk at, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i, at.next()) {
+    if (tensor.weight && nonfinite(static_cast<const Scalar*>(tensor.weight)[at.offset(1)])) return true;
+    if (tensor.grad && nonfinite(static_cast<const Scalar*>(tensor.grad)[at.offset(2)])) return true;
+  }
+  return false;
+}
+
+bool any_nonfinite(const StepTensor& tensor, const StepLayout* layout, int64_t begin, int64_t end) {
+  return visit_dtype(tensor.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    if (layout) return any_nonfinite_each<Scalar>(tensor, Walk(*layout, begin), begin, end);
+    return (tensor.weight && any_nonfinite_dense<Scalar>(tensor.weight, begin, end)) ||
+           (tensor.grad && any_nonfinite_dense<Scalar>(tensor.grad, begin, end));
+  });
+}
+
+}  // namespace
+}  // namespace pyfeedback::cpu

@@ -1,0 +1,65 @@
+// The arithmetic of native_feedback_step_, shared by CPU and CUDA, and the tensors it runs over.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "host_device.h"
+
+namespace pyfeedback {
+
+// One element's update; Wide is double for float64 tensors and float for the others.
+template <typename Wide>
+struct FeedbackStep {
+  Wide decay, self, tie, noise, lr, momentum;
+  bool nesterov;
+
+  // A tensor that takes no part is not read: the caller passes zero for it.
+  PYFEEDBACK_HOST_DEVICE Wide gradient(Wide feedback, Wide weight, Wide grad) const {
+    return decay * feedback - self * weight + tie * grad;
+  }
+
+  // What the step follows; `buffer` becomes momentum * buffer + gradient.
+  PYFEEDBACK_HOST_DEVICE Wide direction(Wide gradient, Wide& buffer) const {
+    buffer = momentum * buffer + gradient;
+    return nesterov ? gradient + momentum * buffer : buffer;
+  }
+};
+
+constexpr int kStepOperands = 4;
+constexpr int kMaxDims = 8;
+
+// Element strides of feedback, weight, grad and momentum where they do not share one dense layout.
+struct StepLayout {
+  int64_t dims;
+  int64_t size[kMaxDims];
+  int64_t stride[kStepOperands][kMaxDims];
+};
+
+// One tensor of the model. weight, grad and momentum are null where they are not read.
+struct StepTensor {
+  void* feedback;
+  const void* weight;
+  const void* grad;
+  void* momentum;
+  int64_t numel;
+  double decay, self, tie;
+  uint32_t index;   // place in the list, which the noise is drawn for
+  Dtype dtype;
+  int32_t layout;   // place in the list of layouts, or -1: element i of every operand is at i
+};
+
+struct StepOptions {
+  double lr, momentum, noise;
+  uint64_t seed;
+  bool nesterov;
+};
+
+template <typename Wide>
+PYFEEDBACK_HOST_DEVICE FeedbackStep<Wide> make_step(const StepTensor& tensor, const StepOptions& options) {
+  return {static_cast<Wide>(tensor.decay), static_cast<Wide>(tensor.self),  static_cast<Wide>(tensor.tie),
+          static_cast<Wide>(options.noise), static_cast<Wide>(options.lr), static_cast<Wide>(options.momentum),
+          options.nesterov};
+}
+
+}  // namespace pyfeedback
