@@ -1,0 +1,36 @@
+"""Training without weight transport: the feedback path and the rules that let it learn, as PyTorch ops.
+
+    model = pyfeedback.convert(model, "ia")                      # any model; layers keep their weights
+    pyfeedback.alignment(model)                                  # angles between feedback and forward weights
+    torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
+"""
+
+from pyfeedback import schemas as schemas  # isort: skip  # defines the ops, before anything implements them
+from pyfeedback import functional, nn, optim, reference
+from pyfeedback.conversion import Conversion, convert, feedback_layers, feedback_parameters, forward_parameters
+from pyfeedback.metrics import LayerAlignment, alignment
+from pyfeedback.native import build_info
+from pyfeedback.providers import backend, current_backend, set_backend
+from pyfeedback.rules import Rule, rule
+
+__version__ = build_info().version
+
+__all__ = [
+    "Conversion",
+    "LayerAlignment",
+    "Rule",
+    "alignment",
+    "backend",
+    "build_info",
+    "convert",
+    "current_backend",
+    "feedback_layers",
+    "feedback_parameters",
+    "forward_parameters",
+    "functional",
+    "nn",
+    "optim",
+    "reference",
+    "rule",
+    "set_backend",
+]

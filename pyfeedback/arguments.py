@@ -1,0 +1,192 @@
+"""Checks of arguments: one line that names the argument, the value it had and the value expected.
+
+Each check is one expression over the good case, so that a good call pays for little; a bad call is looked at closely
+by a second function, which always raises.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from pyfeedback.forms import Coefficients, Window
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_conv2d(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window) -> None:
+    """Raise where these are not the tensors of a convolution, or the window is none."""
+    if not (
+        input.dim() == 4
+        and weight.dim() == 4
+        and weight.shape == feedback.shape
+        and input.shape[1] == weight.shape[1] * window.groups
+        and _consistent(input, weight, feedback, bias)
+        and (bias is None or bias.shape == weight.shape[:1])
+    ):
+        _refuse_tensors(input, weight, feedback, bias, rank=4, groups=window.groups)
+    _check_window(input, weight, window)
+
+
+def check_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> None:
+    """Raise where these are not the tensors of a linear layer."""
+    if not (
+        input.dim() >= 2
+        and weight.dim() == 2
+        and weight.shape == feedback.shape
+        and input.shape[-1] == weight.shape[1]
+        and _consistent(input, weight, feedback, bias)
+        and (bias is None or bias.shape == weight.shape[:1])
+    ):
+        _refuse_tensors(input, weight, feedback, bias, rank=2, groups=1)
+
+
+def check_coefficients(rule: Coefficients, batch: int) -> None:
+    """Raise where a coefficient is not finite, or ``samples`` is not in 0..batch."""
+    for name in ("decay", "amp", "null", "sparse", "self_", "tie"):
+        value = getattr(rule, name)
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, expected a finite number")
+    if not 0 <= rule.samples <= batch:
+        raise ValueError(f"samples is {rule.samples}, expected 0 (all) to {batch}, the size of the batch")
+
+
+def check_backward(
+    grad_output: Tensor, output_shape: Sequence[int], input: Tensor, response: Tensor | None, mask: Sequence[bool]
+) -> None:
+    """Raise where the gradient or the response does not have the shape, dtype and device of the output."""
+    for name, tensor in (("grad_output", grad_output), ("response", response)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(output_shape):
+            raise ValueError(f"{name} has shape {_shape(tensor)}, expected that of the output, {tuple(output_shape)}")
+        if tensor.dtype != input.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of input, {input.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected the device of input, {input.device}")
+    if len(mask) != 4:
+        raise ValueError(f"output_mask has {len(mask)} entries, expected 4: input, weight, feedback, bias")
+
+
+def check_step(
+    feedback: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    momentum_buffer: Sequence[Tensor],
+    coefficients: dict[str, Sequence[float]],
+    scalars: dict[str, float],
+) -> None:
+    """Raise where the lists of a feedback step do not fit together, or a number is not finite."""
+    count = len(feedback)
+    needed = {
+        "weight": any(coefficients["self_"]),
+        "grad": any(coefficients["tie"]),
+        "momentum_buffer": scalars["momentum"] != 0,
+    }
+    for name, tensors in (("weight", weight), ("grad", grad), ("momentum_buffer", momentum_buffer)):
+        if len(tensors) != count and (len(tensors) != 0 or needed[name]):
+            empty = "" if needed[name] else " or 0"
+            raise ValueError(f"{name} has {len(tensors)} tensors, expected {count}{empty}: one for each feedback")
+        for i, (tensor, like) in enumerate(zip(tensors, feedback, strict=False)):
+            if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device:
+                raise ValueError(f"{name}[{i}] is {_describe(tensor)}, expected that of feedback[{i}], {_describe(like)}")
+    for i, tensor in enumerate(feedback):
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            raise TypeError(f"feedback[{i}] is {tensor.dtype}, {tensor.layout}, expected a strided floating tensor")
+    for name, values in coefficients.items():
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                raise ValueError(f"{name}[{i}] is {value}, expected a finite number")
+    for name, value in scalars.items():
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} is {value}, expected a finite number, 0 or more")
+
+
+def check_center(input: Tensor, samples: int) -> None:
+    """Raise where there is no batch of ``samples`` to centre."""
+    if input.dim() < 1 or input.dtype not in DTYPES:
+        raise TypeError(f"input is {_describe(input)}, expected a floating tensor of rank 1 or more")
+    if not 1 <= samples <= input.shape[0]:
+        raise ValueError(f"samples is {samples}, expected 1 to {input.shape[0]}, the size of the batch")
+
+
+def _consistent(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> bool:
+    dtype, device = input.dtype, input.device
+    return (
+        dtype in DTYPES
+        and weight.dtype is dtype
+        and feedback.dtype is dtype
+        and weight.device == device
+        and feedback.device == device
+        and input.layout is torch.strided
+        and weight.layout is torch.strided
+        and feedback.layout is torch.strided
+        and (bias is None or (bias.dtype is dtype and bias.device == device))
+    )
+
+
+def _check_window(input: Tensor, weight: Tensor, window: Window) -> None:
+    (sh, sw), (ph, pw), (dh, dw), groups = window
+    height, width = input.shape[2:]
+    rows, columns = weight.shape[2:]
+    if (
+        sh > 0 and sw > 0 and ph >= 0 and pw >= 0 and dh > 0 and dw > 0 and groups > 0
+        and weight.shape[0] % groups == 0
+        and height + 2 * ph > dh * (rows - 1) and width + 2 * pw > dw * (columns - 1)
+        and rows > 0 and columns > 0
+    ):  # fmt: skip
+        return
+    for name, pair, least in (("stride", (sh, sw), 1), ("padding", (ph, pw), 0), ("dilation", (dh, dw), 1)):
+        if min(pair) < least:
+            raise ValueError(f"{name} is {pair}, expected {least} or more")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups is {groups}, expected a divisor of the {weight.shape[0]} output channels of weight")
+    if min(rows, columns) < 1:
+        raise ValueError(f"weight has shape {_shape(weight)}, expected a window of at least 1x1")
+    reach = (dh * (rows - 1) + 1, dw * (columns - 1) + 1)
+    padded = (height + 2 * ph, width + 2 * pw)
+    raise ValueError(f"input has a padded map of {padded}, expected at least the dilated kernel's {reach}")
+
+
+def _refuse_tensors(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rank: int, groups: int
+) -> NoReturn:
+    """Raise for the first argument that is wrong."""
+    tensors = {"input": input, "weight": weight, "feedback": feedback, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}, expected torch.strided")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input has dtype {input.dtype}, expected float64, float32, bfloat16 or float16")
+    layout = {4: "4, [N, C, H, W]", 2: "2 or more, [N, ..., C]"}[rank]
+    if input.dim() < rank or (rank == 4 and input.dim() > 4):
+        raise ValueError(f"input has rank {input.dim()}, shape {_shape(input)}, expected rank {layout}")
+    if weight.dim() != rank:
+        layout = {4: "[K, C/groups, R, S]", 2: "[K, C]"}[rank]
+        raise ValueError(f"weight has rank {weight.dim()}, shape {_shape(weight)}, expected rank {rank}, {layout}")
+    if feedback.shape != weight.shape:
+        raise ValueError(f"feedback has shape {_shape(feedback)}, expected that of weight, {_shape(weight)}")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of input, {input.dtype}")
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected the device of input, {input.device}")
+    channels = input.shape[1] if rank == 4 else input.shape[-1]
+    if channels != weight.shape[1] * groups:
+        expected = f"{weight.shape[1] * groups} = {weight.shape[1]} of weight * {groups} groups"
+        raise ValueError(f"input has {channels} channels, shape {_shape(input)}, expected {expected}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {_shape(bias)}, expected ({weight.shape[0]},), the output channels of weight")
+    raise AssertionError("a refused argument was not found")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{_shape(tensor)} {tensor.dtype} on {tensor.device}"

@@ -1,0 +1,116 @@
+"""Converting a model: its convolutions and linear layers get a feedback path, everything else stays."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from pyfeedback.nn import LAYERS, FeedbackLayer
+from pyfeedback.rules import Rule
+from pyfeedback.rules import rule as as_rule
+
+_log = logging.getLogger("pyfeedback")
+
+
+@dataclass
+class Conversion:
+    """What :func:`convert` did: names of modules, as in ``model.named_modules()``; "" is the model itself.
+
+    Attributes:
+        changed: layers that have a feedback path now.
+        left: layers with weights that have none, and why.
+        not_in_place: activations that no longer work in place, since the rule reads the response they would destroy.
+    """
+
+    rule: Rule
+    changed: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    not_in_place: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} layers follow {self.rule}: {', '.join(self.changed) or 'none'}"]
+        lines += [f"left {name or 'the model'}: {why}" for name, why in self.left.items()]
+        if self.not_in_place:
+            lines.append(f"no longer in place, the rule reads their input: {', '.join(self.not_in_place)}")
+        return "\n".join(lines)
+
+
+def convert(model: nn.Module, rule: str | Rule, *, return_report: bool = False):
+    """Give every nn.Conv2d and nn.Linear of ``model`` a feedback path that learns by ``rule``; in place.
+
+    The modules stay the same objects: weights, dtype, device, memory format, training mode, hooks and sharing are
+    kept, and an optimizer built before goes on. The feedback is drawn from a normal law of the standard deviation of
+    the layer's weight. A layer that has a feedback path already gets the new rule and a fresh feedback. Subclasses of
+    the two layers are left alone, since what their forward does is their own.
+
+    Args:
+        model: any module, or one layer.
+        rule: a name or a :class:`pyfeedback.Rule`.
+        return_report: return ``(model, Conversion)``; the report is logged in any case, at level INFO.
+
+    Returns:
+        ``model`` itself.
+    """
+    rule = as_rule(rule)
+    report = Conversion(rule)
+    for name, module in model.named_modules():
+        if isinstance(module, FeedbackLayer) or type(module) in LAYERS:
+            module.__class__ = LAYERS.get(type(module), type(module))
+            module.attach_feedback(rule)
+            _draw_like_weight(module)
+            report.changed.append(name)
+        elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            report.left[name] = f"{type(module).__name__} has weights, and no feedback layer stands for it"
+    report.not_in_place = _spare_responses(model)
+    _log.info("%s", report)
+    return (model, report) if return_report else model
+
+
+def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
+    """Name and module of each layer of ``model`` that has a feedback weight of its own; shared layers once."""
+    for name, module in model.named_modules():
+        if isinstance(module, FeedbackLayer) and module.feedback is not None:
+            yield name, module
+
+
+def feedback_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The feedback weights of ``model``, each once."""
+    seen = set()
+    for _, layer in feedback_layers(model):
+        if id(layer.feedback) not in seen:
+            seen.add(id(layer.feedback))
+            yield layer.feedback
+
+
+def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter of ``model`` that is no feedback weight: what an optimizer of the task takes."""
+    feedback = {id(p) for p in feedback_parameters(model)}
+    return (p for p in model.parameters() if id(p) not in feedback)
+
+
+@torch.no_grad()
+def _draw_like_weight(layer: FeedbackLayer) -> None:
+    """Draw the feedback as normal of the weight's standard deviation; of a constant weight, as a fresh layer's."""
+    if layer.feedback is not None and layer.weight.numel() > 1:
+        scale = layer.weight.std()
+        drawn = torch.randn_like(layer.feedback) * scale
+        layer.feedback.copy_(torch.where(scale > 0, drawn, layer.feedback))
+
+
+def _spare_responses(model: nn.Module) -> list[str]:
+    """Switch off the in-place activations that stand right behind a layer whose output the rule reads again.
+
+    A layer with a bias computes its response again instead (the output is not the response), so only those without
+    one matter. Functional in-place calls cannot be seen from here: autograd raises on them.
+    """
+    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
+    switched = []
+    for (_, layer), (name, follower) in zip(leaves, leaves[1:], strict=False):
+        if not isinstance(layer, FeedbackLayer) or layer.feedback is None or layer.bias is not None:
+            continue
+        if layer.rule.reads_data and getattr(follower, "inplace", False) is True:
+            follower.inplace = False
+            switched.append(name)
+    return switched

@@ -1,0 +1,117 @@
+"""Which algebraic form computes the data terms of the feedback weight's gradient: one pure function, no tensors.
+
+The amp, null and sparse terms of a layer can be computed from its response, from the response to the combined kernel
+``sparse * B - amp * W``, or, where the layer is pointwise (1x1 without padding, or linear), from the second moment
+of its input or of its response. All are exact; they differ only in arithmetic, so the cheapest is taken.
+"""
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Coefficients(NamedTuple):
+    """The rule as the ops see it: coefficients of the primitives, and the estimate's sample."""
+
+    decay: float = 0.0
+    amp: float = 0.0
+    null: float = 0.0
+    sparse: float = 0.0
+    self_: float = 0.0
+    tie: float = 0.0
+    center: bool = False
+    samples: int = 0
+
+    @property
+    def reads_data(self) -> bool:
+        """True where some term depends on the activations."""
+        return self.amp != 0 or self.null != 0 or self.sparse != 0
+
+
+class Window(NamedTuple):
+    """How a convolution visits its input, as pairs; the defaults are the linear layer's."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_shape(self, input: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """(N, K, P, Q) for an input (N, C, H, W) and a weight (K, C/g, R, S)."""
+        spans = zip(input[2:], weight[2:], self.stride, self.padding, self.dilation, strict=True)
+        return (input[0], weight[0], *((x + 2 * p - d * (r - 1) - 1) // s + 1 for x, r, s, p, d in spans))
+
+
+class Problem(NamedTuple):
+    """Sizes of one layer: ``positions`` is n * P * Q, the samples used times the output positions of each."""
+
+    positions: int
+    in_channels: int
+    out_channels: int
+    taps: int = 1
+    groups: int = 1
+    pointwise: bool = True
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one pass of the layer, forward or either gradient."""
+        return self.positions * self.in_channels * self.out_channels * self.taps // self.groups
+
+
+class Form(enum.Enum):
+    """How the data terms are computed (y is the response conv(x, W), z = convT(y, B))."""
+
+    NONE = "none"  # no term reads the data
+    DIRECT = "direct"  # wgrad(x, conv(x, sparse B - amp W)) and wgrad(null z - amp x, y)
+    INPUT_MOMENT = "input_moment"  # G = x'x: (sparse B - amp W) G + null W G W' B
+    RESPONSE_MOMENT = "response_moment"  # Y = y'y: null Y B - amp y'x
+
+
+def choose_form(problem: Problem, rule: Coefficients, response_at_hand: bool) -> Form:
+    """The form with the fewest multiply-adds; ties go to the one that reads the response least.
+
+    ``response_at_hand`` is False where the response would have to be computed again, one more pass.
+    """
+    if not rule.reads_data:
+        return Form.NONE
+    costs = {Form.DIRECT: _direct_macs(problem, rule, response_at_hand)}
+    if problem.pointwise and problem.groups == 1:
+        costs[Form.INPUT_MOMENT] = _input_moment_macs(problem, rule)
+        if rule.null and not rule.sparse:
+            costs[Form.RESPONSE_MOMENT] = _response_moment_macs(problem, rule, response_at_hand)
+    best = Form.INPUT_MOMENT if Form.INPUT_MOMENT in costs else Form.DIRECT
+    for form, macs in costs.items():
+        if macs < costs[best]:
+            best = form
+    return best
+
+
+def needs_response(form: Form, rule: Coefficients) -> bool:
+    """True where ``form`` reads the response conv(x, W)."""
+    if form is Form.DIRECT:
+        return rule.null != 0 or rule.sparse == 0
+    return form is Form.RESPONSE_MOMENT
+
+
+def _direct_macs(problem: Problem, rule: Coefficients, response_at_hand: bool) -> int:
+    passes = 2 * (rule.sparse != 0) + 2 * (rule.null != 0)
+    passes = max(passes, 1)  # amp rides on either; alone it is one wgrad
+    if needs_response(Form.DIRECT, rule) and not response_at_hand:
+        passes += 1
+    return passes * problem.macs
+
+
+def _input_moment_macs(problem: Problem, rule: Coefficients) -> int:
+    _, c, k, *_ = problem
+    macs = problem.positions * c * c
+    if rule.amp or rule.sparse:
+        macs += k * c * c
+    if rule.null:
+        macs += k * c * c + 2 * c * k * min(c, k)
+    return macs
+
+
+def _response_moment_macs(problem: Problem, rule: Coefficients, response_at_hand: bool) -> int:
+    _, c, k, *_ = problem
+    passes = (rule.amp != 0) + (not response_at_hand)
+    return problem.positions * k * k + k * k * c + passes * problem.macs

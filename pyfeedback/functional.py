@@ -1,0 +1,211 @@
+"""The ops as functions: what `torch.ops.pyfeedback` computes, documented, by the road with the least overhead.
+
+Each function equals the op of its name. Inside, a plain `torch.autograd.Function` calls the provider directly: on a
+tiny layer that costs two thirds of what the dispatcher's road costs, and `torch.compile` sees through it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
+
+from pyfeedback import arguments
+from pyfeedback.forms import Coefficients, Window
+from pyfeedback.providers import provide, saves_response
+from pyfeedback.registration import cast_to
+
+
+def fa_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    decay: float = 0.0,
+    amp: float = 0.0,
+    null: float = 0.0,
+    sparse: float = 0.0,
+    self_: float = 0.0,
+    tie: float = 0.0,
+    center: bool = False,
+    samples: int = 0,
+) -> Tensor:
+    """2-D convolution whose input gradient goes through ``feedback``, and whose ``feedback.grad`` is the rule's.
+
+    Forward it is ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``. Backward::
+
+        grad_input    = conv_transpose2d(grad_output, feedback)        # the one difference from backprop
+        grad_feedback = dR/dB + tie * grad_weight                      # nothing spent if feedback needs no gradient
+        R(B) = decay/2 |B|^2 - self_ <B, W>
+               + 1/n sum_i [ -amp <conv(x_i, B), y_i> + null/2 |conv_transpose(y_i, B)|^2 + sparse/2 |conv(x_i, B)|^2 ]
+
+    with B the feedback, W the weight, y = conv(x, W) without bias, and x and y constants in R.
+
+    Args:
+        input: [N, C, H, W], float64, float32, bfloat16 or float16, any memory format, kept by the gradients.
+        weight: [K, C/groups, R, S].
+        feedback: [K, C/groups, R, S], the layout of ``weight``.
+        bias: [K] or None.
+        decay, amp, null, sparse, self_, tie: coefficients of the primitives.
+        center: amp, null and sparse see x and y minus their means over the samples, position by position.
+        samples: R uses the first ``samples`` of the batch; 0 is all of them.
+
+    Returns:
+        [N, K, P, Q]. It differentiates once: double backward raises.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what was expected, before anything is computed.
+
+    Source: Kunin et al., ICML 2020 (arXiv 2003.01513), section 3; tie: Akrout et al., NeurIPS 2019 (arXiv 1904.05391).
+    """
+    window = Window(_pair(stride), _pair(padding), _pair(dilation), groups)
+    rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
+    arguments.check_coefficients(rule, input.shape[0])
+    return conv2d(input, weight, feedback, bias, window, rule)
+
+
+def fa_linear(
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None = None,
+    *,
+    decay: float = 0.0,
+    amp: float = 0.0,
+    null: float = 0.0,
+    sparse: float = 0.0,
+    self_: float = 0.0,
+    tie: float = 0.0,
+    center: bool = False,
+    samples: int = 0,
+) -> Tensor:
+    """Linear layer whose input gradient is ``grad_output @ feedback``: the 1x1 case of :func:`fa_conv2d`.
+
+    Args:
+        input: [N, ..., C]; n counts dimension 0.
+        weight, feedback: [K, C].
+        bias: [K] or None.
+        decay, amp, null, sparse, self_, tie, center, samples: as in :func:`fa_conv2d`.
+
+    Returns:
+        [N, ..., K], ``F.linear(input, weight, bias)``.
+
+    Raises, Source: as :func:`fa_conv2d`.
+    """
+    rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
+    arguments.check_coefficients(rule, input.shape[0] if input.dim() else 0)
+    return linear(input, weight, feedback, bias, rule)
+
+
+def feedback_step_(
+    feedback: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    momentum_buffer: Sequence[Tensor] = (),
+    *,
+    decay: Sequence[float],
+    self_: Sequence[float],
+    tie: Sequence[float],
+    lr: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    noise: float = 0.0,
+    seed: int = 0,
+    skip_nonfinite: bool = False,
+) -> None:
+    """One step of SGD for the feedback weights of a whole model, in place, in one pass over memory.
+
+    For each tensor i, elementwise, with xi standard normal::
+
+        g = decay[i] * feedback[i] - self_[i] * weight[i] + tie[i] * grad[i] + noise * xi
+        momentum_buffer[i] = momentum * momentum_buffer[i] + g
+        feedback[i] -= lr * (g + momentum * momentum_buffer[i] if nesterov else momentum_buffer[i])
+
+    Args:
+        feedback: tensors of any shapes, floating dtypes and memory formats.
+        weight: one for each, of the same shape, dtype and device; may be empty where every ``self_`` is 0.
+        grad: likewise; may be empty where every ``tie`` is 0. weight[i] and grad[i] are not read where their
+            coefficient is 0. ``tie`` 1 with the feedback's own gradient is plain SGD.
+        momentum_buffer: likewise; may be empty where ``momentum`` is 0.
+        noise: standard deviation of Gaussian noise added to g, the same for the same ``seed`` and backend.
+        skip_nonfinite: write nothing at all if an element that is read of grad or weight is infinite or nan.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is written.
+    """
+    with torch.no_grad():
+        torch.ops.pyfeedback.feedback_step_.default(
+            feedback, weight, grad, momentum_buffer, decay=decay, self_=self_, tie=tie, lr=lr, momentum=momentum,
+            nesterov=nesterov, noise=noise, seed=seed, skip_nonfinite=skip_nonfinite,
+        )  # fmt: skip
+
+
+def conv2d(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
+) -> Tensor:
+    """:func:`fa_conv2d` for coefficients already checked: the layers' road."""
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    arguments.check_conv2d(input, weight, feedback, bias, window)
+    return _Conv2d.apply(input, weight, feedback, bias, window, rule)
+
+
+def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
+    """:func:`fa_linear` for coefficients already checked: the layers' road."""
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    arguments.check_linear(input, weight, feedback, bias)
+    return _Linear.apply(input, weight, feedback, bias, rule)
+
+
+def _cast(input: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments in the autocast dtype: the cast stands outside the function, so that autograd takes it back."""
+    device_type = input.device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(cast_to(t, dtype, device_type) for t in (input, *tensors))
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, feedback, bias, window, rule):
+        output = torch.conv2d(input, weight, bias, *window)
+        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, window, rule)
+        ctx.save_for_backward(input, weight, feedback, output if keep else None)
+        ctx.window, ctx.rule = window, rule
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        return *_run_backward("conv2d_backward", ctx, grad_output, ctx.window), None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, feedback, bias, rule):
+        output = F.linear(input, weight, bias)
+        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, None, rule)
+        ctx.save_for_backward(input, weight, feedback, output if keep else None)
+        ctx.rule = rule
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        return *_run_backward("linear_backward", ctx, grad_output), None
+
+
+def _run_backward(op: str, ctx, grad_output: Tensor, *window: Window) -> tuple[Tensor | None, ...]:
+    device = grad_output.device
+    compute = provide(op, device)
+    if torch.is_autocast_enabled(device.type):  # a backward called inside the region: its products stay as they are
+        with torch.autocast(device.type, enabled=False):
+            return compute(grad_output, *ctx.saved_tensors, *window, ctx.rule, ctx.needs_input_grad[:4])
+    return compute(grad_output, *ctx.saved_tensors, *window, ctx.rule, ctx.needs_input_grad[:4])

@@ -1,0 +1,146 @@
+"""How well feedback weights align with forward weights, and what they do to the gradients."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyfeedback.conversion import feedback_layers
+from pyfeedback.nn import FeedbackLayer
+
+
+@dataclass(frozen=True)
+class LayerAlignment:
+    """Alignment of one layer; angles in degrees, 0 the same direction, 90 orthogonal; nan where a side is zero.
+
+    Attributes:
+        angle: between feedback and weight.
+        norm_ratio: |feedback| / |weight|.
+        projection_angle: between the gradients that the layer hands to its input by way of feedback and of weight,
+            for the output gradient of the same pass (local); None without a batch.
+        gradient_angle: between the weight's gradient in this network and backprop's on the same batch (true); None
+            without a batch.
+    """
+
+    angle: float
+    norm_ratio: float
+    projection_angle: float | None = None
+    gradient_angle: float | None = None
+
+
+def alignment(
+    model: nn.Module, batch: tuple | None = None, loss: Callable[..., Tensor] | None = None
+) -> dict[str, LayerAlignment]:
+    """Alignment of each feedback layer of ``model``, by name, in the order of its modules.
+
+    Args:
+        model: a model with feedback layers.
+        batch: ``(input, target)`` for the projection and gradient angles. The model runs on it twice; parameters'
+            gradients, buffers and the random state are left as they were.
+        loss: ``loss(model(input), target)`` gives the scalar; needed with ``batch``.
+
+    Returns:
+        A dict of :class:`LayerAlignment`; empty for a model without feedback layers.
+
+    Raises:
+        ValueError: a batch without a loss.
+    """
+    layers = dict(feedback_layers(model))
+    angles = {}
+    for name, layer in layers.items():
+        weight, feedback = layer.weight.detach(), layer.feedback.detach()
+        ratio = _norm(feedback) / _norm(weight) if _norm(weight) else math.nan
+        angles[name] = (angle(weight, feedback), ratio)
+    if batch is None:
+        return {name: LayerAlignment(*pair) for name, pair in angles.items()}
+    if loss is None:
+        raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
+    with _observing(model):
+        gradients, projections = _gradients(model, layers, batch, loss, observe=True)
+    with _observing(model), weight_transport(model):
+        true_gradients, _ = _gradients(model, layers, batch, loss, observe=False)
+    return {
+        name: LayerAlignment(*angles[name], projections.get(name, math.nan), angle(g, t))
+        for name, g, t in zip(layers, gradients, true_gradients, strict=True)
+    }
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """Angle between two tensors of the same shape, in degrees, summed in float64; nan where one is zero."""
+    a, b = a.detach().double().flatten(), b.detach().double().flatten()
+    norms = a.norm() * b.norm()
+    if not norms > 0:
+        return math.nan
+    return math.degrees(math.acos(min(1.0, max(-1.0, float(torch.dot(a, b) / norms)))))
+
+
+@contextmanager
+def weight_transport(model: nn.Module) -> Iterator[None]:
+    """Inside, the layers of ``model`` hand back gradients by way of their weight: plain backprop."""
+    layers = [(layer, layer.feedback) for _, layer in feedback_layers(model)]
+    for layer, _ in layers:
+        layer.feedback = None
+    try:
+        yield
+    finally:
+        for layer, feedback in layers:
+            layer.feedback = feedback
+
+
+def _norm(x: Tensor) -> float:
+    return float(x.double().norm())
+
+
+@contextmanager
+def _observing(model: nn.Module) -> Iterator[None]:
+    """Buffers and the random state come out as they went in."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(d.index for d in devices)), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bool):
+    """The weights' gradients of one pass, and the projection angle of each layer if it is to be observed."""
+    projections: dict[str, float] = {}
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def remember(name):
+        def hook(module, inputs, output):
+            calls[name] = (inputs[0], output)
+
+        return hook
+
+    hooks = [layer.register_forward_hook(remember(name)) for name, layer in layers.items()] if observe else []
+    try:
+        input, target = batch
+        value = loss(model(input), target)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = [layer.weight for layer in layers.values()]
+    outputs = [output for _, output in calls.values()]
+    grads = torch.autograd.grad(value, weights + outputs, allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(weights + outputs, grads, strict=True)]
+    for (name, (x, _)), grad_output in zip(calls.items(), grads[len(weights) :], strict=True):
+        projections[name] = _projection_angle(layers[name], x.detach(), grad_output)
+    return grads[: len(weights)], projections
+
+
+def _projection_angle(layer: FeedbackLayer, x: Tensor, grad_output: Tensor) -> float:
+    x = x.requires_grad_()
+    by_feedback = torch.autograd.grad(type(layer).forward(layer, x), x, grad_output)[0]
+    feedback, layer.feedback = layer.feedback, None
+    try:
+        by_weight = torch.autograd.grad(type(layer).forward(layer, x), x, grad_output)[0]
+    finally:
+        layer.feedback = feedback
+    return angle(by_feedback, by_weight)

@@ -1,0 +1,138 @@
+"""Layers with a feedback path: torch.nn's own, with ``.feedback`` beside ``.weight`` and a rule."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfeedback import functional
+from pyfeedback.forms import Window
+from pyfeedback.rules import Rule
+from pyfeedback.rules import rule as as_rule
+
+
+class FeedbackLayer(torch.nn.Module):
+    """What the layers share: ``rule``, and ``feedback``, a Parameter in the layout of ``weight``.
+
+    ``feedback`` is None under a rule with weight transport (bp), and needs no gradient under one that leaves it as it
+    was drawn (fa).
+    """
+
+    rule: Rule
+    weight: Tensor
+    feedback: Tensor | None
+
+    def attach_feedback(self, rule: str | Rule) -> None:
+        """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
+        self.rule = as_rule(rule)
+        feedback = None
+        if not self.rule.transport:
+            feedback = torch.nn.Parameter(torch.empty_like(self.weight), requires_grad=self.rule.learns)
+        self.register_parameter("feedback", feedback)
+        self.reset_feedback()
+
+    def reset_feedback(self) -> None:
+        """Draw the feedback weight by the law torch.nn draws a fresh ``weight``: uniform, Kaiming with a = sqrt 5."""
+        if self.feedback is not None:
+            torch.nn.init.kaiming_uniform_(self.feedback, a=math.sqrt(5))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "feedback" in self._parameters:  # torch.nn calls this before the feedback is there
+            self.reset_feedback()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rule={self.rule}"
+
+
+class Conv2d(FeedbackLayer, torch.nn.Conv2d):
+    """``torch.nn.Conv2d`` with a feedback path.
+
+    Args:
+        rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        others: as torch.nn.Conv2d, every padding mode included.
+
+    Shape:
+        input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q]; feedback [K, C/groups, R, S].
+        Padding of another mode than "zeros" is applied first, so the rule sees the padded input.
+
+    Equivalent forward: ``torch.nn.Conv2d.forward``. Backward and rule: :func:`pyfeedback.functional.fa_conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        rule: str | Rule = "fa",
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self.attach_feedback(rule)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.feedback is None:
+            return super().forward(input)
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        padding = self.padding
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        window = Window(self.stride, padding, self.dilation, self.groups)
+        positions = 1
+        if self.rule.reduction == "mean":
+            positions = math.prod(window.output_shape(input.shape, self.weight.shape)[2:])
+        coefficients = self.rule.coefficients(input.shape[0], positions)
+        return functional.conv2d(input, self.weight, self.feedback, self.bias, window, coefficients)
+
+
+class Linear(FeedbackLayer, torch.nn.Linear):
+    """``torch.nn.Linear`` with a feedback path.
+
+    Args:
+        rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        others: as torch.nn.Linear.
+
+    Shape:
+        input [N, ..., C] or [C]; output [N, ..., K] or [K]; feedback [K, C].
+
+    Equivalent forward: ``torch.nn.Linear.forward``. Backward and rule: :func:`pyfeedback.functional.fa_linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        rule: str | Rule = "fa",
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.attach_feedback(rule)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.feedback is None:
+            return super().forward(input)
+        if input.dim() == 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1
+        coefficients = self.rule.coefficients(input.shape[0], positions)
+        return functional.linear(input, self.weight, self.feedback, self.bias, coefficients)
+
+
+LAYERS: dict[type, type] = {torch.nn.Conv2d: Conv2d, torch.nn.Linear: Linear}

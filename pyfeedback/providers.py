@@ -1,0 +1,114 @@
+"""The provider table: who computes an op on a device, chosen in this one place.
+
+"aten" composes PyTorch's own kernels and always exists; "native" is the compiled library (csrc). Left to "auto" an
+op takes the first provider of its row that is there. A row names only providers that were measured faster on that
+device than those after it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pyfeedback import aten, native
+from pyfeedback.forms import Coefficients, Window
+
+BACKENDS = ("auto", "aten", "native")
+
+_ops = torch.ops.pyfeedback
+
+
+def _native_center(input: Tensor, samples: int) -> Tensor:
+    """The compiled kernel wants every sample to be one dense block."""
+    if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+        return _ops.native_center.default(input, samples)
+    return aten.center(input, samples)
+
+
+_IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
+    ("conv2d_backward", "aten"): aten.conv2d_backward,
+    ("linear_backward", "aten"): aten.linear_backward,
+    ("center", "aten"): aten.center,
+    ("center", "native"): _native_center,
+    ("feedback_step_", "aten"): aten.feedback_step_,
+    ("feedback_step_", "native"): _ops.native_feedback_step_.default,
+}
+
+_TABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("center", "cpu"): ("native", "aten"),
+    ("feedback_step_", "cpu"): ("native", "aten"),
+    # The CUDA kernels of csrc have not been measured on any device: only backend("native") takes them.
+}
+
+_forced = "auto"
+_chosen: dict[tuple[str, str], Callable] = {}
+
+
+def provide(op: str, device: torch.device) -> Callable:
+    """The implementation of ``op`` for tensors on ``device``."""
+    key = (op, device.type)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _IMPLEMENTATIONS[op, _choose(op, device.type)]
+    return found
+
+
+def saves_response(
+    input: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None, rule: Coefficients
+) -> bool:
+    """True where the backward of this layer will read the forward's output; ``window`` is None for a linear layer."""
+    if window is None:
+        return aten.linear_saves_response(input, weight, bias, rule)
+    return aten.conv2d_saves_response(input, weight, bias, window, rule)
+
+
+def current_backend() -> str:
+    """The backend in force: "auto", or the one that was forced."""
+    return _forced
+
+
+def set_backend(name: str) -> None:
+    """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the one at the start.
+
+    Raises:
+        ValueError: the name is none of :data:`BACKENDS`.
+        RuntimeError: "native" is asked for and the compiled library is not there.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name == "native" and not native.has_cpu():
+        raise RuntimeError(f'backend is "native", expected a compiled library: {native.build_info().missing}')
+    _forced = name
+    _chosen.clear()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("aten"): ...``
+
+    It holds for the whole process, since a backward pass runs on threads of its own. Ops that the forced backend does
+    not implement are composed of PyTorch's own.
+    """
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def _choose(op: str, device_type: str) -> str:
+    preferred = _TABLE.get((op, device_type), ("aten",)) if _forced == "auto" else (_forced, "aten")
+    return next(p for p in preferred if (op, p) in _IMPLEMENTATIONS and _is_there(p, device_type))
+
+
+def _is_there(provider: str, device_type: str) -> bool:
+    if provider == "native":
+        return {"cpu": native.has_cpu, "cuda": native.has_cuda}.get(device_type, lambda: False)()
+    return True
+
+
+set_backend(os.environ.get("PYFEEDBACK_BACKEND", "auto"))

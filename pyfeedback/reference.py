@@ -1,0 +1,135 @@
+"""The reference: the paper's regularisers, differentiated by autograd.
+
+Slow and plain on purpose. It reads beside Kunin et al., "Two Routes to Scalable Credit Assignment without Weight
+Symmetry" (ICML 2020, arXiv 2003.01513), and it is what the ops are judged against; it imports torch alone.
+
+    y, regulariser = reference.conv2d(input, weight, feedback, padding=1, amp=1e-3, decay=2e-3)
+    (loss(y) + regulariser).backward()          # feedback.grad is the rule's gradient
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    *,
+    tie: float = 0.0,
+    **rule,
+) -> tuple[Tensor, Tensor]:
+    """Convolution with a feedback path, and the regulariser whose gradient is the rule.
+
+    Args:
+        input: [N, C, H, W]; weight, feedback: [K, C/g, R, S]; bias: [K].
+        rule: see :func:`regulariser`; ``tie`` adds ``tie * grad_weight`` to the feedback's gradient.
+
+    Returns:
+        The output [N, K, P, Q], and the regulariser R(B), a scalar to be added to the loss.
+    """
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+
+    def conv(x, kernel):
+        return F.conv2d(x, kernel, None, stride, padding, dilation, groups)
+
+    def conv_transposed(y, kernel):
+        extra = [
+            x - ((p - 1) * s - 2 * pad + d * (r - 1) + 1)
+            for x, p, s, pad, d, r in zip(input.shape[2:], y.shape[2:], stride, padding, dilation, kernel.shape[2:])
+        ]
+        return F.conv_transpose2d(y, kernel, None, stride, padding, extra, groups, dilation)
+
+    y = _ConvFeedbackPath.apply(input, weight, feedback.detach(), stride, padding, dilation, groups)
+    if tie:
+        y = y + tie * _without_value(conv(input.detach(), feedback))
+    penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
+    return y if bias is None else y + bias.view(-1, 1, 1), penalty
+
+
+def linear(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, *, tie: float = 0.0, **rule
+) -> tuple[Tensor, Tensor]:
+    """The same for a linear layer: input [N, ..., C], weight and feedback [K, C]; output [N, ..., K]."""
+    y = _LinearFeedbackPath.apply(input, weight, feedback.detach())
+    if tie:
+        y = y + tie * _without_value(F.linear(input.detach(), feedback))
+    penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, F.linear, torch.matmul, **rule)
+    return y if bias is None else y + bias, penalty
+
+
+def regulariser(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    conv,
+    conv_transposed,
+    *,
+    decay: float = 0.0,
+    amp: float = 0.0,
+    null: float = 0.0,
+    sparse: float = 0.0,
+    self_: float = 0.0,
+    center: bool = False,
+    samples: int = 0,
+) -> Tensor:
+    """R(B), the sum of the primitives (paper, section 3), for the first ``samples`` of the batch (0: all of it)."""
+    n = samples or x.shape[0]
+    x, y = x[:n], y[:n]
+    if center:
+        x, y = x - x.mean(0), y - y.mean(0)
+    total = feedback.new_zeros(())
+    if decay:
+        total = total + decay * feedback.square().sum() / 2
+    if amp or sparse:
+        estimate = conv(x, feedback)
+        total = total - amp * (estimate * y).sum() / n + sparse * estimate.square().sum() / (2 * n)
+    if null:
+        total = total + null * conv_transposed(y, feedback).square().sum() / (2 * n)
+    if self_:
+        total = total - self_ * (feedback * weight).sum()
+    return total
+
+
+class _ConvFeedbackPath(torch.autograd.Function):
+    """conv(x, W) forward, convT(dy, B) backward."""
+
+    @staticmethod
+    def forward(ctx, input, weight, feedback, *window):
+        ctx.save_for_backward(input, weight, feedback)
+        ctx.window = window
+        return F.conv2d(input, weight, None, *window)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, feedback = ctx.saved_tensors
+        grad_input = torch.nn.grad.conv2d_input(input.shape, feedback, grad_output, *ctx.window)
+        grad_weight = torch.nn.grad.conv2d_weight(input, weight.shape, grad_output, *ctx.window)
+        return grad_input, grad_weight, None, None, None, None, None
+
+
+class _LinearFeedbackPath(torch.autograd.Function):
+    """x W' forward, dy B backward."""
+
+    @staticmethod
+    def forward(ctx, input, weight, feedback):
+        ctx.save_for_backward(input, feedback)
+        return F.linear(input, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, feedback = ctx.saved_tensors
+        return grad_output @ feedback, grad_output.flatten(0, -2).t() @ input.flatten(0, -2), None
+
+
+def _without_value(x: Tensor) -> Tensor:
+    """Zero, with the gradient of x."""
+    return x - x.detach()

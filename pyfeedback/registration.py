@@ -1,0 +1,198 @@
+"""Registers what the dispatcher needs of each op: its implementation, fake, autograd formula and autocast.
+
+Implementations check their arguments and hand over to the provider table. Fakes and autograd know nothing but
+`torch.ops.pyfeedback`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfeedback import arguments
+from pyfeedback.forms import Coefficients, Window
+from pyfeedback.providers import provide, saves_response
+from pyfeedback.schemas import LIBRARY
+
+_ops = torch.ops.pyfeedback
+
+
+def _fa_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    **rule,
+) -> Tensor:
+    window = _window(stride, padding, dilation, groups)
+    arguments.check_conv2d(input, weight, feedback, bias, window)
+    arguments.check_coefficients(Coefficients(**rule), input.shape[0])
+    return torch.conv2d(input, weight, bias, *window)
+
+
+def _fa_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, **rule) -> Tensor:
+    arguments.check_linear(input, weight, feedback, bias)
+    arguments.check_coefficients(Coefficients(**rule), input.shape[0])
+    return F.linear(input, weight, bias)
+
+
+def _fa_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    response: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    *,
+    output_mask: Sequence[bool] = (True, True, True, True),
+    **rule,
+):
+    window, coefficients = _window(stride, padding, dilation, groups), Coefficients(**rule)
+    arguments.check_conv2d(input, weight, feedback, None, window)
+    arguments.check_coefficients(coefficients, input.shape[0])
+    arguments.check_backward(grad_output, window.output_shape(input.shape, weight.shape), input, response, output_mask)
+    backward = provide("conv2d_backward", input.device)
+    return backward(grad_output, input, weight, feedback, response, window, coefficients, output_mask)
+
+
+def _fa_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    response: Tensor | None = None,
+    *,
+    output_mask: Sequence[bool] = (True, True, True, True),
+    **rule,
+):
+    coefficients = Coefficients(**rule)
+    arguments.check_linear(input, weight, feedback, None)
+    arguments.check_coefficients(coefficients, input.shape[0])
+    output_shape = (*input.shape[:-1], weight.shape[0])
+    arguments.check_backward(grad_output, output_shape, input, response, output_mask)
+    backward = provide("linear_backward", input.device)
+    return backward(grad_output, input, weight, feedback, response, coefficients, output_mask)
+
+
+def _feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
+                    noise=0.0, seed=0, skip_nonfinite=False) -> None:  # fmt: skip
+    coefficients = {"decay": decay, "self_": self_, "tie": tie}
+    scalars = {"lr": lr, "momentum": momentum, "noise": noise}
+    arguments.check_step(feedback, weight, grad, momentum_buffer, coefficients, scalars)
+    if feedback:
+        provide("feedback_step_", feedback[0].device)(
+            feedback, weight, grad, momentum_buffer, **coefficients, **scalars,
+            nesterov=nesterov, seed=seed, skip_nonfinite=skip_nonfinite,
+        )  # fmt: skip
+
+
+def _center(input: Tensor, samples: int) -> Tensor:
+    arguments.check_center(input, samples)
+    return provide("center", input.device)(input, samples)
+
+
+for _name, _implementation in {
+    "fa_conv2d": _fa_conv2d,
+    "fa_linear": _fa_linear,
+    "fa_conv2d_backward": _fa_conv2d_backward,
+    "fa_linear_backward": _fa_linear_backward,
+    "feedback_step_": _feedback_step_,
+    "center": _center,
+}.items():
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+# Fakes: shapes and strides without values. A gradient has the memory format of what it is the gradient of.
+
+
+def _fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(True, True, True, True), **rule):
+    like = (input, weight, weight)
+    grads = [torch.empty_like(t) if need else None for t, need in zip(like, output_mask, strict=False)]
+    return (*grads, weight.new_empty(weight.shape[0]) if output_mask[3] else None)
+
+
+def _fake_center(input: Tensor, samples: int) -> Tensor:
+    return torch.empty_like(input[:samples])
+
+
+torch.library.register_fake("pyfeedback::fa_conv2d", _fa_conv2d, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_linear", _fa_linear, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_conv2d_backward", _fake_gradients, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_linear_backward", _fake_gradients, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::feedback_step_", lambda *args, **options: None, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::native_feedback_step_", lambda *args, **options: None, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRARY)
+
+
+# Autograd: the forward ops differentiate into the backward ops, which do not differentiate again.
+
+
+def _save(ctx, inputs, keyword_only_inputs, output: Tensor) -> None:
+    input, weight, feedback, bias, *window = inputs
+    ctx.window, ctx.rule = window, keyword_only_inputs
+    saved = ctx.needs_input_grad[2] and saves_response(
+        input, weight, bias, _window(*window) if window else None, Coefficients(**ctx.rule)
+    )
+    ctx.save_for_backward(input, weight, feedback, output if saved else None)
+
+
+def _differentiate(backward_op):
+    def backward(ctx, grad_output: Tensor):
+        # The dispatcher drops trailing arguments that have their default, from what it asks for too.
+        asked = len(ctx.needs_input_grad)
+        mask = [*ctx.needs_input_grad, False][:4]
+        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.window, **ctx.rule, output_mask=mask)
+        return (*grads, *(None for _ in ctx.window))[:asked]
+
+    return backward
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is not the derivative of anything")
+
+
+for _name, _op in {
+    "fa_conv2d": _ops.fa_conv2d_backward.default,
+    "fa_linear": _ops.fa_linear_backward.default,
+}.items():
+    torch.library.register_autograd(f"pyfeedback::{_name}", _differentiate(_op), setup_context=_save, lib=LIBRARY)
+    torch.library.register_autograd(f"pyfeedback::{_name}_backward", _refuse_double_backward, lib=LIBRARY)
+
+
+# Autocast: the forward ops run in the autocast dtype, as torch's convolution and linear layer do.
+
+
+def _autocast(op, device_type: str):
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def cast(*args, **rule):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*(cast_to(a, dtype, device_type) for a in args), **rule)
+
+    return cast
+
+
+def cast_to(value, dtype: torch.dtype, device_type: str):
+    """What autocast does to one argument: floating tensors of the device, float64 apart, take ``dtype``."""
+    eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+    return value.to(dtype) if eligible and value.device.type == device_type else value
+
+
+for _name in ("fa_conv2d", "fa_linear"):
+    for _device_type in ("cpu", "cuda"):
+        _op = getattr(_ops, _name).default
+        LIBRARY.impl(_name, _autocast(_op, _device_type), f"Autocast{_device_type.upper()}")
+
+
+def _window(stride, padding, dilation, groups) -> Window:
+    return Window(tuple(stride), tuple(padding), tuple(dilation), groups)

@@ -1,0 +1,121 @@
+"""Rules: coefficients of the primitives, with the paper's presets."""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+
+from pyfeedback.forms import Coefficients
+
+REDUCTIONS = ("batch", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How a layer's feedback weight B learns; the formula stands in :func:`pyfeedback.functional.fa_conv2d`.
+
+    Attributes:
+        decay: pulls B to zero.
+        amp: amplifies agreement of conv(x, B) with the response y; local.
+        null: keeps conv_transpose(y, B) small; local.
+        sparse: keeps conv(x, B) small; weight estimation.
+        self_: pulls B toward W; weight estimation.
+        tie: adds the weight's own gradient; weight estimation.
+        center: amp, null and sparse see activations minus their mean over the samples, position by position.
+        samples: how much of a batch amp, null and sparse look at: an int is at most so many samples, a float in
+            (0, 1] that fraction of the batch, 0 all of it.
+        reduction: "batch" sums over positions and averages over samples, as the paper does; "mean" averages over
+            positions as well, so that a coefficient means the same in every layer.
+        transport: B is W itself, weight transport: plain backprop.
+        name: for reports.
+    """
+
+    decay: float = 0.0
+    amp: float = 0.0
+    null: float = 0.0
+    sparse: float = 0.0
+    self_: float = 0.0
+    tie: float = 0.0
+    center: bool = False
+    samples: int | float = 0
+    reduction: str = "batch"
+    transport: bool = False
+    name: str = field(default="custom", compare=False)
+
+    def __post_init__(self):
+        for name in ("decay", "amp", "null", "sparse", "self_", "tie"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}, expected a finite number")
+        whole = isinstance(self.samples, int) and not isinstance(self.samples, bool) and self.samples >= 0
+        if not whole and not (isinstance(self.samples, float) and 0 < self.samples <= 1):
+            raise ValueError(f"samples is {self.samples!r}, expected an int of 0 or more, or a float in (0, 1]")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {self.reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+        if self.transport and (self.learns or self.samples or self.center):
+            raise ValueError(f"transport is True with {self!r}, expected no coefficients: B is W itself")
+
+    @property
+    def learns(self) -> bool:
+        """True where B has a gradient at all."""
+        return self.reads_data or self.decay != 0 or self.self_ != 0 or self.tie != 0
+
+    @property
+    def reads_data(self) -> bool:
+        """True where some term depends on the activations; False where W, its gradient and B are all it takes."""
+        return self.amp != 0 or self.null != 0 or self.sparse != 0
+
+    def coefficients(self, batch: int, positions: int) -> Coefficients:
+        """What the ops take, for a batch of this size and ``positions`` output positions per sample."""
+        scale = 1.0 / positions if self.reduction == "mean" and positions else 1.0
+        samples = self.samples
+        if isinstance(samples, float):
+            samples = 0 if samples == 1.0 else math.ceil(samples * batch)
+        elif samples >= batch:
+            samples = 0
+        return Coefficients(
+            self.decay, self.amp * scale, self.null * scale, self.sparse * scale, self.self_, self.tie,
+            self.center, samples,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(c for c in changed if not c.startswith('name='))})"
+
+
+PRESETS = {
+    "bp": Rule(transport=True, name="bp"),
+    "fa": Rule(name="fa"),
+    "wm": Rule(amp=1e-3, decay=2e-3, center=True, name="wm"),
+    "ia": Rule(amp=2e-3, null=2e-3, decay=2e-3, center=True, name="ia"),
+    "sa": Rule(self_=2e-3, decay=2e-3, name="sa"),
+    "aa": Rule(amp=2e-3, sparse=2e-3, name="aa"),
+    "kp": Rule(tie=1.0, decay=2e-3, name="kp"),
+}
+
+
+def rule(name: str | Rule, **overrides) -> Rule:
+    """A rule by name, with fields of :class:`Rule` overridden: ``rule("ia", null=1e-3, samples=0.125)``.
+
+    ==== ====================== ================================ =====================================
+    name rule                   primitives                       the authors' coefficients
+    ==== ====================== ================================ =====================================
+    bp   backprop               none: the feedback is W itself
+    fa   feedback alignment     none: B stays as it was drawn
+    wm   weight mirror          amp, decay; local                1e-3, 2e-3, centred
+    ia   information alignment  amp, null, decay; local          2e-3, 2e-3, 2e-3, centred
+    sa   symmetric alignment    self_, decay                     2e-3, 2e-3: 1e-3 |W - B|^2
+    aa   activation alignment   amp, sparse                      2e-3, 2e-3: 1e-3 E|Wx - Bx|^2
+    kp   Kolen-Pollack          tie, decay                       1, 2e-3; W must decay at the same rate
+    ==== ====================== ================================ =====================================
+
+    Without centring, wm and ia diverge on real images; the paper's coefficients are for its own ImageNet recipe.
+
+    Source: Kunin et al., ICML 2020 (arXiv 2003.01513), table 1; wm and kp: Akrout et al., NeurIPS 2019.
+
+    Raises:
+        ValueError: no rule has this name, or a field's value is out of range.
+    """
+    if isinstance(name, str) and name not in PRESETS:
+        raise ValueError(f"rule is {name!r}, expected one of {', '.join(PRESETS)}, or a pyfeedback.Rule")
+    if not isinstance(name, (str, Rule)):
+        raise ValueError(f"rule is {name!r}, expected a name or a pyfeedback.Rule")
+    return replace(PRESETS[name] if isinstance(name, str) else name, **overrides)

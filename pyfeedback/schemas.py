@@ -1,0 +1,36 @@
+"""The schema of every op, once.
+
+`fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`; `center` is a step of their
+backward; `native_*` are the leaves that the compiled library implements and that only the provider table calls.
+"""
+
+import torch
+
+_RULE = (
+    "float decay=0.0, float amp=0.0, float null=0.0, float sparse=0.0, float self_=0.0, float tie=0.0, "
+    "bool center=False, SymInt samples=0"
+)
+_WINDOW = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
+_BACKWARD = "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? response=None"
+_MASK = "bool[4] output_mask=[True, True, True, True]"
+_GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_feedback, Tensor grad_bias)"
+_STEP = (
+    "Tensor(a!)[] feedback, Tensor[] weight, Tensor[] grad, Tensor(b!)[] momentum_buffer, *, "
+    "float[] decay, float[] self_, float[] tie, float lr, float momentum=0.0, bool nesterov=False, "
+    "float noise=0.0, int seed=0, bool skip_nonfinite=False"
+)
+
+SCHEMAS = {
+    "fa_conv2d": f"(Tensor input, Tensor weight, Tensor feedback, Tensor? bias=None, {_WINDOW}, *, {_RULE}) -> Tensor",
+    "fa_linear": f"(Tensor input, Tensor weight, Tensor feedback, Tensor? bias=None, *, {_RULE}) -> Tensor",
+    "fa_conv2d_backward": f"({_BACKWARD}, {_WINDOW}, *, {_RULE}, {_MASK}) -> {_GRADS}",
+    "fa_linear_backward": f"({_BACKWARD}, *, {_RULE}, {_MASK}) -> {_GRADS}",
+    "feedback_step_": f"({_STEP}) -> ()",
+    "native_feedback_step_": f"({_STEP}) -> ()",
+    "center": "(Tensor input, SymInt samples) -> Tensor",
+    "native_center": "(Tensor input, SymInt samples) -> Tensor",
+}
+
+LIBRARY = torch.library.Library("pyfeedback", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
