@@ -84,11 +84,11 @@ def expose_target_environment() -> None:
 
 
 def get_requires_for_build_wheel(config_settings: ConfigSettings = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *torch_requirement()]
+    return torch_requirement()
 
 
 def get_requires_for_build_editable(config_settings: ConfigSettings = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *torch_requirement()]
+    return torch_requirement()
 
 
 def build_wheel(

@@ -18,14 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 from build_backend import TORCH_MINIMUM, find_compiler, installed_torch
 
 TORCH_TARGET = ".".join(map(str, TORCH_MINIMUM))
 DEFINES = [("TORCH_TARGET_VERSION", f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000")]
-CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden,-Wall", "--expt-relaxed-constexpr"]
 # Other linkers drop a library that no symbol is taken from; libtorch alone leads to libtorch_cuda.
 LINK_FLAGS = ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []
@@ -164,14 +164,19 @@ def command_build_py(info: dict[str, Any]) -> type[build_py]:
             root = Path(self.build_lib, "pyfeedback") if not self.editable_mode else Path("pyfeedback")
             text = json.dumps({"version": self.distribution.get_version(), **info}, indent=2)
             (root / "_build_info.json").write_text(text + "\n")
-            print(f"pyfeedback: built {text}")
+            print(f"pyfeedback: this build makes {text}")
 
     return BuildPython
 
 
 def main() -> None:
-    extensions, commands, info = plan()
+    # Metadata and source distributions are made without a compiler and without torch.
+    compiles = not {"egg_info", "dist_info", "sdist"} & set(sys.argv)
+    extensions, commands, info = plan() if compiles else ([], {}, {})
     setup(
+        # The folder kernels/ must not become a top-level package of that name, which others have.
+        packages=[*find_packages(include=["pyfeedback", "pyfeedback.*"]), "pyfeedback.kernels"],
+        package_dir={"pyfeedback.kernels": "kernels"},
         ext_modules=extensions,
         cmdclass={**commands, "build_py": command_build_py(info)},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},

@@ -52,6 +52,18 @@ bool same_strides(const Shape& a, const Shape& b) {
   return true;
 }
 
+struct Device {
+  int32_t type, index;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+Device device_of(AtenTensorHandle tensor) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device.index));
+  return device;
+}
+
 const void* read_pointer(AtenTensorHandle tensor) {
   const void* data;
   TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
@@ -119,7 +131,9 @@ TensorList::~TensorList() {
 StepPlan plan_step(const StepArguments& a) {
   check_lengths(a);
   StepPlan plan;
+  if (a.feedback.size() == 0) return plan;
   plan.tensors.reserve(a.feedback.size());
+  const Device device = device_of(a.feedback[0]);
   for (size_t i = 0; i < a.feedback.size(); ++i) {
     const bool reads_weight = a.self[i] != 0, reads_grad = a.tie[i] != 0;
     STD_TORCH_CHECK(!reads_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
@@ -129,6 +143,11 @@ StepPlan plan_step(const StepArguments& a) {
         a.momentum_buffer.size() ? a.momentum_buffer[i] : nullptr};
     const Shape shape = shape_of(a.feedback[i]);
     if (shape.numel == 0) continue;
+
+    for (AtenTensorHandle operand : operands) {
+      STD_TORCH_CHECK(operand == nullptr || device_of(operand) == device, "tensor ", i,
+                      " of feedback, weight, grad or momentum_buffer is not on the device of feedback 0");
+    }
 
     StepTensor tensor{};
     tensor.dtype = dtype_of(a.feedback[i]);

@@ -7,8 +7,8 @@
 namespace pyfeedback::cpu {
 
 constexpr int64_t kMinStretch = 64;    // a few cache lines in a row: less wastes the line fetched with each sample
-constexpr int64_t kMaxStretch = 1024;  // two float64 accumulators on the stack stay in the first-level cache
-constexpr int64_t kStretchBytes = 256 * 1024;  // one stretch of all samples stays in a second-level cache
+constexpr int64_t kMaxStretch = 2048;  // three float64 rows of this many fit a second-level cache beside the samples
+constexpr int64_t kStretchBytes = 512 * 1024;  // one stretch of all samples stays in a second-level cache
 
 // Positions handled at a time, so that the second pass over the samples reads the cache and not memory.
 inline int64_t stretch_width(int64_t samples, int64_t element_size) {

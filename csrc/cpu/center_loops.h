@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../arguments.h"
 #include "center.h"
@@ -15,24 +16,40 @@ namespace {
 // with the number of samples.
 constexpr int64_t kGroup = 16;
 
+// A row in the wide type: converted into `scratch`, or where it lies if it is wide already.
+template <typename Scalar>
+const Wide<Scalar>* wide_row(const Scalar* row, Wide<Scalar>* scratch, int64_t count) {
+  if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
+    return row;
+  } else {
+    widen_row(row, scratch, count);
+    return scratch;
+  }
+}
+
 template <typename Scalar>
 void center_stretch(const Scalar* input, Scalar* output, const SampleBlocks& blocks, int64_t width) {
   using T = Wide<Scalar>;
-  T mean[kMaxStretch] = {};
+  T mean[kMaxStretch] = {}, sum[kMaxStretch], scratch[kMaxStretch];
   for (int64_t group = 0; group < blocks.samples; group += kGroup) {
-    T sum[kMaxStretch] = {};
+    std::fill_n(sum, width, T(0));
     const int64_t last = std::min(group + kGroup, blocks.samples);
     for (int64_t n = group; n < last; ++n) {
-      const Scalar* sample = input + n * blocks.stride;
-      for (int64_t p = 0; p < width; ++p) sum[p] += widen(sample[p]);
+      const T* row = wide_row(input + n * blocks.stride, scratch, width);
+      for (int64_t p = 0; p < width; ++p) sum[p] += row[p];
     }
     for (int64_t p = 0; p < width; ++p) mean[p] += sum[p];
   }
   for (int64_t p = 0; p < width; ++p) mean[p] /= static_cast<T>(blocks.samples);
   for (int64_t n = 0; n < blocks.samples; ++n) {
-    const Scalar* sample = input + n * blocks.stride;
-    Scalar* centered = output + n * blocks.positions;
-    for (int64_t p = 0; p < width; ++p) narrow(widen(sample[p]) - mean[p], centered[p]);
+    const T* row = wide_row(input + n * blocks.stride, scratch, width);
+    Scalar* __restrict centered = output + n * blocks.positions;
+    if constexpr (std::is_same_v<Scalar, T>) {
+      for (int64_t p = 0; p < width; ++p) centered[p] = row[p] - mean[p];
+    } else {
+      for (int64_t p = 0; p < width; ++p) scratch[p] = row[p] - mean[p];
+      narrow_row(scratch, centered, width);
+    }
   }
 }
 

@@ -1,7 +1,9 @@
 // The loops of native_feedback_step_ over one stretch of one tensor. In an unnamed namespace, see scalar.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../feedback_step.h"
 #include "../philox.h"
@@ -46,38 +48,53 @@ struct Straight {
   void next() { ++at; }
 };
 
-// Every operand at the same place: one read of each, one write of feedback and momentum.
-template <typename Scalar, bool kWeight, bool kGrad, bool kMomentum>
-void step_dense(const StepTensor& tensor, const FeedbackStep<Wide<Scalar>>& step, int64_t begin, int64_t end) {
-  using T = Wide<Scalar>;
-  Scalar* __restrict feedback = static_cast<Scalar*>(tensor.feedback);
-  const Scalar* __restrict weight = static_cast<const Scalar*>(tensor.weight);
-  const Scalar* __restrict grad = static_cast<const Scalar*>(tensor.grad);
-  Scalar* __restrict momentum = static_cast<Scalar*>(tensor.momentum);
+// Every operand at the same place, one read of each and one write of feedback and momentum. T is float or double.
+template <typename T, bool kWeight, bool kGrad, bool kMomentum>
+void step_straight(const StepTensor& tensor, const FeedbackStep<T>& step, int64_t begin, int64_t end) {
+  T* __restrict feedback = static_cast<T*>(tensor.feedback);
+  const T* __restrict weight = static_cast<const T*>(tensor.weight);
+  const T* __restrict grad = static_cast<const T*>(tensor.grad);
+  T* __restrict momentum = static_cast<T*>(tensor.momentum);
   const FeedbackStep<T> local = step;
   for (int64_t i = begin; i < end; ++i) {
-    const T old = widen(feedback[i]);
-    const T gradient = local.gradient(old, kWeight ? widen(weight[i]) : T(0), kGrad ? widen(grad[i]) : T(0));
-    T direction = gradient;
-    if constexpr (kMomentum) {
-      T buffer = widen(momentum[i]);
-      direction = local.direction(gradient, buffer);
-      narrow(buffer, momentum[i]);
-    }
-    narrow(old - local.lr * direction, feedback[i]);
+    const T old = feedback[i];
+    T direction = local.gradient(old, kWeight ? weight[i] : T(0), kGrad ? grad[i] : T(0));
+    if constexpr (kMomentum) direction = local.direction(direction, momentum[i]);
+    feedback[i] = old - local.lr * direction;
   }
 }
 
-template <typename Scalar>
-void step_dense(const StepTensor& tensor, const FeedbackStep<Wide<Scalar>>& step, int64_t begin, int64_t end) {
-  const int operands = (tensor.weight ? 4 : 0) | (tensor.grad ? 2 : 0) | (tensor.momentum ? 1 : 0);
-  constexpr decltype(&step_dense<Scalar, false, false, false>) kLoops[] = {
-      step_dense<Scalar, false, false, false>, step_dense<Scalar, false, false, true>,
-      step_dense<Scalar, false, true, false>,  step_dense<Scalar, false, true, true>,
-      step_dense<Scalar, true, false, false>,  step_dense<Scalar, true, false, true>,
-      step_dense<Scalar, true, true, false>,   step_dense<Scalar, true, true, true>,
+template <typename T>
+void step_dense(const StepTensor& tensor, const FeedbackStep<T>& step, int64_t begin, int64_t end) {
+  constexpr decltype(&step_straight<T, false, false, false>) kLoops[] = {
+      step_straight<T, false, false, false>, step_straight<T, false, false, true>,
+      step_straight<T, false, true, false>,  step_straight<T, false, true, true>,
+      step_straight<T, true, false, false>,  step_straight<T, true, false, true>,
+      step_straight<T, true, true, false>,   step_straight<T, true, true, true>,
   };
-  kLoops[operands](tensor, step, begin, end);
+  kLoops[(tensor.weight ? 4 : 0) | (tensor.grad ? 2 : 0) | (tensor.momentum ? 1 : 0)](tensor, step, begin, end);
+}
+
+// 16-bit tensors pass through float rows that stay in the first-level cache.
+template <typename Scalar>
+void step_rows(const StepTensor& tensor, const FeedbackStep<float>& step, int64_t begin, int64_t end) {
+  constexpr int64_t kRow = 512;
+  float feedback[kRow], weight[kRow], grad[kRow], momentum[kRow];
+  StepTensor row = tensor;
+  row.feedback = feedback;
+  if (tensor.weight) row.weight = weight;
+  if (tensor.grad) row.grad = grad;
+  if (tensor.momentum) row.momentum = momentum;
+  for (int64_t i = begin; i < end; i += kRow) {
+    const int64_t count = std::min(kRow, end - i);
+    widen_row(static_cast<const Scalar*>(tensor.feedback) + i, feedback, count);
+    if (tensor.weight) widen_row(static_cast<const Scalar*>(tensor.weight) + i, weight, count);
+    if (tensor.grad) widen_row(static_cast<const Scalar*>(tensor.grad) + i, grad, count);
+    if (tensor.momentum) widen_row(static_cast<const Scalar*>(tensor.momentum) + i, momentum, count);
+    step_dense<float>(row, step, 0, count);
+    narrow_row(feedback, static_cast<Scalar*>(tensor.feedback) + i, count);
+    if (tensor.momentum) narrow_row(momentum, static_cast<Scalar*>(tensor.momentum) + i, count);
+  }
 }
 
 // With noise, with operands in unlike layouts, or both: element by element in row-major order.
@@ -116,8 +133,10 @@ void step(const StepTensor& tensor, const StepLayout* layout, const StepOptions&
       step_each<Scalar>(tensor, options, coefficients, Walk(*layout, begin), begin, end);
     } else if (options.noise != 0) {
       step_each<Scalar>(tensor, options, coefficients, Straight{begin}, begin, end);
-    } else {
+    } else if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
       step_dense<Scalar>(tensor, coefficients, begin, end);
+    } else {
+      step_rows<Scalar>(tensor, coefficients, begin, end);
     }
   });
 }

@@ -61,6 +61,34 @@ inline void narrow(float value, Float16& result) {
 #endif
 }
 
+// Rows of 16-bit values are converted as a whole: scalar conversions of float16 keep a loop from being vectorised.
+template <typename Scalar>
+inline void widen_row(const Scalar* from, Wide<Scalar>* to, int64_t count) {
+  int64_t i = 0;
+#ifdef PYFEEDBACK_F16C
+  if constexpr (std::is_same_v<Scalar, Float16>) {
+    for (; i + 8 <= count; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    }
+  }
+#endif
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+template <typename Scalar>
+inline void narrow_row(const Wide<Scalar>* from, Scalar* to, int64_t count) {
+  int64_t i = 0;
+#ifdef PYFEEDBACK_F16C
+  if constexpr (std::is_same_v<Scalar, Float16>) {
+    for (; i + 8 <= count; i += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#endif
+  for (; i < count; ++i) narrow(from[i], to[i]);
+}
+
 // Integer tests of the exponent, which vectorise; a floating comparison would have to keep its order.
 inline uint64_t nonfinite(double value) {
   uint64_t bits;

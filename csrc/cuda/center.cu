@@ -1,0 +1,46 @@
+#include <algorithm>
+
+#include "launch.h"
+#include "scalar.cuh"
+
+namespace pyfeedback::cuda {
+
+namespace {
+
+// Samples added up before the sum is passed on, as on the CPU.
+constexpr int64_t kGroup = 16;
+
+// A thread owns a position: neighbours read neighbouring elements of every sample.
+template <typename Scalar>
+__global__ void __launch_bounds__(kThreads) center_kernel(CenterLaunch p) {
+  using T = Wide<Scalar>;
+  const Scalar* input = static_cast<const Scalar*>(p.input);
+  Scalar* output = static_cast<Scalar*>(p.output);
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t position = int64_t{blockIdx.x} * kThreads + threadIdx.x; position < p.positions; position += step) {
+    T mean = 0;
+    for (int64_t group = 0; group < p.samples; group += kGroup) {
+      T sum = 0;
+      const int64_t last = group + kGroup < p.samples ? group + kGroup : p.samples;
+      for (int64_t n = group; n < last; ++n) sum += widen(input[n * p.stride + position]);
+      mean += sum;
+    }
+    mean /= static_cast<T>(p.samples);
+    for (int64_t n = 0; n < p.samples; ++n) {
+      narrow(widen(input[n * p.stride + position]) - mean, output[n * p.positions + position]);
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_center(const CenterLaunch& launch, cudaStream_t stream) {
+  constexpr int64_t kMaxBlocks = 65535;
+  const int64_t blocks = std::min((launch.positions + kThreads - 1) / kThreads, kMaxBlocks);
+  visit_dtype(launch.dtype, [&](auto scalar) {
+    center_kernel<decltype(scalar)><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(launch);
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace pyfeedback::cuda

@@ -1,0 +1,9 @@
+// The CUDA library: what is registered for the schemas in pyfeedback/schemas.py; see csrc/registration.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(pyfeedback, CUDA, m) {
+  m.impl("native_center", TORCH_BOX(&pyfeedback::cuda::center));
+  m.impl("native_feedback_step_", TORCH_BOX(&pyfeedback::cuda::feedback_step_));
+}

@@ -1,0 +1,372 @@
+"""The compiled ops against plain torch formulas in float64.
+
+The rule everywhere: error at most twice that of the same formula in plain torch in the tensor's own dtype, plus one
+unit in the last place of the largest value; four in float64, where the formula that judges rounds as much itself.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyfeedback import native
+
+pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(0,), (), (1,), (7,), (3, 5), (33, 1, 7), (4, 6, 3, 3), (8, 3, 5, 7), (40000,)]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def assert_as_accurate(actual, composed, oracle, scale=None):
+    """`actual` against the float64 `oracle`; `composed` is plain torch in the dtype of `actual`, `scale` the largest
+    value that took part, by default the largest of the oracle."""
+    assert actual.shape == oracle.shape
+    if oracle.numel() == 0:
+        return
+    own = (composed.double() - oracle).abs().max()
+    floor = (4 if actual.dtype == torch.float64 else 1) * torch.finfo(actual.dtype).eps * (oracle if scale is None else scale).abs().max()
+    error = (actual.double() - oracle).abs().max()
+    assert error <= 2 * own + floor, f"error {error:.3g}, plain torch {own:.3g}, floor {floor:.3g}"
+
+
+def step_formula(
+    feedback, weight, grad, buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False, noise=0.0, seed=0
+):
+    """(feedback, momentum buffer) after one step of one tensor, out of place and in the dtype given."""
+    gradient = decay * feedback
+    if self_:
+        gradient = gradient - self_ * weight
+    if tie:
+        gradient = gradient + tie * grad
+    if buffer is None:
+        return feedback - lr * gradient, None
+    buffer = momentum * buffer + gradient
+    direction = gradient + momentum * buffer if nesterov else buffer
+    return feedback - lr * direction, buffer
+
+
+def random_like_model(shapes, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def native_step(feedback, weight, grad, buffers, **keywords):
+    """The op on copies; per-tensor coefficients may be given as one number. Returns (feedback, buffers)."""
+    feedback = [tensor.clone() for tensor in feedback]
+    buffers = [tensor.clone() for tensor in buffers]
+    for name in ("decay", "self_", "tie"):
+        value = keywords.get(name, 0.0)
+        keywords[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(feedback)
+    torch.ops.pyfeedback.native_feedback_step_(feedback, weight, grad, buffers, **keywords)
+    return feedback, buffers
+
+
+def check_step(feedback, weight, grad, buffers, **keywords):
+    """One native step of a model against the formula, tensor by tensor."""
+    stepped, stepped_buffers = native_step(feedback, weight, grad, buffers, **keywords)
+    for i, start in enumerate(feedback):
+        operands = [start, *(list_[i] if list_ else None for list_ in (weight, grad, buffers))]
+        own = {name: value[i] if isinstance(value, list) else value for name, value in keywords.items()}
+        own = {"decay": 0.0, "self_": 0.0, "tie": 0.0, **own}
+        composed, composed_buffer = step_formula(*operands, **own)
+        oracle, oracle_buffer = step_formula(*(t if t is None else t.double() for t in operands), **own)
+        assert_as_accurate(stepped[i], composed, oracle)
+        assert stepped[i].stride() == start.stride()
+        if buffers:
+            assert_as_accurate(stepped_buffers[i], composed_buffer, oracle_buffer)
+
+
+class TestFeedbackStep:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("coefficients", [(0.1, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, 1.0), (0.1, 0.3, 0.7)], ids=str)
+    @pytest.mark.parametrize("follow", ["plain", "momentum", "nesterov"])
+    def test_matches_the_formula(self, dtype, coefficients, follow):
+        decay, self_, tie = coefficients
+        feedback, weight, grad, buffers = (random_like_model(SIZES, dtype, seed) for seed in range(4))
+        keywords = {} if follow == "plain" else {"momentum": 0.9, "nesterov": follow == "nesterov"}
+        check_step(
+            feedback,
+            weight if self_ else [],
+            grad if tie else [],
+            [] if follow == "plain" else buffers,
+            decay=decay,
+            self_=self_,
+            tie=tie,
+            lr=0.05,
+            **keywords,
+        )
+
+    def test_three_hundred_tensors_of_mixed_dtypes_and_coefficients(self):
+        shapes = [(1 + 37 * i % 211, 1 + i % 5) for i in range(300)]
+        dtypes = [DTYPES[i % 4] for i in range(300)]
+        model = [
+            [tensor.to(dtype) for tensor, dtype in zip(random_like_model(shapes, torch.float64, seed), dtypes, strict=True)]
+            for seed in range(4)
+        ]
+        check_step(
+            *model,
+            decay=[i / 300 for i in range(300)],
+            self_=[i % 3 / 3 for i in range(300)],
+            tie=[i % 2 / 2 for i in range(300)],
+            lr=0.1,
+            momentum=0.5,
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("formats", ["clll", "lccc", "lclc", "llll", "ctts"])
+    def test_layouts(self, dtype, formats):
+        """c contiguous, l channels_last, t transposed, s a strided slice; one letter per operand."""
+
+        def arrange(tensor, letter):
+            if letter == "c":
+                return tensor
+            if letter == "l":
+                return tensor.contiguous(memory_format=torch.channels_last)
+            if letter == "t":
+                return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+            spread = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=tensor.dtype)
+            spread[..., ::2] = tensor
+            return spread[..., ::2]
+
+        tensors = [arrange(random_like_model([(6, 4, 3, 5)], dtype, i)[0], letter) for i, letter in enumerate(formats)]
+        feedback, weight, grad, buffer = tensors
+        check_step([feedback], [weight], [grad], [buffer], decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9)
+
+    def test_a_strided_feedback_leaves_its_gaps_alone(self):
+        storage = torch.full((10, 8), float("nan"))
+        feedback = storage[:, 1::3]
+        feedback.copy_(torch.arange(30.0).view(10, 3))
+        expected = storage.clone()
+        expected[:, 1::3] *= 0.5
+        torch.ops.pyfeedback.native_feedback_step_(
+            [feedback], [], [], [], decay=[1.0], self_=[0.0], tie=[0.0], lr=0.5
+        )
+        torch.testing.assert_close(storage, expected, equal_nan=True, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("offset", [1, 3])
+    def test_unaligned_starts(self, dtype, offset):
+        model = [[tensor[offset:] for tensor in random_like_model([(103,)], dtype, seed)] for seed in range(4)]
+        check_step(*model, decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9, nesterov=True)
+
+    @pytest.mark.parametrize("layout", ["dense", "strided"])
+    def test_unread_tensors_may_hold_anything(self, layout):
+        feedback = random_like_model([(4, 6), (5, 5)], torch.float32)
+        weight, grad = ([torch.full_like(tensor, float("nan")) for tensor in feedback] for _ in range(2))
+        weight[1], grad[0] = random_like_model([(5, 5), (4, 6)], torch.float32, 1)
+        if layout == "strided":
+            weight[1] = weight[1].t().contiguous().t()
+            grad[0] = grad[0].t().contiguous().t()
+        for skip in (False, True):
+            stepped, _ = native_step(
+                feedback, weight, grad, [], decay=0.1, self_=[0.0, 1.0], tie=[1.0, 0.0], lr=0.1, skip_nonfinite=skip
+            )
+            assert all(torch.isfinite(tensor).all() for tensor in stepped)
+            assert all((after != before).any() for after, before in zip(stepped, feedback, strict=True))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+    @pytest.mark.parametrize("operand", ["weight", "grad"])
+    @pytest.mark.parametrize("layout", ["dense", "strided"])
+    def test_skip_nonfinite_writes_nothing_anywhere(self, dtype, value, operand, layout):
+        shapes = [(50, 41)] * 20
+        model = dict(zip(("feedback", "weight", "grad", "buffers"), (random_like_model(shapes, dtype, s) for s in range(4)), strict=True))
+        if layout == "strided":
+            model[operand][13] = model[operand][13].t().contiguous().t()
+        model[operand][13][49, 40] = value
+        keywords = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5, "momentum": 0.9}
+        stepped, buffers = native_step(*model.values(), skip_nonfinite=True, **keywords)
+        for before, after in zip(model["feedback"] + model["buffers"], stepped + buffers, strict=True):
+            assert torch.equal(before, after)
+        stepped, _ = native_step(*model.values(), **keywords)
+        assert not torch.isfinite(stepped[13][49, 40])
+
+    def test_skip_nonfinite_steps_when_all_is_finite(self):
+        model = [random_like_model([(100,)], torch.float32, seed) for seed in range(3)]
+        keywords = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5}
+        plain, _ = native_step(*model, [], **keywords)
+        skipping, _ = native_step(*model, [], skip_nonfinite=True, **keywords)
+        assert torch.equal(plain[0], skipping[0])
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"weight": [torch.zeros(3)]}, "weight"),
+            ({"grad": [torch.zeros(4, dtype=torch.float64)]}, "grad"),
+            ({"grad": []}, "grad is empty"),
+            ({"decay": [0.1, 0.2]}, "decay"),
+            ({"momentum": 0.5}, "momentum_buffer is empty"),
+        ],
+        ids=["shape", "dtype", "no-grad", "coefficients", "no-buffer"],
+    )
+    def test_contradictory_arguments_raise_and_write_nothing(self, change, words):
+        feedback = [torch.ones(4)]
+        arguments = {"weight": [torch.zeros(4)], "grad": [torch.zeros(4)], "momentum_buffer": []}
+        arguments |= {"decay": [0.1], "self_": [0.2], "tie": [0.3], "lr": 0.5}
+        with pytest.raises(RuntimeError):
+            torch.ops.pyfeedback.native_feedback_step_(feedback, **(arguments | change))
+        assert torch.equal(feedback[0], torch.ones(4))
+
+
+class TestNoise:
+    def draw(self, shapes, seed=1, dtype=torch.float32, layout=None):
+        """The normal draws themselves: from zero, with lr = -1 and no other term."""
+        tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+        if layout is not None:
+            tensors = [tensor.contiguous(memory_format=layout) for tensor in tensors]
+        return native_step(tensors, [], [], [], lr=-1.0, noise=1.0, seed=seed)[0]
+
+    def test_moments_of_the_normal_distribution(self):
+        (draws,) = self.draw([(400_000,)], dtype=torch.float64)
+        standard_error = 400_000**-0.5
+        assert abs(draws.mean()) < 4 * standard_error
+        assert abs(draws.var() - 1) < 4 * 2**0.5 * standard_error
+        assert abs((draws**3).mean()) < 4 * 15**0.5 * standard_error
+        assert abs((draws**4).mean() - 3) < 4 * 96**0.5 * standard_error
+        assert draws.abs().max() < 7
+
+    def test_neighbours_are_uncorrelated(self):
+        (draws,) = self.draw([(400_000,)], dtype=torch.float64)
+        for lag in (1, 2, 3, 4):
+            assert abs((draws[lag:] * draws[:-lag]).mean()) < 4 * 400_000**-0.5
+
+    def test_depends_on_seed_and_tensor_alone(self):
+        first, second = self.draw([(50,), (50,)], seed=1)
+        assert not torch.equal(first, second)
+        assert not torch.equal(first, self.draw([(50,)], seed=2)[0])
+        assert torch.equal(first, self.draw([(9, 9)], seed=1)[0].flatten()[:50])
+
+    @pytest.mark.parametrize("seed", [-1, 0, 2**63 - 1, 1 << 32])
+    def test_every_seed_draws_its_own(self, seed):
+        (draws,) = self.draw([(1000,)], seed=seed)
+        assert torch.isfinite(draws).all()
+        assert not torch.equal(draws, self.draw([(1000,)], seed=12345)[0])
+
+    def test_the_layout_does_not_change_the_draws(self):
+        shape = [(3, 4, 5, 6)]
+        assert torch.equal(self.draw(shape)[0], self.draw(shape, layout=torch.channels_last)[0])
+
+    @pytest.mark.parametrize("noise", [0.0, 0.5])
+    def test_the_number_of_threads_changes_nothing(self, noise):
+        model = [random_like_model([(70_001,), (3,), (50_000,)], torch.float32, seed) for seed in range(4)]
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(
+                    native_step(
+                        *model, decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9, noise=noise, seed=7
+                    )
+                )
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            for ours, theirs in zip(results[0], other, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    def test_noise_adds_to_the_gradient(self, dtype):
+        feedback, weight, grad, buffers = (random_like_model([(41,)], dtype, seed) for seed in range(4))
+        (noise,) = self.draw([(41,)], seed=5, dtype=torch.float64)
+        stepped, _ = native_step(
+            feedback, weight, grad, buffers, decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9, noise=0.25, seed=5
+        )
+        noisy = [tensor.double() + noise * 0.25 / 0.3 for tensor in grad]
+        oracle, _ = step_formula(
+            feedback[0].double(), weight[0].double(), noisy[0], buffers[0].double(),
+            decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9,
+        )  # fmt: skip
+        torch.testing.assert_close(
+            stepped[0].double(), oracle, rtol=4 * torch.finfo(dtype).eps, atol=max(1e-7, torch.finfo(dtype).eps)
+        )
+
+
+def center_formula(tensor, samples):
+    tensor = tensor[:samples]
+    return tensor - tensor.mean(0, keepdim=True)
+
+
+class TestCenter:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("shape", [(1, 3), (5,), (7, 1, 3, 3), (8, 16, 9, 11), (300, 5), (4, 70001), (65, 3, 2)], ids=str)
+    @pytest.mark.parametrize("mean", [0.0, 30.0])
+    def test_matches_the_formula(self, dtype, shape, mean):
+        generator = torch.Generator().manual_seed(0)
+        tensor = (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
+        for samples in {1, (shape[0] + 1) // 2, shape[0]}:
+            actual = torch.ops.pyfeedback.native_center(tensor, samples)
+            assert actual.dtype == dtype
+            assert actual.is_contiguous()
+            assert_as_accurate(
+                actual, center_formula(tensor, samples), center_formula(tensor.double(), samples), scale=tensor
+            )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("arrangement", ["channels_last", "permuted", "apart", "offset"])
+    def test_layouts(self, dtype, arrangement):
+        tensor = torch.randn(6, 5, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        plain = tensor
+        if arrangement == "channels_last":
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        elif arrangement == "permuted":
+            tensor = tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        elif arrangement == "apart":
+            spread = torch.full((12, *tensor.shape[1:]), float("nan"), dtype=dtype)
+            spread[::2] = tensor
+            tensor = spread[::2]
+        else:
+            storage = torch.full((tensor.numel() + 3,), float("nan"), dtype=dtype)
+            storage[3:] = tensor.flatten()
+            tensor = storage[3:].view_as(tensor)
+        actual = torch.ops.pyfeedback.native_center(tensor, 4)
+        assert actual.stride()[1:] == tensor.stride()[1:]
+        assert actual.stride(0) == tensor[0].numel()
+        assert_as_accurate(actual, center_formula(plain, 4), center_formula(plain.double(), 4), scale=plain)
+
+    @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 2), (0,)], ids=str)
+    def test_nothing_to_center(self, shape):
+        assert torch.ops.pyfeedback.native_center(torch.zeros(shape), shape[0]).shape == shape
+
+    def test_a_nonfinite_value_stays_at_its_position(self):
+        tensor = torch.randn(5, 200)
+        tensor[2, 77] = float("inf")
+        finite = torch.isfinite(torch.ops.pyfeedback.native_center(tensor, 5)).all(0)
+        assert finite.sum() == 199
+        assert not finite[77]
+
+    def test_the_number_of_threads_changes_nothing(self):
+        tensor = torch.randn(33, 12345)
+        before = torch.get_num_threads()
+        try:
+            results = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                results.append(torch.ops.pyfeedback.native_center(tensor, 33))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(*results)
+
+    @pytest.mark.parametrize("tensor", [torch.zeros(4, 6)[:, ::2], torch.zeros(1, 6).expand(4, 6)], ids=["gaps", "expanded"])
+    def test_a_sample_that_is_no_block_raises(self, tensor):
+        with pytest.raises(RuntimeError):
+            torch.ops.pyfeedback.native_center(tensor, 4)
+
+    @pytest.mark.parametrize("samples", [-1, 5])
+    def test_samples_out_of_range_raises(self, samples):
+        with pytest.raises(RuntimeError):
+            torch.ops.pyfeedback.native_center(torch.zeros(4, 6), samples)
+
+
+def test_the_ops_pass_opcheck_on_their_schema():
+    torch.library.opcheck(
+        torch.ops.pyfeedback.native_feedback_step_.default,
+        ([torch.ones(4)], [torch.ones(4)], [], [torch.zeros(4)]),
+        {"decay": [0.1], "self_": [0.2], "tie": [0.0], "lr": 0.5, "momentum": 0.9},
+        test_utils="test_schema",
+    )
+    torch.library.opcheck(torch.ops.pyfeedback.native_center.default, (torch.ones(4, 3), 2), test_utils="test_schema")
