@@ -27,8 +27,9 @@ TORCH_TARGET = ".".join(map(str, TORCH_MINIMUM))
 DEFINES = [("TORCH_TARGET_VERSION", f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000")]
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden,-Wall", "--expt-relaxed-constexpr"]
-# Other linkers drop a library that no symbol is taken from; libtorch alone leads to libtorch_cuda.
-LINK_FLAGS = ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []
+# Some linkers drop a library that no symbol is taken from, but libtorch alone leads to libtorch_cuda.
+KEEP_ALL = ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []
+LINK_FLAGS = [*KEEP_ALL, "-ltorch", "-ltorch_cpu"]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
@@ -81,7 +82,6 @@ def cpu_extension(include: list[str], library: list[str]) -> Extension:
         sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
         include_dirs=[*include, os.path.abspath("csrc")],
         library_dirs=library,
-        libraries=["torch", "torch_cpu"],
         define_macros=DEFINES,
         extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=LINK_FLAGS,
@@ -94,10 +94,10 @@ def cuda_extension(include: list[str], library: list[str], home: Path) -> Extens
     """The runtime is linked statically: the library then asks for no particular libcudart beside torch's own."""
     return Extension(
         "pyfeedback._C_cuda",
-        sorted(map(str, [Path("csrc/arguments.cpp"), *Path("csrc/cuda").glob("*.c*")])),
+        sorted(map(str, [Path("csrc/arguments.cpp"), *Path("csrc/cuda").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")])),
         include_dirs=[*include, os.path.abspath("csrc"), str(home / "include")],
         library_dirs=[*library, str(home / "lib64"), str(home / "lib")],
-        libraries=["torch", "torch_cpu", "cudart_static", "dl", "pthread", "rt"],
+        libraries=["cudart_static", "dl", "pthread", "rt"],
         define_macros=[*DEFINES, ("USE_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         extra_link_args=LINK_FLAGS,

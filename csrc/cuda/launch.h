@@ -18,7 +18,7 @@ constexpr int kVector = 4;
 constexpr int64_t kBlockElements = int64_t{kThreads} * kVector * 4;
 
 // Kernel parameters are passed by value and may take 4 KB: so many tensors go into one launch.
-constexpr int kLaunchTensors = 50;
+constexpr int kLaunchTensors = 45;
 
 struct StepLaunch {
   StepOptions options;
