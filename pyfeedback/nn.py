@@ -55,7 +55,8 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
 
     Shape:
         input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q]; feedback [K, C/groups, R, S].
-        Padding of another mode than "zeros" is applied first, so the rule sees the padded input.
+        Padding of another mode than "zeros" is applied first, so the rule sees the padded input; so is the uneven
+        one of "same" with an even kernel.
 
     Equivalent forward: ``torch.nn.Conv2d.forward``. Backward and rule: :func:`pyfeedback.functional.fa_conv2d`.
     """
@@ -88,9 +89,12 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
+            left, right, top, bottom = sides = self._reversed_padding_repeated_twice
+            if self.padding_mode == "zeros" and left == right and top == bottom:
+                padding = (top, left)
+            else:
+                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+                input, padding = F.pad(input, sides, mode=mode), (0, 0)
         window = Window(self.stride, padding, self.dilation, self.groups)
         positions = 1
         if self.rule.reduction == "mean":
