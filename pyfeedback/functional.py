@@ -151,7 +151,7 @@ def conv2d(
     input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
 ) -> Tensor:
     """:func:`fa_conv2d` for coefficients already checked: the layers' road."""
-    if torch.is_autocast_enabled(input.device.type):
+    if _autocasts(input.device):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_conv2d(input, weight, feedback, bias, window)
     return _Conv2d.apply(input, weight, feedback, bias, window, rule)
@@ -159,10 +159,15 @@ def conv2d(
 
 def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
     """:func:`fa_linear` for coefficients already checked: the layers' road."""
-    if torch.is_autocast_enabled(input.device.type):
+    if _autocasts(input.device):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_linear(input, weight, feedback, bias)
     return _Linear.apply(input, weight, feedback, bias, rule)
+
+
+def _autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; the meta device has none, and torch raises when asked about it."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _cast(input: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -205,7 +210,7 @@ class _Linear(torch.autograd.Function):
 def _run_backward(op: str, ctx, grad_output: Tensor, *window: Window) -> tuple[Tensor | None, ...]:
     device = grad_output.device
     compute = provide(op, device)
-    if torch.is_autocast_enabled(device.type):  # a backward called inside the region: its products stay as they are
+    if _autocasts(device):  # a backward called inside the region: its products stay as they are
         with torch.autocast(device.type, enabled=False):
             return compute(grad_output, *ctx.saved_tensors, *window, ctx.rule, ctx.needs_input_grad[:4])
     return compute(grad_output, *ctx.saved_tensors, *window, ctx.rule, ctx.needs_input_grad[:4])
