@@ -1,5 +1,6 @@
 """Layers with a feedback path: torch.nn's own, with ``.feedback`` beside ``.weight`` and a rule."""
 
+import logging
 import math
 
 import torch
@@ -10,6 +11,8 @@ from pyfeedback import functional
 from pyfeedback.forms import Window
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
+
+_log = logging.getLogger("pyfeedback")
 
 
 class FeedbackLayer(torch.nn.Module):
@@ -41,6 +44,13 @@ class FeedbackLayer(torch.nn.Module):
         super().reset_parameters()
         if "feedback" in self._parameters:  # torch.nn calls this before the feedback is there
             self.reset_feedback()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *others) -> None:
+        """A checkpoint of torch.nn's layer loads: the feedback it lacks stays as it is, with a warning."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
+        if f"{prefix}feedback" in missing_keys:
+            missing_keys.remove(f"{prefix}feedback")
+            _log.warning("%sfeedback is not in the state dict: the feedback weight stays as it is", prefix)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"
