@@ -20,9 +20,9 @@ class LayerAlignment:
         angle: between feedback and weight.
         norm_ratio: |feedback| / |weight|.
         projection_angle: between the gradients that the layer hands to its input by way of feedback and of weight,
-            for the output gradient of the same pass (local); None without a batch.
-        gradient_angle: between the weight's gradient in this network and backprop's on the same batch (true); None
-            without a batch.
+            for the output gradient of the same pass (local), all its calls together; None without a batch.
+        gradient_angle: between the weight's gradient in this network and backprop's on the same batch (true); nan
+            for a frozen weight, None without a batch.
     """
 
     angle: float
@@ -97,25 +97,28 @@ def _norm(x: Tensor) -> float:
 @contextmanager
 def _observing(model: nn.Module) -> Iterator[None]:
     """Buffers and the random state come out as they went in."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    saved = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(sorted(d.index for d in devices)), torch.enable_grad():
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in saved:
+            for module, name, buffer, value in saved:
                 buffer.copy_(value)
+                setattr(module, name, buffer)  # a forward may have put another in its place
 
 
 def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bool):
     """The weights' gradients of one pass, and the projection angle of each layer if it is to be observed."""
-    projections: dict[str, float] = {}
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def remember(name):
         def hook(module, inputs, output):
-            calls[name] = (inputs[0], output)
+            if not output.requires_grad:  # all of it frozen up to here
+                output = output.detach().requires_grad_()
+            calls.setdefault(name, []).append((inputs[0].detach(), output))
+            return output.clone()  # an activation behind may work in place: the gradient wanted is that of before
 
         return hook
 
@@ -127,20 +130,37 @@ def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bo
         for hook in hooks:
             hook.remove()
     weights = [layer.weight for layer in layers.values()]
-    outputs = [output for _, output in calls.values()]
-    grads = torch.autograd.grad(value, weights + outputs, allow_unused=True)
-    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(weights + outputs, grads, strict=True)]
-    for (name, (x, _)), grad_output in zip(calls.items(), grads[len(weights) :], strict=True):
-        projections[name] = _projection_angle(layers[name], x.detach(), grad_output)
-    return grads[: len(weights)], projections
+    outputs = [output for made in calls.values() for _, output in made]
+    grads = iter(_grad(value, weights + outputs))
+    weight_grads = [next(grads) for _ in weights]
+    projections = {
+        name: _projection_angle(layers[name], [(x, next(grads)) for x, _ in made]) for name, made in calls.items()
+    }
+    return weight_grads, projections
 
 
-def _projection_angle(layer: FeedbackLayer, x: Tensor, grad_output: Tensor) -> float:
-    x = x.requires_grad_()
-    by_feedback = torch.autograd.grad(type(layer).forward(layer, x), x, grad_output)[0]
+def _grad(value: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Gradients of ``value``; zeros for a tensor that it does not depend on, or that is frozen."""
+    live = [t for t in tensors if t.requires_grad]
+    grads = iter(torch.autograd.grad(value, live, allow_unused=True) if live else ())
+    found = [next(grads) if t.requires_grad else None for t in tensors]
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+
+def _projection_angle(layer: FeedbackLayer, calls: list[tuple[Tensor, Tensor]]) -> float:
+    by_feedback = _input_gradients(layer, calls)
     feedback, layer.feedback = layer.feedback, None
     try:
-        by_weight = torch.autograd.grad(type(layer).forward(layer, x), x, grad_output)[0]
+        by_weight = _input_gradients(layer, calls)
     finally:
         layer.feedback = feedback
     return angle(by_feedback, by_weight)
+
+
+def _input_gradients(layer: FeedbackLayer, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What the layer hands to its input, for each input and output gradient of ``calls``, end to end."""
+    grads = []
+    for x, grad_output in calls:
+        x = x.detach().requires_grad_()
+        grads += torch.autograd.grad(type(layer).forward(layer, x), x, grad_output)
+    return torch.cat([g.flatten() for g in grads])
