@@ -91,8 +91,8 @@ def plain_twin(layer):
 def padded_by_hand(layer, x):
     """The input and the padding of the convolution that reads it.
 
-    Zeros that stand evenly on both sides are the convolution's own padding, which its adjoint crops; the rest is
-    part of the input.
+    Zeros that stand evenly on both sides are the convolution's own padding, which its adjoint crops; any other
+    is part of the input.
     """
     if layer.padding == "valid":
         return x, 0
