@@ -40,8 +40,8 @@ def stop(message: str) -> None:
 def find_cuda_home() -> Path | None:
     """The toolkit that `nvcc` belongs to: it says itself, since the one on the path may be a wrapper or a link."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes]
-    nvcc = next(filter(None, [*candidates, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+    places = [*(os.path.join(home, "bin") for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
     if nvcc is None:
         return None
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
@@ -76,10 +76,18 @@ def plan_cuda(torch_cuda: str | None, home: Path | None) -> str:
     return ""
 
 
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
+def first_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
 def cpu_extension(include: list[str], library: list[str]) -> Extension:
     return Extension(
         "pyfeedback._C",
-        sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
+        sources("*.cpp", "cpu/*.cpp"),
         include_dirs=[*include, os.path.abspath("csrc")],
         library_dirs=library,
         define_macros=DEFINES,
@@ -94,7 +102,7 @@ def cuda_extension(include: list[str], library: list[str], home: Path) -> Extens
     """The runtime is linked statically: the library then asks for no particular libcudart beside torch's own."""
     return Extension(
         "pyfeedback._C_cuda",
-        sorted(map(str, [Path("csrc/arguments.cpp"), *Path("csrc/cuda").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")])),
+        sources("arguments.cpp", "cuda/*.cpp", "cuda/*.cu"),
         include_dirs=[*include, os.path.abspath("csrc"), str(home / "include")],
         library_dirs=[*library, str(home / "lib64"), str(home / "lib")],
         libraries=["cudart_static", "dl", "pthread", "rt"],
@@ -138,7 +146,7 @@ def plan() -> tuple[list[Extension], dict[str, Any], dict[str, Any]]:
     info |= {
         "cpu": True,
         "built_with_torch": torch.__version__,
-        "compiler": subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.split("\n")[0],
+        "compiler": first_line([*compiler.split(), "--version"]),
         "missing_cuda": plan_cuda(torch.version.cuda, home),
     }
     include, library = cpp_extension.include_paths(), cpp_extension.library_paths()
@@ -183,4 +191,5 @@ def main() -> None:
     )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -93,11 +93,11 @@ void check_lengths(const StepArguments& a) {
                   "decay, self_ and tie have ", a.decay.size(), ", ", a.self.size(), " and ", a.tie.size(),
                   " values; expected one for each of the ", count, " tensors of feedback");
   for (const TensorList* list : {&a.weight, &a.grad, &a.momentum_buffer}) {
-    STD_TORCH_CHECK(list->size() == 0 || list->size() == count,
-                    "weight, grad or momentum_buffer has ", list->size(), " tensors; expected none or ", count);
+    STD_TORCH_CHECK(list->size() == 0 || list->size() == count, "weight, grad or momentum_buffer has ", list->size(),
+                    " tensors; expected none or ", count);
   }
-  STD_TORCH_CHECK(a.options.momentum == 0 || a.momentum_buffer.size() == count,
-                  "momentum is ", a.options.momentum, " but momentum_buffer is empty");
+  STD_TORCH_CHECK(a.options.momentum == 0 || a.momentum_buffer.size() == count, "momentum is ", a.options.momentum,
+                  " but momentum_buffer is empty");
 }
 
 }  // namespace
@@ -184,8 +184,8 @@ SampleBlocks sample_blocks(const torch::stable::Tensor& input, int64_t samples) 
   const Shape shape = shape_of(input.get());
   STD_TORCH_CHECK(shape.dims >= 1 && shape.dims <= kMaxDims, "input has ", shape.dims, " dimensions; expected 1 to ",
                   kMaxDims);
-  STD_TORCH_CHECK(samples >= 0 && samples <= shape.size[0], "samples is ", samples, "; expected 0 to ",
-                  shape.size[0], ", the samples of input");
+  STD_TORCH_CHECK(samples >= 0 && samples <= shape.size[0], "samples is ", samples, "; expected 0 to ", shape.size[0],
+                  ", the samples of input");
   int64_t positions = 1;
   for (int64_t d = 1; d < shape.dims; ++d) positions *= shape.size[d];
   const bool dense = positions == 0 || is_dense(shape.dims - 1, shape.size + 1, shape.stride + 1);
@@ -206,8 +206,8 @@ torch::stable::Tensor empty_samples(const torch::stable::Tensor& input, const Sa
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(input.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(input.get(), &device_index));
   AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.dims, size.data(), stride.data(), dtype, device_type,
-                                                  device_index, &result));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(shape.dims, size.data(), stride.data(), dtype, device_type, device_index, &result));
   return torch::stable::Tensor(result);
 }
 

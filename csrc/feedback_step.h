@@ -44,9 +44,9 @@ struct StepTensor {
   void* momentum;
   int64_t numel;
   double decay, self, tie;
-  uint32_t index;   // place in the list, which the noise is drawn for
+  uint32_t index;  // place in the list, which the noise is drawn for
   Dtype dtype;
-  int32_t layout;   // place in the list of layouts, or -1: element i of every operand is at i
+  int32_t layout;  // place in the list of layouts, or -1: element i of every operand is at i
 };
 
 struct StepOptions {
@@ -57,8 +57,12 @@ struct StepOptions {
 
 template <typename Wide>
 PYFEEDBACK_HOST_DEVICE FeedbackStep<Wide> make_step(const StepTensor& tensor, const StepOptions& options) {
-  return {static_cast<Wide>(tensor.decay), static_cast<Wide>(tensor.self),  static_cast<Wide>(tensor.tie),
-          static_cast<Wide>(options.noise), static_cast<Wide>(options.lr), static_cast<Wide>(options.momentum),
+  return {static_cast<Wide>(tensor.decay),
+          static_cast<Wide>(tensor.self),
+          static_cast<Wide>(tensor.tie),
+          static_cast<Wide>(options.noise),
+          static_cast<Wide>(options.lr),
+          static_cast<Wide>(options.momentum),
           options.nesterov};
 }
 

@@ -34,10 +34,10 @@ struct Normals {
 
 // The draws of elements 4 * group .. 4 * group + 3 of one tensor, elements counted in row-major order.
 PYFEEDBACK_HOST_DEVICE Normals normals(uint64_t seed, uint32_t tensor, uint64_t group) {
-  const Philox bits = philox4x32_10(
-      {{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), tensor, 0}}, seed);
-  constexpr float kUnit = 2.3283064e-10f;   // 2^-32
-  constexpr float kAngle = 1.4629181e-9f;   // 2 pi 2^-32
+  const Philox bits =
+      philox4x32_10({{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), tensor, 0}}, seed);
+  constexpr float kUnit = 2.3283064e-10f;  // 2^-32
+  constexpr float kAngle = 1.4629181e-9f;  // 2 pi 2^-32
   Normals result;
   for (int pair = 0; pair < 4; pair += 2) {
     // Half a step away from zero, where the logarithm has no value.

@@ -31,12 +31,17 @@ void for_each_stretch(const StepPlan& plan, const Visitor& visit) {
 }  // namespace
 
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,
-                    StableListHandle momentum_buffer, const std::vector<double>& decay,
-                    const std::vector<double>& self, const std::vector<double>& tie, double lr, double momentum,
-                    bool nesterov, double noise, int64_t seed, bool skip_nonfinite) {
-  const StepArguments arguments{
-      TensorList(feedback), TensorList(weight), TensorList(grad), TensorList(momentum_buffer), decay, self, tie,
-      StepOptions{lr, momentum, noise, static_cast<uint64_t>(seed), nesterov}};
+                    StableListHandle momentum_buffer, const std::vector<double>& decay, const std::vector<double>& self,
+                    const std::vector<double>& tie, double lr, double momentum, bool nesterov, double noise,
+                    int64_t seed, bool skip_nonfinite) {
+  const StepArguments arguments{TensorList(feedback),
+                                TensorList(weight),
+                                TensorList(grad),
+                                TensorList(momentum_buffer),
+                                decay,
+                                self,
+                                tie,
+                                StepOptions{lr, momentum, noise, static_cast<uint64_t>(seed), nesterov}};
   const StepPlan plan = plan_step(arguments);
   const Kernels& kernel = kernels();
   if (skip_nonfinite) {

@@ -67,9 +67,8 @@ void step_straight(const StepTensor& tensor, const FeedbackStep<T>& step, int64_
 template <typename T>
 void step_dense(const StepTensor& tensor, const FeedbackStep<T>& step, int64_t begin, int64_t end) {
   constexpr decltype(&step_straight<T, false, false, false>) kLoops[] = {
-      step_straight<T, false, false, false>, step_straight<T, false, false, true>,
-      step_straight<T, false, true, false>,  step_straight<T, false, true, true>,
-      step_straight<T, true, false, false>,  step_straight<T, true, false, true>,
+      step_straight<T, false, false, false>, step_straight<T, false, false, true>, step_straight<T, false, true, false>,
+      step_straight<T, false, true, true>,   step_straight<T, true, false, false>, step_straight<T, true, false, true>,
       step_straight<T, true, true, false>,   step_straight<T, true, true, true>,
   };
   kLoops[(tensor.weight ? 4 : 0) | (tensor.grad ? 2 : 0) | (tensor.momentum ? 1 : 0)](tensor, step, begin, end);
@@ -99,8 +98,8 @@ void step_rows(const StepTensor& tensor, const FeedbackStep<float>& step, int64_
 
 // With noise, with operands in unlike layouts, or both: element by element in row-major order.
 template <typename Scalar, typename Offsets>
-void step_each(const StepTensor& tensor, const StepOptions& options, const FeedbackStep<Wide<Scalar>>& step,
-               Offsets at, int64_t begin, int64_t end) {
+void step_each(const StepTensor& tensor, const StepOptions& options, const FeedbackStep<Wide<Scalar>>& step, Offsets at,
+               int64_t begin, int64_t end) {
   using T = Wide<Scalar>;
   Normals normal = {};
   for (int64_t i = begin; i < end; ++i, at.next()) {
@@ -124,8 +123,7 @@ void step_each(const StepTensor& tensor, const StepOptions& options, const Feedb
   }
 }
 
-void step(const StepTensor& tensor, const StepLayout* layout, const StepOptions& options, int64_t begin,
-          int64_t end) {
+void step(const StepTensor& tensor, const StepLayout* layout, const StepOptions& options, int64_t begin, int64_t end) {
   visit_dtype(tensor.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const auto coefficients = make_step<Wide<Scalar>>(tensor, options);

@@ -2,12 +2,13 @@
 // changes: the linker keeps one copy of an inline function and must not keep one that an older processor cannot run.
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <immintrin.h>
 #include <type_traits>
+
+#include <torch/headeronly/util/Half.h>
 
 #include "../philox.h"
 #include "kernels.h"

@@ -24,8 +24,12 @@ struct Float16 {
 template <typename Scalar>
 using Wide = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
 
-inline double widen(double value) { return value; }
-inline float widen(float value) { return value; }
+inline double widen(double value) {
+  return value;
+}
+inline float widen(float value) {
+  return value;
+}
 
 inline float widen(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -42,8 +46,12 @@ inline float widen(Float16 value) {
 #endif
 }
 
-inline void narrow(double value, double& result) { result = value; }
-inline void narrow(float value, float& result) { result = value; }
+inline void narrow(double value, double& result) {
+  result = value;
+}
+inline void narrow(float value, float& result) {
+  result = value;
+}
 
 // To nearest, ties to even; a nan keeps a bit of its mantissa.
 inline void narrow(float value, BFloat16& result) {
@@ -100,8 +108,12 @@ inline uint32_t nonfinite(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return (bits & 0x7f800000u) == 0x7f800000u;
 }
-inline uint16_t nonfinite(BFloat16 value) { return (value.bits & 0x7f80u) == 0x7f80u; }
-inline uint16_t nonfinite(Float16 value) { return (value.bits & 0x7c00u) == 0x7c00u; }
+inline uint16_t nonfinite(BFloat16 value) {
+  return (value.bits & 0x7f80u) == 0x7f80u;
+}
+inline uint16_t nonfinite(Float16 value) {
+  return (value.bits & 0x7c00u) == 0x7c00u;
+}
 
 // visit(Scalar{}) for the storage type of `dtype`.
 template <typename Visitor>

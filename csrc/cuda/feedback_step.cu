@@ -98,9 +98,8 @@ __device__ void step_block(const StepTensor& tensor, const StepOptions& options,
     const Pack<Scalar> weight = load<Scalar>(tensor.weight, first, count, whole);
     const Pack<Scalar> grad = load<Scalar>(tensor.grad, first, count, whole);
     Pack<Scalar> momentum = load<Scalar>(tensor.momentum, first, count, whole);
-    const Normals noise = options.noise != 0
-                              ? normals(options.seed, tensor.index, static_cast<uint64_t>(first) / kVector)
-                              : Normals{};
+    const Normals noise =
+        options.noise != 0 ? normals(options.seed, tensor.index, static_cast<uint64_t>(first) / kVector) : Normals{};
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       step_element(step, feedback.value[j], weight.value[j], grad.value[j], momentum.value[j],
@@ -203,7 +202,9 @@ __global__ void __launch_bounds__(kThreads)
   if (any) *found = 1;
 }
 
-unsigned blocks_of(const StepLaunch& launch) { return static_cast<unsigned>(launch.first_block[launch.count]); }
+unsigned blocks_of(const StepLaunch& launch) {
+  return static_cast<unsigned>(launch.first_block[launch.count]);
+}
 
 unsigned blocks_of(const StridedLaunch& launch) {
   constexpr int64_t kMaxBlocks = 65535;

@@ -22,7 +22,7 @@ constexpr int kLaunchTensors = 45;
 
 struct StepLaunch {
   StepOptions options;
-  const int* skip;       // null, or where a nonzero value means that nothing is written
+  const int* skip;  // null, or where a nonzero value means that nothing is written
   StepTensor tensor[kLaunchTensors];
   int64_t first_block[kLaunchTensors + 1];  // [count] is the number of blocks
   int32_t count;

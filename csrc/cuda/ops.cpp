@@ -66,19 +66,24 @@ torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples
   const torch::stable::accelerator::DeviceGuard guard(device);
   torch::stable::Tensor output = empty_samples(input, blocks);
   if (samples == 0 || blocks.positions == 0) return output;
-  const CenterLaunch launch{input.const_data_ptr(), output.mutable_data_ptr(), samples,
-                            blocks.positions,       blocks.stride,             blocks.dtype};
+  const CenterLaunch launch{
+      input.const_data_ptr(), output.mutable_data_ptr(), samples, blocks.positions, blocks.stride, blocks.dtype};
   STD_CUDA_CHECK(launch_center(launch, current_stream(device)));
   return output;
 }
 
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,
-                    StableListHandle momentum_buffer, const std::vector<double>& decay,
-                    const std::vector<double>& self, const std::vector<double>& tie, double lr, double momentum,
-                    bool nesterov, double noise, int64_t seed, bool skip_nonfinite) {
-  const StepArguments arguments{
-      TensorList(feedback), TensorList(weight), TensorList(grad), TensorList(momentum_buffer), decay, self, tie,
-      StepOptions{lr, momentum, noise, static_cast<uint64_t>(seed), nesterov}};
+                    StableListHandle momentum_buffer, const std::vector<double>& decay, const std::vector<double>& self,
+                    const std::vector<double>& tie, double lr, double momentum, bool nesterov, double noise,
+                    int64_t seed, bool skip_nonfinite) {
+  const StepArguments arguments{TensorList(feedback),
+                                TensorList(weight),
+                                TensorList(grad),
+                                TensorList(momentum_buffer),
+                                decay,
+                                self,
+                                tie,
+                                StepOptions{lr, momentum, noise, static_cast<uint64_t>(seed), nesterov}};
   const StepPlan plan = plan_step(arguments);
   if (plan.tensors.empty()) return;
   const int32_t device = device_of(arguments.feedback[0]);
@@ -90,9 +95,8 @@ void feedback_step_(StableListHandle feedback, StableListHandle weight, StableLi
   if (skip_nonfinite) {
     flag = zero_flag(device, stream);
     skip = static_cast<int*>(flag.mutable_data_ptr());
-    for_each_launch(plan, arguments.options, nullptr, [&](const auto& launch) {
-      STD_CUDA_CHECK(launch_find_nonfinite(launch, skip, stream));
-    });
+    for_each_launch(plan, arguments.options, nullptr,
+                    [&](const auto& launch) { STD_CUDA_CHECK(launch_find_nonfinite(launch, skip, stream)); });
   }
   for_each_launch(plan, arguments.options, skip,
                   [&](const auto& launch) { STD_CUDA_CHECK(launch_step(launch, stream)); });

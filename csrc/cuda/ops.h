@@ -13,8 +13,8 @@ namespace pyfeedback::cuda {
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples);
 
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,
-                    StableListHandle momentum_buffer, const std::vector<double>& decay,
-                    const std::vector<double>& self, const std::vector<double>& tie, double lr, double momentum,
-                    bool nesterov, double noise, int64_t seed, bool skip_nonfinite);
+                    StableListHandle momentum_buffer, const std::vector<double>& decay, const std::vector<double>& self,
+                    const std::vector<double>& tie, double lr, double momentum, bool nesterov, double noise,
+                    int64_t seed, bool skip_nonfinite);
 
 }  // namespace pyfeedback::cuda

@@ -13,15 +13,31 @@ namespace pyfeedback::cuda {
 template <typename Scalar>
 using Wide = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
 
-__device__ __forceinline__ double widen(double value) { return value; }
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ double widen(double value) {
+  return value;
+}
+__device__ __forceinline__ float widen(float value) {
+  return value;
+}
+__device__ __forceinline__ float widen(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+__device__ __forceinline__ float widen(__half value) {
+  return __half2float(value);
+}
 
-__device__ __forceinline__ void narrow(double value, double& result) { result = value; }
-__device__ __forceinline__ void narrow(float value, float& result) { result = value; }
-__device__ __forceinline__ void narrow(float value, __nv_bfloat16& result) { result = __float2bfloat16_rn(value); }
-__device__ __forceinline__ void narrow(float value, __half& result) { result = __float2half_rn(value); }
+__device__ __forceinline__ void narrow(double value, double& result) {
+  result = value;
+}
+__device__ __forceinline__ void narrow(float value, float& result) {
+  result = value;
+}
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& result) {
+  result = __float2bfloat16_rn(value);
+}
+__device__ __forceinline__ void narrow(float value, __half& result) {
+  result = __float2half_rn(value);
+}
 
 // visit(Scalar{}) for the storage type of `dtype`.
 template <typename Visitor>
