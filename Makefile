@@ -1,0 +1,50 @@
+# Each target works as the first command on a fresh machine: it makes the environment and installs what is missing.
+# In an active virtual environment that one is used, with the torch that it has.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+# Threads of one process; with WORKERS of them a laptop stays usable.
+export OMP_NUM_THREADS ?= 2
+
+SOURCES := pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
+LINTED := $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint
+
+help:
+	@echo "make demo    train by every rule and compare: examples/two_routes.py"
+	@echo "make test    the test suite"
+	@echo "make bench   the benchmarks"
+	@echo "make lint    ruff, mypy and clang-format"
+	@echo
+	@echo "The environment is $(VENV); torch is installed there as TORCH=$(TORCH) unless it has one."
+	@echo "TORCH may be anything that pip understands, e.g. TORCH=torch for the newest; WORKERS=$(WORKERS) tests run at once."
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The package, editable, with one extra; again whenever what is compiled has changed.
+$(VENV)/.pyfeedback-%: $(SOURCES) | $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.pyfeedback-examples
+	$(BIN)/python examples/two_routes.py
+
+test: $(VENV)/.pyfeedback-test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(VENV)/.pyfeedback-test
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/.pyfeedback-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(LINTED)
