@@ -3,10 +3,13 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from pyfeedback.forms import Form, needs_response
 from pyfeedback.nn import LAYERS, FeedbackLayer
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
@@ -61,7 +64,7 @@ def convert(model: nn.Module, rule: str | Rule, *, return_report: bool = False):
             module.attach_feedback(rule)
             _draw_like_weight(module)
             report.changed.append(name)
-        elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
             report.left[name] = f"{type(module).__name__} has weights, and no feedback layer stands for it"
     report.not_in_place = _spare_responses(model)
     _log.info("%s", report)
@@ -103,14 +106,17 @@ def _spare_responses(model: nn.Module) -> list[str]:
     """Switch off the in-place activations that stand right behind a layer whose output the rule reads again.
 
     A layer with a bias computes its response again instead (the output is not the response), so only those without
-    one matter. Functional in-place calls cannot be seen from here: autograd raises on them.
+    one matter. Order is that of the modules, with shared ones at each of their places. Functional in-place calls
+    cannot be seen from here: autograd raises on them.
     """
-    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
+    leaves = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not any(m.children())]
+    leaves = [(name, m) for name, m in leaves if not isinstance(m, (nn.Identity, nn.Flatten))]  # they make no copy
     switched = []
-    for (_, layer), (name, follower) in zip(leaves, leaves[1:], strict=False):
+    for (_, layer), (name, follower) in pairwise(leaves):
         if not isinstance(layer, FeedbackLayer) or layer.feedback is None or layer.bias is not None:
             continue
-        if layer.rule.reads_data and getattr(follower, "inplace", False) is True:
+        reads_response = layer.rule.reads_data and needs_response(Form.DIRECT, layer.rule.coefficients(1, 1))
+        if reads_response and getattr(follower, "inplace", False) is True:
             follower.inplace = False
             switched.append(name)
     return switched

@@ -151,23 +151,23 @@ def conv2d(
     input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
 ) -> Tensor:
     """:func:`fa_conv2d` for coefficients already checked: the layers' road."""
-    if _autocasts(input.device):
+    if _autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_conv2d(input, weight, feedback, bias, window)
-    return _Conv2d.apply(input, weight, feedback, bias, window, rule)
+    return _Conv2d.apply(input, weight, feedback, bias, (window, rule))
 
 
 def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
     """:func:`fa_linear` for coefficients already checked: the layers' road."""
-    if _autocasts(input.device):
+    if _autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_linear(input, weight, feedback, bias)
-    return _Linear.apply(input, weight, feedback, bias, rule)
+    return _Linear.apply(input, weight, feedback, bias, (rule,))
 
 
-def _autocasts(device: torch.device) -> bool:
+def _autocasts(device_type: str) -> bool:
     """Whether autocast is on; the meta device has none, and torch raises when asked about it."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _cast(input: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -179,38 +179,47 @@ def _cast(input: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, feedback, bias, window, rule):
+    def forward(ctx, input, weight, feedback, bias, options):
+        window, rule = options
         output = torch.conv2d(input, weight, bias, *window)
         keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, window, rule)
         ctx.save_for_backward(input, weight, feedback, output if keep else None)
-        ctx.window, ctx.rule = window, rule
+        ctx.options = options
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
-        return *_run_backward("conv2d_backward", ctx, grad_output, ctx.window), None, None
+        return *_backward("conv2d_backward", ctx, grad_output), None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, feedback, bias, rule):
+    def forward(ctx, input, weight, feedback, bias, options):
         output = F.linear(input, weight, bias)
-        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, None, rule)
+        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, None, *options)
         ctx.save_for_backward(input, weight, feedback, output if keep else None)
-        ctx.rule = rule
+        ctx.options = options
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
-        return *_run_backward("linear_backward", ctx, grad_output), None
+        return *_backward("linear_backward", ctx, grad_output), None
 
 
-def _run_backward(op: str, ctx, grad_output: Tensor, *window: Window) -> tuple[Tensor | None, ...]:
-    device = grad_output.device
-    compute = provide(op, device)
-    if _autocasts(device):  # a backward called inside the region: its products stay as they are
-        with torch.autocast(device.type, enabled=False):
-            return compute(grad_output, *ctx.saved_tensors, *window, ctx.rule, ctx.needs_input_grad[:4])
-    return compute(grad_output, *ctx.saved_tensors, *window, ctx.rule, ctx.needs_input_grad[:4])
+def _backward(op: str, ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The four gradients. Wrapped only where it must be: each wrapper costs a tenth of a tiny layer's step."""
+    device_type = grad_output.device.type
+    if torch.is_grad_enabled():  # create_graph=True: what comes out must refuse to be differentiated
+        return _backward_once(ctx, op, device_type, grad_output)
+    if _autocasts(device_type):  # called inside the region: products keep their dtype
+        with torch.autocast(device_type, enabled=False):
+            return _compute(ctx, op, device_type, grad_output)
+    return _compute(ctx, op, device_type, grad_output)
+
+
+def _compute(ctx, op: str, device_type: str, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    compute = provide(op, device_type)
+    return compute(grad_output, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad)
+
+
+_backward_once = once_differentiable(_compute)

@@ -93,24 +93,22 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
         self.attach_feedback(rule)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.feedback is None:
+        feedback = self.feedback
+        if feedback is None:
             return super().forward(input)
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        padding = self.padding
+        weight, padding, rule = self.weight, self.padding, self.rule
         if isinstance(padding, str) or self.padding_mode != "zeros":
-            left, right, top, bottom = sides = self._reversed_padding_repeated_twice
-            if self.padding_mode == "zeros" and left == right and top == bottom:
-                padding = (top, left)
-            else:
-                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-                input, padding = F.pad(input, sides, mode=mode), (0, 0)
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
         window = Window(self.stride, padding, self.dilation, self.groups)
         positions = 1
-        if self.rule.reduction == "mean":
-            positions = math.prod(window.output_shape(input.shape, self.weight.shape)[2:])
-        coefficients = self.rule.coefficients(input.shape[0], positions)
-        return functional.conv2d(input, self.weight, self.feedback, self.bias, window, coefficients)
+        if rule.reduction == "mean":
+            positions = math.prod(window.output_shape(input.shape, weight.shape)[2:])
+        coefficients = rule.coefficients(input.shape[0], positions)
+        return functional.conv2d(input, weight, feedback, self.bias, window, coefficients)
 
 
 class Linear(FeedbackLayer, torch.nn.Linear):
@@ -140,13 +138,14 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         self.attach_feedback(rule)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.feedback is None:
+        feedback = self.feedback
+        if feedback is None:
             return super().forward(input)
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1
         coefficients = self.rule.coefficients(input.shape[0], positions)
-        return functional.linear(input, self.weight, self.feedback, self.bias, coefficients)
+        return functional.linear(input, self.weight, feedback, self.bias, coefficients)
 
 
 LAYERS: dict[type, type] = {torch.nn.Conv2d: Conv2d, torch.nn.Linear: Linear}

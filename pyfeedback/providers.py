@@ -46,12 +46,12 @@ _forced = "auto"
 _chosen: dict[tuple[str, str], Callable] = {}
 
 
-def provide(op: str, device: torch.device) -> Callable:
-    """The implementation of ``op`` for tensors on ``device``."""
-    key = (op, device.type)
+def provide(op: str, device_type: str) -> Callable:
+    """The implementation of ``op`` for tensors on a device of this type."""
+    key = (op, device_type)
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = _IMPLEMENTATIONS[op, _choose(op, device.type)]
+        found = _chosen[key] = _IMPLEMENTATIONS[op, _choose(op, device_type)]
     return found
 
 

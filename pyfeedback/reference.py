@@ -89,9 +89,10 @@ def regulariser(
     total = feedback.new_zeros(())
     if decay:
         total = total + decay * feedback.square().sum() / 2
-    if amp or sparse:
-        estimate = conv(x, feedback)
-        total = total - amp * (estimate * y).sum() / n + sparse * estimate.square().sum() / (2 * n)
+    if amp:
+        total = total - amp * (conv(x, feedback) * y).sum() / n
+    if sparse:
+        total = total + sparse * conv(x, feedback).square().sum() / (2 * n)
     if null:
         total = total + null * conv_transposed(y, feedback).square().sum() / (2 * n)
     if self_:

@@ -59,7 +59,7 @@ def _fa_conv2d_backward(
     arguments.check_conv2d(input, weight, feedback, None, window)
     arguments.check_coefficients(coefficients, input.shape[0])
     arguments.check_backward(grad_output, window.output_shape(input.shape, weight.shape), input, response, output_mask)
-    backward = provide("conv2d_backward", input.device)
+    backward = provide("conv2d_backward", input.device.type)
     return backward(grad_output, input, weight, feedback, response, window, coefficients, output_mask)
 
 
@@ -78,7 +78,7 @@ def _fa_linear_backward(
     arguments.check_coefficients(coefficients, input.shape[0])
     output_shape = (*input.shape[:-1], weight.shape[0])
     arguments.check_backward(grad_output, output_shape, input, response, output_mask)
-    backward = provide("linear_backward", input.device)
+    backward = provide("linear_backward", input.device.type)
     return backward(grad_output, input, weight, feedback, response, coefficients, output_mask)
 
 
@@ -88,7 +88,7 @@ def _feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, ti
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
     arguments.check_step(feedback, weight, grad, momentum_buffer, coefficients, scalars)
     if feedback:
-        provide("feedback_step_", feedback[0].device)(
+        provide("feedback_step_", feedback[0].device.type)(
             feedback, weight, grad, momentum_buffer, **coefficients, **scalars,
             nesterov=nesterov, seed=seed, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
@@ -96,7 +96,7 @@ def _feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, ti
 
 def _center(input: Tensor, samples: int) -> Tensor:
     arguments.check_center(input, samples)
-    return provide("center", input.device)(input, samples)
+    return provide("center", input.device.type)(input, samples)
 
 
 for _name, _implementation in {

@@ -15,6 +15,7 @@ from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form, n
 
 Mask = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Scaled = tuple[Tensor, float]  # a product, and the factor it still wants
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
@@ -30,35 +31,31 @@ def conv2d_backward(
     mask: Mask,
 ) -> Gradients:
     """Gradients of input, weight, feedback and bias of a convolution; None where ``mask`` is False."""
-    if input.shape[0] == 0:
-        return _zeros(input, weight, feedback, mask)
-    need_input, need_weight, need_feedback, need_bias = mask
-    tied = need_feedback and rule.tie != 0
+    need_input, need_weight, need_feedback, need_bias = mask[:4]
     x, grad_input, grad_weight, grad_feedback, grad_bias = input, None, None, None, None
-    if _is_pointwise(weight, window) and window.stride != (1, 1):
+    strided = window.stride != (1, 1) and _is_pointwise(weight, window)
+    if strided:
         # A strided 1x1 convolution is a dense one on the positions it reads. Not only the moments want it so: the
         # weight gradient of stride 3 in channels_last corrupts the heap (oneDNN on a CPU, torch 2.13).
         x = _read_positions(input, window).contiguous(memory_format=_memory_format(input))
-        strided, window = window, window._replace(stride=(1, 1))
-    if need_input or need_weight or tied or need_bias:
-        bias_sizes = [weight.shape[0]] if need_bias else None
-        needs = (need_input, need_weight or tied, need_bias)
+        whole, window = window, window._replace(stride=(1, 1))
+    needs = (need_input, need_weight or (need_feedback and rule.tie != 0), need_bias)
+    if True in needs:
         stride, padding, dilation, groups = window
         grad_input, grad_weight, grad_bias = _convolution_backward(
-            grad_output, x, feedback, bias_sizes, stride, padding, dilation, False, (0, 0), groups, needs
+            grad_output, x, feedback, (weight.shape[0],), stride, padding, dilation, False, (0, 0), groups, needs
         )
     if need_feedback:
         layer = _Conv2d(weight, window, grad_output.shape)
         grad_feedback = _feedback_gradient(layer, x, response, weight, feedback, grad_weight, rule)
-    if need_input and x is not input:
-        dense, grad_input = grad_input, torch.zeros_like(input)
-        _read_positions(grad_input, strided).copy_(dense)
-    return (
-        _laid_out_like(grad_input, input) if need_input else None,
-        _laid_out_like(grad_weight, weight) if need_weight else None,
-        _laid_out_like(grad_feedback, weight) if need_feedback else None,
-        grad_bias if need_bias else None,
-    )
+        grad_feedback = _laid_out_like(grad_feedback, weight)
+    if need_input:
+        if strided:
+            dense, grad_input = grad_input, torch.zeros_like(input)
+            _read_positions(grad_input, whole).copy_(dense)
+        grad_input = _laid_out_like(grad_input, input)
+    grad_weight = _laid_out_like(grad_weight, weight) if need_weight else None
+    return grad_input, grad_weight, grad_feedback, grad_bias
 
 
 def linear_backward(
@@ -71,9 +68,7 @@ def linear_backward(
     mask: Mask,
 ) -> Gradients:
     """Gradients of input, weight, feedback and bias of a linear layer; None where ``mask`` is False."""
-    if input.shape[0] == 0:
-        return _zeros(input, weight, feedback, mask)
-    need_input, need_weight, need_feedback, need_bias = mask
+    need_input, need_weight, need_feedback, need_bias = mask[:4]
     layer, grad_weight, grad_feedback = _Linear(weight), None, None
     if need_weight or (need_feedback and rule.tie != 0):
         grad_weight = layer.correlate(input, grad_output)
@@ -172,6 +167,8 @@ def _feedback_gradient(
 ) -> Tensor:
     """dR/dB + tie * grad_weight, rounded once to the dtype of the weight."""
     n = rule.samples or x.shape[0]
+    if n == 0:
+        return torch.zeros_like(weight)
     x = x[:n]
     y = y[:n] if y is not None else None
     form = choose_form(layer.problem(x.shape, n), rule, y is not None)
@@ -180,63 +177,68 @@ def _feedback_gradient(
     else:
         if y is None and needs_response(form, rule):
             y = layer.respond(x, weight)
-        data = _DATA_TERMS[form](layer, x, y, weight, feedback, rule)
-        grad = data.to(wide_dtype(data.dtype)).div_(n)
-        if rule.decay or rule.self_:
+        data, scale = _DATA_TERMS[form](layer, x, y, weight, feedback, rule)
+        grad = data.to(wide_dtype(data.dtype)).mul_(scale / n)
+        if rule.self_:
             grad = grad.add_(_blend(feedback, weight, rule.decay, rule.self_))
+        elif rule.decay:
+            grad = grad.add_(feedback, alpha=rule.decay)
     if rule.tie and grad_weight is not None:
         grad = grad.add_(grad_weight, alpha=rule.tie)
     return grad.to(weight.dtype)
 
 
-def _direct(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Tensor:
+def _direct(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """sparse: wgrad(x, conv(x, sparse B - amp W)), which stays exact where B nears W and the difference of two
     convolutions would cancel; null: wgrad(null z - amp x, y), folded into z in one pass. amp rides on either.
     """
-    total = None
+    total, scale = None, 1.0
     if rule.sparse:
-        centered = _centered(x, rule)
-        kernel = _blend(feedback, weight, rule.sparse, rule.amp).to(x.dtype)
+        centered, scale = _centered(x, rule), max(abs(rule.sparse), abs(rule.amp))
+        kernel = _blend(feedback, weight, rule.sparse / scale, rule.amp / scale).to(x.dtype)
         total = layer.correlate(centered, layer.respond(centered, kernel))
     if not rule.null and total is not None:
-        return total
+        return total, scale
     y = _centered(y, rule)  # centring one factor of wgrad(x, y) centres the product
     if not rule.null:
-        return layer.correlate(x, y).mul_(-rule.amp)
-    z, scale = layer.project(y, feedback, x), rule.null
-    if rule.amp and not rule.sparse:
-        if abs(rule.amp) <= abs(rule.null):
-            z = torch.sub(z, x, alpha=rule.amp / rule.null, out=z)
-        else:
-            z, scale = torch.sub(x, z, alpha=rule.null / rule.amp, out=z), -rule.amp
-    spread = layer.correlate(z, y)
-    return spread.mul_(scale) if total is None else total.add_(spread, alpha=scale)
+        return layer.correlate(x, y), -rule.amp
+    z = layer.project(y, feedback, x)
+    if total is not None:
+        return total.add_(layer.correlate(z, y), alpha=rule.null / scale), scale
+    if abs(rule.amp) <= abs(rule.null):
+        z = torch.sub(z, x, alpha=rule.amp / rule.null, out=z) if rule.amp else z
+        return layer.correlate(z, y), rule.null
+    z = torch.sub(x, z, alpha=rule.null / rule.amp, out=z)
+    return layer.correlate(z, y), -rule.amp
 
 
-def _input_moment(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Tensor:
+def _input_moment(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """(sparse B - amp W) G + null W G W' B, with the second moment G = x'x."""
     wide = wide_dtype(x.dtype)
     moment = layer.moment(_centered(x, rule)).to(wide)
     w, b = (t.reshape(t.shape[0], -1).to(wide) for t in (weight, feedback))
-    total = None
-    if rule.amp or rule.sparse:
-        total = _blend(b, w, rule.sparse, rule.amp) @ moment
-    if rule.null:
-        k, c = w.shape
-        mixed = w @ moment
-        spread = (mixed @ w.t()) @ b if k < c else mixed @ (w.t() @ b)
-        total = spread.mul_(rule.null) if total is None else total.add_(spread, alpha=rule.null)
-    return total.reshape(weight.shape)
+    if not rule.null:
+        if not rule.sparse:
+            return (w @ moment).reshape(weight.shape), -rule.amp
+        return (_blend(b, w, rule.sparse, rule.amp) @ moment).reshape(weight.shape), 1.0
+    mixed = w @ moment
+    spread = (mixed @ w.t()) @ b if w.shape[0] < w.shape[1] else mixed @ (w.t() @ b)
+    total = spread.mul_(rule.null).sub_(mixed, alpha=rule.amp)
+    if rule.sparse:
+        total = total.add_(b @ moment, alpha=rule.sparse)
+    return total.reshape(weight.shape), 1.0
 
 
-def _response_moment(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Tensor:
+def _response_moment(
+    layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients
+) -> Scaled:
     """null Y B - amp y'x, with the second moment Y = y'y."""
     wide = wide_dtype(x.dtype)
     y = _centered(y, rule)
-    total = (layer.moment(y).to(wide) @ feedback.reshape(feedback.shape[0], -1).to(wide)).mul_(rule.null)
+    total = layer.moment(y).to(wide) @ feedback.reshape(feedback.shape[0], -1).to(wide)
     if rule.amp:
-        total.sub_(layer.correlate(x, y).reshape(total.shape), alpha=rule.amp)
-    return total.reshape(weight.shape)
+        total = total.sub_(layer.correlate(x, y).reshape(total.shape), alpha=rule.amp / rule.null)
+    return total.reshape(weight.shape), rule.null
 
 
 _DATA_TERMS = {
@@ -256,7 +258,9 @@ def _blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
     feedback, weight = feedback.to(wide), weight.to(wide)
     if not w:
         return feedback * b
-    difference = torch.sub(feedback, weight).mul_(b)
+    difference = torch.sub(feedback, weight)
+    if b != 1.0:
+        difference = difference.mul_(b)
     return difference if b == w else difference.add_(weight, alpha=b - w)
 
 
@@ -282,10 +286,3 @@ def _laid_out_like(grad: Tensor, like: Tensor) -> Tensor:
     if grad.is_contiguous() and like.is_contiguous():  # they differ in dimensions of size one alone
         return grad.as_strided(like.shape, like.stride())
     return torch.empty_like(like).copy_(grad)
-
-
-def _zeros(input: Tensor, weight: Tensor, feedback: Tensor, mask: Mask) -> Gradients:
-    """The gradients of an empty batch."""
-    like = (input, weight, feedback)
-    grads = [torch.zeros_like(t) if need else None for t, need in zip(like, mask, strict=False)]
-    return (*grads, weight.new_zeros(weight.shape[0]) if mask[3] else None)

@@ -1,0 +1,120 @@
+"""Shapes and inputs that tests and benchmarks share: the layers of well-known networks, and tensors to feed them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfeedback.forms import Window
+
+
+class ConvShape(NamedTuple):
+    """One convolution of a network: input map H x W, square kernel R, ``count`` of them in the network."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    map_size: int
+    count: int = 1
+    groups: int = 1
+
+    @property
+    def window(self) -> Window:
+        """Stride, "same" padding and groups as the ops take them."""
+        pad = self.kernel // 2
+        return Window((self.stride,) * 2, (pad, pad), (1, 1), self.groups)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one forward pass of one sample."""
+        out = -(-self.map_size // self.stride)
+        return out * out * self.in_channels * self.out_channels * self.kernel**2 // self.groups
+
+
+def _conv(c: int, k: int, kernel: int, stride: int, map_size: int, count: int = 1) -> ConvShape:
+    return ConvShape(f"{c}-{k}-{kernel}x{kernel}s{stride}@{map_size}", c, k, kernel, stride, map_size, count)
+
+
+RESNET50 = (
+    _conv(3, 64, 7, 2, 224),
+    _conv(64, 64, 1, 1, 56),
+    _conv(64, 64, 3, 1, 56, 3),
+    _conv(64, 256, 1, 1, 56, 4),
+    _conv(256, 64, 1, 1, 56, 2),
+    _conv(256, 128, 1, 1, 56),
+    _conv(128, 128, 3, 2, 56),
+    _conv(256, 512, 1, 2, 56),
+    _conv(128, 512, 1, 1, 28, 4),
+    _conv(512, 128, 1, 1, 28, 3),
+    _conv(128, 128, 3, 1, 28, 3),
+    _conv(512, 256, 1, 1, 28),
+    _conv(256, 256, 3, 2, 28),
+    _conv(512, 1024, 1, 2, 28),
+    _conv(256, 1024, 1, 1, 14, 6),
+    _conv(1024, 256, 1, 1, 14, 5),
+    _conv(256, 256, 3, 1, 14, 5),
+    _conv(1024, 512, 1, 1, 14),
+    _conv(512, 512, 3, 2, 14),
+    _conv(1024, 2048, 1, 2, 14),
+    _conv(512, 2048, 1, 1, 7, 3),
+    _conv(2048, 512, 1, 1, 7, 2),
+    _conv(512, 512, 3, 1, 7, 2),
+)
+
+RESNET18 = (
+    _conv(3, 64, 7, 2, 224),
+    _conv(64, 64, 3, 1, 56, 4),
+    _conv(64, 128, 3, 2, 56),
+    _conv(64, 128, 1, 2, 56),
+    _conv(128, 128, 3, 1, 28, 3),
+    _conv(128, 256, 3, 2, 28),
+    _conv(128, 256, 1, 2, 28),
+    _conv(256, 256, 3, 1, 14, 3),
+    _conv(256, 512, 3, 2, 14),
+    _conv(256, 512, 1, 2, 14),
+    _conv(512, 512, 3, 1, 7, 3),
+)
+
+RESNET20_CIFAR = (
+    _conv(3, 16, 3, 1, 32),
+    _conv(16, 16, 3, 1, 32, 6),
+    _conv(16, 32, 3, 2, 32),
+    _conv(32, 32, 3, 1, 16, 5),
+    _conv(32, 64, 3, 2, 16),
+    _conv(64, 64, 3, 1, 8, 5),
+)
+
+
+class ConvInputs(NamedTuple):
+    """Leaf tensors of one layer call, and the gradient of its output."""
+
+    input: Tensor
+    weight: Tensor
+    feedback: Tensor
+    grad_output: Tensor
+
+
+def conv_inputs(
+    shape: ConvShape,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    memory_format: torch.memory_format = torch.channels_last,
+    seed: int = 0,
+) -> ConvInputs:
+    """Random inputs such as a network with batch norm and ReLU sees: half-normal input, Kaiming weights."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(size, generator=generator, device=device) * scale
+        return values.to(dtype, memory_format=memory_format)
+
+    c, k, r = shape.in_channels, shape.out_channels, shape.kernel
+    scale = (2 / (k * r * r)) ** 0.5
+    weight = normal(k, c // shape.groups, r, r, scale=scale)
+    feedback = normal(k, c // shape.groups, r, r, scale=scale)
+    input = normal(batch, c, shape.map_size, shape.map_size).relu_()
+    grad_output = normal(*shape.window.output_shape(input.shape, weight.shape))
+    return ConvInputs(*(t.requires_grad_() for t in (input, weight, feedback)), grad_output)
