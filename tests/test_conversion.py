@@ -1,0 +1,394 @@
+"""Conversion: the model stays the same objects, and every in-place activation keeps the gradients right."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyfeedback
+from pyfeedback import Rule, reference
+
+# Coefficients large enough for every term to be seen in the gradient.
+RULES = {
+    "bp": pyfeedback.rule("bp"),
+    "fa": Rule(name="fa"),
+    "wm": Rule(amp=0.3, decay=0.2, center=True, name="wm"),
+    "ia": Rule(amp=0.3, null=0.2, decay=0.1, center=True, name="ia"),
+    "sa": Rule(self_=0.3, decay=0.2, name="sa"),
+    "aa": Rule(amp=0.3, sparse=0.2, name="aa"),
+    "kp": Rule(tie=1.0, decay=0.2, name="kp"),
+}
+READ_RESPONSE = ("wm", "ia")
+
+
+def vgg_like(bias=True):
+    """conv -> batch norm -> ReLU(inplace), as torchvision's vgg_bn and, without bias, resnet."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1, bias=bias), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(),
+        nn.Linear(54, 8), nn.ReLU(inplace=True), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def alexnet_like():
+    """conv with bias -> ReLU(inplace), and linear -> ReLU(inplace), as torchvision's alexnet and vgg."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(inplace=True), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def bias_free():
+    """conv without bias -> in-place activations of several kinds, at once or behind modules that make no copy."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 1, bias=False), nn.Identity(),
+        nn.LeakyReLU(inplace=True), nn.Conv2d(6, 2, 3, bias=False), nn.Flatten(), nn.SiLU(inplace=True),
+        nn.Linear(32, 8, bias=False), nn.ELU(inplace=True), nn.Linear(8, 3, bias=False),
+    )  # fmt: skip
+
+
+def one_activation():
+    """One activation object behind every layer, first behind a layer with a bias."""
+    activation = nn.ReLU(inplace=True)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), activation, nn.Conv2d(4, 6, 3, bias=False), activation,
+        nn.Flatten(), nn.Linear(96, 3),
+    )  # fmt: skip
+
+
+MODELS = {
+    "vgg": vgg_like,
+    "vgg_no_bias": lambda: vgg_like(bias=False),
+    "alexnet": alexnet_like,
+    "bias_free": bias_free,
+    "one_activation": one_activation,
+}
+
+
+def converted(name, rule, dtype=torch.float64):
+    torch.manual_seed(0)
+    model, report = pyfeedback.convert(MODELS[name]().to(dtype), RULES[rule], return_report=True)
+    return model, report, torch.randn(4, 2, 6, 6, dtype=dtype)
+
+
+def gradients(model, total):
+    model.zero_grad(set_to_none=True)
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def reference_output(model, x):
+    """The output of a Sequential whose feedback layers are those of pyfeedback.reference, and all their penalties."""
+    penalties = x.new_zeros(())
+    for module in model:
+        if getattr(module, "feedback", None) is None:
+            x = module(x)
+            continue
+        rule = module.rule
+        terms = {name: getattr(rule, name) for name in ("decay", "amp", "null", "sparse", "self_", "tie", "center")}
+        if isinstance(module, nn.Linear):
+            x, penalty = reference.linear(x, module.weight, module.feedback, module.bias, **terms)
+        else:
+            window = (module.stride, module.padding, module.dilation, module.groups)
+            x, penalty = reference.conv2d(x, module.weight, module.feedback, module.bias, *window, **terms)
+        penalties = penalties + penalty
+    return x, penalties
+
+
+# In-place activations
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_converted_model_are_the_reference(name, rule):
+    model, _, x = converted(name, rule)
+    twin = copy.deepcopy(model)
+    for module in twin:
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    output, penalties = reference_output(twin, x)
+    target = torch.randn(output.shape, dtype=output.dtype)
+    expected = gradients(twin, F.mse_loss(output, target) + penalties)
+    found = gradients(model, F.mse_loss(model(x), target))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if value is None:
+            assert found[key] is None, key
+        else:
+            assert (found[key] - value).abs().max() <= 1e-10 * value.abs().max().clamp(min=1e-3), key
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("vgg", []), ("vgg_no_bias", []), ("alexnet", []), ("bias_free", ["1", "4", "7", "9"]), ("one_activation", ["3"])],
+)
+def test_activations_that_would_destroy_a_response_are_switched_and_reported(name, expected, rule):
+    plain = MODELS[name]()
+    model, report, _ = converted(name, rule)
+    switched = expected if rule in READ_RESPONSE else []
+    assert report.not_in_place == switched
+    assert ("no longer in place" in str(report)) == bool(switched)
+    off = [key for key, m in model.named_modules(remove_duplicate=False) if getattr(m, "inplace", None) is False]
+    assert set(switched) <= set(off)
+    same = {id(model.get_submodule(key)) for key in switched}
+    for key, module in plain.named_modules(remove_duplicate=False):
+        if hasattr(module, "inplace") and id(model.get_submodule(key)) not in same:
+            assert model.get_submodule(key).inplace, key
+
+
+def test_a_custom_rule_that_reads_the_response_switches_too():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(inplace=True))
+    _, report = pyfeedback.convert(model, Rule(null=1.0, sparse=1.0), return_report=True)
+    assert report.not_in_place == ["1"]
+
+
+def test_a_functional_in_place_call_raises_rather_than_corrupts():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, bias=False)
+
+        def forward(self, x):
+            return F.relu(self.conv(x), inplace=True)
+
+    model = pyfeedback.convert(Functional(), "ia")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(torch.randn(2, 2, 6, 6)).sum().backward()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transport_gives_the_gradients_of_the_model_as_it_was(name):
+    torch.manual_seed(1)
+    plain = MODELS[name]()
+    model = pyfeedback.convert(copy.deepcopy(plain), "bp")
+    assert list(model.state_dict()) == list(plain.state_dict())
+    x, target = torch.randn(4, 2, 6, 6), torch.randn(4, 3)
+    found, expected = (gradients(m, F.mse_loss(m(x), target)) for m in (model, plain))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# What stays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_everything_but_the_feedback_stays(train, dtype):
+    torch.manual_seed(3)
+    model = vgg_like().to(dtype).to(memory_format=torch.channels_last).train(train)
+    modules = list(model.named_modules())
+    before = {name: (t, t.clone()) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    x = torch.randn(4, 2, 6, 6, dtype=dtype, requires_grad=True)
+    expected = copy.deepcopy(model)(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+
+    assert pyfeedback.convert(model, "ia") is model
+    assert [(name, id(m)) for name, m in model.named_modules()] == [(name, id(m)) for name, m in modules]
+    assert [m.training for m in model.modules()] == [train] * len(modules)
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, (tensor, value) in before.items():
+        assert after[name] is tensor, name
+        assert torch.equal(tensor, value), name
+    assert after.keys() - before.keys() == {f"{i}.feedback" for i in (0, 4, 8, 10)}
+    for layer in (model[0], model[4], model[8], model[10]):
+        assert layer.feedback.dtype is dtype
+        assert layer.feedback.device == layer.weight.device
+        assert layer.feedback.stride() == layer.weight.stride()
+    y = model(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert calls == ["forward", "backward"]
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before["0.weight"][1])
+
+
+def test_the_meta_device_stays():
+    with torch.device("meta"):
+        model = alexnet_like()
+    pyfeedback.convert(model, "ia")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_one_layer_is_a_model(kind):
+    layer = nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect") if kind == "conv" else nn.Linear(2, 4)
+    model, report = pyfeedback.convert(layer, "ia", return_report=True)
+    assert model is layer
+    assert type(layer) is (pyfeedback.nn.Conv2d if kind == "conv" else pyfeedback.nn.Linear)
+    assert report.changed == [""]
+    assert layer.rule == pyfeedback.rule("ia")
+
+
+def test_a_shared_layer_is_converted_once():
+    layer = nn.Linear(4, 4)
+    model, report = pyfeedback.convert(nn.Sequential(layer, nn.Tanh(), layer), "ia", return_report=True)
+    assert model[0] is model[2] is layer
+    assert report.changed == ["0"]
+    assert len(list(pyfeedback.feedback_parameters(model))) == 1
+
+
+def test_layers_that_share_a_weight_go_on_sharing_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    _, report = pyfeedback.convert(model, "ia", return_report=True)
+    assert model[2].weight is model[0].weight
+    assert report.changed == ["0", "2"]
+    assert model[0].feedback is not model[2].feedback
+
+
+# What is left, and the report
+
+
+class OwnForward(nn.Conv2d):
+    """A subclass, whose forward is its own."""
+
+
+def test_layers_without_a_counterpart_are_left_and_reported():
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(8, 2),
+            "own": OwnForward(2, 2, 3),
+            "embedding": nn.Embedding(5, 8),
+            "lazy": nn.LazyLinear(3),
+            "transposed": nn.ConvTranspose2d(2, 2, 3),
+            "normalised": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+            "norm": nn.BatchNorm2d(2),
+            "linear": nn.Linear(8, 3),
+        }
+    )
+    types = {name: type(m) for name, m in model.named_modules() if name != "linear"}
+    _, report = pyfeedback.convert(model, "ia", return_report=True)
+    assert report.changed == ["linear"]
+    assert list(report.left) == [
+        "attention", "attention.out_proj", "own", "embedding", "lazy", "transposed",
+        "normalised.parametrizations.weight",
+    ]  # fmt: skip
+    assert "OwnForward" in report.left["own"]
+    assert "left attention.out_proj: NonDynamicallyQuantizableLinear has weights" in str(report)
+    assert {name: type(m) for name, m in model.named_modules() if name != "linear"} == types
+
+
+def test_attention_of_a_converted_transformer_is_torch_s():
+    torch.manual_seed(4)
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(3, 5, 8)
+    expected = copy.deepcopy(block)(x)
+    _, report = pyfeedback.convert(block, "ia", return_report=True)
+    assert report.changed == ["linear1", "linear2"]
+    y = block(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert block.linear1.feedback.grad.isfinite().all()
+
+
+def test_the_report_counts_names_and_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="pyfeedback"):
+        _, report = pyfeedback.convert(bias_free(), "ia", return_report=True)
+    assert str(report) == (
+        "5 layers follow ia(decay=0.002, amp=0.002, null=0.002, center=True): 0, 2, 5, 8, 10\n"
+        "no longer in place, the rule reads their input: 1, 4, 7, 9"
+    )
+    assert caplog.messages == [str(report)]
+
+
+def test_an_unknown_rule_changes_nothing():
+    model = alexnet_like()
+    with pytest.raises(ValueError, match="rule is 'dfa'"):
+        pyfeedback.convert(model, "dfa")
+    assert not list(pyfeedback.feedback_layers(model))
+
+
+# The feedback that is drawn
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(30, 60, 3), lambda: nn.Linear(200, 100)], ids=["conv", "linear"])
+def test_feedback_is_normal_with_the_deviation_of_the_weight(make, scale):
+    torch.manual_seed(5)
+    layer = make()
+    nn.init.normal_(layer.weight, std=scale)
+    pyfeedback.convert(layer, "fa")
+    drawn = layer.feedback.detach() / scale
+    assert drawn.std() == pytest.approx(1, rel=0.03)
+    assert abs(drawn.mean()) < 0.03
+    assert (drawn.abs() < 1).double().mean() == pytest.approx(math.erf(0.5**0.5), abs=0.02)  # normal, not uniform
+    assert abs(pyfeedback.metrics.angle(layer.feedback, layer.weight) - 90) < 3
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_constant_weight_gets_a_feedback_all_the_same(value):
+    layer = nn.Linear(20, 10)
+    nn.init.constant_(layer.weight, value)
+    pyfeedback.convert(layer, "ia")
+    assert layer.feedback.isfinite().all()
+    assert layer.feedback.detach().std() > 0.01
+
+
+def test_a_weight_of_one_number_gets_a_finite_feedback():
+    layer = pyfeedback.convert(nn.Linear(1, 1), "ia")
+    assert layer.feedback.isfinite().all()
+    assert layer.feedback.abs().item() > 0
+
+
+def test_the_draw_follows_the_seed():
+    """As every rank of a distributed run wants it."""
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(6)
+        drawn.append([p.detach() for p in pyfeedback.feedback_parameters(pyfeedback.convert(alexnet_like(), "ia"))])
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+# Again, and the parameters
+
+
+@pytest.mark.parametrize("second", ["bp", "fa", "ia"])
+@pytest.mark.parametrize("first", ["bp", "fa", "ia"])
+def test_converting_again_gives_the_new_rule_and_a_fresh_feedback(first, second):
+    torch.manual_seed(7)
+    model = pyfeedback.convert(alexnet_like(), first)
+    weights = [p for name, p in model.named_parameters() if "feedback" not in name]
+    old = [layer.feedback for layer in (model[0], model[6])]
+    model, report = pyfeedback.convert(model, second, return_report=True)
+    assert report.changed == ["0", "2", "6", "8"]
+    assert report.left == {}
+    assert all(a is b for a, b in zip(weights, pyfeedback.forward_parameters(model), strict=True))
+    for layer, before in zip((model[0], model[6]), old, strict=True):
+        assert layer.rule == pyfeedback.rule(second)
+        if second == "bp":
+            assert layer.feedback is None
+        else:
+            assert layer.feedback.requires_grad == (second == "ia")
+            assert before is None or not torch.equal(layer.feedback, before)
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "ia"])
+def test_the_parameters_fall_in_two(rule):
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(alexnet_like(), layer, nn.Tanh(), layer, nn.BatchNorm1d(3))
+    weights = {id(p) for p in model.parameters()}
+    pyfeedback.convert(model, rule)
+    feedback, forward = list(pyfeedback.feedback_parameters(model)), list(pyfeedback.forward_parameters(model))
+    assert {id(p) for p in forward} == weights
+    assert len(forward) == len(weights)
+    assert {id(p) for p in feedback} == {id(p) for p in model.parameters()} - weights
+    assert len(feedback) == (0 if rule == "bp" else 5)
+    assert [name for name, _ in pyfeedback.feedback_layers(model)] == (
+        [] if rule == "bp" else ["0.0", "0.2", "0.6", "0.8", "1"]
+    )
+
+
+def test_rules_may_differ_between_parts_of_a_model():
+    model = alexnet_like()
+    pyfeedback.convert(model[:4], "ia")
+    pyfeedback.convert(model[6:], "kp")
+    assert [layer.rule.name for _, layer in pyfeedback.feedback_layers(model)] == ["ia", "ia", "kp", "kp"]
