@@ -198,21 +198,23 @@ class TestFeedbackStep:
         assert torch.equal(plain[0], skipping[0])
 
     @pytest.mark.parametrize(
-        ("change", "words"),
+        "change",
         [
-            ({"weight": [torch.zeros(3)]}, "weight"),
-            ({"grad": [torch.zeros(4, dtype=torch.float64)]}, "grad"),
-            ({"grad": []}, "grad is empty"),
-            ({"decay": [0.1, 0.2]}, "decay"),
-            ({"momentum": 0.5}, "momentum_buffer is empty"),
+            {"weight": [torch.zeros(3)]},
+            {"grad": [torch.zeros(4, dtype=torch.float64)]},
+            {"grad": [torch.zeros(4, device="meta")]},
+            {"grad": []},
+            {"decay": [0.1, 0.2]},
+            {"momentum": 0.5},
         ],
-        ids=["shape", "dtype", "no-grad", "coefficients", "no-buffer"],
+        ids=["shape", "dtype", "device", "no-grad", "coefficients", "no-buffer"],
     )
-    def test_contradictory_arguments_raise_and_write_nothing(self, change, words):
+    def test_contradictory_arguments_raise_and_write_nothing(self, change):
         feedback = [torch.ones(4)]
         arguments = {"weight": [torch.zeros(4)], "grad": [torch.zeros(4)], "momentum_buffer": []}
         arguments |= {"decay": [0.1], "self_": [0.2], "tie": [0.3], "lr": 0.5}
-        with pytest.raises(RuntimeError):
+        # Torch before 2.13 loses the text of an error from a library; Python has told the user before.
+        with pytest.raises((RuntimeError, NotImplementedError)):
             torch.ops.pyfeedback.native_feedback_step_(feedback, **(arguments | change))
         assert torch.equal(feedback[0], torch.ones(4))
 
