@@ -75,9 +75,7 @@ def conv_input(case, batch=4, **options):
 def plain_twin(layer):
     """torch.nn's own layer with the same weight and bias."""
     if isinstance(layer, nn.Linear):
-        twin = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype
-        )
+        twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.weight.dtype)
     else:
         twin = nn.Conv2d(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
@@ -102,9 +100,7 @@ def padded_by_hand(layer, x):
         total = [2 * p for p in layer.padding]
     if layer.padding_mode == "zeros" and not any(t % 2 for t in total):
         return x, tuple(t // 2 for t in total)
-    sides = [
-        side for t in reversed(total) for side in (t // 2, t - t // 2)
-    ]  # F.pad takes the last dimension first
+    sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]  # F.pad takes the last dimension first
     return F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode), 0
 
 
@@ -118,9 +114,7 @@ def reference_output(layer, x):
         arguments = (layer.stride, padding, layer.dilation, layer.groups)
         positions = F.conv2d(x, layer.weight, None, *arguments)[0, 0].numel()
     scale = 1 / positions if rule.reduction == "mean" else 1.0
-    samples = (
-        math.ceil(rule.samples * len(x)) if isinstance(rule.samples, float) else min(rule.samples, len(x))
-    )
+    samples = math.ceil(rule.samples * len(x)) if isinstance(rule.samples, float) else min(rule.samples, len(x))
     function = reference.linear if isinstance(layer, nn.Linear) else reference.conv2d
     return function(
         x, layer.weight, layer.feedback, layer.bias, *arguments, decay=rule.decay, amp=rule.amp * scale,
@@ -372,9 +366,7 @@ def test_parts_that_need_no_gradient(kind, rule, live):
         pytest.param(
             lambda y: y.sum(),
             id="linear",
-            marks=pytest.mark.xfail(
-                reason="once_differentiable lets a grad_output that needs no gradient through"
-            ),
+            marks=pytest.mark.xfail(reason="once_differentiable lets a grad_output that needs no gradient through"),
         ),
     ],
 )
@@ -410,9 +402,7 @@ def test_torch_func_grad(kind, rule):
     by_parameter, by_input = torch.func.grad(loss, argnums=(0, 1))(dict(layer.named_parameters()), x)
     for name, value in expected.items():
         if value is not None:
-            assert torch.allclose({"input": by_input, **by_parameter}[name], value, rtol=1e-12, atol=1e-12), (
-                name
-            )
+            assert torch.allclose({"input": by_input, **by_parameter}[name], value, rtol=1e-12, atol=1e-12), name
 
 
 @FUNCTORCH
@@ -620,19 +610,14 @@ def test_checkpoint_loads_back_into_the_plain_layer(kind):
 
 
 def test_extra_repr_is_torch_nn_s_and_the_rule():
-    assert (
-        repr(pyfeedback.nn.Linear(3, 4, rule="fa"))
-        == "Linear(in_features=3, out_features=4, bias=True, rule=fa())"
-    )
+    assert repr(pyfeedback.nn.Linear(3, 4, rule="fa")) == "Linear(in_features=3, out_features=4, bias=True, rule=fa())"
     assert repr(pyfeedback.nn.Conv2d(3, 4, 3, padding=1, rule="kp")) == (
         "Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), rule=kp(decay=0.002, tie=1.0))"
     )
 
 
 def test_input_of_another_dtype_is_refused():
-    with pytest.raises(
-        TypeError, match=r"weight has dtype torch\.float32, expected that of input, torch\.float64"
-    ):
+    with pytest.raises(TypeError, match=r"weight has dtype torch\.float32, expected that of input, torch\.float64"):
         pyfeedback.nn.Linear(3, 4)(torch.randn(2, 3, dtype=torch.float64))
 
 

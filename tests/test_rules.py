@@ -134,9 +134,7 @@ def test_samples_of_a_batch(samples, batch, used):
 
 @pytest.mark.parametrize(("reduction", "scale"), [("batch", 1.0), ("mean", 1 / 25)])
 def test_reduction_scales_the_terms_that_sum_over_positions(reduction, scale):
-    every = Rule(
-        decay=1.0, amp=2.0, null=3.0, sparse=4.0, self_=5.0, tie=6.0, center=True, reduction=reduction
-    )
+    every = Rule(decay=1.0, amp=2.0, null=3.0, sparse=4.0, self_=5.0, tie=6.0, center=True, reduction=reduction)
     taken = every.coefficients(batch=8, positions=25)
     assert taken._asdict() == {
         "decay": 1.0,
