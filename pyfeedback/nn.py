@@ -41,6 +41,7 @@ class FeedbackLayer(torch.nn.Module):
             torch.nn.init.kaiming_uniform_(self.feedback, a=math.sqrt(5))
 
     def reset_parameters(self) -> None:
+        """Draw weight, bias and feedback afresh."""
         super().reset_parameters()
         if "feedback" in self._parameters:  # torch.nn calls this before the feedback is there
             self.reset_feedback()
