@@ -1,0 +1,266 @@
+"""The layout of the code: who may import whom, how long a file may be, and what must be documented."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import pyfeedback
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "pyfeedback"
+USERS = ("tests", "benchmarks", "examples")  # rooms that use the package, and of each other nothing
+SHARED = "pyfeedback.testing"  # shapes and inputs for tests and benchmarks, which the package itself does not need
+PROVIDERS = "pyfeedback.providers"  # the one module that knows who computes
+MOST_LINES = 400
+
+# Module of the package: the modules that may import it or what is inside it.
+SEEN_ONLY_BY = {
+    "pyfeedback.native": {"pyfeedback", PROVIDERS},
+    "pyfeedback.kernels": {PROVIDERS},
+    "pyfeedback.aten": {PROVIDERS},
+    "pyfeedback.reference": {"pyfeedback"},
+    SHARED: set(),
+}
+
+
+def imports(source, module="", package=False):
+    """Dotted names that a source imports, anywhere in it; of ``from a import b`` both a and a.b."""
+    here = module.split(".") if package else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = here[: len(here) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def inside(name, module):
+    return name == module or name.startswith(f"{module}.")
+
+
+def package_modules():
+    """Name and path of every module of the package; the folder kernels is packaged as pyfeedback.kernels."""
+    for folder, prefix in ((ROOT / PACKAGE, PACKAGE), (ROOT / "kernels", f"{PACKAGE}.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            yield ".".join([prefix, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"), path
+
+
+def imports_of(name, path):
+    return imports(path.read_text(), name, path.name == "__init__.py")
+
+
+MODULES = dict(package_modules())
+
+
+def test_imports_are_read_wherever_they_stand():
+    source = "import a.b as c\nfrom d import e\nfrom . import f\nfrom .g import h\nfrom ..i import j\n\ndef k():\n    import l\n"
+    assert imports(source, "x.y.z") == {"a.b", "d", "d.e", "x.y", "x.y.f", "x.y.g", "x.y.g.h", "x.i", "x.i.j", "l"}
+    assert imports("from .b import c", "x.y", package=True) == {"x.y.b", "x.y.b.c"}
+
+
+def test_the_modules_are_found():
+    assert {PACKAGE, PROVIDERS, SHARED, "pyfeedback.aten.backward", "pyfeedback.reference"} <= MODULES.keys()
+
+
+# The package
+
+
+def intruders(module, allowed, modules):
+    """Modules outside ``module`` that import it or what is inside it, and are not allowed to."""
+    return {
+        name
+        for name, path in modules.items()
+        if not inside(name, module) and name not in allowed and any(inside(i, module) for i in imports_of(name, path))
+    }
+
+
+def test_intruders_are_found(tmp_path):
+    for name, source in {
+        "table": "from p import inner",
+        "other": "import p.inner.deep",
+        "well": "import p.innermost",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    modules = {f"p.{name}": tmp_path / f"{name}.py" for name in ("table", "other", "well")}
+    assert intruders("p.inner", {"p.table"}, modules) == {"p.other"}
+
+
+@pytest.mark.parametrize("module", SEEN_ONLY_BY)
+def test_a_module_is_seen_only_by_those_that_may(module):
+    assert intruders(module, SEEN_ONLY_BY[module], MODULES) == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_package_imports_nobody_who_uses_it(name):
+    assert not {
+        i for i in imports_of(name, MODULES[name]) if any(inside(i, u) for u in (*USERS, "pytest", "benchmark"))
+    }
+
+
+def test_the_reference_imports_torch_alone():
+    found = imports_of("pyfeedback.reference", MODULES["pyfeedback.reference"])
+    assert {name.split(".")[0] for name in found} == {"torch"}
+
+
+def test_the_choice_of_a_form_imports_neither_torch_nor_the_package():
+    found = imports_of("pyfeedback.forms", MODULES["pyfeedback.forms"])
+    assert found
+    assert not {name for name in found if name.split(".")[0] in ("torch", PACKAGE, "numpy")}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if inside(name, "pyfeedback.kernels")] or ["pyfeedback.kernels"]
+)
+def test_kernels_import_nothing_of_the_package_but_themselves(name):
+    found = imports_of(name, MODULES[name]) if name in MODULES else set()
+    assert not {i for i in found if inside(i, PACKAGE) and i != PACKAGE and not inside(i, "pyfeedback.kernels")}
+
+
+# Those who use it
+
+
+def strangers(room, rooms):
+    """(file, import) for each import of a file of ``room`` that leads to another room; ``rooms`` are folders."""
+    own = {path.stem for path in room.rglob("*.py")}
+    theirs = {path.stem for other in rooms if other != room for path in other.rglob("*.py")} - own
+    theirs |= {other.name for other in rooms if other != room}
+    return {
+        (path.name, name)
+        for path in room.rglob("*.py")
+        for name in imports(path.read_text())
+        if name is not None and name.split(".")[0] in theirs
+    }
+
+
+def test_strangers_are_found(tmp_path):
+    rooms = [tmp_path / "tests", tmp_path / "benchmarks"]
+    for room in rooms:
+        room.mkdir()
+    (rooms[0] / "cases.py").write_text("")
+    (rooms[0] / "test_a.py").write_text("from cases import x\nimport benchmarks.speed\n")
+    (rooms[1] / "speed.py").write_text("def late():\n    from cases import x\n")
+    assert strangers(rooms[0], rooms) == {("test_a.py", "benchmarks.speed")}
+    assert strangers(rooms[1], rooms) == {("speed.py", "cases"), ("speed.py", "cases.x")}
+
+
+@pytest.mark.parametrize("room", USERS)
+def test_rooms_do_not_import_each_other(room):
+    assert strangers(ROOT / room, [ROOT / user for user in USERS]) == set()
+
+
+@pytest.mark.parametrize("room", ["benchmarks", "examples"])
+def test_users_take_the_library_as_it_chooses_itself(room):
+    """A benchmark forces a provider by name, through pyfeedback.backend."""
+    for path in (ROOT / room).rglob("*.py"):
+        found = imports(path.read_text())
+        assert not {i for i in found if any(inside(i, m) for m in ("kernels", "pyfeedback.kernels", "pyfeedback.aten"))}
+
+
+# C++ and CUDA
+
+
+def included(path, seen=()):
+    """Every header that a source of csrc includes, its own headers' included."""
+    for header in re.findall(r'^\s*#\s*include\s*["<]([^">]+)', path.read_text(), re.MULTILINE):
+        yield header
+        for own in (path.parent / header, ROOT / "csrc" / header):
+            if own.is_file() and own not in seen:
+                yield from included(own, (*seen, own))
+                break
+
+
+def test_includes_are_read_through_own_headers(tmp_path):
+    (tmp_path / "a.cu").write_text('#include "b.h"\n  #include <cuda.h>\n// #include <no.h>\n')
+    (tmp_path / "b.h").write_text("#include <torch/torch.h>\n")
+    assert list(included(tmp_path / "a.cu")) == ["b.h", "torch/torch.h", "cuda.h"]
+
+
+def test_device_code_includes_no_torch():
+    sources = sorted((ROOT / "csrc").rglob("*.cu"))
+    assert sources
+    for path in sources:
+        assert not [h for h in included(path) if h.split("/")[0] in ("torch", "ATen", "c10")], path.name
+
+
+# Files and names
+
+
+def sources():
+    patterns = ("pyfeedback/**/*.py", "kernels/**/*.py", "csrc/**/*.*")
+    return sorted(
+        path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file() and path.suffix != ".so"
+    )
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_too_long(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def undocumented(thing, name):
+    """Dotted names of ``thing`` and, of a class, its own public methods that have no docstring.
+
+    A method that torch's classes have too is documented there.
+    """
+    if not inspect.getdoc(thing) or inspect.getdoc(thing).startswith(f"{getattr(thing, '__name__', '')}("):
+        yield name  # a dataclass or NamedTuple without a docstring gets its signature
+    if not inspect.isclass(thing):
+        return
+    for key, member in vars(thing).items():
+        member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        inherited = any(hasattr(base, key) for base in thing.__mro__[1:])
+        if not key.startswith("_") and inspect.isfunction(member) and not inherited and not member.__doc__:
+            yield f"{name}.{key}"
+
+
+def public_things(module):
+    """The public functions and classes that a module defines."""
+    for name, thing in vars(module).items():
+        defined = inspect.isfunction(thing) or inspect.isclass(thing)
+        if defined and not name.startswith("_") and thing.__module__ == module.__name__:
+            yield thing, f"{module.__name__}.{name}"
+
+
+def test_what_is_undocumented_is_found():
+    class Documented:
+        """Yes."""
+
+        def bare(self): ...
+
+        @property
+        def bare_too(self): ...
+
+        def told(self):
+            """Yes."""
+
+    class Derived(Documented):
+        def bare(self): ...
+
+    assert list(undocumented(Documented, "D")) == ["D.bare", "D.bare_too"]
+    assert list(undocumented(lambda: None, "f")) == ["f"]
+    assert list(undocumented(Derived, "E")) == []  # inherits the docstring and the method
+
+
+def imported_modules():
+    """The package's Python modules; kernels apart, which need triton to be imported."""
+    found = pkgutil.walk_packages(pyfeedback.__path__, f"{PACKAGE}.")
+    return [PACKAGE, *(m.name for m in found if m.name in MODULES and not inside(m.name, "pyfeedback.kernels"))]
+
+
+@pytest.mark.parametrize("name", imported_modules())
+def test_every_public_name_has_a_docstring(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert [u for thing, full in public_things(module) for u in undocumented(thing, full)] == []
+
+
+def test_every_name_the_package_lists_has_a_docstring():
+    assert [u for name in pyfeedback.__all__ for u in undocumented(getattr(pyfeedback, name), name)] == []
