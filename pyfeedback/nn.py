@@ -101,9 +101,12 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         weight, padding, rule = self.weight, self.padding, self.rule
         if isinstance(padding, str) or self.padding_mode != "zeros":
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
+            left, right, top, bottom = sides = self._reversed_padding_repeated_twice
+            if self.padding_mode == "zeros" and left == right and top == bottom:
+                padding = (top, left)
+            else:
+                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+                input, padding = F.pad(input, sides, mode=mode), (0, 0)
         window = Window(self.stride, padding, self.dilation, self.groups)
         positions = 1
         if rule.reduction == "mean":
