@@ -61,7 +61,10 @@ MODULES = dict(package_modules())
 
 
 def test_imports_are_read_wherever_they_stand():
-    source = "import a.b as c\nfrom d import e\nfrom . import f\nfrom .g import h\nfrom ..i import j\n\ndef k():\n    import l\n"
+    source = (
+        "import a.b as c\nfrom d import e\nfrom . import f\nfrom .g import h\nfrom ..i import j\n"
+        "def k():\n    import l\n"
+    )
     assert imports(source, "x.y.z") == {"a.b", "d", "d.e", "x.y", "x.y.f", "x.y.g", "x.y.g.h", "x.i", "x.i.j", "l"}
     assert imports("from .b import c", "x.y", package=True) == {"x.y.b", "x.y.b.c"}
 
