@@ -1,0 +1,291 @@
+"""Two routes to credit assignment without weight transport: seven rules train the same convolutional network.
+
+    python examples/two_routes.py                                  # all rules, cluttered digits, a few minutes
+    python examples/two_routes.py --rule bp fa ia --data digits
+    python examples/two_routes.py --sweep                          # how many settings of wm and of ia train at all
+
+Writes two_routes.png (accuracy and alignment by epoch) and two_routes.json (settings, curves, versions) into --out.
+Interrupted, it keeps the rules that are done. The two routes are those of Kunin et al., ICML 2020: local rules (wm, ia),
+which see a layer's input and response alone, and weight estimation (sa, aa, kp), which copies W without reading it
+across the layer's two paths.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import cluttered_digits
+import picture
+import sklearn
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+import pyfeedback
+
+BATCH = 64
+EPOCHS = {"cluttered": 10, "digits": 30}
+LR, MOMENTUM = 0.05, 0.9  # of the forward weights, the same under every rule
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A rule with its coefficients, and how its feedback weights step."""
+
+    rule: pyfeedback.Rule
+    lr: float = 0.0
+    momentum: float = 0.0
+    cosine: bool = False  # the learning rate of the feedback falls as that of the forward weights does
+    weight_decay: float = 0.002  # of the forward weights
+
+
+# Data rules average over map positions ("mean") and see centred activations, so that one coefficient fits every layer.
+DATA = {"reduction": "mean", "center": True}
+SETTINGS = {
+    "bp": Setting(pyfeedback.rule("bp")),
+    "fa": Setting(pyfeedback.rule("fa")),
+    # Nothing but decay bounds B, so it must move slowly: at a few times this amp it blows up. The best of 25 drawn.
+    "wm": Setting(pyfeedback.rule("wm", amp=0.01, decay=0.012, **DATA), lr=0.005, momentum=0.9),
+    # amp = null is Oja's subspace rule, which bounds B by itself; decay only steadies the faintest directions.
+    "ia": Setting(pyfeedback.rule("ia", amp=0.6, null=0.6, decay=0.025, **DATA), lr=0.005, momentum=0.9),
+    # B follows W with a time constant of 1 / (lr * decay) = 50 steps.
+    "sa": Setting(pyfeedback.rule("sa", self_=1.0, decay=1.0), lr=0.02),
+    # Near the largest stable step, lr * sparse * (largest variance of a patch) < 2 * (1 + momentum).
+    "aa": Setting(pyfeedback.rule("aa", amp=2.0, sparse=2.0, **DATA), lr=0.02, momentum=0.9),
+    # B steps as W does, and both decay alike: then W - B only decays, in 1 / (lr / (1 - momentum) * decay) = 400 steps.
+    "kp": Setting(pyfeedback.rule("kp", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
+}
+TITLES = {
+    "bp": "backprop",
+    "fa": "feedback alignment",
+    "wm": "weight mirror",
+    "ia": "information alignment",
+    "sa": "symmetric alignment",
+    "aa": "activation alignment",
+    "kp": "Kolen-Pollack",
+}
+
+
+@dataclass
+class Result:
+    """One rule's run: curves start before the first epoch; ``angles`` is, per epoch, one number for each layer."""
+
+    setting: Setting
+    accuracy: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    angles: list[list[float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        return not all(map(math.isfinite, self.loss))
+
+    @property
+    def mean_angles(self) -> list[float]:
+        return [statistics.fmean(layers) for layers in self.angles if layers]
+
+
+def network(size: int) -> nn.Sequential:
+    """Six convolutions with batch norm and a linear layer, for ``size`` x ``size`` images of one channel."""
+
+    def block(inputs, outputs, stride):
+        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    stem = block(1, 16, 2 if size > 16 else 1)
+    body = [block(16, 16, 1), block(16, 32, 2), block(32, 32, 1), block(32, 64, 2), block(64, 64, 1)]
+    return nn.Sequential(stem, nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
+
+
+def train(setting: Setting, data, epochs: int, seed: int, after_step: Callable, after_epoch: Callable) -> Result:
+    """Train a fresh network by one rule. This function is all it takes to use the package."""
+    training, test = data
+    torch.manual_seed(seed)
+    model = network(training.images.shape[-1])
+    # The stem has no layer before it to hand a gradient to, so the feedback path begins behind it.
+    pyfeedback.convert(model[1], setting.rule)
+    model.to(training.images.device)
+
+    steps = len(training.images) // BATCH
+    optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), LR, MOMENTUM, weight_decay=setting.weight_decay)
+    optimizers, schedules = [optimizer], [CosineAnnealingLR(optimizer, epochs * steps)]
+    if setting.rule.learns:
+        optimizers.append(pyfeedback.optim.FeedbackSGD(model, setting.lr, setting.momentum))
+        if setting.cosine:
+            schedules.append(CosineAnnealingLR(optimizers[-1], epochs * steps))
+
+    result = Result(setting)
+    observe(result, model, test)
+    for _ in range(epochs):
+        model.train()
+        start, total = time.perf_counter(), 0.0
+        order = torch.randperm(len(training.images)).to(training.images.device)
+        for chosen in order[: steps * BATCH].split(BATCH):
+            loss = F.cross_entropy(model(training.images[chosen]), training.labels[chosen])
+            for each in optimizers:
+                each.zero_grad()
+            loss.backward()
+            for each in optimizers + schedules:
+                each.step()
+            total += loss.item()
+            after_step()
+        result.seconds.append(time.perf_counter() - start)
+        result.loss.append(total / steps)
+        observe(result, model, test)
+        after_epoch(result)
+        if result.diverged:
+            break
+    return result
+
+
+@torch.no_grad()
+def observe(result: Result, model: nn.Module, test) -> None:
+    """Append test accuracy in per cent and the angle between feedback and weight of each layer in degrees."""
+    model.eval()
+    guesses = torch.cat([model(images).argmax(1) for images in test.images.split(500)])
+    result.accuracy.append(100 * (guesses == test.labels).float().mean().item())
+    angles = [layer.angle for layer in pyfeedback.alignment(model).values()]
+    result.angles.append([a if math.isfinite(a) else 90.0 for a in angles])
+
+
+def run(names: list[str], data, epochs: int, seed: int) -> dict[str, Result]:
+    """Train by each rule in turn, under a progress bar; Ctrl-C returns those that are done."""
+    results: dict[str, Result] = {}
+    steps = len(data[0].images) // BATCH
+    with tqdm(total=len(names) * epochs * steps, unit="step", dynamic_ncols=True) as bar:
+        try:
+            for name in names:
+                bar.set_description(f"{name} epoch 1/{epochs}")
+
+                def after_epoch(result, name=name):
+                    bar.set_description(f"{name} epoch {min(len(result.loss) + 1, epochs)}/{epochs}")
+                    bar.set_postfix_str(f"test {result.accuracy[-1]:.1f} %")
+                    if result.diverged:
+                        bar.update(steps * (epochs - len(result.loss)))
+
+                results[name] = train(SETTINGS[name], data, epochs, seed, bar.update, after_epoch)
+        except KeyboardInterrupt:
+            bar.set_description(f"interrupted during {name}")
+    return results
+
+
+def table(results: dict[str, Result]) -> str:
+    """The last epoch of each rule; time is seconds per epoch over those of bp."""
+    lines = ["rule  test %  behind bp  time  angle  of each layer, first to last"]
+    bp = results.get("bp")
+    for name, result in results.items():
+        behind = f"{bp.accuracy[-1] - result.accuracy[-1]:.1f}" if bp else "-"
+        slower = f"{statistics.median(result.seconds) / statistics.median(bp.seconds):.2f}" if bp else "-"
+        angle = f"{result.mean_angles[-1]:.0f}" if result.mean_angles else "-"
+        layers = " ".join(f"{a:3.0f}" for a in result.angles[-1]) or "  - (the feedback is the weight itself)"
+        note = f"  diverged in epoch {len(result.loss)}" if result.diverged else ""
+        lines.append(f"{name:4}  {result.accuracy[-1]:6.1f}  {behind:>9}  {slower:>4}  {angle:>5}  {layers}{note}")
+    return "\n".join(lines)
+
+
+def sweep(data, epochs: int, seed: int) -> dict:
+    """Train wm and ia with each coefficient a third of, as, and three times its setting; fa is the bar to clear."""
+    floor = run(["fa"], data, epochs, seed)["fa"].accuracy[-1]
+    found: dict = {"fa": floor}
+    for name in ("wm", "ia"):
+        setting, accuracies = SETTINGS[name], []
+        terms = [term for term in ("amp", "null", "decay") if getattr(setting.rule, term)]
+        grid = list(itertools.product((1 / 3, 1, 3), repeat=len(terms)))
+        for factors in tqdm(grid, desc=f"{name} grid", unit="setting"):
+            changed = {term: getattr(setting.rule, term) * f for term, f in zip(terms, factors, strict=True)}
+            tried = replace(setting, rule=replace(setting.rule, **changed))
+            result = train(tried, data, epochs, seed, lambda: None, lambda _: None)
+            accuracies.append({**changed, "accuracy": result.accuracy[-1], "diverged": result.diverged})
+        found[name] = accuracies
+        reached = sorted(each["accuracy"] for each in accuracies)
+        above = sum(accuracy > floor for accuracy in reached)
+        print(
+            f"{name}: {above} of {len(grid)} settings end above fa's {floor:.1f} %; "
+            f"median {statistics.median(reached):.1f} %, best {reached[-1]:.1f} %, "
+            f"{sum(each['diverged'] for each in accuracies)} diverged"
+        )
+    return found
+
+
+def write_json(path: Path, options: argparse.Namespace, found: dict) -> None:
+    """Options, what was found, and the versions it was found with."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "scikit-learn": sklearn.__version__}
+    report = {
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "forward": {"batch": BATCH, "lr": LR, "momentum": MOMENTUM},
+        "versions": {"pyfeedback": pyfeedback.__version__, **versions},
+        **found,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse() -> argparse.Namespace:
+    def positive(text):
+        if not text.isdigit() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        return int(text)
+
+    def device(text):
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {str(error).splitlines()[0]}") from None
+        return text
+
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rule", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="RULE",
+                        help=f"one or several of {', '.join(SETTINGS)} (default all)")  # fmt: skip
+    parser.add_argument("--data", choices=cluttered_digits.NAMES, default="cluttered", help="default %(default)s")
+    parser.add_argument("--epochs", type=positive, help=f"default {EPOCHS}")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, feedback and order; default %(default)s")
+    parser.add_argument("--device", type=device, default="cpu", help="default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the picture and the JSON; default here")
+    parser.add_argument("--sweep", action="store_true", help="try wm and ia over a grid of coefficients instead")
+    options = parser.parse_args()
+    if options.epochs is None:
+        options.epochs = EPOCHS[options.data] // (2 if options.sweep else 1)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    data = [
+        side._replace(images=side.images.to(options.device), labels=side.labels.to(options.device))
+        for side in cluttered_digits.load(options.data)
+    ]
+    if options.sweep:
+        write_json(options.out / "two_routes_sweep.json", options, sweep(data, options.epochs, options.seed))
+        return
+    results = run(list(dict.fromkeys(options.rule)), data, options.epochs, options.seed)
+    if not results:
+        return
+    print(table(results))
+    write_json(options.out / "two_routes.json", options, {"results": {name: asdict(r) for name, r in results.items()}})
+    accuracy = {name: result.accuracy for name, result in results.items()}
+    angles = {name: result.mean_angles for name, result in results.items()}
+    picture.draw(accuracy, angles, TITLES, options.out / "two_routes.png")
+    print(f"wrote {options.out / 'two_routes.png'} and {options.out / 'two_routes.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The example runs as a stranger would run it, and its images keep training and test digits apart."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def cluttered_digits():
+    spec = importlib.util.spec_from_file_location("cluttered_digits", EXAMPLES / "cluttered_digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def two_routes(*arguments):
+    command = [sys.executable, EXAMPLES / "two_routes.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_short_run_leaves_table_json_and_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    done = two_routes("--rule", "bp", "ia", "--data", "digits", "--epochs", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert re.search(r"bp +\d+\.\d +0\.0 +1\.00", rows["bp"])
+    assert len(re.findall(r"\d+", rows["ia"].split(".")[-1])) >= 7
+    assert "epoch 1/1" in done.stderr
+
+    report = json.loads((tmp_path / "two_routes.json").read_text())
+    assert set(report["results"]) == {"bp", "ia"}
+    ia = report["results"]["ia"]
+    assert len(ia["accuracy"]) == len(ia["angles"]) == 2  # before training, after the epoch
+    assert len(ia["angles"][0]) == 6
+    assert ia["setting"]["rule"]["null"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+
+    picture = (tmp_path / "two_routes.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--rule", "backpropagation"), "backpropagation"),
+        (("--data", "mnist"), "mnist"),
+        (("--epochs", "0"), "epochs"),
+        (("--device", "abacus"), "abacus"),
+        (("--out", __file__), "--out"),
+    ],
+    ids=["rule", "data", "epochs", "device", "out"],
+)
+def test_a_bad_argument_is_one_line(arguments, named):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    done = two_routes(*arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert named in done.stderr
+
+
+@pytest.mark.parametrize(("name", "size"), [("digits", 8), ("cluttered", 32)])
+def test_images(cluttered_digits, name, size):
+    training, test = cluttered_digits.load(name, train_size=300, test_size=100)
+    for side in (training, test):
+        assert side.images.shape == (len(side.labels), 1, size, size)
+        assert side.images.dtype == torch.float32
+        assert 0 <= side.images.min() < side.images.max() <= 1 + 1e-6
+        assert set(side.labels.tolist()) == set(range(10))
+    if name == "cluttered":
+        assert (len(training.images), len(test.images)) == (300, 100)
+
+
+@pytest.mark.parametrize("name", ["digits", "cluttered"])
+def test_no_digit_serves_both_sides(cluttered_digits, name):
+    training, test = cluttered_digits.load(name)
+    assert not set(training.sources.flatten().tolist()) & set(test.sources.flatten().tolist())
+
+
+def test_a_cluttered_image_is_made_of_its_sources_alone(cluttered_digits, monkeypatch):
+    """Blanking every digit but the sources changes nothing."""
+    first, _ = cluttered_digits.load("cluttered", train_size=1, test_size=1)
+    digits = cluttered_digits.load_digits()
+    kept = first.sources.flatten().unique().numpy()
+    blanked = 0 * digits.images
+    blanked[kept] = digits.images[kept]
+    digits.images = blanked
+    monkeypatch.setattr(cluttered_digits, "load_digits", lambda: digits)
+    again, _ = cluttered_digits.load("cluttered", train_size=1, test_size=1)
+    assert torch.equal(first.images, again.images)
+
+
+def test_images_are_the_same_for_the_same_seed(cluttered_digits):
+    def drawn(seed):
+        return [side.images for side in cluttered_digits.load("cluttered", seed, train_size=20, test_size=10)]
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_an_unknown_data_set_is_named(cluttered_digits):
+    with pytest.raises(ValueError, match="mnist"):
+        cluttered_digits.load("mnist")
