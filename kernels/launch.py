@@ -1,0 +1,54 @@
+"""What the launchers share: the device's facts, and the checks of what the kernels read."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may run past them
+
+
+@cache
+def architecture(device: torch.device) -> tuple[int, int]:
+    """(compute capability such as 90, number of processors); for Triton's interpreter, those of an H100."""
+    if device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def precision(dtype: torch.dtype, tf32: bool) -> str:
+    """How products are multiplied; for 16-bit operands both words mean the same."""
+    return "tf32" if tf32 and dtype is torch.float32 else "ieee"
+
+
+def wide(geometry: Geometry) -> bool:
+    """True where offsets need int64."""
+    return geometry.largest >= 2**31
+
+
+def require(geometry: Geometry, **operands: Tensor | None) -> None:
+    """ValueError that names the operand which the kernels cannot read."""
+    sizes = {
+        "x": (geometry.N, geometry.H, geometry.W, geometry.C),
+        "a": (geometry.N, geometry.P, geometry.Q, geometry.K),
+    }
+    given = {name: t for name, t in operands.items() if t is not None}
+    dtype = next(iter(given.values())).dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected float16, bfloat16 or float32")
+    if max(geometry.N * geometry.H * geometry.W, geometry.positions) >= MOST_POSITIONS:
+        raise ValueError(f"input has {geometry.N} x {geometry.H} x {geometry.W} positions, expected fewer than 2^30")
+    for name, t in given.items():
+        expected = sizes["x" if name in ("x", "dx", "z") else "a"]
+        if name == "u":
+            expected = (*expected[:3], t.shape[-1])
+        if tuple(t.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {expected}")
+        if t.dtype is not dtype:
+            raise ValueError(f"{name} is {t.dtype}, expected {dtype}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")

@@ -1,0 +1,79 @@
+"""Tile choices: pure functions of a problem and an architecture.
+
+Nothing here was measured. Block sizes are the largest that compile without spills (benchmarks/codegen.py checks it),
+split counts fill the processors once.
+"""
+
+from dataclasses import dataclass
+
+from .geometry import Geometry
+
+MOST_SPLITS = 64  # the last program of a tile sums the splits alone
+FEWEST_BLOCKS = 4  # of positions per split, so that the pipeline fills
+
+
+@dataclass(frozen=True)
+class WgradTile:
+    """BK and BU rows of the two operands, BC channels of one tap, BP positions per step; splits of the positions."""
+
+    BK: int
+    BU: int
+    BC: int
+    BP: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class DgradTile:
+    """BM input positions, BC channels, BK output channels per step."""
+
+    BM: int
+    BC: int
+    BK: int
+    warps: int
+    stages: int
+
+
+def choose_wgrad(
+    geometry: Geometry, rows: tuple[int, int], itemsize: int, capability: int, processors: int
+) -> WgradTile:
+    """``rows`` are the channels of the operands a and u, 0 where one is absent; ``capability`` is 80, 90, ..."""
+    dual = 0 not in rows
+    if itemsize == 4:
+        # Without wgmma on float32 (K-major operands only) and with FMA in full precision: small blocks.
+        most, columns, depth, stages = 64, 64, 16, 3
+    elif capability >= 90:
+        # Two accumulators of 128x128 take 256 registers of 8 warps' threads' 255 only when 8 warps share them.
+        most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
+    else:
+        # Dual 128x128 spills on sm_80.
+        most, columns, depth, stages = (64 if dual else 128), (64 if dual else 128), 32, 3
+    smallest = 64 if capability >= 90 and itemsize == 2 else 16
+    bk, bu = (_block(r, smallest, most) if r else 16 for r in rows)
+    bc = _block(geometry.C, 16, columns)
+    warps = 8 if max(bk if rows[0] else 0, bu if rows[1] else 0) * bc >= 128 * 128 else 4
+    tiles = max(-(-r // b) for r, b in zip(rows, (bk, bu), strict=True) if r)
+    tiles *= geometry.R * geometry.S * -(-geometry.C // bc)
+    blocks = -(-geometry.positions // depth)
+    splits = max(min(processors // tiles, blocks // FEWEST_BLOCKS, MOST_SPLITS), 1)
+    return WgradTile(bk, bu, bc, depth, splits, warps, stages)
+
+
+def choose_dgrad(geometry: Geometry, dual: bool, itemsize: int, capability: int) -> DgradTile:
+    """``dual`` where both products are computed; ``capability`` is 80, 90, ..."""
+    if itemsize == 4:
+        most, columns, depth, stages = 64, 64, 16, 3
+    elif capability >= 90:
+        most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
+    else:
+        most, columns, depth, stages = (64 if dual else 128), (64 if dual else 128), 32, 3
+    bc = _block(geometry.C, 16, columns)
+    bk = _block(geometry.K, 16, depth)
+    return DgradTile(most, bc, bk, 8 if most * bc >= 128 * 128 else 4, stages)
+
+
+def _block(size: int, smallest: int, most: int) -> int:
+    """The smallest power of two that covers ``size``, within the limits."""
+    return min(max(1 << (size - 1).bit_length(), smallest), most)

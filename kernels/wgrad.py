@@ -1,0 +1,139 @@
+"""Launches the weight gradients: checks, layouts, workspace, one kernel."""
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+from .launch import architecture, precision, require, wide
+from .tiles import WgradTile, choose_wgrad
+from .wgrad_kernel import wgrad_kernel
+
+_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def launch_wgrad(
+    x: Tensor,
+    geometry: Geometry,
+    *,
+    a: Tensor | None = None,
+    u: Tensor | None = None,
+    dw: Tensor | None = None,
+    f: Tensor | None = None,
+    weight: Tensor | None = None,
+    feedback: Tensor | None = None,
+    scale: float = 1.0,
+    decay: float = 0.0,
+    self_: float = 0.0,
+    tie: float = 0.0,
+    tf32: bool = False,
+    tile: WgradTile | None = None,
+) -> None:
+    """dw = wgrad(x, a), and f = scale * wgrad(x, u) + decay * feedback - self_ * weight + tie * dw, in one launch.
+
+    Args:
+        x: [N, H, W, C] contiguous, float16, bfloat16 or float32.
+        a, u: [N, P, Q, K] and [N, P, Q, U] contiguous, of x's dtype. Without ``a``, ``dw`` is only read; without
+            ``u``, its term is 0.
+        dw, f: [K, R, S, C] and [U, R, S, C] of any strides, written; f may be float32 beside 16-bit operands.
+        weight, feedback: of f's shape and strides; read where their coefficient is not 0.
+        tie: not with a U other than K; ``dw`` then has f's strides.
+        tf32: float32 products may be rounded to TensorFloat-32.
+
+    Sums are kept in float32 and the same bit for bit however the programs are scheduled.
+    """
+    rows = (geometry.K if a is not None else 0, u.shape[-1] if u is not None else 0)
+    out_rows = rows[1] or geometry.K
+    flags = {
+        "HAS_A": a is not None,
+        "HAS_U": u is not None,
+        "HAS_F": f is not None,
+        "USE_FEEDBACK": f is not None and decay != 0,
+        "USE_WEIGHT": f is not None and self_ != 0,
+        "USE_TIE": f is not None and tie != 0,
+    }
+    require(geometry, x=x, a=a, u=u)
+    if flags["USE_TIE"] and out_rows != geometry.K:
+        raise ValueError(f"tie is {tie}, expected 0 where u has {out_rows} channels and the weight {geometry.K} rows")
+    capability, processors = architecture(x.device)
+    tile = tile or choose_wgrad(geometry, rows, x.element_size(), capability, processors)
+    if flags["USE_TIE"] and flags["HAS_A"] and flags["HAS_U"] and tile.BK != tile.BU:
+        raise ValueError(f"tile is {tile}, expected BK == BU where tie joins both products")
+    constants = wgrad_constants(geometry, out_rows, flags, wide(geometry), precision(x.dtype, tf32), tile)
+    tiles = wgrad_tiles(geometry, rows, tile)
+    partial = arrived = None
+    if tile.splits > 1:
+        partial = torch.empty(tiles * tile.splits * (tile.BK + tile.BU) * tile.BC, dtype=torch.float32, device=x.device)
+        arrived = _arrived(tiles, x.device)
+    wgrad_kernel[tiles, tile.splits](
+        p_x=x,
+        p_a=a,
+        p_u=u,
+        p_dw=dw if flags["HAS_A"] or flags["USE_TIE"] else None,
+        p_f=f,
+        p_weight=weight if flags["USE_WEIGHT"] else None,
+        p_feedback=feedback if flags["USE_FEEDBACK"] else None,
+        p_partial=partial,
+        p_arrived=arrived,
+        N=geometry.N,
+        scale=scale,
+        decay=decay,
+        self_=self_,
+        tie=tie,
+        **_strides("w", dw),
+        **_strides("f", f),
+        **constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def wgrad_tiles(geometry: Geometry, rows: tuple[int, int], tile: WgradTile) -> int:
+    """Output tiles of one launch, for ``rows`` channels of a and u."""
+    return _row_tiles(rows, tile) * geometry.R * geometry.S * -(-geometry.C // tile.BC)
+
+
+def wgrad_constants(
+    geometry: Geometry, u: int, flags: dict[str, bool], wide: bool, precision: str, tile: WgradTile
+) -> dict[str, int | bool | str]:
+    """The compile-time arguments of the kernel; ``u`` is the number of rows of f."""
+    g = geometry
+    rows = (g.K if flags["HAS_A"] else 0, u if flags["HAS_U"] else 0)
+    sizes = {"C": g.C, "K": g.K, "U": u, "H": g.H, "W": g.W, "P": g.P, "Q": g.Q, "S": g.S}
+    pairs = {"STRIDE": g.stride, "PAD": g.padding, "DIL": g.dilation}
+    window = {f"{name}_{d}": value for name, pair in pairs.items() for d, value in zip("HW", pair, strict=True)}
+    blocks = {"BK": tile.BK, "BU": tile.BU, "BC": tile.BC, "BP": tile.BP}
+    return {
+        **sizes,
+        **window,
+        "POINTWISE": g.pointwise,
+        **flags,
+        "WIDE": wide,
+        "PRECISION": precision,
+        **blocks,
+        "ROWS": _row_tiles(rows, tile),
+        "SPLITS": tile.splits,
+    }
+
+
+def _row_tiles(rows: tuple[int, int], tile: WgradTile) -> int:
+    return max(-(-r // b) for r, b in zip(rows, (tile.BK, tile.BU), strict=True) if r)
+
+
+def _strides(kind: str, t: Tensor | None) -> dict[str, int]:
+    """Of a [K, R, S, C] output; zeros where it is absent."""
+    k, r, s, c = t.stride() if t is not None else (0, 0, 0, 0)
+    return {f"stride_{kind}k": k, f"stride_{kind}c": c, f"stride_{kind}r": r, f"stride_{kind}s": s}
+
+
+def _arrived(tiles: int, device: torch.device) -> Tensor:
+    """Counters at zero, which every launch leaves at zero; launches of one stream follow one another and share them."""
+    if device.type != "cuda":
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        # Memory of the graph, zeroed by the graph: neither may outlive it.
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    found = _arrivals.get(key)
+    if found is None or found.numel() < tiles:
+        found = _arrivals[key] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=device)
+    return found

@@ -1,0 +1,167 @@
+"""Weight gradients as an implicit GEMM: rows are output channels, columns (r, s, c), the sum runs over positions.
+
+Two row operands may share the column operand x: the output gradient `a`, and `u`, whose product is written as the
+feedback weight's gradient. Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; B* block sizes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wgrad_kernel(
+    p_x,  # [N, H, W, C]
+    p_a,  # [N, P, Q, K], the output gradient
+    p_u,  # [N, P, Q, U]
+    p_dw,  # [K, R, S, C] by its strides: wgrad(x, a)
+    p_f,  # [U, R, S, C] by its strides: scale * wgrad(x, u) + decay * feedback - self_ * weight + tie * dw
+    p_weight,  # as p_f
+    p_feedback,  # as p_f
+    p_partial,  # [tiles, SPLITS, BK + BU, BC] float32, the sums of each split
+    p_arrived,  # [tiles] int32, zero before and after
+    N,
+    scale,
+    decay,
+    self_,
+    tie,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    stride_fk,
+    stride_fc,
+    stride_fr,
+    stride_fs,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    U: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_U: tl.constexpr,
+    HAS_F: tl.constexpr,
+    USE_FEEDBACK: tl.constexpr,
+    USE_WEIGHT: tl.constexpr,
+    USE_TIE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+    BU: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    CHANNEL_BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    i_tile = tl.program_id(0)
+    i_split = tl.program_id(1)
+    # Row tiles run fastest: the programs of one wave then read the same positions of x.
+    i_row = i_tile % ROWS
+    i_tap = i_tile // ROWS // CHANNEL_BLOCKS
+    i_r = i_tap // S
+    i_s = i_tap % S
+    o_c = (i_tile // ROWS % CHANNEL_BLOCKS) * BC + tl.arange(0, BC)
+    o_k = i_row * BK + tl.arange(0, BK)
+    o_u = i_row * BU + tl.arange(0, BU)
+
+    positions = N * P * Q
+    blocks = (positions + BP - 1) // BP
+    per_split = (blocks + SPLITS - 1) // SPLITS
+    first = i_split * per_split
+    # A split without work still runs one block, all of it masked: ptxas serialises the wgmma of a loop that may not
+    # run at all (Triton 3.6, sm_90, warning C7515).
+    count = tl.maximum(tl.minimum(blocks - first, per_split), 1)
+
+    b_dw = tl.zeros([BK, BC], dtype=tl.float32)
+    b_du = tl.zeros([BU, BC], dtype=tl.float32)
+    for i in range(0, count):
+        o_p = (first + i) * BP + tl.arange(0, BP)
+        m_p = o_p < positions
+        if POINTWISE:
+            o_pixel = o_p
+            m_pixel = m_p
+        else:
+            o_rest = o_p % (P * Q)
+            o_h = o_rest // Q * STRIDE_H - PAD_H + i_r * DIL_H
+            o_w = o_rest % Q * STRIDE_W - PAD_W + i_s * DIL_W
+            o_pixel = (o_p // (P * Q) * H + o_h) * W + o_w
+            m_pixel = m_p & (o_h >= 0) & (o_h < H) & (o_w >= 0) & (o_w < W)
+        if WIDE:
+            o_p = o_p.to(tl.int64)
+            o_pixel = o_pixel.to(tl.int64)
+        m_x = m_pixel[:, None] & (o_c < C)[None, :]
+        b_x = tl.load(p_x + o_pixel[:, None] * C + o_c[None, :], mask=m_x, other=0.0)
+        # Row operands are loaded through transposed pointers: the transpose of a loaded block spills on sm_80.
+        if HAS_A:
+            m_a = (o_k < K)[:, None] & m_p[None, :]
+            b_a = tl.load(p_a + o_p[None, :] * K + o_k[:, None], mask=m_a, other=0.0)
+            b_dw = tl.dot(b_a, b_x, b_dw, input_precision=PRECISION)
+        if HAS_U:
+            m_u = (o_u < U)[:, None] & m_p[None, :]
+            b_u = tl.load(p_u + o_p[None, :] * U + o_u[:, None], mask=m_u, other=0.0)
+            b_du = tl.dot(b_u, b_x, b_du, input_precision=PRECISION)
+
+    last = True
+    if SPLITS > 1:
+        SLOT: tl.constexpr = (BK + BU) * BC
+        o_slot = i_tile.to(tl.int64) * SPLITS * SLOT
+        o_a = tl.arange(0, BK)[:, None] * BC + tl.arange(0, BC)[None, :]
+        o_b = (BK + tl.arange(0, BU))[:, None] * BC + tl.arange(0, BC)[None, :]
+        if HAS_A:
+            tl.store(p_partial + o_slot + i_split * SLOT + o_a, b_dw, cache_modifier=".cg")
+        if HAS_U:
+            tl.store(p_partial + o_slot + i_split * SLOT + o_b, b_du, cache_modifier=".cg")
+        # Every thread's sums must be written before one of them announces it.
+        tl.debug_barrier()
+        last = tl.atomic_add(p_arrived + i_tile, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            # Always from split 0 upwards, whoever arrived when: the result does not depend on the schedule.
+            b_dw = tl.zeros([BK, BC], dtype=tl.float32)
+            b_du = tl.zeros([BU, BC], dtype=tl.float32)
+            for i in range(0, SPLITS):
+                if HAS_A:
+                    b_dw += tl.load(p_partial + o_slot + i * SLOT + o_a, cache_modifier=".cg")
+                if HAS_U:
+                    b_du += tl.load(p_partial + o_slot + i * SLOT + o_b, cache_modifier=".cg")
+            tl.store(p_arrived + i_tile, 0)
+
+    if last:
+        if HAS_A:
+            m_dw = (o_k < K)[:, None] & (o_c < C)[None, :]
+            o_dw = o_k[:, None] * stride_wk + o_c[None, :] * stride_wc + i_r * stride_wr + i_s * stride_ws
+            tl.store(p_dw + o_dw, b_dw.to(p_dw.dtype.element_ty), mask=m_dw)
+        if HAS_F:
+            if HAS_U:
+                o_row = o_u
+                b_f = b_du * scale
+            else:
+                o_row = o_k
+                b_f = tl.zeros([BK, BC], dtype=tl.float32)
+            m_f = (o_row < U)[:, None] & (o_c < C)[None, :]
+            o_f = o_row[:, None] * stride_fk + o_c[None, :] * stride_fc + i_r * stride_fr + i_s * stride_fs
+            if USE_FEEDBACK:
+                b_feedback = tl.load(p_feedback + o_f, mask=m_f, other=0.0).to(tl.float32)
+                if USE_WEIGHT:
+                    # Exact where decay == self_ and the feedback nears the weight.
+                    b_weight = tl.load(p_weight + o_f, mask=m_f, other=0.0).to(tl.float32)
+                    b_f += decay * (b_feedback - b_weight) + (decay - self_) * b_weight
+                else:
+                    b_f += decay * b_feedback
+            elif USE_WEIGHT:
+                b_f -= self_ * tl.load(p_weight + o_f, mask=m_f, other=0.0).to(tl.float32)
+            if USE_TIE:
+                if HAS_A:
+                    b_f += tie * b_dw
+                else:
+                    b_f += tie * tl.load(p_dw + o_f, mask=m_f, other=0.0).to(tl.float32)
+            tl.store(p_f + o_f, b_f.to(p_f.dtype.element_ty), mask=m_f)
