@@ -31,15 +31,15 @@ def draw(
     """Curves by rule, the first point before training; a rule may lack angles (bp has no feedback weight)."""
     look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200}
     with plt.rc_context(look):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.5), layout="constrained")
-        _curves(left, accuracy, top=100)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 4.0), layout="constrained")
+        _curves(left, accuracy)
         left.set(ylabel="test accuracy (%)", ylim=(0, 101))
         left.axhline(10, color="#bbbbbb", linewidth=0.8, zorder=0)
-        left.text(0, 10.5, "chance", color="#808080", fontsize=7, va="bottom")
-        _curves(right, angles, top=100)
-        right.set(ylabel="angle between feedback and weight (degrees)", ylim=(0, 101), yticks=range(0, 91, 15))
+        left.text(0.99, 9, "chance", color="#808080", ha="right", va="top", transform=left.get_yaxis_transform())
+        _curves(right, angles)
+        right.set(ylabel="angle of feedback to weight (degrees)", ylim=(0, 101), yticks=range(0, 91, 15))
         right.axhline(90, color="#bbbbbb", linewidth=0.8, zorder=0)
-        right.text(0, 90.5, "orthogonal", color="#808080", fontsize=7, va="bottom")
+        right.text(0.99, 91, "orthogonal", color="#808080", ha="right", transform=right.get_yaxis_transform())
         for axes, letter in zip((left, right), "ab", strict=True):
             axes.set_xlabel("epoch")
             axes.set_title(letter, loc="left", fontweight="bold")
@@ -48,7 +48,7 @@ def draw(
         plt.close(figure)
 
 
-def _curves(axes, curves: dict[str, Sequence[float]], top: float) -> None:
+def _curves(axes, curves: dict[str, Sequence[float]]) -> None:
     """One line for each rule, named at its end; names that would collide move apart."""
     curves = {name: curve for name, curve in curves.items() if len(curve)}
     for name, curve in curves.items():
@@ -58,17 +58,18 @@ def _curves(axes, curves: dict[str, Sequence[float]], top: float) -> None:
     axes.set_xlim(0, last)
     axes.xaxis.get_major_locator().set_params(integer=True)
     ends = sorted((curve[-1], name) for name, curve in curves.items())
-    for (value, name), height in zip(ends, _apart([value for value, _ in ends], 0.048 * top, top), strict=True):
+    for (value, name), height in zip(ends, _apart([value for value, _ in ends]), strict=True):
         at = len(curves[name]) - 1
         color = STYLES[name][0]
         axes.annotate(
-            name, (at, value), (at + 0.05 * last, height), color=color, va="center", annotation_clip=False,
+            name, (at, value), (at + 0.05 * last, height), color=color, va="center", fontsize=8.5,
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
 
 
-def _apart(heights: list[float], gap: float, top: float) -> list[float]:
-    """Rising heights moved as little as a pass up and a pass down allow, until ``gap`` lies between neighbours."""
+def _apart(heights: list[float], gap: float = 4.8, top: float = 107.0) -> list[float]:
+    """Rising heights with ``gap`` between neighbours and none above ``top``: a pass up, then a pass down."""
     moved: list[float] = []
     for height in heights:
         moved.append(max(height, moved[-1] + gap) if moved else height)

@@ -5,9 +5,9 @@
     python examples/two_routes.py --sweep                          # how many settings of wm and of ia train at all
 
 Writes two_routes.png (accuracy and alignment by epoch) and two_routes.json (settings, curves, versions) into --out.
-Interrupted, it keeps the rules that are done. The two routes are those of Kunin et al., ICML 2020: local rules (wm, ia),
-which see a layer's input and response alone, and weight estimation (sa, aa, kp), which copies W without reading it
-across the layer's two paths.
+Interrupted, it keeps the rules that are done. The two routes are those of Kunin et al., ICML 2020: local rules
+(wm, ia), which see a layer's input and response alone, and weight estimation (sa, aa, kp), which pulls the feedback
+to the forward weight by comparing the two weights, their responses or their updates.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from tqdm import tqdm
 import pyfeedback
 
 BATCH = 64
-EPOCHS = {"cluttered": 10, "digits": 30}
+EPOCHS = {"cluttered": 8, "digits": 30}
 LR, MOMENTUM = 0.05, 0.9  # of the forward weights, the same under every rule
 
 

@@ -1,6 +1,6 @@
 """The example runs as a stranger would run it, and its images keep training and test digits apart."""
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -14,23 +14,23 @@ pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def cluttered_digits():
-    spec = importlib.util.spec_from_file_location("cluttered_digits", EXAMPLES / "cluttered_digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def example(monkeypatch):
+    """Import a module of the examples folder, which is no package."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
 
 
-def two_routes(*arguments):
-    command = [sys.executable, EXAMPLES / "two_routes.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def cluttered_digits(example):
+    return example("cluttered_digits")
 
 
 def test_a_short_run_leaves_table_json_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    done = two_routes("--rule", "bp", "ia", "--data", "digits", "--epochs", 1, "--out", tmp_path)
+    options = ["--rule", "bp", "ia", "--data", "digits", "--epochs", "1", "--out", tmp_path]
+    done = subprocess.run([sys.executable, EXAMPLES / "two_routes.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert re.search(r"bp +\d+\.\d +0\.0 +1\.00", rows["bp"])
@@ -61,13 +61,16 @@ def test_a_short_run_leaves_table_json_and_picture(tmp_path):
     ],
     ids=["rule", "data", "epochs", "device", "out"],
 )
-def test_a_bad_argument_is_one_line(arguments, named):
+def test_a_bad_argument_is_one_line(example, monkeypatch, capsys, arguments, named):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    done = two_routes(*arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert named in done.stderr
+    monkeypatch.setattr(sys, "argv", ["two_routes.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        example("two_routes").parse()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert named in error
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", 8), ("cluttered", 32)])
