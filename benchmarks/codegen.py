@@ -1,0 +1,220 @@
+"""Compiles every Triton kernel with the tiles it ships with, for machines that need not be there, and reads the code.
+
+    python benchmarks/codegen.py [--architectures 80 90] [--jobs 2]
+
+Prints registers, spilled accesses, shared memory, tensor-core instructions, waits for them, and the narrowest copy
+from global to shared memory. Exits with 1 on a spill, on a compute-bound 16-bit tile of sm_90 without wgmma or with
+wgmma serialised, on copies narrower than 16 bytes, and on too much shared memory. No GPU is needed, none is timed.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pyfeedback.kernels.dgrad import dgrad_constants
+from pyfeedback.kernels.dgrad_kernel import dgrad_kernel
+from pyfeedback.kernels.geometry import Geometry, conv_geometry
+from pyfeedback.kernels.tiles import choose_dgrad, choose_wgrad
+from pyfeedback.kernels.wgrad import wgrad_constants
+from pyfeedback.kernels.wgrad_kernel import wgrad_kernel
+from pyfeedback.testing import RESNET50
+
+BATCH = 32
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+PROCESSORS = {80: 108, 90: 132}
+LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "64-64-3x3s1@56", "128-128-3x3s2@56", "256-256-3x3s1@14")
+FULL_PRECISION = ("64-256-1x1s1@56", "128-128-3x3s2@56")
+TYPES = {"bf16": 2, "fp32": 4, "tf32": 4}
+
+
+class Job(NamedTuple):
+    """One kernel for one layer, dtype and architecture."""
+
+    op: str
+    layer: str
+    dtype: str
+    capability: int
+
+
+class Code(NamedTuple):
+    """What the machine code of one kernel holds."""
+
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    wgmma: int
+    mma: int
+    waits: int
+    copies: tuple[int, ...]  # bytes of each kind of copy from global to shared memory
+
+
+WGRADS = {
+    "wgrad": {"HAS_A"},
+    "wgrad+kp": {"HAS_A", "HAS_F", "USE_FEEDBACK", "USE_TIE"},
+    "wgrad feedback": {"HAS_U", "HAS_F", "USE_FEEDBACK"},
+    "wgrad pair": {"HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE"},
+    "wgrad+moment": {"HAS_A", "HAS_U", "HAS_F"},
+}
+DGRADS = {"dgrad": {"HAS_DX"}, "dgrad z": {"HAS_Z", "USE_X"}, "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"}}
+
+
+def jobs(architectures: list[int]) -> list[Job]:
+    """Every kernel that a rule launches; the second moment only where a layer has one."""
+    found = []
+    for capability in architectures:
+        for dtype in TYPES:
+            for layer in LAYERS if dtype == "bf16" else FULL_PRECISION:
+                ops = [op for op in (*WGRADS, *DGRADS) if op != "wgrad+moment" or "1x1" in layer]
+                # What is launched alone differs from its pair in nothing but one product.
+                ops = ops if dtype == "bf16" else ["wgrad pair", "dgrad dual"]
+                found += [Job(op, layer, dtype, capability) for op in ops]
+    return found
+
+
+def layer_geometry(name: str) -> Geometry:
+    """The layer of ResNet-50 of this name, as a linear layer where it is one."""
+    shape = next(s for s in RESNET50 if s.name == name)
+    input = (BATCH, shape.in_channels, shape.map_size, shape.map_size)
+    weight = (shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
+    return conv_geometry(input, weight, *shape.window[:3]).flat()
+
+
+def wgrad_source(job: Job) -> tuple[object, dict, dict, object]:
+    """Kernel, compile-time arguments, run-time integers, tile."""
+    g, on = layer_geometry(job.layer), WGRADS[job.op]
+    flags = {f: f in on for f in ("HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE")}
+    u = g.C if job.op == "wgrad+moment" else g.K
+    rows = (g.K if "HAS_A" in on else 0, u if "HAS_U" in on else 0)
+    tile = choose_wgrad(g, rows, TYPES[job.dtype], job.capability, PROCESSORS[job.capability])
+    constants = wgrad_constants(g, u, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
+    strides = {"k": g.R * g.S * g.C, "r": g.S * g.C, "s": g.C, "c": 1}
+    written = {"w": "HAS_A" in on, "f": "HAS_F" in on}
+    integers = {f"stride_{t}{d}": size * written[t] for t in written for d, size in strides.items()}
+    absent = {"p_a": "HAS_A", "p_u": "HAS_U", "p_dw": "HAS_A", "p_f": "HAS_F", "p_weight": "USE_WEIGHT",
+              "p_feedback": "USE_FEEDBACK"}  # fmt: skip
+    constants |= {name: None for name, flag in absent.items() if flag not in on}
+    if tile.splits == 1:
+        constants |= {"p_partial": None, "p_arrived": None}
+    return wgrad_kernel, constants, integers, tile
+
+
+def dgrad_source(job: Job) -> tuple[object, dict, dict, object]:
+    """Kernel, compile-time arguments, run-time integers, tile."""
+    g, on = layer_geometry(job.layer), DGRADS[job.op]
+    flags = {f: f in on for f in ("HAS_DX", "HAS_Z", "USE_X")}
+    tile = choose_dgrad(g, len(on) == 3, TYPES[job.dtype], job.capability)
+    constants = dgrad_constants(g, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
+    absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X"}
+    constants |= {name: None for name, flag in absent.items() if flag not in on}
+    return dgrad_kernel, constants, {}, tile
+
+
+def compile_job(job: Job) -> Code:
+    """Compile as a launch with 16-byte aligned tensors would, and read the machine code."""
+    kernel, constants, integers, tile = (wgrad_source if job.op in WGRADS else dgrad_source)(job)
+    constants |= {name: 1 for name, value in integers.items() if value == 1}
+    element = {"p_arrived": "i32", "p_partial": "fp32"}
+    signature, aligned = {}, []
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = "*" + element.get(name, "bf16" if job.dtype == "bf16" else "fp32")
+            aligned.append(name)
+        else:
+            signature[name] = "i32" if name == "N" or name in integers else "fp32"
+            if integers.get(name, 1) % 16 == 0:
+                aligned.append(name)
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attrs),
+        target=GPUTarget("cuda", job.capability, 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    return read_code(compiled, tile)
+
+
+def read_code(compiled, tile) -> Code:
+    """Counts of what matters in the machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = run_tool("cuobjdump", "-res-usage", binary)
+        sass = run_tool("nvdisasm", "-c", binary)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    widths = re.findall(r"LDGSTS\S*", sass)
+    copies = {16 if ".128" in w else 8 if ".64" in w else 4 for w in widths}
+    return Code(
+        " ".join(f"{name}{value}" for name, value in vars(tile).items()),
+        registers,
+        count(r"\b(?:STL|LDL)\b"),
+        compiled.metadata.shared,
+        count(r"\bHGMMA\b"),
+        count(r"\bHMMA\b"),
+        count(r"WARPGROUP\.DEPBAR"),
+        tuple(sorted(copies)),
+    )
+
+
+def run_tool(name: str, *arguments) -> str:
+    """Output of a tool that Triton brings along."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def faults(job: Job, code: Code) -> list[str]:
+    """What must not be; empty where all is well."""
+    found = []
+    if code.spills:
+        found.append("spills")
+    if code.shared > SHARED_LIMIT[job.capability]:
+        found.append("too much shared memory")
+    if job.capability >= 90 and job.dtype == "bf16":
+        if not code.wgmma:
+            found.append("no wgmma")
+        # A serialised loop waits for every wgmma; a pipelined one once for the instructions of a whole step.
+        elif code.waits * 2 > code.wgmma:
+            found.append("serialised wgmma")
+    if not code.copies or code.copies[0] < 16:
+        found.append("copies narrower than 16 bytes")
+    return found
+
+
+def main() -> int:
+    """The table, and 1 if anything in it must not be."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--architectures", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=[80, 90])
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at once")
+    options = parser.parse_args()
+    todo = jobs(options.architectures)
+    columns = ("regs", "spills", "shared", "wgmma", "mma", "waits", "copies")
+    print(f"triton {triton.__version__}", *(f"{c:>7}" for c in columns))
+    failed = 0
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for job, code in zip(todo, pool.map(compile_job, todo), strict=True):
+            wrong = faults(job, code)
+            failed += bool(wrong)
+            name = f"sm_{job.capability} {job.dtype} {job.op} {job.layer}"
+            numbers = (*code[1:-1], "/".join(map(str, code.copies)))
+            print(f"{name:45}", *(f"{n:>7}" for n in numbers), f" {code.tile}", *wrong, flush=True)
+    print(f"{len(todo)} kernels, {failed} of them not as they must be")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Benchmarks: what a training step costs under each rule, beside backprop and the other ways to compute it.
+
+    pytest benchmarks --benchmark-only                       # everything; ResNet-50's layers take most of the time
+    pytest benchmarks --benchmark-only --quick               # under 3 minutes on two cores
+    pytest benchmarks --benchmark-only --network resnet20 --rule ia --benchmark-json out.json
+    pytest benchmarks                                        # checks every answer, times nothing
+
+`test_layer_steps.py`   forward and backward of one layer: plain backprop, pyfeedback, the reference (the paper's
+                        regularisers by autograd), the composition of PyTorch's calls; --compile adds the compiled
+                        reference
+`test_network_steps.py` a whole training step of a network, both optimizers included
+`test_feedback_step.py` the multi-tensor update of all feedback weights
+`test_call_overhead.py` what a tiny layer pays per call
+
+Machines are noisy, so the implementations take turns within one benchmark, A B C A B C, and what is reported is the
+median over the rounds of the ratio within a round. pytest-benchmark's own statistics are those of pyfeedback in that
+race; ratios and times of the others stand in ``extra_info``. Nothing is timed before its gradients agree with float64.
+Threads are those of torch (OMP_NUM_THREADS). On a GPU, times come from CUDA events behind a flushed L2, with
+cudnn.benchmark on and the launches hidden where a layer's kernels are measured.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import machine
+import tables
+from implementations import BASELINES, SUBJECT
+from selection import DTYPES, NETWORKS, RULES, Selection
+from timing import Clock, Race, Step, timer_for
+
+CLOCK = Clock()
+SELECTION = pytest.StashKey[Selection]()
+RECORDS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("pyfeedback benchmarks")
+    group.addoption("--quick", action="store_true", help="a few layers, a small batch, few rounds")
+    group.addoption("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    group.addoption("--batch", type=int, default=0, help="batch of the layers (default: 16, cuda 128, --quick 8)")
+    group.addoption("--network", action="append", choices=list(NETWORKS), help="layers of this network alone")
+    group.addoption("--rule", action="append", choices=list(RULES), help="this rule alone")
+    group.addoption("--dtype", action="append", choices=list(DTYPES), help="default: float32, on cuda bfloat16 too")
+    group.addoption("--against", action="append", choices=list(BASELINES), help="this baseline alone")
+    group.addoption("--compile", action="store_true", help="torch.compile of the reference as a further baseline")
+    group.addoption("--backward-only", action="store_true", help="time a layer's backward without its forward")
+    group.addoption("--time-limit", type=float, default=float("inf"), help="seconds after which the rest is skipped")
+
+
+def pytest_configure(config):
+    option = config.getoption
+    cuda = torch.cuda.is_available()
+    config.stash[SELECTION] = Selection(
+        device=torch.device(option("device") or ("cuda" if cuda else "cpu")),
+        quick=option("quick"),
+        timed=option("benchmark_only"),
+        compiled=option("compile"),
+        backward_only=option("backward_only"),
+        batch=option("batch"),
+        networks=option("network") or [],
+        rules=option("rule") or [],
+        dtypes=option("dtype") or [],
+        against=option("against") or [],
+        time_limit=option("time_limit"),
+    )
+    config.stash[RECORDS] = []
+    torch.backends.cudnn.benchmark = True
+
+
+def pytest_generate_tests(metafunc):
+    selection = metafunc.config.stash[SELECTION]
+    if "layer" in metafunc.fixturenames:
+        metafunc.parametrize("layer", selection.layers(), ids=lambda shape: shape.name)
+    if "rule_name" in metafunc.fixturenames:
+        metafunc.parametrize("rule_name", selection.rules)
+    if "dtype_name" in metafunc.fixturenames:
+        metafunc.parametrize("dtype_name", selection.dtypes)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture
+def selection(request):
+    """What this run measures."""
+    chosen = request.config.stash[SELECTION]
+    if chosen.out_of_time():
+        pytest.skip(f"the time limit of {chosen.time_limit:.0f} s has passed")
+    return chosen
+
+
+@pytest.fixture
+def race(request, benchmark, selection):
+    """``race(kind, steps, **info)``: time the steps in turn, record the medians and the ratios to pyfeedback's."""
+
+    def run(kind: str, steps: dict[str, Step], timer=None, hide_launches: bool = True, group: str = "", **info) -> dict:
+        timer = timer or timer_for(selection.device, hide_launches)
+        contest = Race(steps, SUBJECT, timer, CLOCK)
+        rounds = selection.rounds(contest.warm_up(3 if selection.device.type == "cuda" else 1))
+        benchmark.group = group or kind
+        benchmark.pedantic(contest.round, rounds=rounds)
+        record = {
+            "kind": kind,
+            **info,
+            "implementation": SUBJECT,
+            "threads": torch.get_num_threads(),
+            "seconds": {name: contest.median(name) for name in steps},
+            **{f"ratio_to_{name}": contest.ratio(name) for name in steps if name != SUBJECT},
+        }
+        benchmark.extra_info.update(record)
+        request.config.stash[RECORDS].append(record)
+        return record
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)
+    machine_info["pyfeedback"] = machine.facts(config.stash[SELECTION].device)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    records = config.stash[RECORDS]
+    if records:
+        terminalreporter.section("time of pyfeedback relative to the others")
+        for line in tables.report(records, per_layer=config.getoption("verbose") > 0):
+            terminalreporter.write_line(line)

@@ -1,0 +1,42 @@
+"""What a layer's step must cost at least: the rule's multiply-adds, and each tensor moved once."""
+
+import math
+
+import torch
+
+from pyfeedback import Rule
+from pyfeedback.testing import ConvShape
+
+BACKPROP_PASSES = 3  # fprop, dgrad, wgrad
+
+
+def sampled(rule: Rule, batch: int) -> float:
+    """The fraction of the batch that the rule's data terms see."""
+    samples = rule.coefficients(batch, 1).samples
+    return samples / batch if samples else 1.0
+
+
+def rule_passes(rule: Rule) -> int:
+    """Passes over the whole batch that the data terms add, as the primitives define them; amp rides on a longer one."""
+    return max(2 * (rule.null != 0) + 2 * (rule.sparse != 0), int(rule.amp != 0))
+
+
+def flops(shape: ConvShape, rule: Rule, batch: int, backward_only: bool = False) -> int:
+    """Floating-point operations of a step, by the definition of the rule and not by the form that computes it."""
+    passes = BACKPROP_PASSES - backward_only + rule_passes(rule) * sampled(rule, batch)
+    return int(2 * shape.macs * batch * passes)
+
+
+def minimum_bytes(shape: ConvShape, rule: Rule, batch: int, dtype: torch.dtype, backward_only: bool = False) -> int:
+    """Bytes of a step in which forward and backward each read and write every tensor once."""
+    x = batch * shape.in_channels * shape.map_size**2
+    w = shape.out_channels * (shape.in_channels // shape.groups) * shape.kernel**2
+    sizes = (batch, shape.in_channels, *2 * [shape.map_size]), (shape.out_channels, 0, *2 * [shape.kernel])
+    y = math.prod(shape.window.output_shape(*sizes))
+    forward = x + w + y
+    backward = (y + x + w) + (x + w)  # grad_output, input, feedback; grad_input, grad_weight
+    if rule.learns:
+        backward += w  # its gradient
+        backward += w * (rule.self_ != 0 or rule.reads_data)  # the weight
+        backward += y * sampled(rule, batch) if rule.reads_data else 0  # the response
+    return int((backward + (0 if backward_only else forward)) * dtype.itemsize)

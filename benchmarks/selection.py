@@ -1,0 +1,82 @@
+"""What a run measures: layers, rules, batch, rounds and device, from the command line."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from implementations import BASELINES, SUBJECT
+
+from pyfeedback import Rule
+from pyfeedback import rule as as_rule
+from pyfeedback.testing import RESNET18, RESNET20_CIFAR, RESNET50, ConvShape
+
+NETWORKS = {"resnet18": RESNET18, "resnet50": RESNET50, "resnet20": RESNET20_CIFAR}
+
+# One of each kind: pointwise up, down and strided, 3x3 dense and strided, large and small maps.
+QUICK_LAYERS = {
+    "resnet50": ("64-256-1x1s1@56", "512-128-1x1s1@28", "128-128-3x3s1@28", "1024-2048-1x1s2@14"),
+    "resnet18": ("256-512-3x3s2@14",),
+    "resnet20": ("16-16-3x3s1@32", "64-64-3x3s1@8"),
+}
+
+FRACTION = 1 / 8
+RULES: dict[str, Rule] = {name: as_rule(name) for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp")} | {
+    f"{name}/8": as_rule(name, samples=FRACTION) for name in ("wm", "ia", "aa")
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Selection:
+    """The command line, with the defaults of the device filled in."""
+
+    device: torch.device
+    quick: bool = False
+    timed: bool = True
+    compiled: bool = False
+    backward_only: bool = False
+    batch: int = 0
+    networks: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    against: list[str] = field(default_factory=list)
+    time_limit: float = float("inf")
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self):
+        cuda = self.device.type == "cuda"
+        self.batch = self.batch or (8 if self.quick else 128 if cuda else 16)
+        self.networks = self.networks or list(NETWORKS)
+        self.rules = self.rules or list(RULES)
+        self.dtypes = self.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])
+        self.against = self.against or list(BASELINES[:3])
+        if self.compiled and "compiled" not in self.against:
+            self.against.append("compiled")
+
+    def layers(self) -> list[ConvShape]:
+        """The distinct layers of the networks."""
+        chosen = {}
+        for network in self.networks:
+            for shape in NETWORKS[network]:
+                if not self.quick or shape.name in QUICK_LAYERS[network]:
+                    chosen.setdefault(shape.name, shape)
+        return list(chosen.values())
+
+    def implementations(self, rule: Rule) -> list[str]:
+        """The subject and what it is compared with; under backprop there is nothing but torch to compare with."""
+        return [SUBJECT, *(name for name in self.against if name == "plain" or not rule.transport)]
+
+    def rounds(self, seconds: float) -> int:
+        """How many rounds to measure, when one takes so long."""
+        if self.device.type == "cuda":
+            least, most, budget = (10, 30, 0.2) if self.quick else (20, 200, 1.0)
+        else:
+            least, most, budget = (3, 15, 0.5) if self.quick else (5, 50, 2.5)
+        return min(max(int(budget / max(seconds, 1e-9)), least), most)
+
+    def out_of_time(self) -> bool:
+        """Whether the time limit of the run has passed."""
+        return time.monotonic() - self.started > self.time_limit

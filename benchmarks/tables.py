@@ -1,0 +1,117 @@
+"""The summary of a run: tables of ratios, from the records of its benchmarks."""
+
+import statistics
+from collections.abc import Iterable
+
+from implementations import BASELINES
+from selection import NETWORKS
+
+Record = dict
+TITLES = {"plain": "backprop", "reference": "reference", "composed": "composed", "compiled": "compiled"}
+
+
+def report(records: list[Record], per_layer: bool = False) -> list[str]:
+    """Every table that the records have the numbers of; below 1 is faster than what the column names."""
+    lines: list[str] = []
+    layers = [r for r in records if r["kind"] == "layer"]
+    for dtype in _distinct(r["dtype"] for r in layers):
+        of_dtype = [r for r in layers if r["dtype"] == dtype]
+        for network in NETWORKS:
+            lines += _network_table(network, dtype, of_dtype)
+        if per_layer:
+            lines += _layer_table(dtype, of_dtype)
+    lines += _network_steps([r for r in records if r["kind"] == "network"])
+    lines += _updates([r for r in records if r["kind"] == "update"])
+    lines += _overheads([r for r in records if r["kind"] == "overhead"])
+    return lines
+
+
+def weighted_ratio(records: Iterable[Record], counts: dict[str, int], other: str) -> float:
+    """Time of all layers of a network, each as often as it occurs, relative to another implementation's."""
+    mine = theirs = 0.0
+    for record in records:
+        seconds = counts[record["layer"]] * record["seconds"][other]
+        mine += record[f"ratio_to_{other}"] * seconds
+        theirs += seconds
+    return mine / theirs
+
+
+def _network_table(network: str, dtype: str, records: list[Record]) -> list[str]:
+    counts = {shape.name: shape.count for shape in NETWORKS[network]}
+    here = [r for r in records if r["layer"] in counts]
+    if not here:
+        return []
+    others = [name for name in BASELINES if any(f"ratio_to_{name}" in r for r in here)]
+    measured = len({r["layer"] for r in here})
+    kind = "backward" if here[0]["backward_only"] else "forward and backward"
+    width = 11 * len(others)
+    lines = [
+        f"{network}, {measured} of its {len(counts)} distinct layers, batch {here[0]['batch']}, {dtype}: {kind}",
+        f"  {'':6}{'median of layers':>{width}}   {'all layers, by count':>{width}}",
+        f"  {'rule':6}" + "   ".join(2 * ["".join(f"{TITLES[o]:>11}" for o in others)]),
+    ]
+    for rule in _distinct(r["rule"] for r in here):
+        of_rule = [r for r in here if r["rule"] == rule]
+        medians, totals = [], []
+        for other in others:
+            having = [r for r in of_rule if f"ratio_to_{other}" in r]
+            medians.append(statistics.median(r[f"ratio_to_{other}"] for r in having) if having else None)
+            totals.append(weighted_ratio(having, counts, other) if having else None)
+        lines.append(f"  {rule:6}{_cells(medians)}   {_cells(totals)}")
+    return [*lines, ""]
+
+
+def _layer_table(dtype: str, records: list[Record]) -> list[str]:
+    rules = _distinct(r["rule"] for r in records)
+    lines = []
+    for other in BASELINES:
+        found = {(r["layer"], r["rule"]): r[f"ratio_to_{other}"] for r in records if f"ratio_to_{other}" in r}
+        if found:
+            lines.append(f"each layer relative to {TITLES[other]}, {dtype}")
+            lines.append(f"  {'layer':22}" + "".join(f"{rule:>7}" for rule in rules))
+            for layer in _distinct(r["layer"] for r in records):
+                lines.append(f"  {layer:22}" + _cells([found.get((layer, rule)) for rule in rules], 7))
+            lines.append("")
+    return lines
+
+
+def _network_steps(records: list[Record]) -> list[str]:
+    lines = []
+    for network, dtype, batch in _distinct((r["network"], r["dtype"], r["batch"]) for r in records):
+        here = [r for r in records if (r["network"], r["dtype"]) == (network, dtype)]
+        backprop = statistics.median(r["seconds"]["plain"] for r in here)
+        lines.append(f"step of {network}, batch {batch}, {dtype}: backprop {1e3 * backprop:.1f} ms; relative to it")
+        lines.append("  " + "".join(f"{r['rule']:>8}" for r in here))
+        lines += ["  " + _cells([r["ratio_to_plain"] for r in here], 8), ""]
+    return lines
+
+
+def _updates(records: list[Record]) -> list[str]:
+    if not records:
+        return []
+    lines = [f"{'feedback_step_':38}{'us':>10}{'GB/s':>8}{'to _foreach':>13}"]
+    for r in records:
+        title = f"{r['tensors']} x {r['sizes']}, {r['rule']}, momentum {r['momentum']}"
+        mine = r["seconds"]["pyfeedback"]
+        lines.append(f"  {title:36}{1e6 * mine:10.1f}{r['bytes'] / mine / 1e9:8.1f}{r['ratio_to_foreach']:13.2f}")
+    return [*lines, ""]
+
+
+def _overheads(records: list[Record]) -> list[str]:
+    lines = []
+    for layer in _distinct(r["layer"] for r in records):
+        here = [r for r in records if r["layer"] == layer]
+        plain = statistics.median(r["seconds"]["plain"] for r in here)
+        lines.append(f"step of {layer}, one thread: nn.Conv2d {1e6 * plain:.1f} us; microseconds more than it")
+        lines.append("  " + "".join(f"{r['rule']:>8}" for r in here))
+        more = (1e6 * r["seconds"]["plain"] * (r["ratio_to_plain"] - 1) for r in here)
+        lines += ["  " + "".join(f"{value:8.1f}" for value in more), ""]
+    return lines
+
+
+def _cells(values: Iterable[float | None], width: int = 11) -> str:
+    return "".join(f"{'-':>{width}}" if value is None else f"{value:{width}.2f}" for value in values)
+
+
+def _distinct(values: Iterable) -> list:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,122 @@
+"""The one timing loop: implementations in turn, by the clock on a CPU, by events behind a flushed cache on a GPU."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+FLUSHED_BYTES = 256 * 2**20  # several times the L2 of any GPU
+LONGEST_SLEEP = 0.02
+SLEEP_HERTZ = 2e9  # at or above the clock of any GPU, so that a sleep is never too short
+
+
+def _nothing() -> None:
+    pass
+
+
+class Step(NamedTuple):
+    """What is timed, and what is done before each time, outside the timing."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = _nothing
+
+
+class HostTimer:
+    """Seconds of one run by the monotonic clock, the mean of ``repeats`` runs."""
+
+    def __init__(self, repeats: int = 1):
+        self.repeats = repeats
+
+    def __call__(self, step: Step) -> float:
+        step.prepare()
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            step.run()
+        return (time.perf_counter() - start) / self.repeats
+
+
+class DeviceTimer:
+    """Seconds of one run between two CUDA events, from a cold L2.
+
+    With ``hide_launches`` the device sleeps first, so long that the whole run is queued when it wakes: the time is that
+    of the kernels, not of Python. Without, the time is what a training loop sees.
+    """
+
+    def __init__(self, device: torch.device, hide_launches: bool = True):
+        self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+        self._hide_launches = hide_launches
+        self._launch_seconds: dict[Step, float] = {}
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, step: Step) -> float:
+        step.prepare()
+        self._flushed.zero_()
+        launch = self._launch_seconds.get(step, 0.0)
+        if self._hide_launches and launch:
+            torch.cuda._sleep(int(min(2 * launch, LONGEST_SLEEP) * SLEEP_HERTZ))
+        begun = time.perf_counter()
+        self._start.record()
+        step.run()
+        self._end.record()
+        spent = time.perf_counter() - begun
+        self._launch_seconds[step] = min(spent, launch or spent)
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+
+def timer_for(device: torch.device, hide_launches: bool = True) -> HostTimer | DeviceTimer:
+    """The timer of one run on this device."""
+    return DeviceTimer(device, hide_launches) if device.type == "cuda" else HostTimer()
+
+
+class Clock:
+    """A clock that only the race moves on: pytest-benchmark's timer, so that its statistics are those of one step."""
+
+    __name__ = "race"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Race:
+    """Steps timed in turn, A B C A B C, so that whatever slows the machine down meets all of them alike.
+
+    Args:
+        steps: by name; ``subject`` is the one the others are compared with.
+        clock: advanced in each round by the time of the subject.
+    """
+
+    def __init__(
+        self, steps: dict[str, Step], subject: str, timer: Callable[[Step], float], clock: Clock | None = None
+    ):
+        self.steps, self.subject, self._timer, self._clock = steps, subject, timer, clock
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def warm_up(self, turns: int) -> float:
+        """Untimed rounds; returns the seconds that the last one took."""
+        for _ in range(turns):
+            begun = time.perf_counter()
+            for step in self.steps.values():
+                self._timer(step)
+            spent = time.perf_counter() - begun
+        return spent
+
+    def round(self) -> None:
+        """One run of each step."""
+        for name, step in self.steps.items():
+            self.seconds[name].append(self._timer(step))
+        self._clock.now += self.seconds[self.subject][-1]
+
+    def median(self, name: str) -> float:
+        """Median seconds of one step."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, other: str) -> float:
+        """Time of the subject relative to another step: the median over the rounds, each round by itself."""
+        rounds = zip(self.seconds[self.subject], self.seconds[other], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in rounds)
