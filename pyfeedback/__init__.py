@@ -1,8 +1,8 @@
 """Training without weight transport: the feedback path and the rules that let it learn, as PyTorch ops.
 
-    model = pyfeedback.convert(model, "ia")                      # any model; layers keep their weights
-    pyfeedback.alignment(model)                                  # angles between feedback and forward weights
-    torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
+model = pyfeedback.convert(model, "ia")                      # any model; layers keep their weights
+pyfeedback.alignment(model)                                  # angles between feedback and forward weights
+torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
 """
 
 from pyfeedback import schemas as schemas  # isort: skip  # defines the ops, before anything implements them

@@ -91,10 +91,14 @@ def check_step(
             raise ValueError(f"{name} has {len(tensors)} tensors, expected {count}{empty}: one for each feedback")
         for i, (tensor, like) in enumerate(zip(tensors, feedback, strict=False)):
             if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device:
-                raise ValueError(f"{name}[{i}] is {_describe(tensor)}, expected that of feedback[{i}], {_describe(like)}")
+                raise ValueError(
+                    f"{name}[{i}] is {_describe(tensor)}, expected that of feedback[{i}], {_describe(like)}"
+                )
     for i, tensor in enumerate(feedback):
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise TypeError(f"feedback[{i}] is {tensor.dtype}, {tensor.layout}, expected a strided floating tensor")
+        if tensor.device != feedback[0].device:
+            raise ValueError(f"feedback[{i}] is on {tensor.device}, expected the device of all, {feedback[0].device}")
     for name, values in coefficients.items():
         if len(values) != count:
             raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")

@@ -82,7 +82,7 @@ def feedback_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The feedback weights of ``model``, each once."""
     seen = set()
     for _, layer in feedback_layers(model):
-        if id(layer.feedback) not in seen:
+        if layer.feedback is not None and id(layer.feedback) not in seen:
             seen.add(id(layer.feedback))
             yield layer.feedback
 
@@ -111,7 +111,7 @@ def _spare_responses(model: nn.Module) -> list[str]:
     """
     leaves = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not any(m.children())]
     leaves = [(name, m) for name, m in leaves if not isinstance(m, (nn.Identity, nn.Flatten))]  # they make no copy
-    switched = []
+    switched: list[str] = []
     for (_, layer), (name, follower) in pairwise(leaves):
         if not isinstance(layer, FeedbackLayer) or layer.feedback is None or layer.bias is not None:
             continue

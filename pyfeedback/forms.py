@@ -31,9 +31,9 @@ class Coefficients(NamedTuple):
 class Window(NamedTuple):
     """How a convolution visits its input, as pairs; the defaults are the linear layer's."""
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
 
     def output_shape(self, input: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:

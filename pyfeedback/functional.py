@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from pyfeedback import arguments
+from pyfeedback import arguments, transforms
 from pyfeedback.forms import Coefficients, Window
 from pyfeedback.providers import provide, saves_response
 from pyfeedback.registration import cast_to
@@ -140,6 +139,8 @@ def feedback_step_(
     Raises:
         ValueError, TypeError: naming the argument, before anything is written.
     """
+    if not feedback:  # nothing to dispatch on
+        return
     with torch.no_grad():
         torch.ops.pyfeedback.feedback_step_.default(
             feedback, weight, grad, momentum_buffer, decay=decay, self_=self_, tie=tie, lr=lr, momentum=momentum,
@@ -154,6 +155,8 @@ def conv2d(
     if _autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_conv2d(input, weight, feedback, bias, window)
+    if torch._C._are_functorch_transforms_active():
+        return transforms.conv2d(input, weight, feedback, bias, window, rule)
     return _Conv2d.apply(input, weight, feedback, bias, (window, rule))
 
 
@@ -162,6 +165,8 @@ def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None,
     if _autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_linear(input, weight, feedback, bias)
+    if torch._C._are_functorch_transforms_active():
+        return transforms.linear(input, weight, feedback, bias, rule)
     return _Linear.apply(input, weight, feedback, bias, (rule,))
 
 
@@ -170,7 +175,7 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _cast(input: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _cast(input: Tensor, *tensors: Tensor | None) -> tuple:
     """The arguments in the autocast dtype: the cast stands outside the function, so that autograd takes it back."""
     device_type = input.device.type
     dtype = torch.get_autocast_dtype(device_type)
@@ -209,8 +214,10 @@ class _Linear(torch.autograd.Function):
 def _backward(op: str, ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The four gradients. Wrapped only where it must be: each wrapper costs a tenth of a tiny layer's step."""
     device_type = grad_output.device.type
-    if torch.is_grad_enabled():  # create_graph=True: what comes out must refuse to be differentiated
-        return _backward_once(ctx, op, device_type, grad_output)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        with torch.no_grad():
+            grads = _compute(ctx, op, device_type, grad_output)
+        return _NotAgain.apply(*grads, grad_output, *ctx.saved_tensors)
     if _autocasts(device_type):  # called inside the region: products keep their dtype
         with torch.autocast(device_type, enabled=False):
             return _compute(ctx, op, device_type, grad_output)
@@ -222,4 +229,13 @@ def _compute(ctx, op: str, device_type: str, grad_output: Tensor) -> tuple[Tenso
     return compute(grad_output, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad)
 
 
-_backward_once = once_differentiable(_compute)
+class _NotAgain(torch.autograd.Function):
+    """Hands four gradients on as functions of all that made them, and refuses to differentiate them."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tensors[:4]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is no derivative")

@@ -51,9 +51,9 @@ def alignment(
     layers = dict(feedback_layers(model))
     angles = {}
     for name, layer in layers.items():
-        weight, feedback = layer.weight.detach(), layer.feedback.detach()
-        ratio = _norm(feedback) / _norm(weight) if _norm(weight) else math.nan
-        angles[name] = (angle(weight, feedback), ratio)
+        if layer.feedback is not None:
+            size = _norm(layer.weight)
+            angles[name] = (angle(layer.weight, layer.feedback), _norm(layer.feedback) / size if size else math.nan)
     if batch is None:
         return {name: LayerAlignment(*pair) for name, pair in angles.items()}
     if loss is None:
@@ -91,7 +91,7 @@ def weight_transport(model: nn.Module) -> Iterator[None]:
 
 
 def _norm(x: Tensor) -> float:
-    return float(x.double().norm())
+    return float(x.detach().double().norm())
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def _projection_angle(layer: FeedbackLayer, calls: list[tuple[Tensor, Tensor]]) 
 
 def _input_gradients(layer: FeedbackLayer, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
     """What the layer hands to its input, for each input and output gradient of ``calls``, end to end."""
-    grads = []
+    grads: list[Tensor] = []
     for x, grad_output in calls:
         x = x.detach().requires_grad_()
         grads += torch.autograd.grad(type(layer).forward(layer, x), x, grad_output)

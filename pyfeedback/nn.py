@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class FeedbackLayer(torch.nn.Module):
 
     rule: Rule
     weight: Tensor
-    feedback: Tensor | None
+    feedback: torch.nn.Parameter | None
 
     def attach_feedback(self, rule: str | Rule) -> None:
         """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
@@ -42,7 +43,7 @@ class FeedbackLayer(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and feedback afresh."""
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of the torch.nn layer beside this class
         if "feedback" in self._parameters:  # torch.nn calls this before the feedback is there
             self.reset_feedback()
 
@@ -82,7 +83,7 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device=None,
         dtype=None,
         *,

@@ -44,13 +44,16 @@ class FeedbackSGD(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {value}, expected a finite number, 0 or more")
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True with momentum 0, expected a momentum above 0")
-        self._layers = {layer.feedback: layer for _, layer in feedback_layers(model)}
+        self._layers = {layer.feedback: layer for _, layer in feedback_layers(model) if layer.feedback is not None}
         if not self._layers:
             raise ValueError("model has no layer with a feedback weight, expected one converted by pyfeedback.convert")
         for feedback, layer in self._layers.items():
             feedback.requires_grad_(layer.rule.reads_data)
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "noise": noise}
         super().__init__(list(self._layers), {**options, "skip_nonfinite": skip_nonfinite})
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_layers": self._layers}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -64,7 +67,8 @@ class FeedbackSGD(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, params, lr, momentum, nesterov, noise, skip_nonfinite, **_):
-        feedback, weight, grad, buffers, decay, self_, tie = [], [], [], [], [], [], []
+        feedback, weight, grad, buffers = [], [], [], []
+        coefficients: dict[str, list[float]] = {"decay": [], "self_": [], "tie": []}
         for b in params:
             layer = self._layers[b]
             rule, w = layer.rule, layer.weight
@@ -77,7 +81,7 @@ class FeedbackSGD(torch.optim.Optimizer):
             feedback.append(b)
             weight.append(w.detach())
             grad.append(terms[3])
-            for values, value in zip((decay, self_, tie), terms, strict=False):
+            for values, value in zip(coefficients.values(), terms, strict=False):
                 values.append(value)
             if momentum:
                 state = self.state[b]
@@ -86,7 +90,7 @@ class FeedbackSGD(torch.optim.Optimizer):
                 buffers.append(state["momentum_buffer"])
         if feedback:
             functional.feedback_step_(
-                feedback, weight, grad, buffers, decay=decay, self_=self_, tie=tie, lr=float(lr), momentum=momentum,
+                feedback, weight, grad, buffers, **coefficients, lr=float(lr), momentum=momentum,
                 nesterov=nesterov, noise=noise, skip_nonfinite=skip_nonfinite,
                 seed=int(torch.randint(2**62, ())) if noise else 0,
             )  # fmt: skip

@@ -10,6 +10,7 @@ Symmetry" (ICML 2020, arXiv 2003.01513), and it is what the ops are judged again
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn import grad
 from torch.nn.modules.utils import _pair
 
 
@@ -41,10 +42,8 @@ def conv2d(
         return F.conv2d(x, kernel, None, stride, padding, dilation, groups)
 
     def conv_transposed(y, kernel):
-        extra = [
-            x - ((p - 1) * s - 2 * pad + d * (r - 1) + 1)
-            for x, p, s, pad, d, r in zip(input.shape[2:], y.shape[2:], stride, padding, dilation, kernel.shape[2:])
-        ]
+        spans = zip(input.shape[2:], y.shape[2:], stride, padding, dilation, kernel.shape[2:], strict=True)
+        extra = [x - ((p - 1) * s - 2 * pad + d * (r - 1) + 1) for x, p, s, pad, d, r in spans]
         return F.conv_transpose2d(y, kernel, None, stride, padding, extra, groups, dilation)
 
     y = _ConvFeedbackPath.apply(input, weight, feedback.detach(), stride, padding, dilation, groups)
@@ -112,8 +111,8 @@ class _ConvFeedbackPath(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         input, weight, feedback = ctx.saved_tensors
-        grad_input = torch.nn.grad.conv2d_input(input.shape, feedback, grad_output, *ctx.window)
-        grad_weight = torch.nn.grad.conv2d_weight(input, weight.shape, grad_output, *ctx.window)
+        grad_input = grad.conv2d_input(input.shape, feedback, grad_output, *ctx.window)
+        grad_weight = grad.conv2d_weight(input, weight.shape, grad_output, *ctx.window)
         return grad_input, grad_weight, None, None, None, None, None
 
 

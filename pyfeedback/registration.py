@@ -119,6 +119,12 @@ def _fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(Tr
     return (*grads, weight.new_empty(weight.shape[0]) if output_mask[3] else None)
 
 
+def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, noise=0.0, **_) -> None:
+    coefficients = {"decay": decay, "self_": self_, "tie": tie}
+    scalars = {"lr": lr, "momentum": momentum, "noise": noise}
+    arguments.check_step(feedback, weight, grad, momentum_buffer, coefficients, scalars)
+
+
 def _fake_center(input: Tensor, samples: int) -> Tensor:
     return torch.empty_like(input[:samples])
 
@@ -127,8 +133,8 @@ torch.library.register_fake("pyfeedback::fa_conv2d", _fa_conv2d, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_linear", _fa_linear, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_conv2d_backward", _fake_gradients, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_linear_backward", _fake_gradients, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::feedback_step_", lambda *args, **options: None, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::native_feedback_step_", lambda *args, **options: None, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRARY)
 
@@ -157,7 +163,7 @@ def _differentiate(backward_op):
 
 
 def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is not the derivative of anything")
+    raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is no derivative")
 
 
 for _name, _op in {

@@ -50,6 +50,9 @@ class Rule:
             raise ValueError(f"samples is {self.samples!r}, expected an int of 0 or more, or a float in (0, 1]")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {self.reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+        for name in ("center", "transport"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.transport and (self.learns or self.samples or self.center):
             raise ValueError(f"transport is True with {self!r}, expected no coefficients: B is W itself")
 
@@ -68,7 +71,7 @@ class Rule:
         scale = 1.0 / positions if self.reduction == "mean" and positions else 1.0
         samples = self.samples
         if isinstance(samples, float):
-            samples = 0 if samples == 1.0 else math.ceil(samples * batch)
+            samples = 0 if samples == 1.0 else math.ceil(samples * batch - 1e-9)  # 0.07 * 100 is a little above 7
         elif samples >= batch:
             samples = 0
         return Coefficients(

@@ -9,7 +9,7 @@ from pyfeedback.forms import Window
 
 
 class ConvShape(NamedTuple):
-    """One convolution of a network: input map H x W, square kernel R, ``count`` of them in the network."""
+    """One convolution of a network: input map H x W, square kernel R, ``repeats`` of them in the network."""
 
     name: str
     in_channels: int
@@ -17,7 +17,7 @@ class ConvShape(NamedTuple):
     kernel: int
     stride: int
     map_size: int
-    count: int = 1
+    repeats: int = 1
     groups: int = 1
 
     @property
@@ -33,8 +33,8 @@ class ConvShape(NamedTuple):
         return out * out * self.in_channels * self.out_channels * self.kernel**2 // self.groups
 
 
-def _conv(c: int, k: int, kernel: int, stride: int, map_size: int, count: int = 1) -> ConvShape:
-    return ConvShape(f"{c}-{k}-{kernel}x{kernel}s{stride}@{map_size}", c, k, kernel, stride, map_size, count)
+def _conv(c: int, k: int, kernel: int, stride: int, map_size: int, repeats: int = 1) -> ConvShape:
+    return ConvShape(f"{c}-{k}-{kernel}x{kernel}s{stride}@{map_size}", c, k, kernel, stride, map_size, repeats)
 
 
 RESNET50 = (
@@ -117,4 +117,4 @@ def conv_inputs(
     feedback = normal(k, c // shape.groups, r, r, scale=scale)
     input = normal(batch, c, shape.map_size, shape.map_size).relu_()
     grad_output = normal(*shape.window.output_shape(input.shape, weight.shape))
-    return ConvInputs(*(t.requires_grad_() for t in (input, weight, feedback)), grad_output)
+    return ConvInputs(input.requires_grad_(), weight.requires_grad_(), feedback.requires_grad_(), grad_output)

@@ -144,12 +144,15 @@ def test_nothing_is_spent_on_a_feedback_that_needs_no_gradient(monkeypatch):
 def test_gradients_are_derivatives_where_feedback_is_the_weight():
     torch.manual_seed(0)
     x, w, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 5, 6), (6, 2, 3, 2), (6,)))
-    for op in (functional.fa_conv2d, torch.ops.pyfeedback.fa_conv2d):
-        for window in (1, 1, 1, 2), ((2, 1), (1, 0), (1, 2), 2):
-            torch.autograd.gradcheck(lambda x, w, b: op(x, w, w.detach().clone(), b, *window), (x, w, bias))
+    for road, window in itertools.product(ROADS.values(), [(1, 1, 1, 2), ((2, 1), (1, 0), (1, 2), 2)]):
+        torch.autograd.gradcheck(at_the_weight(road.fa_conv2d, *window), (x, w, bias))
     x, w, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 4), (5, 4), (5,)))
-    for op in (functional.fa_linear, torch.ops.pyfeedback.fa_linear):
-        torch.autograd.gradcheck(lambda x, w, b: op(x, w, w.detach().clone(), b), (x, w, bias))
+    for road in ROADS.values():
+        torch.autograd.gradcheck(at_the_weight(road.fa_linear), (x, w, bias))
+
+
+def at_the_weight(op, *window):
+    return lambda x, w, bias: op(x, w, w.detach().clone(), bias, *window)
 
 
 @pytest.mark.parametrize("op", ["fa_conv2d", "fa_linear"])
@@ -160,7 +163,7 @@ def test_double_backward_raises(road, op):
     w, b = (torch.randn(5, 4, *size, requires_grad=True) for _ in range(2))
     output = getattr(ROADS[road], op)(x, w, b, amp=0.1)
     (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice|double backward"):
+    with pytest.raises(RuntimeError, match=r"twice|double backward"):
         grad.sum().backward()
 
 

@@ -335,3 +335,14 @@ def test_nesterov_wants_a_momentum():
 def test_a_model_without_feedback_is_refused(model):
     with pytest.raises(ValueError, match="model has no layer with a feedback weight"):
         FeedbackSGD(model, lr=0.1)
+
+
+def test_model_and_optimizer_are_copied_together():
+    model = pyfeedback.nn.Linear(3, 2, rule="sa")
+    optimizer = FeedbackSGD(model, lr=0.1, momentum=0.9)
+    optimizer.step()
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for each in (optimizer, twin_optimizer):
+        each.step()
+    assert torch.equal(twin.feedback, model.feedback)
+    assert twin.feedback is not model.feedback

@@ -169,3 +169,9 @@ def test_str_names_what_differs_from_nothing(made, text):
 
 def test_the_package_lists_what_it_has():
     assert {name for name in pyfeedback.__all__ if not hasattr(pyfeedback, name)} == set()
+
+
+def test_a_fraction_of_samples_does_not_round_up_by_float_error():
+    assert pyfeedback.rule("ia", samples=0.07).coefficients(100, 1).samples == 7
+    assert pyfeedback.rule("ia", samples=0.55).coefficients(100, 1).samples == 55
+    assert pyfeedback.rule("ia", samples=0.01).coefficients(10, 1).samples == 1

@@ -5,7 +5,7 @@ the contract of the ops: x the input, y = conv(x, W) the response without bias, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,13 +32,17 @@ def conv2d_backward(
 ) -> Gradients:
     """Gradients of input, weight, feedback and bias of a convolution; None where ``mask`` is False."""
     need_input, need_weight, need_feedback, need_bias = mask[:4]
-    x, grad_input, grad_weight, grad_feedback, grad_bias = input, None, None, None, None
+    grad_input: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_feedback: Tensor | None = None
+    grad_bias: Tensor | None = None
+    x, whole = input, window
     strided = window.stride != (1, 1) and _is_pointwise(weight, window)
     if strided:
         # A strided 1x1 convolution is a dense one on the positions it reads. Not only the moments want it so: the
         # weight gradient of stride 3 in channels_last corrupts the heap (oneDNN on a CPU, torch 2.13).
         x = _read_positions(input, window).contiguous(memory_format=_memory_format(input))
-        whole, window = window, window._replace(stride=(1, 1))
+        window = window._replace(stride=(1, 1))
     needs = (need_input, need_weight or (need_feedback and rule.tie != 0), need_bias)
     if True in needs:
         stride, padding, dilation, groups = window
@@ -48,14 +52,16 @@ def conv2d_backward(
     if need_feedback:
         layer = _Conv2d(weight, window, grad_output.shape)
         grad_feedback = _feedback_gradient(layer, x, response, weight, feedback, grad_weight, rule)
-        grad_feedback = _laid_out_like(grad_feedback, weight)
-    if need_input:
-        if strided:
-            dense, grad_input = grad_input, torch.zeros_like(input)
-            _read_positions(grad_input, whole).copy_(dense)
-        grad_input = _laid_out_like(grad_input, input)
-    grad_weight = _laid_out_like(grad_weight, weight) if need_weight else None
-    return grad_input, grad_weight, grad_feedback, grad_bias
+    if strided and grad_input is not None:
+        spread = torch.zeros_like(input)
+        _read_positions(spread, whole).copy_(grad_input)
+        grad_input = spread
+    return (
+        _laid_out_like(grad_input, input),
+        _laid_out_like(grad_weight, weight) if need_weight else None,
+        _laid_out_like(grad_feedback, weight),
+        grad_bias,
+    )
 
 
 def linear_backward(
@@ -69,7 +75,9 @@ def linear_backward(
 ) -> Gradients:
     """Gradients of input, weight, feedback and bias of a linear layer; None where ``mask`` is False."""
     need_input, need_weight, need_feedback, need_bias = mask[:4]
-    layer, grad_weight, grad_feedback = _Linear(weight), None, None
+    layer = _Linear(weight)
+    grad_weight: Tensor | None = None
+    grad_feedback: Tensor | None = None
     if need_weight or (need_feedback and rule.tie != 0):
         grad_weight = layer.correlate(input, grad_output)
     if need_feedback:
@@ -77,12 +85,14 @@ def linear_backward(
     return (
         _laid_out_like(layer.project(grad_output, feedback, input), input) if need_input else None,
         _laid_out_like(grad_weight, weight) if need_weight else None,
-        _laid_out_like(grad_feedback, weight) if need_feedback else None,
+        _laid_out_like(grad_feedback, weight),
         grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if need_bias else None,
     )
 
 
-def conv2d_saves_response(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, rule: Coefficients) -> bool:
+def conv2d_saves_response(
+    input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
+) -> bool:
     """True where the forward's output is the response and the backward will read it."""
     return _saves_response(_Conv2d(weight, window, window.output_shape(input.shape, weight.shape)), input, bias, rule)
 
@@ -188,7 +198,7 @@ def _feedback_gradient(
     return grad.to(weight.dtype)
 
 
-def _direct(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
+def _direct(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """sparse: wgrad(x, conv(x, sparse B - amp W)), which stays exact where B nears W and the difference of two
     convolutions would cancel; null: wgrad(null z - amp x, y), folded into z in one pass. amp rides on either.
     """
@@ -212,7 +222,7 @@ def _direct(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor
     return layer.correlate(z, y), -rule.amp
 
 
-def _input_moment(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
+def _input_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """(sparse B - amp W) G + null W G W' B, with the second moment G = x'x."""
     wide = wide_dtype(x.dtype)
     moment = layer.moment(_centered(x, rule)).to(wide)
@@ -229,9 +239,7 @@ def _input_moment(layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: 
     return total.reshape(weight.shape), 1.0
 
 
-def _response_moment(
-    layer, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients
-) -> Scaled:
+def _response_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """null Y B - amp y'x, with the second moment Y = y'y."""
     wide = wide_dtype(x.dtype)
     y = _centered(y, rule)
@@ -241,7 +249,8 @@ def _response_moment(
     return total.reshape(weight.shape), rule.null
 
 
-_DATA_TERMS = {
+# What computes each form; y is None where needs_response says that the form does not read it.
+_DATA_TERMS: dict[Form, Callable[..., Scaled]] = {
     Form.DIRECT: _direct,
     Form.INPUT_MOMENT: _input_moment,
     Form.RESPONSE_MOMENT: _response_moment,
@@ -279,9 +288,9 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _laid_out_like(grad: Tensor, like: Tensor) -> Tensor:
+def _laid_out_like(grad: Tensor | None, like: Tensor) -> Tensor | None:
     """grad with the strides of ``like``: the same tensor where it has them already."""
-    if grad.stride() == like.stride():
+    if grad is None or grad.stride() == like.stride():
         return grad
     if grad.is_contiguous() and like.is_contiguous():  # they differ in dimensions of size one alone
         return grad.as_strided(like.shape, like.stride())

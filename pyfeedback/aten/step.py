@@ -32,7 +32,7 @@ def feedback_step_(
     if skip_nonfinite:
         read = [weight[i] for i in read_weight] + [grad[i] for i in read_grad]
         keep = torch.stack([t.isfinite().all() for t in read]).all() if read else None
-    direction = torch._foreach_mul(feedback, list(decay))
+    direction = list(torch._foreach_mul(feedback, list(decay)))
     _add_(direction, weight, read_weight, [-a for a in self_])
     _add_(direction, grad, read_grad, tie)
     if noise:
@@ -41,10 +41,10 @@ def feedback_step_(
             d.add_(torch.randn(d.shape, dtype=d.dtype, device=d.device, generator=generator), alpha=noise)
     buffers = None
     if momentum:
-        buffers = torch._foreach_mul(list(momentum_buffer), momentum)
+        buffers = list(torch._foreach_mul(list(momentum_buffer), momentum))
         torch._foreach_add_(buffers, direction)
-        direction = torch._foreach_add(direction, buffers, alpha=momentum) if nesterov else buffers
-    stepped = torch._foreach_add(feedback, direction, alpha=-lr)
+        direction = list(torch._foreach_add(direction, buffers, alpha=momentum)) if nesterov else buffers
+    stepped = list(torch._foreach_add(feedback, direction, alpha=-lr))
     _write(feedback, stepped, keep)
     if buffers is not None:
         _write(list(momentum_buffer), buffers, keep)
