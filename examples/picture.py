@@ -1,6 +1,7 @@
 """The one picture of two_routes.py: test accuracy and alignment by epoch, side by side."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 import matplotlib
@@ -50,7 +51,8 @@ def draw(
 
 def _curves(axes, curves: dict[str, Sequence[float]]) -> None:
     """One line for each rule, named at its end; names that would collide move apart."""
-    curves = {name: curve for name, curve in curves.items() if len(curve)}
+    curves = {name: [value for value in curve if isfinite(value)] for name, curve in curves.items()}
+    curves = {name: curve for name, curve in curves.items() if curve}
     for name, curve in curves.items():
         color, dash = STYLES[name]
         axes.plot(range(len(curve)), curve, color=color, linestyle=dash, linewidth=1.7)

@@ -153,8 +153,7 @@ def observe(result: Result, model: nn.Module, test) -> None:
     model.eval()
     guesses = torch.cat([model(images).argmax(1) for images in test.images.split(500)])
     result.accuracy.append(100 * (guesses == test.labels).float().mean().item())
-    angles = [layer.angle for layer in pyfeedback.alignment(model).values()]
-    result.angles.append([a if math.isfinite(a) else 90.0 for a in angles])
+    result.angles.append([layer.angle for layer in pyfeedback.alignment(model).values()])
 
 
 def run(names: list[str], data, epochs: int, seed: int) -> dict[str, Result]:
@@ -194,7 +193,11 @@ def table(results: dict[str, Result]) -> str:
 
 def sweep(data, epochs: int, seed: int) -> dict:
     """Train wm and ia with each coefficient a third of, as, and three times its setting; fa is the bar to clear."""
-    floor = run(["fa"], data, epochs, seed)["fa"].accuracy[-1]
+
+    def end(setting):
+        return train(setting, data, epochs, seed, after_step=lambda: None, after_epoch=lambda _: None)
+
+    floor = end(SETTINGS["fa"]).accuracy[-1]
     found: dict = {"fa": floor}
     for name in ("wm", "ia"):
         setting, accuracies = SETTINGS[name], []
@@ -203,7 +206,7 @@ def sweep(data, epochs: int, seed: int) -> dict:
         for factors in tqdm(grid, desc=f"{name} grid", unit="setting"):
             changed = {term: getattr(setting.rule, term) * f for term, f in zip(terms, factors, strict=True)}
             tried = replace(setting, rule=replace(setting.rule, **changed))
-            result = train(tried, data, epochs, seed, lambda: None, lambda _: None)
+            result = end(tried)
             accuracies.append({**changed, "accuracy": result.accuracy[-1], "diverged": result.diverged})
         found[name] = accuracies
         reached = sorted(each["accuracy"] for each in accuracies)
@@ -225,7 +228,16 @@ def write_json(path: Path, options: argparse.Namespace, found: dict) -> None:
         "versions": {"pyfeedback": pyfeedback.__version__, **versions},
         **found,
     }
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(_finite(report), indent=1) + "\n")
+
+
+def _finite(value):
+    """JSON knows no nan: a number that is not finite, of a rule that diverged, becomes null."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Parser(argparse.ArgumentParser):
@@ -252,7 +264,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rule", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="RULE",
                         help=f"one or several of {', '.join(SETTINGS)} (default all)")  # fmt: skip
     parser.add_argument("--data", choices=cluttered_digits.NAMES, default="cluttered", help="default %(default)s")
-    parser.add_argument("--epochs", type=positive, help=f"default {EPOCHS}")
+    parser.add_argument("--epochs", type=positive, help="default 8 for cluttered, 30 for digits, half in a sweep")
     parser.add_argument("--seed", type=int, default=0, help="of weights, feedback and order; default %(default)s")
     parser.add_argument("--device", type=device, default="cpu", help="default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the picture and the JSON; default here")
@@ -274,11 +286,15 @@ def main() -> None:
         for side in cluttered_digits.load(options.data)
     ]
     if options.sweep:
-        write_json(options.out / "two_routes_sweep.json", options, sweep(data, options.epochs, options.seed))
+        try:
+            found = sweep(data, options.epochs, options.seed)
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted: nothing written") from None
+        write_json(options.out / "two_routes_sweep.json", options, found)
         return
     results = run(list(dict.fromkeys(options.rule)), data, options.epochs, options.seed)
     if not results:
-        return
+        raise SystemExit("interrupted before the first rule was done: nothing written")
     print(table(results))
     write_json(options.out / "two_routes.json", options, {"results": {name: asdict(r) for name, r in results.items()}})
     accuracy = {name: result.accuracy for name, result in results.items()}
