@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .dgrad_kernel import dgrad_kernel
 from .geometry import Geometry
-from .launch import architecture, precision, require, wide
+from .launch import architecture, options, precision, require, wide
 from .tiles import DgradTile, choose_dgrad
 
 
@@ -47,8 +47,7 @@ def launch_dgrad(
         z_scale=z_scale,
         x_scale=x_scale,
         **dgrad_constants(geometry, flags, wide(geometry), precision(feedback.dtype, tf32), tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **options(tile),
     )
 
 

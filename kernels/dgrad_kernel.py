@@ -89,8 +89,8 @@ def dgrad_kernel(
     n_k = tl.where(n_taps > 0, K, 0)
     n_s = tl.maximum(n_s, 1)
 
-    b_dx = tl.zeros([BM, BC], dtype=tl.float32)
-    b_z = tl.zeros([BM, BC], dtype=tl.float32)
+    b_dx = tl.full([BM, BC], 0.0, dtype=tl.float32)
+    b_z = tl.full([BM, BC], 0.0, dtype=tl.float32)
     for i in range(0, tl.maximum(n_taps, 1) * K_BLOCKS):
         i_tap = i // K_BLOCKS
         o_kk = i % K_BLOCKS * BK + o_k

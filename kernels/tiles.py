@@ -45,11 +45,10 @@ def choose_wgrad(
         # Without wgmma on float32 (K-major operands only) and with FMA in full precision: small blocks.
         most, columns, depth, stages = 64, 64, 16, 3
     elif capability >= 90:
-        # Two accumulators of 128x128 take 256 registers of 8 warps' threads' 255 only when 8 warps share them.
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
     else:
-        # Dual 128x128 spills on sm_80.
-        most, columns, depth, stages = (64 if dual else 128), (64 if dual else 128), 32, 3
+        # Dual 128x128 spills on sm_80; so do steps of 32 positions where the epilogue is long (Triton 3.6).
+        most, columns, depth, stages = (64 if dual else 128), (64 if dual else 128), 64, 3
     smallest = 64 if capability >= 90 and itemsize == 2 else 16
     bk, bu = (_block(r, smallest, most) if r else 16 for r in rows)
     bc = _block(geometry.C, 16, columns)
@@ -68,7 +67,8 @@ def choose_dgrad(geometry: Geometry, dual: bool, itemsize: int, capability: int)
     elif capability >= 90:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
     else:
-        most, columns, depth, stages = (64 if dual else 128), (64 if dual else 128), 32, 3
+        # 128x128 spills on sm_80, dual or not.
+        most, columns, depth, stages = (64 if dual else 128), 64, 32, 3
     bc = _block(geometry.C, 16, columns)
     bk = _block(geometry.K, 16, depth)
     return DgradTile(most, bc, bk, 8 if most * bc >= 128 * 128 else 4, stages)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .launch import architecture, precision, require, wide
+from .launch import architecture, options, precision, require, wide
 from .tiles import WgradTile, choose_wgrad
 from .wgrad_kernel import wgrad_kernel
 
@@ -82,8 +82,7 @@ def launch_wgrad(
         **_strides("w", dw),
         **_strides("f", f),
         **constants,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **options(tile),
     )
 
 

@@ -82,8 +82,8 @@ def wgrad_kernel(
     # run at all (Triton 3.6, sm_90, warning C7515).
     count = tl.maximum(tl.minimum(blocks - first, per_split), 1)
 
-    b_dw = tl.zeros([BK, BC], dtype=tl.float32)
-    b_du = tl.zeros([BU, BC], dtype=tl.float32)
+    b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
+    b_du = tl.full([BU, BC], 0.0, dtype=tl.float32)
     for i in range(0, count):
         o_p = (first + i) * BP + tl.arange(0, BP)
         m_p = o_p < positions
@@ -126,8 +126,8 @@ def wgrad_kernel(
         last = tl.atomic_add(p_arrived + i_tile, 1, sem="acq_rel") == SPLITS - 1
         if last:
             # Always from split 0 upwards, whoever arrived when: the result does not depend on the schedule.
-            b_dw = tl.zeros([BK, BC], dtype=tl.float32)
-            b_du = tl.zeros([BU, BC], dtype=tl.float32)
+            b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
+            b_du = tl.full([BU, BC], 0.0, dtype=tl.float32)
             for i in range(0, SPLITS):
                 if HAS_A:
                     b_dw += tl.load(p_partial + o_slot + i * SLOT + o_a, cache_modifier=".cg")
@@ -146,7 +146,7 @@ def wgrad_kernel(
                 b_f = b_du * scale
             else:
                 o_row = o_k
-                b_f = tl.zeros([BK, BC], dtype=tl.float32)
+                b_f = tl.full([BK, BC], 0.0, dtype=tl.float32)
             m_f = (o_row < U)[:, None] & (o_c < C)[None, :]
             o_f = o_row[:, None] * stride_fk + o_c[None, :] * stride_fc + i_r * stride_fr + i_s * stride_fs
             if USE_FEEDBACK:
