@@ -69,6 +69,8 @@ def pytest_configure(config):
         time_limit=option("time_limit"),
     )
     config.stash[RECORDS] = []
+    # Without --benchmark-only every step runs once and nothing is timed.
+    config.option.benchmark_disable = config.option.benchmark_disable or not option("benchmark_only")
     torch.backends.cudnn.benchmark = True
 
 
@@ -101,12 +103,15 @@ def selection(request):
 def race(request, benchmark, selection):
     """``race(kind, steps, **info)``: time the steps in turn, record the medians and the ratios to pyfeedback's."""
 
-    def run(kind: str, steps: dict[str, Step], timer=None, hide_launches: bool = True, group: str = "", **info) -> dict:
+    def run(kind: str, steps: dict[str, Step], timer=None, hide_launches: bool = True, group: str = "", **info) -> None:
         timer = timer or timer_for(selection.device, hide_launches)
         contest = Race(steps, SUBJECT, timer, CLOCK)
-        rounds = selection.rounds(contest.warm_up(3 if selection.device.type == "cuda" else 1))
         benchmark.group = group or kind
-        benchmark.pedantic(contest.round, rounds=rounds)
+        if not selection.timed:
+            benchmark.pedantic(contest.round)
+            return
+        turns = 3 if selection.device.type == "cuda" else 1
+        benchmark.pedantic(contest.round, rounds=selection.rounds(contest.warm_up(turns)))
         record = {
             "kind": kind,
             **info,
@@ -117,7 +122,6 @@ def race(request, benchmark, selection):
         }
         benchmark.extra_info.update(record)
         request.config.stash[RECORDS].append(record)
-        return record
 
     return run
 

@@ -48,7 +48,7 @@ class Selection:
 
     def __post_init__(self):
         cuda = self.device.type == "cuda"
-        self.batch = self.batch or (8 if self.quick else 128 if cuda else 16)
+        self.batch = self.batch or (2 if not self.timed else 8 if self.quick else 128 if cuda else 16)
         self.networks = self.networks or list(NETWORKS)
         self.rules = self.rules or list(RULES)
         self.dtypes = self.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])
@@ -74,7 +74,7 @@ class Selection:
         if self.device.type == "cuda":
             least, most, budget = (10, 30, 0.2) if self.quick else (20, 200, 1.0)
         else:
-            least, most, budget = (3, 15, 0.5) if self.quick else (5, 50, 2.5)
+            least, most, budget = (3, 40, 0.4) if self.quick else (5, 50, 2.5)
         return min(max(int(budget / max(seconds, 1e-9)), least), most)
 
     def out_of_time(self) -> bool:

@@ -68,9 +68,11 @@ def _layer_table(dtype: str, records: list[Record]) -> list[str]:
         found = {(r["layer"], r["rule"]): r[f"ratio_to_{other}"] for r in records if f"ratio_to_{other}" in r}
         if found:
             lines.append(f"each layer relative to {TITLES[other]}, {dtype}")
-            lines.append(f"  {'layer':22}" + "".join(f"{rule:>7}" for rule in rules))
+            lines.append(f"  {'layer':22}{'ms':>9}" + "".join(f"{rule:>7}" for rule in rules))
             for layer in _distinct(r["layer"] for r in records):
-                lines.append(f"  {layer:22}" + _cells([found.get((layer, rule)) for rule in rules], 7))
+                having = [r["seconds"][other] for r in records if r["layer"] == layer and other in r["seconds"]]
+                cells = _cells([found.get((layer, rule)) for rule in rules], 7)
+                lines.append(f"  {layer:22}{1e3 * statistics.median(having):9.3f}{cells}")
             lines.append("")
     return lines
 

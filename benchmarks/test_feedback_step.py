@@ -10,6 +10,7 @@ import pyfeedback
 from pyfeedback.testing import RESNET50
 
 TENSORS = 160
+CHECKED = 20  # tensors of each case
 CASES = {str(size): [(size,)] * TENSORS for size in (64, 1024, 65536)}
 CASES["ResNet-50"] = [
     *((s.out_channels, s.in_channels, s.kernel, s.kernel) for s in RESNET50 for _ in range(s.count)),
@@ -26,11 +27,9 @@ def test_update(race, selection, sizes, update_rule, momentum, dtype_name):
         pytest.skip(f"no compiled library for {device.type}: {info.missing}")
     rule = RULES[update_rule]
     tensors = make_tensors(CASES[sizes], momentum, dtype, device)
-    check(tensors, rule, momentum)
-    if not selection.timed:
-        pytest.skip("checked; --benchmark-only times it")
+    check({key: values[:CHECKED] for key, values in tensors.items()}, rule, momentum)
     moved = sum(t.numel() for t in tensors["feedback"]) * dtype.itemsize
-    record = race(
+    race(
         "update",
         {SUBJECT: update(tensors, rule, momentum, "native"), "foreach": update(tensors, rule, momentum, "aten")},
         group=f"feedback_step_ {sizes} {dtype_name}",
@@ -41,7 +40,6 @@ def test_update(race, selection, sizes, update_rule, momentum, dtype_name):
         dtype=dtype_name,
         bytes=moved * (5 if momentum else 3),  # feedback and buffer read and written, and weight or its gradient read
     )
-    assert record["seconds"]
 
 
 def make_tensors(shapes, momentum, dtype, device):

@@ -1,6 +1,5 @@
 """One training step of one layer: each rule by each implementation, taking turns."""
 
-import pytest
 from costs import flops, minimum_bytes
 from implementations import SUBJECT, TOLERANCE, check, first_run, largest_error, layer_step
 from selection import DTYPES, RULES
@@ -12,8 +11,6 @@ def test_layer_step(race, selection, layer, rule_name, dtype_name):
     rule, dtype, device = RULES[rule_name], DTYPES[dtype_name], selection.device
     names = selection.implementations(rule)
     errors = check([name for name in names if name != "compiled"], layer, rule, dtype, device)
-    if not selection.timed:
-        pytest.skip("checked; --benchmark-only times it")
     batch, backward_only = selection.batch, selection.backward_only
     inputs = conv_inputs(layer, batch, dtype, device)
     steps = {name: layer_step(name, layer, rule, inputs) for name in names}
