@@ -53,14 +53,14 @@ DATA = {"reduction": "mean", "center": True}
 SETTINGS = {
     "bp": Setting(pyfeedback.rule("bp")),
     "fa": Setting(pyfeedback.rule("fa")),
-    # Nothing but decay bounds B, so it must move slowly: at ten times this amp it blows up. The best of 30 drawn.
+    # Nothing but decay bounds B, so it must move slowly: at ten times this amp it blows up. The best of some 30.
     "wm": Setting(pyfeedback.rule("wm", amp=0.01, decay=0.012, **DATA), lr=0.005, momentum=0.9),
     # amp = null is Oja's subspace rule, which bounds B by itself; decay only steadies the faintest directions. A third
-    # of these coefficients does as well; twice as much overshoots with some seeds.
+    # of these coefficients does nearly as well; twice as much overshoots with some seeds.
     "ia": Setting(pyfeedback.rule("ia", amp=1.0, null=1.0, decay=0.03, **DATA), lr=0.005, momentum=0.9),
     # B follows W with a time constant of 1 / (lr * decay) = 50 steps.
     "sa": Setting(pyfeedback.rule("sa", self_=1.0, decay=1.0), lr=0.02),
-    # Near the largest stable step, lr * sparse * (largest variance of a patch) < 2 * (1 + momentum).
+    # Stable while lr * sparse * (largest variance of a patch) < 2 * (1 + momentum); at half the step B lags behind W.
     "aa": Setting(pyfeedback.rule("aa", amp=2.0, sparse=2.0, **DATA), lr=0.02, momentum=0.9),
     # B steps as W does, and both decay alike: then W - B only decays, in 1 / (lr / (1 - momentum) * decay) = 400 steps.
     "kp": Setting(pyfeedback.rule("kp", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
