@@ -70,7 +70,7 @@ def check_backward(
         raise ValueError(f"output_mask has {len(mask)} entries, expected 4: input, weight, feedback, bias")
 
 
-def check_step(
+def check_step_tensors(
     feedback: Sequence[Tensor],
     weight: Sequence[Tensor],
     grad: Sequence[Tensor],
@@ -78,7 +78,7 @@ def check_step(
     coefficients: dict[str, Sequence[float]],
     scalars: dict[str, float],
 ) -> None:
-    """Raise where the lists of a feedback step do not fit together, or a number is not finite."""
+    """Raise where the tensors of a feedback step do not fit together."""
     count = len(feedback)
     needed = {
         "weight": any(coefficients["self_"]),
@@ -99,12 +99,16 @@ def check_step(
             raise TypeError(f"feedback[{i}] is {tensor.dtype}, {tensor.layout}, expected a strided floating tensor")
         if tensor.device != feedback[0].device:
             raise ValueError(f"feedback[{i}] is on {tensor.device}, expected the device of all, {feedback[0].device}")
+
+
+def check_step_numbers(count: int, coefficients: dict[str, Sequence[float]], scalars: dict[str, float]) -> None:
+    """Raise where a coefficient is missing, or a number is not finite."""
     for name, values in coefficients.items():
         if len(values) != count:
             raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                raise ValueError(f"{name}[{i}] is {value}, expected a finite number")
+        if not all(map(math.isfinite, values)):
+            i, value = next((i, v) for i, v in enumerate(values) if not math.isfinite(v))
+            raise ValueError(f"{name}[{i}] is {value}, expected a finite number")
     for name, value in scalars.items():
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} is {value}, expected a finite number, 0 or more")

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from pyfeedback import arguments, transforms
+from pyfeedback import arguments, registration, transforms
 from pyfeedback.forms import Coefficients, Window
 from pyfeedback.providers import provide, saves_response
-from pyfeedback.registration import cast_to
 
 
 def fa_conv2d(
@@ -141,8 +140,9 @@ def feedback_step_(
     """
     if not feedback:  # nothing to dispatch on
         return
+    step = torch.ops.pyfeedback.feedback_step_.default if torch.compiler.is_compiling() else registration.feedback_step_
     with torch.no_grad():
-        torch.ops.pyfeedback.feedback_step_.default(
+        step(
             feedback, weight, grad, momentum_buffer, decay=decay, self_=self_, tie=tie, lr=lr, momentum=momentum,
             nesterov=nesterov, noise=noise, seed=seed, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
@@ -179,7 +179,7 @@ def _cast(input: Tensor, *tensors: Tensor | None) -> tuple:
     """The arguments in the autocast dtype: the cast stands outside the function, so that autograd takes it back."""
     device_type = input.device.type
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(cast_to(t, dtype, device_type) for t in (input, *tensors))
+    return tuple(registration.cast_to(t, dtype, device_type) for t in (input, *tensors))
 
 
 class _Conv2d(torch.autograd.Function):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pyfeedback import aten, native
+from pyfeedback import arguments, aten, native
 from pyfeedback.forms import Coefficients, Window
 
 BACKENDS = ("auto", "aten", "native")
@@ -27,13 +27,29 @@ def _native_center(input: Tensor, samples: int) -> Tensor:
     return aten.center(input, samples)
 
 
+def _aten_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -> None:
+    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options)
+    aten.feedback_step_(feedback, weight, grad, momentum_buffer, **options)
+
+
+def _native_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -> None:
+    """The kernel checks its tensors, in a fraction of the time, before it writes; what it refuses is looked at again
+    for the one line that names it.
+    """
+    try:
+        _ops.native_feedback_step_.default(feedback, weight, grad, momentum_buffer, **options)
+    except (RuntimeError, NotImplementedError):
+        arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options)
+        raise
+
+
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("conv2d_backward", "aten"): aten.conv2d_backward,
     ("linear_backward", "aten"): aten.linear_backward,
     ("center", "aten"): aten.center,
     ("center", "native"): _native_center,
-    ("feedback_step_", "aten"): aten.feedback_step_,
-    ("feedback_step_", "native"): _ops.native_feedback_step_.default,
+    ("feedback_step_", "aten"): _aten_feedback_step_,
+    ("feedback_step_", "native"): _native_feedback_step_,
 }
 
 _TABLE: dict[tuple[str, str], tuple[str, ...]] = {

@@ -82,11 +82,12 @@ def _fa_linear_backward(
     return backward(grad_output, input, weight, feedback, response, coefficients, output_mask)
 
 
-def _feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
+def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
                     noise=0.0, seed=0, skip_nonfinite=False) -> None:  # fmt: skip
+    """The op's implementation; eager callers come here at once, since a dispatch costs more than a small step."""
     coefficients = {"decay": decay, "self_": self_, "tie": tie}
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
-    arguments.check_step(feedback, weight, grad, momentum_buffer, coefficients, scalars)
+    arguments.check_step_numbers(len(feedback), coefficients, scalars)
     if feedback:
         provide("feedback_step_", feedback[0].device.type)(
             feedback, weight, grad, momentum_buffer, **coefficients, **scalars,
@@ -104,7 +105,7 @@ for _name, _implementation in {
     "fa_linear": _fa_linear,
     "fa_conv2d_backward": _fa_conv2d_backward,
     "fa_linear_backward": _fa_linear_backward,
-    "feedback_step_": _feedback_step_,
+    "feedback_step_": feedback_step_,
     "center": _center,
 }.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -122,7 +123,8 @@ def _fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(Tr
 def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, noise=0.0, **_) -> None:
     coefficients = {"decay": decay, "self_": self_, "tie": tie}
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
-    arguments.check_step(feedback, weight, grad, momentum_buffer, coefficients, scalars)
+    arguments.check_step_numbers(len(feedback), coefficients, scalars)
+    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars)
 
 
 def _fake_center(input: Tensor, samples: int) -> Tensor:

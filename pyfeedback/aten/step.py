@@ -23,15 +23,14 @@ def feedback_step_(
     skip_nonfinite: bool = False,
 ) -> None:
     """See ``pyfeedback.functional.feedback_step_``. The noise is torch's own normal stream for ``seed``."""
-    feedback = list(feedback)
+    feedback, buffers = list(feedback), list(momentum_buffer) if momentum else []
     if not feedback:
         return
     read_weight = [i for i, a in enumerate(self_) if a]
     read_grad = [i for i, a in enumerate(tie) if a]
-    keep = None
+    written, backup = [*feedback, *buffers], []
     if skip_nonfinite:
-        read = [weight[i] for i in read_weight] + [grad[i] for i in read_grad]
-        keep = torch.stack([t.isfinite().all() for t in read]).all() if read else None
+        backup = [t.clone() for t in written]
     direction = list(torch._foreach_mul(feedback, list(decay)))
     _add_(direction, weight, read_weight, [-a for a in self_])
     _add_(direction, grad, read_grad, tie)
@@ -39,26 +38,26 @@ def feedback_step_(
         generator = torch.Generator(feedback[0].device).manual_seed(seed)
         for d in direction:
             d.add_(torch.randn(d.shape, dtype=d.dtype, device=d.device, generator=generator), alpha=noise)
-    buffers = None
     if momentum:
-        buffers = list(torch._foreach_mul(list(momentum_buffer), momentum))
+        torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, direction)
-        direction = list(torch._foreach_add(direction, buffers, alpha=momentum)) if nesterov else buffers
-    stepped = list(torch._foreach_add(feedback, direction, alpha=-lr))
-    _write(feedback, stepped, keep)
-    if buffers is not None:
-        _write(list(momentum_buffer), buffers, keep)
+        if nesterov:
+            torch._foreach_add_(direction, buffers, alpha=momentum)
+        else:
+            direction = buffers
+    torch._foreach_add_(feedback, direction, alpha=-lr)
+    read = [weight[i] for i in read_weight] + [grad[i] for i in read_grad]
+    if skip_nonfinite and read:
+        keep = torch.stack([t.isfinite().all() for t in read]).all()  # decided on the device
+        torch._foreach_copy_(written, [torch.where(keep, t, b) for t, b in zip(written, backup, strict=True)])
 
 
 def _add_(direction: list[Tensor], tensors: Sequence[Tensor], read: list[int], scale: Sequence[float]) -> None:
     """direction[i] += scale[i] * tensors[i] for the indices that are read at all: 0 * nan is nan."""
-    if read:
-        scaled = torch._foreach_mul([tensors[i] for i in read], [scale[i] for i in read])
-        torch._foreach_add_([direction[i] for i in read], scaled)
-
-
-def _write(targets: list[Tensor], values: list[Tensor], keep: Tensor | None) -> None:
-    """Write the values, all of them or, where ``keep`` is False, none: decided on the device."""
-    if keep is not None:
-        values = [torch.where(keep, value, target) for target, value in zip(targets, values, strict=True)]
-    torch._foreach_copy_(targets, values)
+    if not read:
+        return
+    targets, values = [direction[i] for i in read], [tensors[i] for i in read]
+    if len({scale[i] for i in read}) == 1:
+        torch._foreach_add_(targets, values, alpha=scale[read[0]])
+    else:
+        torch._foreach_add_(targets, torch._foreach_mul(values, [scale[i] for i in read]))
