@@ -49,6 +49,9 @@ def pytest_addoption(parser):
     group.addoption("--against", action="append", choices=list(BASELINES), help="this baseline alone")
     group.addoption("--compile", action="store_true", help="torch.compile of the reference as a further baseline")
     group.addoption("--backward-only", action="store_true", help="time a layer's backward without its forward")
+    group.addoption(
+        "--budget", type=float, default=0.0, help="seconds for the rounds of one benchmark, a minimum apart"
+    )
     group.addoption("--time-limit", type=float, default=float("inf"), help="seconds after which the rest is skipped")
 
 
@@ -66,6 +69,7 @@ def pytest_configure(config):
         rules=option("rule") or [],
         dtypes=option("dtype") or [],
         against=option("against") or [],
+        budget=option("budget"),
         time_limit=option("time_limit"),
     )
     config.stash[RECORDS] = []
@@ -76,12 +80,12 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     selection = metafunc.config.stash[SELECTION]
-    if "layer" in metafunc.fixturenames:
-        metafunc.parametrize("layer", selection.layers(), ids=lambda shape: shape.name)
-    if "rule_name" in metafunc.fixturenames:
-        metafunc.parametrize("rule_name", selection.rules)
     if "dtype_name" in metafunc.fixturenames:
         metafunc.parametrize("dtype_name", selection.dtypes)
+    if "rule_name" in metafunc.fixturenames:
+        metafunc.parametrize("rule_name", selection.rules)
+    if "layer" in metafunc.fixturenames:
+        metafunc.parametrize("layer", selection.layers(), ids=lambda shape: shape.name)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,8 @@
 """One layer's training step by each implementation, and the check of its gradients against float64."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import composed
 import torch
@@ -93,6 +94,17 @@ def layer_step(name: str, shape: ConvShape, rule: Rule, inputs: ConvInputs) -> L
     return LayerStep(outputs, leaves, grad_output)
 
 
+@contextmanager
+def _no_autotuning() -> Iterator[None]:
+    """cuDNN tries no algorithms for what runs once."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@_no_autotuning()
 def check(names: list[str], shape: ConvShape, rule: Rule, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Raise where a gradient is not that of the reference in float64; returns each implementation's largest error.
 

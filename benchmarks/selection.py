@@ -43,6 +43,7 @@ class Selection:
     rules: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
+    budget: float = 0.0
     time_limit: float = float("inf")
     started: float = field(default_factory=time.monotonic)
 
@@ -72,9 +73,10 @@ class Selection:
     def rounds(self, seconds: float) -> int:
         """How many rounds to measure, when one takes so long."""
         if self.device.type == "cuda":
-            least, most, budget = (10, 30, 0.2) if self.quick else (20, 200, 1.0)
+            least, most, budget = (10, 30, 0.2) if self.quick else (10, 200, 1.0)
         else:
             least, most, budget = (3, 40, 0.4) if self.quick else (5, 50, 2.5)
+        budget = self.budget or budget
         return min(max(int(budget / max(seconds, 1e-9)), least), most)
 
     def out_of_time(self) -> bool:

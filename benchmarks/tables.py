@@ -37,7 +37,7 @@ def weighted_ratio(records: Iterable[Record], counts: dict[str, int], other: str
 
 
 def _network_table(network: str, dtype: str, records: list[Record]) -> list[str]:
-    counts = {shape.name: shape.count for shape in NETWORKS[network]}
+    counts = {shape.name: shape.repeats for shape in NETWORKS[network]}
     here = [r for r in records if r["layer"] in counts]
     if not here:
         return []

@@ -91,7 +91,7 @@ def dgrad_kernel(
 
     b_dx = tl.full([BM, BC], 0.0, dtype=tl.float32)
     b_z = tl.full([BM, BC], 0.0, dtype=tl.float32)
-    for i in range(0, tl.maximum(n_taps, 1) * K_BLOCKS):
+    for i in range(tl.maximum(n_taps, 1) * K_BLOCKS):
         i_tap = i // K_BLOCKS
         o_kk = i % K_BLOCKS * BK + o_k
         i_r = i_tap // n_s

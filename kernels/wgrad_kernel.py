@@ -84,7 +84,7 @@ def wgrad_kernel(
 
     b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
     b_du = tl.full([BU, BC], 0.0, dtype=tl.float32)
-    for i in range(0, count):
+    for i in range(count):
         o_p = (first + i) * BP + tl.arange(0, BP)
         m_p = o_p < positions
         if POINTWISE:
@@ -128,7 +128,7 @@ def wgrad_kernel(
             # Always from split 0 upwards, whoever arrived when: the result does not depend on the schedule.
             b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
             b_du = tl.full([BU, BC], 0.0, dtype=tl.float32)
-            for i in range(0, SPLITS):
+            for i in range(SPLITS):
                 if HAS_A:
                     b_dw += tl.load(p_partial + o_slot + i * SLOT + o_a, cache_modifier=".cg")
                 if HAS_U:

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in under nine minutes: benchmarks/gpu_check.sh OUTDIR
+#
+# Needs a CUDA device, nvcc, and python3 with torch, pytest and pytest-benchmark ($PYTHON names another); fetches
+# nothing. Builds the package, runs the GPU tests, checks the kernels' memory accesses, measures. Each stage has its
+# time limit; one that fails shows in the last table and in the exit code, and the others go on. OUTDIR gets
+# stages.tsv, log.txt, table.txt and rates.json, layers.json, update.json, networks.json.
+#
+# STAND_IN=1 goes through all of it on a CPU with tiny sizes: a test of this script, not of a GPU.
+set -uo pipefail
+
+[[ $# -eq 1 ]] || { echo "usage: $0 OUTDIR" >&2; exit 2; }
+root="$(cd "$(dirname "$0")/.." && pwd)"
+python="${PYTHON:-python3}"
+mkdir -p "$1" && out="$(cd "$1" && pwd)" || exit 2
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+began=$SECONDS
+budget=530
+
+device=cuda
+if [[ -n "${STAND_IN:-}" ]]; then
+  device=cpu
+  marked=(-m "not slow" -k "forms") rates=(--network resnet20 --batch 2 --dtype float32 --rounds 3)
+  layers=(--network resnet20 --batch 2 --budget 0.01 --rule ia) networks=(--network resnet20 --quick --rule ia)
+  export PYFEEDBACK_CUDA=0
+else
+  architecture="$("$python" -c '
+import torch
+assert torch.cuda.is_available()
+print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
+    echo "$0: no CUDA device that torch can use: nothing was checked" >&2
+    exit 3
+  }
+  marked=(-m gpu) rates=(--network resnet50 --batch 128 --dtype bfloat16)
+  layers=(--network resnet50 --batch 128 --dtype bfloat16 --budget 0.1 --against plain --against composed)
+  for rule in wm ia aa kp wm/8 ia/8 aa/8; do layers+=(--rule "$rule"); done
+  networks=(--dtype bfloat16 --budget 0.3)
+  for rule in wm ia aa kp; do networks+=(--rule "$rule"); done
+  export PYFEEDBACK_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}"
+fi
+export MAX_JOBS="${MAX_JOBS:-$(nproc)}" PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
+
+: > "$out/stages.tsv"
+: > "$out/log.txt"
+
+# stage NAME LIMIT COMMAND...: interrupted at the limit, so that what was measured until then is written.
+stage() {
+  local name="$1" limit="$2" status result start=$SECONDS
+  shift 2
+  local left=$((budget - (SECONDS - began)))
+  ((limit < left)) || limit=$left
+  printf '\n== %s\n' "$name" | tee -a "$out/log.txt"
+  if ((limit < 5)); then
+    result="FAILED: no time left"
+  else
+    (cd "$work" && timeout --signal=INT --kill-after=10 "$limit" "$@") > "$work/$name.log" 2>&1
+    status=$?
+    case $status in
+      0) result="ok" ;;
+      5) [[ $name == tests ]] && result="no tests marked gpu" || result="FAILED: exit 5" ;;
+      124 | 137) result="FAILED: over $limit s" ;;
+      *) result="FAILED: exit $status" ;;
+    esac
+    if [[ $name == memcheck ]] && grep -q "Device not supported" "$work/$name.log"; then
+      result="device not supported"
+    fi
+    tail -c 2000000 "$work/$name.log" >> "$out/log.txt"
+    tail -n 15 "$work/$name.log"
+  fi
+  printf '%s\t%s\t%s\n' "$name" "$result" "$((SECONDS - start))" >> "$out/stages.tsv"
+}
+
+skip() { printf '%s\t%s\t0\n' "$1" "$2" >> "$out/stages.tsv"; }
+
+measure() {
+  local name="$1" limit="$2" file="$3"
+  shift 3
+  # --time-limit lets a long run end by itself, before it is interrupted.
+  stage "$name" "$limit" "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider "$root/benchmarks/$file" \
+    --benchmark-only --benchmark-quiet --benchmark-json "$out/$name.json" --device "$device" \
+    --time-limit $((limit - 15)) "$@"
+}
+
+stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-cache-dir --target "$work/site" "$root"
+# The tree of the sources must not be found before what was built of it.
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+
+stage tests 110 "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider -q --maxfail=20 "${marked[@]}" \
+  "$root/tests"
+
+sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)"
+watched=("$python" "$root/benchmarks/gpu_memcheck.py" --device "$device")
+if [[ $device == cpu ]]; then
+  stage memcheck 40 "${watched[@]}"
+elif [[ -n "$sanitizer" ]]; then
+  stage memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --error-exitcode 9 "${watched[@]}"
+else
+  skip memcheck "no compute-sanitizer"
+fi
+
+stage rates 60 "$python" "$root/benchmarks/cudnn_rates.py" --device "$device" --out "$out/rates.json" \
+  --time-limit 45 "${rates[@]}"
+measure update 35 test_feedback_step.py --budget 0.1
+measure layers 115 test_layer_steps.py --backward-only "${layers[@]}"
+measure networks 40 test_network_steps.py "${networks[@]}"
+
+printf '\n'
+PYTHONPATH="$PYTHONPATH" "$python" "$root/benchmarks/gpu_table.py" "$out" | tee "$out/table.txt"
+exit "${PIPESTATUS[0]}"

@@ -1,0 +1,64 @@
+"""Runs every compiled CUDA kernel over awkward sizes, for compute-sanitizer to watch.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python benchmarks/gpu_memcheck.py
+"""
+
+import argparse
+import itertools
+
+import torch
+
+import pyfeedback
+
+SIZES = [(1,), (3,), (64,), (257,), (1023,), (5, 7), (16, 3, 3, 3), (8, 5, 1, 1), (65537,), (0,)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def step(dtype: torch.dtype, device: torch.device, momentum: float, noise: float, skip_nonfinite: bool) -> None:
+    """One update of tensors of every size, one of them in channels_last and one not dense."""
+
+    def draw() -> list[torch.Tensor]:
+        tensors = [torch.randn(size, device=device).to(dtype) for size in SIZES]
+        tensors.append(torch.randn(4, 6, 3, 3, device=device).to(dtype, memory_format=torch.channels_last))
+        tensors.append(torch.randn(9, 14, device=device).to(dtype)[:, ::2])
+        return tensors
+
+    feedback = draw()
+    count = len(feedback)
+    pyfeedback.functional.feedback_step_(
+        feedback, draw(), draw(), draw() if momentum else [],
+        decay=[0.1] * count, self_=[0.2] * count, tie=[0.3] * count,
+        lr=0.1, momentum=momentum, nesterov=bool(momentum), noise=noise, seed=7, skip_nonfinite=skip_nonfinite,
+    )  # fmt: skip
+    assert all(t.isfinite().all() for t in feedback)
+
+
+def center(dtype: torch.dtype, device: torch.device) -> None:
+    """Means over samples of maps with ragged sizes, in both memory formats, against torch's own."""
+    for size, memory_format in itertools.product(
+        [(1, 3, 5, 5), (7, 5, 3, 9), (4, 64, 7, 7)], (torch.contiguous_format, torch.channels_last)
+    ):
+        x = torch.randn(size, device=device).to(dtype, memory_format=memory_format)
+        for samples in (1, size[0]):
+            found = torch.ops.pyfeedback.center(x, samples)
+            wide = x[:samples].double()
+            expected = wide - wide.mean(0)
+            torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args().device)
+    with pyfeedback.backend("native"):
+        for dtype in DTYPES:
+            center(dtype, device)
+            for momentum, noise, skip in itertools.product((0.0, 0.9), (0.0, 0.01), (False, True)):
+                step(dtype, device, momentum, noise, skip)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""The Triton kernels against float64, on the interpreter where there is no GPU.
+
+The interpreter multiplies the raw bits of bfloat16, so there only float32 and float16 are tested; it is slow, so the
+layers are tiny. COVERED says which case takes which path.
+"""
+
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+with pytest.MonkeyPatch.context() as _patch:
+    if not GPU:
+        _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
+    from pyfeedback.kernels import dgrad, launch, wgrad
+    from pyfeedback.kernels.geometry import Geometry, conv_geometry
+    from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*:UserWarning")
+
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+
+
+class Case(NamedTuple):
+    """One convolution and how its positions are split."""
+
+    input: tuple[int, int, int, int]
+    weight: tuple[int, int, int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    splits: int = 1
+
+    @property
+    def window(self):
+        return self.stride, self.padding, self.dilation
+
+    @property
+    def geometry(self) -> Geometry:
+        return conv_geometry(self.input, self.weight, *self.window)
+
+
+CASES = {
+    "1x1": Case((2, 16, 4, 5), (32, 16, 1, 1), splits=3),
+    "1x1 ragged": Case((1, 5, 3, 5), (7, 5, 1, 1)),
+    "1x1 stride 3": Case((2, 6, 7, 8), (5, 6, 1, 1), (3, 3)),
+    "3x3": Case((1, 8, 5, 6), (16, 8, 3, 3), (1, 1), (1, 1)),
+    "3x3 stride 2": Case((2, 16, 7, 9), (17, 16, 3, 3), (2, 2), (1, 1), splits=3),
+    "3x3 dilation 2": Case((1, 3, 8, 7), (4, 3, 3, 3), (1, 1), (2, 1), (2, 2)),
+    "3x3 stride 2 dilation 2": Case((1, 4, 9, 7), (3, 4, 3, 3), (2, 2), (1, 0), (2, 2)),
+    "5x5 stride 3": Case((2, 4, 9, 11), (3, 4, 5, 5), (3, 3), (2, 2), (1, 1), splits=5),
+    "5x2 stride 3 and 2": Case((1, 17, 10, 6), (9, 17, 5, 2), (3, 2), (1, 0), (2, 1)),
+    "3x3 stride 4": Case((1, 4, 9, 8), (3, 4, 3, 3), (4, 4), (0, 1)),
+}
+
+# Path of the kernels: the cases that take it.
+COVERED = {
+    "positions are pixels (1x1)": ["1x1", "1x1 ragged"],
+    "positions are gathered": ["3x3", "5x5 stride 3", "1x1 stride 3"],
+    "padding is masked": ["3x3", "3x3 dilation 2", "5x2 stride 3 and 2"],
+    "a split has no work": ["5x5 stride 3"],
+    "splits are summed by the last": ["1x1", "3x3 stride 2", "5x5 stride 3"],
+    "one split": ["3x3", "1x1 ragged"],
+    "row tiles, the last one ragged": ["1x1", "3x3 stride 2"],
+    "channel tiles, the last one ragged": ["5x2 stride 3 and 2"],
+    "the sum over channels runs over blocks": ["1x1", "3x3 stride 2"],
+    "classes of unequal size (odd maps)": ["3x3 stride 2", "5x5 stride 3"],
+    "classes without taps": ["1x1 stride 3", "3x3 stride 2 dilation 2", "3x3 stride 4"],
+    "stride and dilation without a common factor": ["5x2 stride 3 and 2"],
+    "batch of one": ["3x3", "1x1 ragged"],
+    "offsets in int64": ["3x3 stride 2"],
+}
+
+
+def test_every_case_covers_a_path():
+    assert {name for names in COVERED.values() for name in names} == CASES.keys()
+
+
+class Layer(NamedTuple):
+    """Tensors of a case in PyTorch's layouts; `other` stands where the response does."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    feedback: torch.Tensor
+    dy: torch.Tensor
+    other: torch.Tensor
+
+
+def layer(case: Case, dtype=torch.float32) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    g = case.geometry
+    out = (g.N, g.K, g.P, g.Q)
+    sizes = (case.input, case.weight, case.weight, out, out)
+    return Layer(*(torch.randn(s, generator=generator).to(DEVICE, dtype) for s in sizes))
+
+
+def inner(t: torch.Tensor) -> torch.Tensor:
+    """Channels innermost, without gaps."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def fresh(t: torch.Tensor, dtype=None) -> torch.Tensor:
+    """Memory to be written: a kernel that leaves an element out leaves NaN."""
+    return torch.full_like(t, float("nan"), dtype=dtype)
+
+
+def products(x, kernel, y, case: Case, dtype=torch.float64):
+    """convT(y, kernel) and wgrad(x, y) of PyTorch."""
+    y, x, kernel = (t.to(dtype) for t in (y, x, kernel))
+    mask = (True, True, False)
+    return torch.ops.aten.convolution_backward(y, x, kernel, None, *case.window, False, (0, 0), 1, mask)[:2]
+
+
+def assert_near(ours, composed, oracle):
+    """At most twice the error of PyTorch's own in the same dtype, or a few roundings of the result."""
+    assert ours.isfinite().all()
+    scale = oracle.abs().max()
+    error, allowed = ((t.double() - oracle).abs().max() for t in (ours, composed))
+    floor = 2 * torch.finfo(ours.dtype).eps * scale
+    assert error <= 2 * allowed + floor, (error / scale, allowed / scale)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: torch.full(a, float("nan"), **k))
+
+
+def small(case: Case, **blocks) -> WgradTile:
+    return WgradTile(
+        **{"BK": 16, "BU": 16, "BC": 16, "BP": 16, "splits": case.splits, "warps": 4, "stages": 2} | blocks
+    )
+
+
+TERMS = {"scale": -0.6, "decay": 0.3, "self_": 0.2, "tie": 0.7}
+
+
+def run_pair(case: Case, dtype=torch.float32, tile=None, **terms):
+    """dW and the feedback gradient of one launch, and what they are beside: composed, and in float64."""
+    t = layer(case, dtype)
+    terms = {"scale": 1.0, "decay": 0.0, "self_": 0.0, "tie": 0.0} | terms
+    dw, f = fresh(t.weight), fresh(t.weight)
+    wgrad.launch_wgrad(
+        inner(t.x), case.geometry, a=inner(t.dy), u=inner(t.other), dw=dw.permute(0, 2, 3, 1), f=f.permute(0, 2, 3, 1),
+        weight=t.weight.permute(0, 2, 3, 1), feedback=t.feedback.permute(0, 2, 3, 1), tile=tile or small(case), **terms,
+    )  # fmt: skip
+    expected = []
+    for wide in (dtype, torch.float64):
+        first, second = (products(t.x, t.weight, y, case, wide)[1] for y in (t.dy, t.other))
+        wider = torch.promote_types(wide, torch.float32)
+        second = second.to(wider) * terms["scale"] + terms["tie"] * first.to(wider)
+        second += terms["decay"] * t.feedback.to(wider) - terms["self_"] * t.weight.to(wider)
+        expected.append((first, second.to(wide)))
+    return (dw, f), *expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_pair(name, dtype):
+    for ours, composed, oracle in zip(*run_pair(CASES[name], dtype, **TERMS), strict=True):
+        assert_near(ours, composed, oracle)
+
+
+@pytest.mark.parametrize("used", [{}, {"decay": 0.3}, {"self_": 0.2}, {"tie": 0.7}], ids=str)
+def test_what_has_no_coefficient_is_not_read(used, monkeypatch):
+    case = CASES["1x1 ragged"]
+    t = layer(case)
+    f = fresh(t.feedback)
+    weight = t.weight if used.get("self_") else fresh(t.weight)
+    feedback = t.feedback if used.get("decay") else fresh(t.feedback)
+    dw = products(t.x, t.weight, t.dy, case, torch.float32)[1] if used.get("tie") else fresh(t.weight)
+    x, u, f_, dw_, w_, b_ = (v.permute(0, 2, 3, 1).contiguous() for v in (t.x, t.other, f, dw, weight, feedback))
+    wgrad.launch_wgrad(x, case.geometry, u=u, f=f_, dw=dw_, weight=w_, feedback=b_, scale=2.0, tile=small(case), **used)
+    oracle = 2 * products(t.x, t.weight, t.other, case)[1] + sum(
+        used.get(key, 0.0) * sign * value.double()
+        for key, sign, value in (("decay", 1, t.feedback), ("self_", -1, t.weight), ("tie", 1, dw))
+        if used.get(key)
+    )
+    assert_near(f_.permute(0, 3, 1, 2), oracle.float(), oracle)
+
+
+def test_feedback_gradient_without_data():
+    """Kolen-Pollack and symmetric alignment: dW, and the feedback's gradient in the same launch."""
+    case = CASES["3x3"]
+    t = layer(case)
+    dw, f, w, b = (v.permute(0, 2, 3, 1) for v in (fresh(t.weight), fresh(t.weight), t.weight, t.feedback))
+    wgrad.launch_wgrad(
+        inner(t.x), case.geometry, a=inner(t.dy), dw=dw, f=f, weight=w, feedback=b, decay=0.3, self_=0.5, tie=0.7,
+        tile=small(case),
+    )  # fmt: skip
+    first = products(t.x, t.weight, t.dy, case)[1].permute(0, 2, 3, 1)
+    oracle = 0.7 * first + 0.3 * b.double() - 0.5 * w.double()
+    assert_near(dw, first.float(), first)
+    assert_near(f, oracle.float(), oracle)
+
+
+def test_equal_decay_and_self_are_exact_where_the_feedback_nears_the_weight():
+    case = CASES["3x3"]
+    t = layer(case)
+    w = inner(t.weight)
+    b, f = w + 1e-6 * inner(t.feedback), fresh(w)
+    wgrad.launch_wgrad(inner(t.x), case.geometry, a=inner(t.dy), dw=fresh(w), f=f, weight=w, feedback=b, decay=0.3,
+                       self_=0.3, tile=small(case))  # fmt: skip
+    assert torch.allclose(f, 0.3 * (b - w), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_second_moment_beside_the_weight_gradient(splits):
+    """G = x'x has as many rows as x has channels, and stays in float32."""
+    case = CASES["1x1"]._replace(splits=splits)
+    t, g = layer(case, torch.float16), case.geometry.flat()
+    x, dy = inner(t.x).view(-1, 1, 1, 16), inner(t.dy).view(-1, 1, 1, 32)
+    dw, moment = fresh(t.weight), fresh(t.x.new_empty(16, 1, 1, 16), torch.float32)
+    wgrad.launch_wgrad(x, g, a=dy, u=x, dw=dw.permute(0, 2, 3, 1), f=moment, tile=small(case, BK=32))
+    flat = x.view(-1, 16)
+    assert_near(moment.view(16, 16), flat.float().t() @ flat.float(), flat.double().t() @ flat.double())
+    assert_near(dw, products(t.x, t.weight, t.dy, case, torch.float16)[1], products(t.x, t.weight, t.dy, case)[1])
+
+
+@pytest.mark.parametrize("splits", [3, 5])
+def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
+    if GPU:
+        pytest.skip("the order is the scheduler's")
+    case = CASES["3x3 stride 2"]._replace(splits=splits)
+    from triton.runtime.interpreter import interpreter_builder
+
+    straight, *_ = run_pair(case, **TERMS)
+    place = interpreter_builder.set_grid_idx
+    for seed in range(2):
+        orders = {}
+
+        def shuffled(x, y, z, orders=orders, seed=seed):
+            size = tuple(interpreter_builder.grid_dim)
+            cells = [(i, j, 0) for i in range(size[0]) for j in range(size[1])]
+            order = orders.setdefault(size, random.Random(seed).sample(cells, len(cells)))
+            place(*order[cells.index((x, y, z))])
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+        permuted, *_ = run_pair(case, **TERMS)
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", place)
+        assert orders
+        assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
+
+
+def test_arrivals_are_left_at_zero(monkeypatch):
+    arrived = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(wgrad, "_arrived", lambda tiles, device: arrived)
+    first, *_ = run_pair(CASES["5x5 stride 3"], **TERMS)
+    assert not arrived.any()
+    again, *_ = run_pair(CASES["5x5 stride 3"], **TERMS)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def run_dgrad(case: Case, dtype=torch.float32, tile=None, dual=True, **scales):
+    t = layer(case, dtype)
+    scales = {"z_scale": 1.0, "x_scale": 0.0} | scales
+    dx, z = fresh(inner(t.x)), fresh(inner(t.x))
+    second = {"y": inner(t.other), "x": inner(t.x), "z": z, **scales} if dual else {}
+    tile = tile or DgradTile(16, 16, 16, 4, 2)
+    dgrad.launch_dgrad(inner(t.feedback), case.geometry, dy=inner(t.dy), dx=dx, tile=tile, **second)
+    expected = []
+    for wide in (dtype, torch.float64):
+        first, second = (products(t.x, t.feedback, y, case, wide)[0] for y in (t.dy, t.other))
+        expected.append((inner(first), inner(scales["z_scale"] * second - scales["x_scale"] * t.x.to(wide))))
+    return (dx, z), *expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_dual(name, dtype):
+    for ours, composed, oracle in zip(*run_dgrad(CASES[name], dtype, z_scale=1.0, x_scale=1.5), strict=True):
+        assert_near(ours, composed, oracle)
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride 2"])
+def test_input_gradient_alone(name):
+    (dx, z), (composed, _), (oracle, _) = run_dgrad(CASES[name], dual=False)
+    assert_near(dx, composed, oracle)
+    assert z.isnan().all()
+
+
+def test_z_alone():
+    case = CASES["3x3 stride 2"]
+    t = layer(case)
+    z = fresh(inner(t.x))
+    tile = DgradTile(16, 16, 16, 4, 2)
+    dgrad.launch_dgrad(
+        inner(t.feedback), case.geometry, y=inner(t.other), x=inner(t.x), z=z, z_scale=-0.5, x_scale=-1.0, tile=tile
+    )
+    oracle = inner(t.x.double() - 0.5 * products(t.x, t.feedback, t.other, case)[0])
+    assert_near(z, oracle.float(), oracle)
+
+
+@pytest.mark.parametrize("name", ["1x1 stride 3", "3x3 stride 4"])
+def test_a_class_without_taps_is_zero_whatever_the_feedback_holds(name):
+    case = CASES[name]
+    t, g = layer(case), case.geometry
+    dx = fresh(inner(t.x))
+    dgrad.launch_dgrad(fresh(inner(t.feedback)), g, dy=inner(t.dy), dx=dx, tile=DgradTile(16, 16, 16, 4, 2))
+    reached = products(t.x, torch.ones_like(t.feedback), torch.ones_like(t.dy), case)[0]
+    assert torch.equal(dx.isnan(), inner(reached) > 0)
+    assert (dx[~dx.isnan()] == 0).all()
+
+
+def test_offsets_in_int64(monkeypatch):
+    """The path of tensors past 2^31 elements, on one that is not."""
+    case = CASES["3x3 stride 2"]
+    narrow = [t for run in (run_pair, run_dgrad) for t in run(case)[0]]
+    for module in (wgrad, dgrad):
+        monkeypatch.setattr(module, "wide", lambda geometry: True)
+    wide = [t for run in (run_pair, run_dgrad) for t in run(case)[0]]
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x3"])
+def test_shipped_tiles(name):
+    """The tiles that the launchers choose by themselves."""
+    case = CASES[name]
+    g = case.geometry
+    runs = (
+        run_pair(case, tile=choose_wgrad(g, (g.K, g.K), 4, 90, 132), **TERMS),
+        run_dgrad(case, tile=choose_dgrad(g, True, 4, 90), x_scale=0.5),
+    )
+    for run in runs:
+        for ours, composed, oracle in zip(*run, strict=True):
+            assert_near(ours, composed, oracle)
+
+
+# Tile choices and arguments, without a kernel
+
+SIZES = [(1, 1), (3, 64), (64, 64), (64, 256), (512, 128), (2048, 1000)]
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_chosen_tiles_are_powers_of_two_and_splits_have_work(itemsize, capability):
+    for c, k in SIZES:
+        for positions in (1, 49, 100_000):
+            g = Geometry(positions, c, k)
+            for rows in ((k, 0), (0, k), (k, k), (k, c)):
+                tile = choose_wgrad(g, rows, itemsize, capability, 132)
+                blocks = (tile.BK, tile.BU, tile.BC, tile.BP)
+                assert all(b >= 16 and b & (b - 1) == 0 for b in blocks)
+                assert 1 <= tile.splits <= max(1, -(-positions // tile.BP))
+            for dual in (False, True):
+                tile = choose_dgrad(g, dual, itemsize, capability)
+                assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BM, tile.BC, tile.BK))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+def test_phases(stride, dilation):
+    """first_taps: by counting, every tap of every class visits the positions that it is said to."""
+    phases = Geometry(1, 1, 1, stride=(stride, 1), dilation=(dilation, 1)).phases()
+    step, reach, inverse = (phases[f"{name}_H"] for name in ("STEP", "REACH", "INV"))
+    common = stride // step
+    for shift in range(2 * stride):
+        taps = [r for r in range(7) if (shift - r * dilation) % stride == 0]
+        first = shift // common * inverse % step
+        assert taps == (list(range(first, 7, step)) if shift % common == 0 else [])
+        outputs = [(shift - r * dilation) // stride for r in taps]
+        assert outputs == [outputs[0] - i * reach for i in range(len(taps))] if taps else True
+
+
+def test_arguments_that_the_kernels_do_not_read():
+    case = CASES["3x3"]
+    t, g = layer(case), case.geometry
+    x, dy, w = inner(t.x), inner(t.dy), inner(t.weight)
+    with pytest.raises(ValueError, match=r"a has shape \(1, 5, 6, 8\), expected \(1, 5, 6, 16\)"):
+        wgrad.launch_wgrad(x, g, a=x, dw=w)
+    with pytest.raises(ValueError, match=r"a is torch.float16, expected torch.float32"):
+        wgrad.launch_wgrad(x, g, a=dy.half(), dw=w)
+    with pytest.raises(ValueError, match=r"dtype is torch.float64"):
+        wgrad.launch_wgrad(x.double(), g, a=dy.double(), dw=w)
+    with pytest.raises(ValueError, match=r"a has strides .* expected channels innermost"):
+        wgrad.launch_wgrad(x, g, a=t.dy.permute(0, 2, 3, 1), dw=w)
+    with pytest.raises(ValueError, match=r"tie is 1.0, expected 0 where u has 8 channels"):
+        wgrad.launch_wgrad(x, g, a=dy, u=x, dw=w, f=w, tie=1.0)
+    with pytest.raises(ValueError, match=r"expected BK == BU"):
+        wgrad.launch_wgrad(x, g, a=dy, u=dy, dw=w, f=w, tie=1.0, tile=small(case, BU=32))
+    with pytest.raises(ValueError, match="fewer than 2\\^30"):
+        wgrad.launch_wgrad(x, g._replace(N=2**30), a=dy, dw=w)
+    with pytest.raises(ValueError, match="dy has shape"):
+        dgrad.launch_dgrad(w, g, dy=x, dx=x)
+
+
+def test_offsets_widen_past_2_31_elements():
+    assert not launch.wide(Geometry(2**21, 1023, 1))
+    assert launch.wide(Geometry(2**21, 1024, 1))
+    assert launch.wide(Geometry(2**21, 1, 1024))
