@@ -13,7 +13,7 @@ where y is the response that the forward saved, and x and y are centred by copie
 import torch
 from torch import Tensor
 
-from pyfeedback.forms import Coefficients, Window
+from pyfeedback.forms import Coefficients, Window, reads_data
 
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -27,7 +27,7 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, feedback, window, rule):
         y = torch.conv2d(input, weight, None, *window)
-        ctx.save_for_backward(input, weight, feedback, y if rule.reads_data else None)
+        ctx.save_for_backward(input, weight, feedback, y if reads_data(rule) else None)
         ctx.window, ctx.rule = window, rule
         return y
 
@@ -50,7 +50,7 @@ def _rule_gradient(
         grad.add_(w, alpha=-rule.self_)
     if rule.tie:
         grad.add_(grad_weight, alpha=rule.tie)
-    if rule.reads_data:
+    if reads_data(rule):
         n = rule.samples or x.shape[0]
         x, y = x[:n], y[:n]
         if rule.center:

@@ -22,11 +22,6 @@ class Coefficients(NamedTuple):
     center: bool = False
     samples: int = 0
 
-    @property
-    def reads_data(self) -> bool:
-        """True where some term depends on the activations."""
-        return self.amp != 0 or self.null != 0 or self.sparse != 0
-
 
 class Window(NamedTuple):
     """How a convolution visits its input, as pairs; the defaults are the linear layer's."""
@@ -52,11 +47,6 @@ class Problem(NamedTuple):
     groups: int = 1
     pointwise: bool = True
 
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of one pass of the layer, forward or either gradient."""
-        return self.positions * self.in_channels * self.out_channels * self.taps // self.groups
-
 
 class Form(enum.Enum):
     """How the data terms are computed (y is the response conv(x, W), z = convT(y, B))."""
@@ -67,12 +57,25 @@ class Form(enum.Enum):
     RESPONSE_MOMENT = "response_moment"  # Y = y'y: null Y B - amp y'x
 
 
+# Functions and not properties of the tuples: torch.compile of torch 2.10 does not see through those.
+
+
+def reads_data(rule: Coefficients) -> bool:
+    """True where some term depends on the activations."""
+    return rule.amp != 0 or rule.null != 0 or rule.sparse != 0
+
+
+def pass_macs(problem: Problem) -> int:
+    """Multiply-adds of one pass of the layer, forward or either gradient."""
+    return problem.positions * problem.in_channels * problem.out_channels * problem.taps // problem.groups
+
+
 def choose_form(problem: Problem, rule: Coefficients, response_at_hand: bool) -> Form:
     """The form with the fewest multiply-adds; ties go to the one that reads the response least.
 
     ``response_at_hand`` is False where the response would have to be computed again, one more pass.
     """
-    if not rule.reads_data:
+    if not reads_data(rule):
         return Form.NONE
     costs = {Form.DIRECT: _direct_macs(problem, rule, response_at_hand)}
     if problem.pointwise and problem.groups == 1:
@@ -98,7 +101,7 @@ def _direct_macs(problem: Problem, rule: Coefficients, response_at_hand: bool) -
     passes = max(passes, 1)  # amp rides on either; alone it is one wgrad
     if needs_response(Form.DIRECT, rule) and not response_at_hand:
         passes += 1
-    return passes * problem.macs
+    return passes * pass_macs(problem)
 
 
 def _input_moment_macs(problem: Problem, rule: Coefficients) -> int:
@@ -114,4 +117,4 @@ def _input_moment_macs(problem: Problem, rule: Coefficients) -> int:
 def _response_moment_macs(problem: Problem, rule: Coefficients, response_at_hand: bool) -> int:
     _, c, k, *_ = problem
     passes = (rule.amp != 0) + (not response_at_hand)
-    return problem.positions * k * k + k * k * c + passes * problem.macs
+    return problem.positions * k * k + k * k * c + passes * pass_macs(problem)

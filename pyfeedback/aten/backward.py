@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback.aten.center import wide_dtype
-from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form, needs_response
+from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form, needs_response, reads_data
 
 Mask = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -161,7 +161,7 @@ class _Linear:
 
 
 def _saves_response(layer: _Conv2d | _Linear, input: Tensor, bias: Tensor | None, rule: Coefficients) -> bool:
-    if bias is not None or not rule.reads_data or input.shape[0] == 0:
+    if bias is not None or not reads_data(rule) or input.shape[0] == 0:
         return False
     return needs_response(choose_form(layer.problem(input.shape, rule.samples), rule, True), rule)
 
