@@ -97,7 +97,7 @@ def needs_response(form: Form, rule: Coefficients) -> bool:
 
 
 def _direct_macs(problem: Problem, rule: Coefficients, response_at_hand: bool) -> int:
-    passes = 2 * (rule.sparse != 0) + 2 * (rule.null != 0)
+    passes = 2 * int(rule.sparse != 0) + 2 * int(rule.null != 0)
     passes = max(passes, 1)  # amp rides on either; alone it is one wgrad
     if needs_response(Form.DIRECT, rule) and not response_at_hand:
         passes += 1
@@ -116,5 +116,5 @@ def _input_moment_macs(problem: Problem, rule: Coefficients) -> int:
 
 def _response_moment_macs(problem: Problem, rule: Coefficients, response_at_hand: bool) -> int:
     _, c, k, *_ = problem
-    passes = (rule.amp != 0) + (not response_at_hand)
+    passes = int(rule.amp != 0) + int(not response_at_hand)
     return problem.positions * k * k + k * k * c + passes * pass_macs(problem)
