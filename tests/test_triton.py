@@ -296,9 +296,8 @@ def test_z_alone():
     assert_near(z, oracle.float(), oracle)
 
 
-@pytest.mark.parametrize("name", ["1x1 stride 3", "3x3 stride 4"])
-def test_a_class_without_taps_is_zero_whatever_the_feedback_holds(name):
-    case = CASES[name]
+def test_a_class_without_taps_is_zero_whatever_the_feedback_holds():
+    case = CASES["1x1 stride 3"]
     t, g = layer(case), case.geometry
     dx = fresh(inner(t.x))
     dgrad.launch_dgrad(fresh(inner(t.feedback)), g, dy=inner(t.dy), dx=dx, tile=DgradTile(16, 16, 16, 4, 2))
