@@ -7,6 +7,7 @@ layers are tiny. COVERED says which case takes which path.
 import random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,13 @@ with pytest.MonkeyPatch.context() as _patch:
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
     from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION.*:UserWarning")
+# Triton 3.6's interpreter makes a loop bound of an array of one element: NumPy warns before 2.4, and raises from there.
+NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.skipif(not GPU and OLD and NUMPY >= (2, 4), reason="Triton 3.6 interprets no loop with numpy 2.4"),
+]
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 
@@ -296,8 +303,9 @@ def test_z_alone():
     assert_near(z, oracle.float(), oracle)
 
 
-def test_a_class_without_taps_is_zero_whatever_the_feedback_holds():
-    case = CASES["1x1 stride 3"]
+@pytest.mark.parametrize("name", ["1x1 stride 3", "3x3 stride 4"])
+def test_a_class_without_taps_is_zero_whatever_the_feedback_holds(name):
+    case = CASES[name]
     t, g = layer(case), case.geometry
     dx = fresh(inner(t.x))
     dgrad.launch_dgrad(fresh(inner(t.feedback)), g, dy=inner(t.dy), dx=dx, tile=DgradTile(16, 16, 16, 4, 2))
