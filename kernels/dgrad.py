@@ -1,5 +1,6 @@
 """Launches the input gradients: checks and one kernel."""
 
+import torch
 from torch import Tensor
 
 from .dgrad_kernel import dgrad_kernel
@@ -36,19 +37,20 @@ def launch_dgrad(
     require(geometry, dy=dy, y=y, x=x, dx=dx, z=z)
     tile = tile or choose_dgrad(geometry, dual, feedback.element_size(), architecture(feedback.device)[0])
     tiles, classes = dgrad_grid(geometry, tile)
-    dgrad_kernel[tiles, classes](
-        p_dy=dy,
-        p_y=y,
-        p_feedback=feedback,
-        p_x=x if flags["USE_X"] else None,
-        p_dx=dx,
-        p_z=z,
-        N=geometry.N,
-        z_scale=z_scale,
-        x_scale=x_scale,
-        **dgrad_constants(geometry, flags, wide(geometry), precision(feedback.dtype, tf32), tile),
-        **options(tile),
-    )
+    with torch.cuda.device_of(feedback):  # Triton launches on the current device
+        dgrad_kernel[tiles, classes](
+            p_dy=dy,
+            p_y=y,
+            p_feedback=feedback,
+            p_x=x if flags["USE_X"] else None,
+            p_dx=dx,
+            p_z=z,
+            N=geometry.N,
+            z_scale=z_scale,
+            x_scale=x_scale,
+            **dgrad_constants(geometry, flags, wide(geometry), precision(feedback.dtype, tf32), tile),
+            **options(tile),
+        )
 
 
 def dgrad_grid(geometry: Geometry, tile: DgradTile) -> tuple[int, int]:

@@ -64,26 +64,27 @@ def launch_wgrad(
     if tile.splits > 1:
         partial = torch.empty(tiles * tile.splits * (tile.BK + tile.BU) * tile.BC, dtype=torch.float32, device=x.device)
         arrived = _arrived(tiles, x.device)
-    wgrad_kernel[tiles, tile.splits](
-        p_x=x,
-        p_a=a,
-        p_u=u,
-        p_dw=dw if flags["HAS_A"] or flags["USE_TIE"] else None,
-        p_f=f,
-        p_weight=weight if flags["USE_WEIGHT"] else None,
-        p_feedback=feedback if flags["USE_FEEDBACK"] else None,
-        p_partial=partial,
-        p_arrived=arrived,
-        N=geometry.N,
-        scale=scale,
-        decay=decay,
-        self_=self_,
-        tie=tie,
-        **_strides("w", dw),
-        **_strides("f", f),
-        **constants,
-        **options(tile),
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        wgrad_kernel[tiles, tile.splits](
+            p_x=x,
+            p_a=a,
+            p_u=u,
+            p_dw=dw if flags["HAS_A"] or flags["USE_TIE"] else None,
+            p_f=f,
+            p_weight=weight if flags["USE_WEIGHT"] else None,
+            p_feedback=feedback if flags["USE_FEEDBACK"] else None,
+            p_partial=partial,
+            p_arrived=arrived,
+            N=geometry.N,
+            scale=scale,
+            decay=decay,
+            self_=self_,
+            tie=tie,
+            **_strides("w", dw),
+            **_strides("f", f),
+            **constants,
+            **options(tile),
+        )
 
 
 def wgrad_tiles(geometry: Geometry, rows: tuple[int, int], tile: WgradTile) -> int:

@@ -1,0 +1,199 @@
+"""One layer's backward as launches: which products share one, and the rule's gradient from them.
+
+Notation as in the contract of the ops: x the input, y = conv(x, W) the response without bias, B the feedback weight,
+n the samples, z = convT(y, B).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dgrad import launch_dgrad
+from .geometry import Geometry
+from .wgrad import launch_wgrad
+
+Center = Callable[[Tensor, int], Tensor]
+
+
+class Layer(NamedTuple):
+    """A layer and its layouts. A block is what the kernels read: [n, H, W, C] or [n, P, Q, K] without gaps, of a
+    pointwise layer [n * positions, 1, 1, channels]."""
+
+    geometry: Geometry
+    rows: int  # of a block, for each sample
+    weight: Tensor
+    respond: Callable[[Tensor, Tensor], Tensor]  # conv(x, kernel), in the caller's layouts
+    block_input: Callable[[Tensor], Tensor]
+    block_output: Callable[[Tensor], Tensor]
+    tf32: bool
+
+
+class Backward:
+    """The launches of one backward pass. dW and dx wait for a launch that reads what they read, and join it."""
+
+    def __init__(self, layer: Layer, x: Tensor, dy: Tensor, feedback: Tensor, dw: Tensor | None, dx: Tensor | None):
+        """Blocks x, dy and dx; feedback and dw in the layout of the weight; dw or dx is None where it is not wanted."""
+        self.layer, self.x, self.dy, self.feedback, self.dw = layer, x, dy, feedback, dw
+        self.weight_waits = {} if dw is None else {"a": dy, "dw": channels_last(dw)}
+        self.input_waits = {} if dx is None else {"dy": dy, "dx": dx}
+
+    def finish_weight(self) -> None:
+        """Launch dW if it still waits."""
+        if self.weight_waits:
+            launch_wgrad(self.x, self.layer.geometry, **self.weight_waits, tf32=self.layer.tf32)
+            self.weight_waits = {}
+
+    def finish_input(self) -> None:
+        """Launch dx if it still waits."""
+        if self.input_waits:
+            kernel = channels_last(self.feedback).contiguous()
+            launch_dgrad(kernel, self.layer.geometry, **self.input_waits, tf32=self.layer.tf32)
+            self.input_waits = {}
+
+    def correlate(self, x: Tensor, out: Tensor, u: Tensor | None, tie: float = 0.0, **epilogue) -> Tensor:
+        """out = scale * wgrad(x, u) + tie * dW + the other terms of launch_wgrad's epilogue; dW joins if x is its x."""
+        along = {}
+        if x is self.x and self.weight_waits:
+            along, self.weight_waits = self.weight_waits, {}
+        elif tie and self.dw is not None:
+            self.finish_weight()
+            along = {"dw": channels_last(self.dw)}
+        for name in ("weight", "feedback"):
+            if name in epilogue:
+                epilogue[name] = channels_last(strided_like(epilogue[name], out))
+        geometry = self.layer.geometry._replace(N=x.shape[0])
+        launch_wgrad(
+            x, geometry, u=u, f=channels_last(out), tie=tie, **epilogue, **along, tf32=self.layer.tf32
+        )  # fmt: skip
+        return out
+
+    def moment(self, t: Tensor) -> Tensor:
+        """t't [c, c] in float32, of a pointwise layer's block t; dW joins if t is its x."""
+        c = t.shape[-1]
+        out = torch.empty(c, c, dtype=torch.float32, device=t.device)
+        if t is self.x:
+            return self.correlate(t, out, t)
+        launch_wgrad(t, Geometry(t.shape[0], c, c), u=t, f=channels_last(out), tf32=self.layer.tf32)
+        return out
+
+    def project(self, y: Tensor, x: Tensor, z_scale: float, x_scale: float) -> Tensor:
+        """z_scale * convT(y, B) - x_scale * x, a block of the input; dx joins if y is of the whole batch."""
+        z, along = torch.empty_like(x), {}
+        if y.shape[0] == self.dy.shape[0]:
+            along, self.input_waits = self.input_waits, {}
+        launch_dgrad(
+            channels_last(self.feedback).contiguous(), self.layer.geometry._replace(N=y.shape[0]),
+            y=y, x=x, z=z, z_scale=z_scale, x_scale=x_scale, **along, tf32=self.layer.tf32,
+        )  # fmt: skip
+        return z
+
+
+def feedback_gradient(
+    launches: Backward, input: Tensor, response: Tensor | None, rule, form: str, center: Center
+) -> Tensor:
+    """dR/dB + tie * dW; input and response in the caller's layouts, ``form`` as in ``ops.conv2d_backward``."""
+    layer, n = launches.layer, rule.samples or input.shape[0]
+    if form == "none":
+        return _without_data(launches, rule)
+    whole = n == input.shape[0]
+    samples = center(input, n) if rule.center else input[:n]
+    if form == "input_moment":
+        x = launches.x if whole and not rule.center else layer.block_input(samples)
+        return _elementwise(launches, _input_moment(launches.moment(x), layer.weight, launches.feedback, rule), rule, n)
+    x = launches.x if whole else launches.x[: n * layer.rows]
+    y = None
+    if form == "response_moment" or rule.null or not rule.sparse:
+        y = layer.respond(input[:n], layer.weight) if response is None else response[:n]
+        # Centring one factor of wgrad(x, y) centres the product.
+        y = layer.block_output(center(y, n) if rule.center else y)
+    if form == "response_moment":
+        return _elementwise(launches, _response_moment(launches, x, y, rule), rule, n)
+    rest = {"weight": layer.weight, "feedback": launches.feedback}
+    rest |= {"decay": rule.decay, "self_": rule.self_, "tie": rule.tie}
+    if not rule.sparse:
+        return _response_terms(launches, x, y, rule, n, rest)
+    scale = max(abs(rule.sparse), abs(rule.amp))
+    # The combined kernel stays exact where B nears W and the difference of two convolutions would cancel.
+    kernel = blend(launches.feedback, layer.weight, rule.sparse / scale, rule.amp / scale).to(input.dtype)
+    u = layer.block_output(layer.respond(samples, kernel))
+    x_read = layer.block_input(samples) if rule.center else x
+    out = torch.empty_like(layer.weight, dtype=torch.float32 if rule.null else None)
+    out = launches.correlate(x_read, out, u, scale=scale / n, **rest)
+    if not rule.null:
+        return out
+    return _response_terms(launches, x, y, rule._replace(amp=0.0), n, {"feedback": out, "decay": 1.0})
+
+
+def _without_data(launches: Backward, rule) -> Tensor:
+    weight, feedback = launches.layer.weight, launches.feedback
+    if not launches.weight_waits:
+        return strided_like(blend(feedback, weight, rule.decay, rule.self_).to(weight.dtype), torch.empty_like(weight))
+    rest = {"decay": rule.decay, "self_": rule.self_, "tie": rule.tie}
+    out = torch.empty_like(weight)
+    return launches.correlate(launches.x, out, None, weight=weight, feedback=feedback, **rest)
+
+
+def _response_terms(launches: Backward, x: Tensor, y: Tensor, rule, n: int, rest: dict) -> Tensor:
+    """wgrad(null z - amp x, y) / n and the rest, the larger coefficient taken out of z."""
+    out = torch.empty_like(launches.layer.weight)
+    if not rule.null:
+        return launches.correlate(x, out, y, scale=-rule.amp / n, **rest)
+    if abs(rule.amp) <= abs(rule.null):
+        z = launches.project(y, x, 1.0, rule.amp / rule.null)
+        return launches.correlate(z, out, y, scale=rule.null / n, **rest)
+    z = launches.project(y, x, -rule.null / rule.amp, -1.0)
+    return launches.correlate(z, out, y, scale=-rule.amp / n, **rest)
+
+
+def _input_moment(moment: Tensor, weight: Tensor, feedback: Tensor, rule) -> Tensor:
+    """(sparse B - amp W) G + null W G W' B [K, C], with the second moment G = x'x."""
+    w, b = (t.reshape(t.shape[0], -1).float() for t in (weight, feedback))
+    total = blend(b, w, rule.sparse, rule.amp) @ moment
+    if rule.null:
+        mixed = w @ moment
+        spread = (mixed @ w.t()) @ b if w.shape[0] < w.shape[1] else mixed @ (w.t() @ b)
+        total = total.add_(spread, alpha=rule.null)
+    return total
+
+
+def _response_moment(launches: Backward, x: Tensor, y: Tensor, rule) -> Tensor:
+    """null Y B - amp y'x [K, C], with the second moment Y = y'y."""
+    feedback = launches.feedback.reshape(launches.feedback.shape[0], -1).float()
+    total = rule.null * (launches.moment(y) @ feedback)
+    if rule.amp:
+        total = total.sub_(launches.correlate(x, torch.empty_like(total), y), alpha=rule.amp)
+    return total
+
+
+def _elementwise(launches: Backward, data: Tensor, rule, n: int) -> Tensor:
+    """data [K, C] / n and the terms that read no data, in the weight's layout."""
+    weight = launches.layer.weight
+    total = data.reshape(weight.shape) / n
+    if rule.decay or rule.self_:
+        total = total + blend(launches.feedback, weight, rule.decay, rule.self_)
+    if rule.tie:
+        launches.finish_weight()
+        total = total.add_(launches.dw, alpha=rule.tie)
+    return torch.empty_like(weight).copy_(total)
+
+
+def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
+    """b * B - w * W in float32, exact where b == w and B nears W; what has no coefficient is not read."""
+    if not w:
+        return b * feedback.float()
+    if not b:
+        return -w * weight.float()
+    difference = b * (feedback.float() - weight.float())
+    return difference if b == w else difference.add_(weight, alpha=b - w)
+
+
+def channels_last(kernel: Tensor) -> Tensor:
+    """The view [K, R, S, C] of a kernel [K, C, R, S] or [K, C]."""
+    return kernel.permute(0, 2, 3, 1) if kernel.dim() == 4 else kernel[:, None, None]
+
+
+def strided_like(t: Tensor, like: Tensor) -> Tensor:
+    """t with the strides of ``like``: itself where it has them already."""
+    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)

@@ -1,0 +1,101 @@
+"""Importing the Triton kernels for a test, on the interpreter where there is no GPU; tiny layers, and what is allowed.
+
+The interpreter multiplies the raw bits of bfloat16, so there only float32 and float16 are tested; it is slow, so the
+layers are tiny.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+with pytest.MonkeyPatch.context() as _patch:
+    if not GPU:
+        _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
+    from pyfeedback.kernels import dgrad_kernel, wgrad_kernel  # noqa: F401
+    from pyfeedback.kernels.geometry import Geometry, conv_geometry
+
+# Triton 3.6's interpreter makes a loop bound of an array of one element: NumPy warns before 2.4, and raises from there.
+NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+MARKS = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.skipif(not GPU and OLD and NUMPY >= (2, 4), reason="Triton 3.6 interprets no loop with numpy 2.4"),
+]
+
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+
+
+class Case(NamedTuple):
+    """One convolution and how its positions are split."""
+
+    input: tuple[int, int, int, int]
+    weight: tuple[int, int, int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    splits: int = 1
+
+    @property
+    def window(self):
+        return self.stride, self.padding, self.dilation
+
+    @property
+    def geometry(self) -> Geometry:
+        return conv_geometry(self.input, self.weight, *self.window)
+
+
+class Layer(NamedTuple):
+    """Tensors of a case in PyTorch's layouts; `other` stands where the response does."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    feedback: torch.Tensor
+    dy: torch.Tensor
+    other: torch.Tensor
+
+
+def layer(case: Case, dtype=torch.float32) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    g = case.geometry
+    out = (g.N, g.K, g.P, g.Q)
+    sizes = (case.input, case.weight, case.weight, out, out)
+    return Layer(*(torch.randn(s, generator=generator).to(DEVICE, dtype) for s in sizes))
+
+
+def inner(t: torch.Tensor) -> torch.Tensor:
+    """Channels innermost, without gaps."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def fresh(t: torch.Tensor, dtype=None) -> torch.Tensor:
+    """Memory to be written: a kernel that leaves an element out leaves NaN."""
+    return torch.full_like(t, float("nan"), dtype=dtype)
+
+
+def products(x, kernel, y, case: Case, dtype=torch.float64):
+    """convT(y, kernel) and wgrad(x, y) of PyTorch."""
+    y, x, kernel = (t.to(dtype) for t in (y, x, kernel))
+    mask = (True, True, False)
+    return torch.ops.aten.convolution_backward(y, x, kernel, None, *case.window, False, (0, 0), 1, mask)[:2]
+
+
+def assert_near(ours, composed, oracle):
+    """At most twice the error of PyTorch's own in the same dtype, or a few roundings of the result."""
+    assert ours.isfinite().all()
+    scale = oracle.abs().max()
+    error, allowed = ((t.double() - oracle).abs().max() for t in (ours, composed))
+    floor = 2 * torch.finfo(ours.dtype).eps * scale
+    assert error <= 2 * allowed + floor, (error / scale, allowed / scale)
+
+
+def fill_memory_with_nan(monkeypatch):
+    """Whatever is allocated and not written shows."""
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: torch.full(a, float("nan"), **k))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: torch.full_like(t, float("nan"), **k))
