@@ -18,16 +18,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_conv2d(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window) -> None:
     """Raise where these are not the tensors of a convolution, or the window is none."""
+    map_shape, kernel_shape = input.shape, weight.shape  # each look at a shape makes one
     if not (
-        input.dim() == 4
-        and weight.dim() == 4
-        and weight.shape == feedback.shape
-        and input.shape[1] == weight.shape[1] * window.groups
+        len(map_shape) == 4
+        and len(kernel_shape) == 4
+        and feedback.shape == kernel_shape
+        and map_shape[1] == kernel_shape[1] * window.groups
         and _consistent(input, weight, feedback, bias)
-        and (bias is None or bias.shape == weight.shape[:1])
+        and (bias is None or bias.shape == kernel_shape[:1])
     ):
         _refuse_tensors(input, weight, feedback, bias, rank=4, groups=window.groups)
-    _check_window(input, weight, window)
+    _check_window(map_shape, kernel_shape, window)
 
 
 def check_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> None:
@@ -137,13 +138,13 @@ def _consistent(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | 
     )
 
 
-def _check_window(input: Tensor, weight: Tensor, window: Window) -> None:
+def _check_window(map_shape: Sequence[int], kernel_shape: Sequence[int], window: Window) -> None:
     (sh, sw), (ph, pw), (dh, dw), groups = window
-    height, width = input.shape[2:]
-    rows, columns = weight.shape[2:]
+    _, _, height, width = map_shape
+    out_channels, _, rows, columns = kernel_shape
     if (
         sh > 0 and sw > 0 and ph >= 0 and pw >= 0 and dh > 0 and dw > 0 and groups > 0
-        and weight.shape[0] % groups == 0
+        and out_channels % groups == 0
         and height + 2 * ph > dh * (rows - 1) and width + 2 * pw > dw * (columns - 1)
         and rows > 0 and columns > 0
     ):  # fmt: skip
@@ -151,10 +152,10 @@ def _check_window(input: Tensor, weight: Tensor, window: Window) -> None:
     for name, pair, least in (("stride", (sh, sw), 1), ("padding", (ph, pw), 0), ("dilation", (dh, dw), 1)):
         if min(pair) < least:
             raise ValueError(f"{name} is {pair}, expected {least} or more")
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups is {groups}, expected a divisor of the {weight.shape[0]} output channels of weight")
+    if groups < 1 or out_channels % groups:
+        raise ValueError(f"groups is {groups}, expected a divisor of the {out_channels} output channels of weight")
     if min(rows, columns) < 1:
-        raise ValueError(f"weight has shape {_shape(weight)}, expected a window of at least 1x1")
+        raise ValueError(f"weight has shape {tuple(kernel_shape)}, expected a window of at least 1x1")
     reach = (dh * (rows - 1) + 1, dw * (columns - 1) + 1)
     padded = (height + 2 * ph, width + 2 * pw)
     raise ValueError(f"input has a padded map of {padded}, expected at least the dilated kernel's {reach}")

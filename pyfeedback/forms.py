@@ -57,9 +57,6 @@ class Form(enum.Enum):
     RESPONSE_MOMENT = "response_moment"  # Y = y'y: null Y B - amp y'x
 
 
-# Functions and not properties of the tuples: torch.compile of torch 2.10 does not see through those.
-
-
 def reads_data(rule: Coefficients) -> bool:
     """True where some term depends on the activations."""
     return rule.amp != 0 or rule.null != 0 or rule.sparse != 0

@@ -1,7 +1,9 @@
 """The ops as functions: what `torch.ops.pyfeedback` computes, documented, by the road with the least overhead.
 
 Each function equals the op of its name. Inside, a plain `torch.autograd.Function` calls the provider directly: on a
-tiny layer that costs two thirds of what the dispatcher's road costs, and `torch.compile` sees through it.
+tiny layer that costs two thirds of what the dispatcher's road costs. Under `torch.compile` the op itself is one node of
+the graph: what a compiler makes of an autograd.Function that carries symbolic numbers differs between releases, and
+torch 2.10 makes a wrong gradient of it.
 """
 
 from collections.abc import Sequence
@@ -152,21 +154,25 @@ def conv2d(
     input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
 ) -> Tensor:
     """:func:`fa_conv2d` for coefficients already checked: the layers' road."""
-    if _autocasts(input.device.type):
+    if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_conv2d(input, weight, feedback, bias, window)
     if torch._C._are_functorch_transforms_active():
         return transforms.conv2d(input, weight, feedback, bias, window, rule)
+    if torch.compiler.is_compiling():
+        return torch.ops.pyfeedback.fa_conv2d.default(input, weight, feedback, bias, *window, **rule._asdict())
     return _Conv2d.apply(input, weight, feedback, bias, (window, rule))
 
 
 def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
     """:func:`fa_linear` for coefficients already checked: the layers' road."""
-    if _autocasts(input.device.type):
+    if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     arguments.check_linear(input, weight, feedback, bias)
     if torch._C._are_functorch_transforms_active():
         return transforms.linear(input, weight, feedback, bias, rule)
+    if torch.compiler.is_compiling():
+        return torch.ops.pyfeedback.fa_linear.default(input, weight, feedback, bias, **rule._asdict())
     return _Linear.apply(input, weight, feedback, bias, (rule,))
 
 
@@ -213,12 +219,12 @@ class _Linear(torch.autograd.Function):
 
 def _backward(op: str, ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The four gradients. Wrapped only where it must be: each wrapper costs a tenth of a tiny layer's step."""
-    device_type = grad_output.device.type
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+    device_type = "cpu" if grad_output.is_cpu else grad_output.device.type  # this makes a string, of 5 microseconds
+    if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():
             grads = _compute(ctx, op, device_type, grad_output)
         return _NotAgain.apply(*grads, grad_output, *ctx.saved_tensors)
-    if _autocasts(device_type):  # called inside the region: products keep their dtype
+    if torch._C._is_any_autocast_enabled() and _autocasts(device_type):  # called inside the region: products keep their dtype
         with torch.autocast(device_type, enabled=False):
             return _compute(ctx, op, device_type, grad_output)
     return _compute(ctx, op, device_type, grad_output)
