@@ -224,7 +224,8 @@ def _backward(op: str, ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = _compute(ctx, op, device_type, grad_output)
         return _NotAgain.apply(*grads, grad_output, *ctx.saved_tensors)
-    if torch._C._is_any_autocast_enabled() and _autocasts(device_type):  # called inside the region: products keep their dtype
+    # Called inside an autocast region, products keep their dtype.
+    if torch._C._is_any_autocast_enabled() and _autocasts(device_type):
         with torch.autocast(device_type, enabled=False):
             return _compute(ctx, op, device_type, grad_output)
     return _compute(ctx, op, device_type, grad_output)
