@@ -6,6 +6,7 @@ of its input or of its response. All are exact; they differ only in arithmetic, 
 """
 
 import enum
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,6 +56,24 @@ class Form(enum.Enum):
     DIRECT = "direct"  # wgrad(x, conv(x, sparse B - amp W)) and wgrad(null z - amp x, y)
     INPUT_MOMENT = "input_moment"  # G = x'x: (sparse B - amp W) G + null W G W' B
     RESPONSE_MOMENT = "response_moment"  # Y = y'y: null Y B - amp y'x
+
+
+def is_pointwise(weight: Sequence[int], window: Window) -> bool:
+    """True where every output position reads one input position and no padding."""
+    return tuple(weight[2:]) == (1, 1) and window.padding == (0, 0)
+
+
+def conv2d_problem(input: Sequence[int], weight: Sequence[int], window: Window, samples: int) -> Problem:
+    """The problem of an input (N, C, H, W) and a weight (K, C/g, R, S); ``samples`` 0 is the whole batch."""
+    n, k, p, q = window.output_shape(input, weight)
+    positions = (samples or n) * p * q
+    return Problem(positions, input[1], k, weight[2] * weight[3], window.groups, is_pointwise(weight, window))
+
+
+def linear_problem(input: Sequence[int], weight: Sequence[int], samples: int) -> Problem:
+    """The problem of an input (N, ..., C) and a weight (K, C); ``samples`` 0 is the whole batch."""
+    k, c = weight
+    return Problem((samples or input[0]) * math.prod(input[1:-1]), c, k)
 
 
 def reads_data(rule: Coefficients) -> bool:

@@ -1,21 +1,25 @@
 """The provider table: who computes an op on a device, chosen in this one place.
 
-"aten" composes PyTorch's own kernels and always exists; "native" is the compiled library (csrc). Left to "auto" an
-op takes the first provider of its row that is there. A row names only providers that were measured faster on that
-device than those after it.
+"aten" composes PyTorch's own kernels and always exists; "native" is the compiled library (csrc); "triton" are the fused
+kernels of a whole backward (kernels). Left to "auto" an op takes the first provider of its row that is there. A row
+names only providers that were measured faster on that device than those after it; "measured" is triton for the layers
+in the device's own table, which `kernels/measured.py` keeps.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from pyfeedback import arguments, aten, native
 from pyfeedback.forms import Coefficients, Window
+from pyfeedback.kernels import measured
 
-BACKENDS = ("auto", "aten", "native")
+BACKENDS = ("auto", "aten", "native", "triton")
 
 _ops = torch.ops.pyfeedback
 
@@ -43,9 +47,23 @@ def _native_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -
         raise
 
 
+def _fused(op: str, only_measured: bool, *args):
+    from pyfeedback import fused  # imports triton, which takes a second
+
+    return getattr(fused, op)(*args, center=_center, only_measured=only_measured)
+
+
+def _center(input: Tensor, samples: int) -> Tensor:
+    return provide("center", input.device.type)(input, samples)
+
+
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("conv2d_backward", "aten"): aten.conv2d_backward,
+    ("conv2d_backward", "triton"): partial(_fused, "conv2d_backward", False),
+    ("conv2d_backward", "measured"): partial(_fused, "conv2d_backward", True),
     ("linear_backward", "aten"): aten.linear_backward,
+    ("linear_backward", "triton"): partial(_fused, "linear_backward", False),
+    ("linear_backward", "measured"): partial(_fused, "linear_backward", True),
     ("center", "aten"): aten.center,
     ("center", "native"): _native_center,
     ("feedback_step_", "aten"): _aten_feedback_step_,
@@ -55,6 +73,8 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
 _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("center", "cpu"): ("native", "aten"),
     ("feedback_step_", "cpu"): ("native", "aten"),
+    ("conv2d_backward", "cuda"): ("measured", "aten"),
+    ("linear_backward", "cuda"): ("measured", "aten"),
     # The CUDA kernels of csrc have not been measured on any device: only backend("native") takes them.
 }
 
@@ -90,13 +110,18 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: the name is none of :data:`BACKENDS`.
-        RuntimeError: "native" is asked for and the compiled library is not there.
+        RuntimeError: "native" is asked for and the compiled library is not there; "triton", and triton is not, or
+            neither a GPU nor Triton's interpreter (TRITON_INTERPRET=1, set before the first use) is.
     """
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name == "native" and not native.has_cpu():
         raise RuntimeError(f'backend is "native", expected a compiled library: {native.build_info().missing}')
+    if name == "triton" and not find_spec("triton"):
+        raise RuntimeError('backend is "triton", expected triton to be installed')
+    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError('backend is "triton", expected a GPU, or TRITON_INTERPRET=1 for Triton\'s interpreter')
     _forced = name
     _chosen.clear()
 
@@ -124,6 +149,8 @@ def _choose(op: str, device_type: str) -> str:
 def _is_there(provider: str, device_type: str) -> bool:
     if provider == "native":
         return {"cpu": native.has_cpu, "cuda": native.has_cuda}.get(device_type, lambda: False)()
+    if provider == "measured":
+        return bool(measured.devices()) and find_spec("triton") is not None
     return True
 
 

@@ -21,8 +21,9 @@ MOST_LINES = 400
 # Module of the package: the modules that may import it or what is inside it.
 SEEN_ONLY_BY = {
     "pyfeedback.native": {"pyfeedback", PROVIDERS},
-    "pyfeedback.kernels": {PROVIDERS},
-    "pyfeedback.aten": {PROVIDERS},
+    "pyfeedback.kernels": {PROVIDERS, "pyfeedback.fused"},
+    "pyfeedback.fused": {PROVIDERS},
+    "pyfeedback.aten": {PROVIDERS, "pyfeedback.fused"},
     "pyfeedback.reference": {"pyfeedback"},
     SHARED: set(),
 }
@@ -253,9 +254,9 @@ def test_what_is_undocumented_is_found():
 
 
 def imported_modules():
-    """The package's Python modules; kernels apart, which need triton to be imported."""
-    found = pkgutil.walk_packages(pyfeedback.__path__, f"{PACKAGE}.")
-    return [PACKAGE, *(m.name for m in found if m.name in MODULES and not inside(m.name, "pyfeedback.kernels"))]
+    """The package's Python modules; those apart that need triton to be imported."""
+    found = {m.name for m in pkgutil.walk_packages(pyfeedback.__path__, f"{PACKAGE}.")} & MODULES.keys()
+    return [PACKAGE, *sorted(n for n in found if not inside(n, "pyfeedback.kernels") and n != "pyfeedback.fused")]
 
 
 @pytest.mark.parametrize("name", imported_modules())

@@ -139,7 +139,7 @@ PYTHON_CASES = {
     "rule center": (lambda: pyfeedback.rule("ia", center="no"), "center is 'no', expected True or False"),
     "rule samples": (lambda: pyfeedback.rule("wm", samples=1.5), "samples is 1.5, expected an int of 0 or more, or"),
     "rule reduction": (lambda: pyfeedback.rule("wm", reduction="sum"), "reduction is 'sum', expected one of batch"),
-    "backend": (lambda: pyfeedback.set_backend("cudnn"), "backend is 'cudnn', expected one of auto, aten, native"),
+    "backend": (lambda: pyfeedback.set_backend("cudnn"), "backend is 'cudnn', expected one of auto, aten, native, tri"),
     "layer rule": (lambda: pyfeedback.nn.Linear(2, 2, rule="x"), "rule is 'x', expected one of"),
     "convert": (lambda: pyfeedback.convert(torch.nn.Linear(2, 2), None), "rule is None, expected a name or"),
     "optimizer model": (lambda: pyfeedback.optim.FeedbackSGD(torch.nn.Linear(2, 2), 0.1), "model has no layer with a"),

@@ -4,14 +4,24 @@ The rule's gradient is written once, over the products of a layer (:class:`_Conv
 the contract of the ops: x the input, y = conv(x, W) the response without bias, B the feedback weight, n the samples.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyfeedback.aten.center import wide_dtype
-from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form, needs_response, reads_data
+from pyfeedback.forms import (
+    Coefficients,
+    Form,
+    Problem,
+    Window,
+    choose_form,
+    conv2d_problem,
+    is_pointwise,
+    linear_problem,
+    needs_response,
+    reads_data,
+)
 
 Mask = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -37,7 +47,7 @@ def conv2d_backward(
     grad_feedback: Tensor | None = None
     grad_bias: Tensor | None = None
     x, whole = input, window
-    strided = window.stride != (1, 1) and _is_pointwise(weight, window)
+    strided = window.stride != (1, 1) and is_pointwise(weight.shape, window)
     if strided:
         # A strided 1x1 convolution is a dense one on the positions it reads. Not only the moments want it so: the
         # weight gradient of stride 3 in channels_last corrupts the heap (oneDNN on a CPU, torch 2.13).
@@ -50,7 +60,7 @@ def conv2d_backward(
             grad_output, x, feedback, (weight.shape[0],), stride, padding, dilation, False, (0, 0), groups, needs
         )
     if need_feedback:
-        layer = _Conv2d(weight, window, grad_output.shape)
+        layer = _Conv2d(weight, window)
         grad_feedback = _feedback_gradient(layer, x, response, weight, feedback, grad_weight, rule)
     if strided and grad_input is not None:
         spread = torch.zeros_like(input)
@@ -94,7 +104,7 @@ def conv2d_saves_response(
     input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
 ) -> bool:
     """True where the forward's output is the response and the backward will read it."""
-    return _saves_response(_Conv2d(weight, window, window.output_shape(input.shape, weight.shape)), input, bias, rule)
+    return _saves_response(_Conv2d(weight, window), input, bias, rule)
 
 
 def linear_saves_response(input: Tensor, weight: Tensor, bias: Tensor | None, rule: Coefficients) -> bool:
@@ -105,14 +115,11 @@ def linear_saves_response(input: Tensor, weight: Tensor, bias: Tensor | None, ru
 class _Conv2d:
     """The products of a convolution: activations [n, C, H, W], kernels [K, C/g, R, S]."""
 
-    def __init__(self, weight: Tensor, window: Window, output_shape: Sequence[int]):
-        self.weight, self.window, self.map_size = weight, window, output_shape[2:]
+    def __init__(self, weight: Tensor, window: Window):
+        self.weight, self.window = weight, window
 
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
-        k, c, r, s = self.weight.shape
-        groups = self.window.groups
-        positions = (samples or input_shape[0]) * self.map_size[0] * self.map_size[1]
-        return Problem(positions, c * groups, k, r * s, groups, _is_pointwise(self.weight, self.window))
+        return conv2d_problem(input_shape, self.weight.shape, self.window, samples)
 
     def respond(self, x: Tensor, kernel: Tensor) -> Tensor:
         """conv(x, kernel)"""
@@ -129,7 +136,7 @@ class _Conv2d:
     def moment(self, x: Tensor) -> Tensor:
         """x'x [C, C]: as the weight gradient of a 1x1 convolution, 2 to 3 times faster than mm on a CPU"""
         c = x.shape[1]
-        square = _Conv2d(x.new_empty(c, c, 1, 1), Window(), x.shape)
+        square = _Conv2d(x.new_empty(c, c, 1, 1), Window())
         return square.correlate(x, x).reshape(c, c)
 
     def _backward(self, y: Tensor, x: Tensor, kernel: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,8 +151,7 @@ class _Linear:
         self.weight = weight
 
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
-        k, c = self.weight.shape
-        return Problem((samples or input_shape[0]) * math.prod(input_shape[1:-1]), c, k)
+        return linear_problem(input_shape, self.weight.shape, samples)
 
     def respond(self, x: Tensor, kernel: Tensor) -> Tensor:
         return torch.matmul(x, kernel.t())
@@ -271,10 +277,6 @@ def _blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
     if b != 1.0:
         difference = difference.mul_(b)
     return difference if b == w else difference.add_(weight, alpha=b - w)
-
-
-def _is_pointwise(weight: Tensor, window: Window) -> bool:
-    return weight.shape[2] == 1 and weight.shape[3] == 1 and window.padding == (0, 0)
 
 
 def _read_positions(x: Tensor, window: Window) -> Tensor:
