@@ -1,10 +1,11 @@
 """Compiles every Triton kernel with the tiles it ships with, for machines that need not be there, and reads the code.
 
-    python benchmarks/codegen.py [--architectures 80 90] [--jobs 2]
+    python benchmarks/codegen.py [--architectures 80 90 gfx942] [--jobs 2]
 
 Prints registers, spilled accesses, shared memory, tensor-core instructions, waits for wgmma, and the bytes of
 each load of a block. Exits with 1 on a spill, on a 16-bit tile of sm_90 without wgmma or with wgmma serialised, on
-loads narrower than 16 bytes, and on too much shared memory. No GPU is needed, none is timed.
+loads narrower than 16 bytes, and on too much shared memory. No GPU is needed, none is timed. gfx942 is compiled with
+the tiles of sm_80, which were not made for it, and is held to nothing but compiling.
 """
 
 import argparse
@@ -44,7 +45,12 @@ class Job(NamedTuple):
     op: str
     layer: str
     dtype: str
-    capability: int
+    capability: int | str  # or the name of an AMD architecture
+
+    @property
+    def tiles_of(self) -> int:
+        """The architecture whose tiles are compiled."""
+        return self.capability if isinstance(self.capability, int) else 80
 
 
 class Code(NamedTuple):
@@ -70,7 +76,7 @@ WGRADS = {
 DGRADS = {"dgrad": {"HAS_DX"}, "dgrad z": {"HAS_Z", "USE_X"}, "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"}}
 
 
-def jobs(architectures: list[int]) -> list[Job]:
+def jobs(architectures: list[int | str]) -> list[Job]:
     """Every kernel that a rule launches; the second moment only where a layer has one."""
     found = []
     for capability in architectures:
@@ -97,7 +103,7 @@ def wgrad_source(job: Job) -> tuple[object, dict, dict, object]:
     flags = {f: f in on for f in ("HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE")}
     u = g.C if job.op == "wgrad+moment" else g.K
     rows = (g.K if "HAS_A" in on else 0, u if "HAS_U" in on else 0)
-    tile = choose_wgrad(g, rows, TYPES[job.dtype], job.capability, PROCESSORS[job.capability])
+    tile = choose_wgrad(g, rows, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of])
     constants = wgrad_constants(g, u, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
     strides = {"k": g.R * g.S * g.C, "r": g.S * g.C, "s": g.C, "c": 1}
     written = {"w": "HAS_A" in on, "f": "HAS_F" in on}
@@ -114,7 +120,7 @@ def dgrad_source(job: Job) -> tuple[object, dict, dict, object]:
     """Kernel, compile-time arguments, run-time integers, tile."""
     g, on = layer_geometry(job.layer), DGRADS[job.op]
     flags = {f: f in on for f in ("HAS_DX", "HAS_Z", "USE_X")}
-    tile = choose_dgrad(g, len(on) == 3, TYPES[job.dtype], job.capability)
+    tile = choose_dgrad(g, len(on) == 3, TYPES[job.dtype], job.tiles_of)
     constants = dgrad_constants(g, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
     absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X"}
     constants |= {name: None for name, flag in absent.items() if flag not in on}
@@ -138,12 +144,11 @@ def compile_job(job: Job) -> Code:
             if integers.get(name, 1) % 16 == 0:
                 aligned.append(name)
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attrs),
-        target=GPUTarget("cuda", job.capability, 32),
-        options=options(tile),
-    )
-    return read_code(compiled, tile)
+    amd = isinstance(job.capability, str)
+    target = GPUTarget("hip", job.capability, 64) if amd else GPUTarget("cuda", job.capability, 32)
+    source = ASTSource(kernel, signature, constants, attrs)
+    compiled = triton.compile(source, target=target, options=options(tile))
+    return read_amd_code(compiled, tile) if amd else read_code(compiled, tile)
 
 
 def read_code(compiled, tile) -> Code:
@@ -173,6 +178,27 @@ def read_code(compiled, tile) -> Code:
     )
 
 
+def read_amd_code(compiled, tile) -> Code:
+    """The same of an AMD architecture: matrix-core instructions in the place of mma, waits left out."""
+    text = compiled.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s*(\d+)", text).group(1))
+
+    loads = re.findall(r"\b(?:buffer|global)_load_(\w+)", text)
+    widths = {16 if "x4" in load else 8 if "x2" in load else 4 for load in loads}
+    return Code(
+        " ".join(f"{name}{value}" for name, value in vars(tile).items()),
+        number("vgpr_count"),
+        number("vgpr_spill_count"),
+        compiled.metadata.shared,
+        0,
+        len(re.findall(r"\bv_mfma", text)),
+        0,
+        tuple(sorted(widths)),
+    )
+
+
 def run_tool(name: str, *arguments) -> str:
     """Output of a tool that Triton brings along."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -182,6 +208,8 @@ def run_tool(name: str, *arguments) -> str:
 def faults(job: Job, code: Code) -> list[str]:
     """What must not be; empty where all is well."""
     found = []
+    if isinstance(job.capability, str):
+        return found
     if code.spills:
         found.append("spills")
     if code.shared > SHARED_LIMIT[job.capability]:
@@ -202,10 +230,10 @@ def faults(job: Job, code: Code) -> list[str]:
 def main() -> int:
     """The table, and 1 if anything in it must not be."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--architectures", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=[80, 90])
+    parser.add_argument("--architectures", nargs="+", choices=["80", "90", "gfx942"], default=["80", "90"])
     parser.add_argument("--jobs", type=int, default=2, help="compilations at once")
     arguments = parser.parse_args()
-    todo = jobs(arguments.architectures)
+    todo = jobs([int(a) if a.isdigit() else a for a in arguments.architectures])
     columns = ("regs", "spills", "shared", "wgmma", "mma", "waits", "loads")
     print(f"triton {triton.__version__}", *(f"{c:>7}" for c in columns))
     failed = 0
@@ -213,7 +241,8 @@ def main() -> int:
         for job, code in zip(todo, pool.map(compile_job, todo), strict=True):
             wrong = faults(job, code)
             failed += bool(wrong)
-            name = f"sm_{job.capability} {job.dtype} {job.op} {job.layer}"
+            architecture = job.capability if isinstance(job.capability, str) else f"sm_{job.capability}"
+            name = f"{architecture} {job.dtype} {job.op} {job.layer}"
             numbers = (*code[1:-1], "/".join(map(str, code.loads)))
             print(f"{name:45}", *(f"{n:>7}" for n in numbers), f" {code.tile}", *wrong, flush=True)
     print(f"{len(todo)} kernels, {failed} of them not as they must be")

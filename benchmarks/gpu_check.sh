@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, in under nine minutes: benchmarks/gpu_check.sh OUTDIR
 #
 # Needs a CUDA device, nvcc, and python3 with torch, pytest and pytest-benchmark ($PYTHON names another); fetches
-# nothing. Builds the package, runs the GPU tests, checks the kernels' memory accesses, measures. Each stage has its
+# nothing. Builds the package, runs the GPU tests, checks the kernels' memory accesses and races, measures. Each stage has its
 # time limit; one that fails shows in the last table and in the exit code, and the others go on. OUTDIR gets
 # stages.tsv, log.txt, table.txt and rates.json, layers.json, update.json, networks.json.
 #
@@ -33,8 +33,9 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
     exit 3
   }
   marked=(-m gpu) rates=(--network resnet50 --batch 128 --dtype bfloat16)
-  layers=(--network resnet50 --batch 128 --dtype bfloat16 --budget 0.1 --against plain --against composed)
-  for rule in wm ia aa kp wm/8 ia/8 aa/8; do layers+=(--rule "$rule"); done
+  layers=(--network resnet50 --batch 128 --dtype bfloat16 --budget 0.1 --against plain --against composed
+    --against triton)
+  for rule in fa wm ia aa kp; do layers+=(--rule "$rule"); done
   networks=(--dtype bfloat16 --budget 0.3)
   for rule in wm ia aa kp; do networks+=(--rule "$rule"); done
   export PYFEEDBACK_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}"
@@ -62,7 +63,7 @@ stage() {
       124 | 137) result="FAILED: over $limit s" ;;
       *) result="FAILED: exit $status" ;;
     esac
-    if [[ $name == memcheck ]] && grep -q "Device not supported" "$work/$name.log"; then
+    if [[ $name == *check ]] && grep -q "Device not supported" "$work/$name.log"; then
       result="device not supported"
     fi
     tail -c 2000000 "$work/$name.log" >> "$out/log.txt"
@@ -91,13 +92,15 @@ stage tests 110 "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovide
 
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)"
 watched=("$python" "$root/benchmarks/gpu_memcheck.py" --device "$device")
-if [[ $device == cpu ]]; then
-  stage memcheck 40 "${watched[@]}"
-elif [[ -n "$sanitizer" ]]; then
-  stage memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --error-exitcode 9 "${watched[@]}"
-else
-  skip memcheck "no compute-sanitizer"
-fi
+for tool in memcheck racecheck initcheck; do
+  if [[ $device == cpu ]]; then
+    [[ $tool != memcheck ]] || stage memcheck 40 "${watched[@]}"
+  elif [[ -n "$sanitizer" ]]; then
+    stage $tool 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --error-exitcode 9 "${watched[@]}"
+  else
+    skip $tool "no compute-sanitizer"
+  fi
+done
 
 stage rates 60 "$python" "$root/benchmarks/cudnn_rates.py" --device "$device" --out "$out/rates.json" \
   --time-limit 45 "${rates[@]}"

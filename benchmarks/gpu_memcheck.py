@@ -1,4 +1,4 @@
-"""Runs every compiled CUDA kernel over awkward sizes, for compute-sanitizer to watch.
+"""Runs every kernel of csrc and of kernels over awkward sizes, for compute-sanitizer to watch.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python benchmarks/gpu_memcheck.py
 """
@@ -46,6 +46,25 @@ def center(dtype: torch.dtype, device: torch.device) -> None:
             torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
 
 
+def fused(device: torch.device) -> None:
+    """The backward of ragged layers by the Triton kernels, one of which splits its sums over several programs."""
+    for size, weight, window in [
+        ((3, 17, 7, 5), (19, 17, 3, 3), ((2, 2), (1, 1))),
+        ((2, 16, 40, 40), (24, 16, 1, 1), ((1, 1), (0, 0))),
+        ((1, 33, 9, 9), (16, 33, 5, 5), ((3, 3), (2, 2))),
+    ]:
+        for rule in (
+            {},
+            {"amp": 0.5, "decay": 0.1},
+            {"amp": 0.5, "null": 0.5},
+            {"amp": 0.5, "sparse": 0.5, "tie": 1.0},
+        ):
+            x, w, b = (torch.randn(s, device=device, dtype=torch.float16) for s in (size, weight, weight))
+            x, w, b = (t.mul(0.1).requires_grad_() for t in (x, w, b))
+            pyfeedback.functional.fa_conv2d(x, w, b, None, *window, **rule).square().sum().backward()
+            assert all(t.grad.isfinite().all() for t in (x, w, b) if t.grad is not None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
@@ -56,6 +75,8 @@ def main() -> None:
             for momentum, noise, skip in itertools.product((0.0, 0.9), (0.0, 0.01), (False, True)):
                 step(dtype, device, momentum, noise, skip)
     if device.type == "cuda":
+        with pyfeedback.backend("triton"):
+            fused(device)
         torch.cuda.synchronize()
     print("every kernel ran")
 

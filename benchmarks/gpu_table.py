@@ -13,6 +13,7 @@ import tables
 
 def main(folder: Path) -> int:
     """Print the tables; 0 where every stage ended well."""
+    ceilings = None
     if (folder / "rates.json").exists():
         found = json.loads((folder / "rates.json").read_text())
         ceilings = found["ceilings"]
@@ -21,8 +22,10 @@ def main(folder: Path) -> int:
     for name in ("layers", "update", "networks"):
         path = folder / f"{name}.json"
         if path.exists():
-            records = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
-            print("\n".join(tables.report([r for r in records if r], per_layer=name == "layers")))
+            records = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"] if b["extra_info"]]
+            print("\n".join(tables.report(records, per_layer=name == "layers")))
+            if name == "layers" and ceilings:
+                print("\n".join(tables.floors(records, ceilings["copy_gb_s"], ceilings["product_tflop_s"])))
     stages = [line.split("\t") for line in (folder / "stages.tsv").read_text().splitlines()]
     print(f"{'stage':12}{'result':24}{'seconds':>8}")
     for name, result, seconds in stages:

@@ -15,7 +15,7 @@ from pyfeedback import Rule, reference
 from pyfeedback.testing import ConvInputs, ConvShape, conv_inputs
 
 SUBJECT = "pyfeedback"
-BASELINES = ("plain", "reference", "composed", "compiled")
+BASELINES = ("plain", "reference", "composed", "compiled", "triton")  # triton: pyfeedback with its kernels forced
 
 CHECKED_BATCH = 4
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # float32: TF32
@@ -24,8 +24,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-3, torch.float16: 1e-2, tor
 class LayerStep:
     """Forward and backward of one layer; ``outputs`` makes what backward starts from, of ``leaves``."""
 
-    def __init__(self, outputs: Callable[[], list[Tensor]], leaves: dict[str, Tensor], grad_output: Tensor):
-        self._outputs, self._grad_output = outputs, grad_output
+    def __init__(
+        self, outputs: Callable[[], list[Tensor]], leaves: dict[str, Tensor], grad_output: Tensor, backend: str = "auto"
+    ):
+        self._outputs, self._grad_output, self._backend = outputs, grad_output, backend
         self.leaves = leaves
         self._ready: list[Tensor] = []
 
@@ -50,7 +52,11 @@ class LayerStep:
         self._ready = self._outputs()
 
     def _backward(self) -> None:
-        torch.autograd.backward(self._ready, [self._grad_output, *[None] * (len(self._ready) - 1)])
+        if self._backend == "auto":  # what is not forced pays for no switch
+            torch.autograd.backward(self._ready, [self._grad_output, *[None] * (len(self._ready) - 1)])
+            return
+        with pyfeedback.backend(self._backend):
+            torch.autograd.backward(self._ready, [self._grad_output])
 
     def _both(self) -> None:
         self._ready = self._outputs()
@@ -64,7 +70,7 @@ def layer_step(name: str, shape: ConvShape, rule: Rule, inputs: ConvInputs) -> L
     b = b.detach().requires_grad_(rule.learns)
     leaves = {"input": x, "weight": w, "feedback": b}
     coefficients, window = rule.coefficients(x.shape[0], 1), shape.window
-    if name == SUBJECT:
+    if name in (SUBJECT, "triton"):
         layer = pyfeedback.nn.Conv2d(
             shape.in_channels, shape.out_channels, shape.kernel, *window, bias=False, device=x.device, dtype=x.dtype,
             rule=rule,
@@ -74,7 +80,7 @@ def layer_step(name: str, shape: ConvShape, rule: Rule, inputs: ConvInputs) -> L
             del leaves["feedback"]
         else:
             leaves["feedback"] = layer.feedback = torch.nn.Parameter(b.detach(), rule.learns)
-        return LayerStep(lambda: [layer(x)], leaves, grad_output)
+        return LayerStep(lambda: [layer(x)], leaves, grad_output, "triton" if name == "triton" else "auto")
     if name == "plain":
         return LayerStep(lambda: [F.conv2d(x, w, None, *window)], {"input": x, "weight": w}, grad_output)
     if name == "composed":

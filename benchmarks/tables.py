@@ -7,7 +7,7 @@ from implementations import BASELINES
 from selection import NETWORKS
 
 Record = dict
-TITLES = {"plain": "backprop", "reference": "reference", "composed": "composed", "compiled": "compiled"}
+TITLES = {name: name for name in BASELINES} | {"plain": "backprop"}
 
 
 def report(records: list[Record], per_layer: bool = False) -> list[str]:
@@ -75,6 +75,17 @@ def _layer_table(dtype: str, records: list[Record]) -> list[str]:
                 lines.append(f"  {layer:22}{1e3 * statistics.median(having):9.3f}{cells}")
             lines.append("")
     return lines
+
+
+def floors(records: list[Record], copy_gb_s: float, product_tflop_s: float) -> list[str]:
+    """Each layer and rule beside the least time its bytes or its operations take at the rates of the same run."""
+    names = [name for name in ("pyfeedback", "composed", "triton") if any(name in r["seconds"] for r in records)]
+    lines = [f"microseconds of each layer  {'':18}{'floor':>9}" + "".join(f"{name:>12}" for name in names)]
+    for r in records:
+        floor = max(r["bytes"] / (1e9 * copy_gb_s), r["flops"] / (1e12 * product_tflop_s))
+        cells = "".join(f"{1e6 * r['seconds'][n]:12.1f}" if n in r["seconds"] else f"{'-':>12}" for n in names)
+        lines.append(f"  {r['layer']:22} {r['rule']:6} {r['dtype']:14}{1e6 * floor:9.1f}{cells}")
+    return [*lines, ""]
 
 
 def _network_steps(records: list[Record]) -> list[str]:

@@ -1,6 +1,9 @@
 """Backends that are forced, and what "auto" takes: every random layer by the Triton kernels, on the interpreter."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +145,23 @@ def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
             fused.conv2d_backward(*args, center=None, only_measured=True)
     assert taken == [2]
     measured.load.cache_clear()
+
+
+def test_a_devices_table_is_written_from_its_results(tmp_path):
+    def record(layer, ratio, rule="wm"):
+        return {"extra_info": {"layer": layer, "rule": rule, "batch": 4, "dtype": "bfloat16", "ratio_to_triton": ratio}}
+
+    results = {
+        "machine_info": {"pyfeedback": {"gpu": "A GPU"}},
+        "benchmarks": [record("64-64-1x1s1@56", 1.4), record("64-64-3x3s1@56", 0.9), {"extra_info": {}}],
+    }
+    (tmp_path / "layers.json").write_text(json.dumps(results))
+    script = Path(__file__).parents[1] / "benchmarks" / "choose_kernels.py"
+    subprocess.run([sys.executable, script, tmp_path / "layers.json", tmp_path], check=True)
+    problem = Problem(4 * 56 * 56, 64, 64)
+    assert json.loads((tmp_path / "A GPU.json").read_text()) == [
+        measured.key(problem, choose_form(problem, Coefficients(amp=1.0, decay=1.0), True).value, torch.bfloat16)
+    ]
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

@@ -26,6 +26,7 @@ NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 MARKS = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    *([pytest.mark.gpu] if GPU else []),
     pytest.mark.skipif(not GPU and OLD and NUMPY >= (2, 4), reason="Triton 3.6 interprets no loop with numpy 2.4"),
 ]
 

@@ -1,0 +1,54 @@
+"""Writes a device's table of the layers that the Triton kernels are faster on, from the results of gpu_check.sh.
+
+    python benchmarks/choose_kernels.py OUTDIR/layers.json [FOLDER]
+
+The table is <device>.json in FOLDER, kernels/measured if none is given; what is in it is taken by itself from then on.
+A layer is taken where the kernels beat the composition by more than the noise, in the same rounds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from pyfeedback.kernels import measured
+from selection import DTYPES, NETWORKS, RULES
+
+from pyfeedback.forms import Form, choose_form, conv2d_problem
+
+LEAST_GAIN = 1.03
+
+
+def faster_layers(records: list[dict]) -> list[str]:
+    """The keys of the records in which pyfeedback, composed, took longer than with its kernels forced."""
+    shapes = {shape.name: shape for network in NETWORKS.values() for shape in network}
+    found = set()
+    for record in records:
+        if record.get("ratio_to_triton", 0.0) > LEAST_GAIN:
+            shape, rule, dtype = shapes[record["layer"]], RULES[record["rule"]], DTYPES[record["dtype"]]
+            batch = record["batch"]
+            coefficients = rule.coefficients(batch, 1)
+            input = (batch, shape.in_channels, shape.map_size, shape.map_size)
+            weight = (shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.kernel)
+            problem = conv2d_problem(input, weight, shape.window, coefficients.samples)
+            form = choose_form(problem, coefficients, True) if rule.learns else Form.NONE
+            found.add(measured.key(problem, form.value, dtype))
+    return sorted(found)
+
+
+def main(path: Path, folder: Path = Path(__file__).parents[1] / "kernels" / "measured") -> int:
+    """Write the table; the device is that of the results."""
+    results = json.loads(path.read_text())
+    device = results["machine_info"]["pyfeedback"].get("gpu")
+    if device is None:
+        print(f"{path} was measured on no GPU, expected the layers.json of benchmarks/gpu_check.sh")
+        return 1
+    layers = faster_layers([b["extra_info"] for b in results["benchmarks"] if b["extra_info"]])
+    folder.mkdir(exist_ok=True)
+    table = folder / f"{device}.json"
+    table.write_text(json.dumps(layers, indent=1) + "\n")
+    print(f"{table.name}: {len(layers)} layers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:])))
