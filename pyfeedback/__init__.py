@@ -7,7 +7,15 @@ torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
 
 from pyfeedback import schemas as schemas  # isort: skip  # defines the ops, before anything implements them
 from pyfeedback import functional, nn, optim, reference
-from pyfeedback.conversion import Conversion, convert, feedback_layers, feedback_parameters, forward_parameters
+from pyfeedback.conversion import (
+    Conversion,
+    convert,
+    feedback_layers,
+    feedback_parameters,
+    forward_parameters,
+    unconvert,
+)
+from pyfeedback.init import Init
 from pyfeedback.metrics import LayerAlignment, alignment
 from pyfeedback.native import build_info
 from pyfeedback.providers import backend, current_backend, set_backend
@@ -17,6 +25,7 @@ __version__ = build_info().version
 
 __all__ = [
     "Conversion",
+    "Init",
     "LayerAlignment",
     "Rule",
     "alignment",
@@ -33,4 +42,5 @@ __all__ = [
     "reference",
     "rule",
     "set_backend",
+    "unconvert",
 ]

@@ -1,15 +1,16 @@
 """Converting a model: its convolutions and linear layers get a feedback path, everything else stays."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyfeedback.forms import Form, needs_response
+from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.nn import LAYERS, FeedbackLayer
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
@@ -40,35 +41,60 @@ class Conversion:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, rule: str | Rule, *, return_report: bool = False):
+def convert(
+    model: nn.Module,
+    rule: str | Rule,
+    *,
+    init: Init | Callable[[Tensor], object] | None = None,
+    return_report: bool = False,
+):
     """Give every nn.Conv2d and nn.Linear of ``model`` a feedback path that learns by ``rule``; in place.
 
     The modules stay the same objects: weights, dtype, device, memory format, training mode, hooks and sharing are
-    kept, and an optimizer built before goes on. The feedback is drawn from a normal law of the standard deviation of
-    the layer's weight. A layer that has a feedback path already gets the new rule and a fresh feedback. Subclasses of
-    the two layers are left alone, since what their forward does is their own.
+    kept, and an optimizer built before goes on. A layer that has a feedback path already gets the new rule and a fresh
+    feedback. Subclasses of the two layers are left alone, since what their forward does is their own.
 
     Args:
         model: any module, or one layer.
         rule: a name or a :class:`pyfeedback.Rule`.
+        init: how feedbacks are drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init; by default from a
+            normal law of the standard deviation of the layer's weight. A seed gives each layer a stream of its own.
         return_report: return ``(model, Conversion)``; the report is logged in any case, at level INFO.
 
     Returns:
         ``model`` itself.
     """
-    rule = as_rule(rule)
+    rule, init = as_rule(rule), as_init(init)
     report = Conversion(rule)
     for name, module in model.named_modules():
         if isinstance(module, FeedbackLayer) or type(module) in LAYERS:
             module.__class__ = LAYERS.get(type(module), type(module))
-            module.attach_feedback(rule)
-            _draw_like_weight(module)
+            module.attach_feedback(rule, init.of_layer(name))
+            if module.feedback is not None:
+                module.feedback_init.draw(module.feedback, module.weight, _like(module.weight))
             report.changed.append(name)
         elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
             report.left[name] = f"{type(module).__name__} has weights, and no feedback layer stands for it"
     report.not_in_place = _spare_responses(model)
     _log.info("%s", report)
     return (model, report) if return_report else model
+
+
+def unconvert(model: nn.Module) -> nn.Module:
+    """Take the feedback paths out of ``model`` again, in place: plain torch.nn layers with the trained weights.
+
+    Inference, torch.export and ONNX then need no pyfeedback, and the state_dict is that of the plain architecture.
+    Modules stay the same objects. Activations that :func:`convert` switched from working in place stay switched.
+
+    Returns:
+        ``model`` itself.
+    """
+    plain = {layer: original for original, layer in LAYERS.items()}
+    for module in model.modules():
+        if isinstance(module, FeedbackLayer) and type(module) in plain:
+            module.detach_feedback()
+            module.__class__ = plain[type(module)]
+    return model
 
 
 def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
@@ -93,13 +119,17 @@ def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in model.parameters() if id(p) not in feedback)
 
 
-@torch.no_grad()
-def _draw_like_weight(layer: FeedbackLayer) -> None:
-    """Draw the feedback as normal of the weight's standard deviation; of a constant weight, as a fresh layer's."""
-    if layer.feedback is not None and layer.weight.numel() > 1:
-        scale = layer.weight.std()
-        drawn = torch.randn_like(layer.feedback) * scale
-        layer.feedback.copy_(torch.where(scale > 0, drawn, layer.feedback))
+def _like(weight: Tensor) -> Callable[[Tensor], object]:
+    """The normal law of the weight's standard deviation; of a constant weight, that of a fresh layer."""
+
+    def law(feedback: Tensor) -> None:
+        scale = weight.detach().float().std() if weight.numel() > 1 else torch.zeros(())
+        if scale > 0:
+            feedback.normal_(0.0, float(scale))
+        else:
+            fresh(feedback)
+
+    return law
 
 
 def _spare_responses(model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from pyfeedback import functional
 from pyfeedback.forms import Window
+from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
@@ -26,20 +28,25 @@ class FeedbackLayer(torch.nn.Module):
     rule: Rule
     weight: Tensor
     feedback: torch.nn.Parameter | None
+    feedback_init: Init
 
-    def attach_feedback(self, rule: str | Rule) -> None:
+    def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
         """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
-        self.rule = as_rule(rule)
+        self.rule, self.feedback_init = as_rule(rule), as_init(init)
         feedback = None
         if not self.rule.transport:
             feedback = torch.nn.Parameter(torch.empty_like(self.weight), requires_grad=self.rule.learns)
         self.register_parameter("feedback", feedback)
         self.reset_feedback()
 
+    def detach_feedback(self) -> None:
+        """Leave nothing of :meth:`attach_feedback`."""
+        del self.feedback, self.rule, self.feedback_init
+
     def reset_feedback(self) -> None:
-        """Draw the feedback weight by the law torch.nn draws a fresh ``weight``: uniform, Kaiming with a = sqrt 5."""
+        """Draw the feedback weight as ``feedback_init`` says, by default as torch.nn draws a fresh ``weight``."""
         if self.feedback is not None:
-            torch.nn.init.kaiming_uniform_(self.feedback, a=math.sqrt(5))
+            self.feedback_init.draw(self.feedback, self.weight, fresh)
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and feedback afresh."""
@@ -63,6 +70,7 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
 
     Args:
         rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
         others: as torch.nn.Conv2d, every padding mode included.
 
     Shape:
@@ -88,11 +96,12 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
         dtype=None,
         *,
         rule: str | Rule = "fa",
+        init: Init | Callable[[Tensor], object] | None = None,
     ):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self.attach_feedback(rule)
+        self.attach_feedback(rule, init)
 
     def forward(self, input: Tensor) -> Tensor:
         feedback = self.feedback
@@ -121,6 +130,7 @@ class Linear(FeedbackLayer, torch.nn.Linear):
 
     Args:
         rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
         others: as torch.nn.Linear.
 
     Shape:
@@ -138,9 +148,10 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         dtype=None,
         *,
         rule: str | Rule = "fa",
+        init: Init | Callable[[Tensor], object] | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.attach_feedback(rule)
+        self.attach_feedback(rule, init)
 
     def forward(self, input: Tensor) -> Tensor:
         feedback = self.feedback

@@ -392,3 +392,28 @@ def test_rules_may_differ_between_parts_of_a_model():
     pyfeedback.convert(model[:4], "ia")
     pyfeedback.convert(model[6:], "kp")
     assert [layer.rule.name for _, layer in pyfeedback.feedback_layers(model)] == ["ia", "ia", "kp", "kp"]
+
+
+# And back
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "ia"])
+def test_unconvert_gives_the_plain_model_with_the_trained_weights(rule):
+    torch.manual_seed(0)
+    plain, model = alexnet_like(), alexnet_like()
+    model.load_state_dict(plain.state_dict())
+    modules = list(model.modules())
+    assert pyfeedback.unconvert(pyfeedback.convert(model, rule)) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    plain.load_state_dict(model.state_dict())
+    assert repr(model).replace(", inplace=True", "") == repr(plain).replace(", inplace=True", "")
+    assert not [name for module in model.modules() for name in vars(module) if "feedback" in name or name == "rule"]
+
+
+def test_an_unconverted_model_is_exported_without_the_package():
+    model = pyfeedback.unconvert(pyfeedback.convert(alexnet_like(), "aa")).eval()
+    x = torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
+    assert "pyfeedback" not in str(exported.graph)

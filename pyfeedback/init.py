@@ -1,0 +1,81 @@
+"""How feedback weights are drawn: a law, a scale, and what of it is kept."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+SIGNS = ("free", "weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """How a feedback weight is drawn.
+
+    Attributes:
+        law: fills a tensor in place: any function of torch.nn.init, or one of your own. None is the law of the
+            weight: in a fresh layer what torch.nn draws ``weight`` by, in a converted model a normal law of the
+            weight's standard deviation.
+        scale: multiplies what was drawn.
+        density: the fraction of the entries that are kept, chosen at random; the others are zero.
+        signs: "weight" gives each entry the sign of the weight's (sign-concordant feedback, Liao et al. 2016);
+            "free" leaves it.
+        seed: draws the same on every rank, device and call, whatever the global generator's state, which is left
+            alone. None draws from the global generator.
+    """
+
+    law: Callable[[Tensor], object] | None = None
+    scale: float = 1.0
+    density: float = 1.0
+    signs: str = "free"
+    seed: int | None = None
+
+    def __post_init__(self):
+        if self.law is not None and not callable(self.law):
+            raise ValueError(f"law is {self.law!r}, expected a function that fills a tensor, such as those of nn.init")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale is {self.scale!r}, expected a finite number")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density is {self.density!r}, expected a number above 0, at most 1")
+        if self.signs not in SIGNS:
+            raise ValueError(f"signs is {self.signs!r}, expected one of {', '.join(SIGNS)}")
+
+    @torch.no_grad()
+    def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
+        """Draw ``feedback`` in place; ``default`` is the law where none was given."""
+        if feedback.is_meta:
+            return
+        if self.seed is None:
+            self._fill(feedback, weight, default)
+            return
+        drawn = torch.empty_like(feedback, device="cpu", dtype=torch.float32)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.seed)
+            self._fill(drawn, weight.detach().to("cpu", torch.float32), default)
+        feedback.copy_(drawn)
+
+    def of_layer(self, name: str) -> "Init":
+        """The same with a seed of the layer's own."""
+        return self if self.seed is None else replace(self, seed=self.seed + crc32(name.encode()))
+
+    def _fill(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
+        (self.law or default)(feedback)
+        if self.scale != 1.0:
+            feedback.mul_(self.scale)
+        if self.density < 1.0:
+            feedback.mul_(torch.rand_like(feedback) < self.density)
+        if self.signs == "weight":
+            feedback.abs_().mul_(weight.sign())
+
+
+def as_init(init: "Init | Callable[[Tensor], object] | None") -> Init:
+    """An :class:`Init`, or the law of one."""
+    return init if isinstance(init, Init) else Init(law=init)
+
+
+def fresh(feedback: Tensor) -> None:
+    """The law by which torch.nn draws the weight of a fresh layer: uniform, Kaiming with a = sqrt 5."""
+    torch.nn.init.kaiming_uniform_(feedback, a=math.sqrt(5))

@@ -1,0 +1,196 @@
+"""Rules over time: small objects beside a training loop that stays the user's.
+
+    schedule = Schedule(model, amp=linear(0, 1, 1000))       # factors of the coefficients, step by step
+    alternation = Alternation(model, every=4)                # the feedback learns at every fourth step
+    mirror = Mirror(model)                                   # noise instead of data
+
+    for x, target in data:
+        task.zero_grad(), rule.zero_grad()
+        loss(model(x), target).backward()
+        task.step()
+        if alternation.aligns:
+            rule.step()
+        schedule.step(), alternation.step()
+
+    with alignment_only(model): ...                          # warm-up: W stands still
+
+Noise in the updates themselves is the optimizer's: ``pyfeedback.optim.FeedbackSGD(model, noise=...)``.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pyfeedback.conversion import feedback_layers, forward_parameters
+from pyfeedback.nn import FeedbackLayer
+
+Curve = Callable[[int], float]
+
+COEFFICIENTS = ("decay", "amp", "null", "sparse", "self_", "tie")
+
+
+def constant(value: float) -> Curve:
+    """``value`` at every step."""
+    return lambda step: value
+
+
+def linear(start: float, end: float, steps: int) -> Curve:
+    """From ``start`` at step 0 to ``end`` at step ``steps`` in equal differences, then ``end``."""
+    return lambda step: start + (end - start) * min(step / steps, 1.0)
+
+
+def exponential(start: float, end: float, steps: int) -> Curve:
+    """From ``start`` at step 0 to ``end`` at step ``steps`` in equal ratios, then ``end``; both of one sign."""
+    if start * end <= 0:
+        raise ValueError(f"start and end are {start} and {end}, expected two numbers of the same sign, none of them 0")
+    return lambda step: start * (end / start) ** min(step / steps, 1.0)
+
+
+def cyclic(low: float, high: float, period: int) -> Curve:
+    """From ``low`` up to ``high`` and back in each ``period`` of steps, along a cosine."""
+    return lambda step: low + (high - low) * (1 - math.cos(2 * math.pi * step / period)) / 2
+
+
+def between(first: int, last: float, curve: Curve | None = None) -> Curve:
+    """``curve``, or 1, from step ``first`` on and before step ``last``; 0 outside."""
+    return lambda step: (curve(step - first) if curve else 1.0) if first <= step < last else 0.0
+
+
+class Schedule:
+    """Moves the coefficients of every rule of a model: each is multiplied by its curve at the present step.
+
+    Args:
+        model: a model with feedback layers; the rules they have now are those of factor 1.
+        curves: a function of the step, from 0, for some of decay, amp, null, sparse, self_ and tie.
+
+    The factors of step 0 hold at once, the next after each :meth:`step`. A compiled model compiles once more at the
+    first change, and no more after that.
+
+    Raises:
+        ValueError: a coefficient that is none, or a curve that is no function.
+    """
+
+    def __init__(self, model: nn.Module, **curves: Curve):
+        for name, curve in curves.items():
+            if name not in COEFFICIENTS:
+                raise ValueError(f"{name} is no coefficient, expected one of {', '.join(COEFFICIENTS)}")
+            if not callable(curve):
+                raise ValueError(f"{name} is {curve!r}, expected a function of the step")
+        self.curves = curves
+        self._rules = [(layer, layer.rule) for _, layer in feedback_layers(model)]
+        self._last = 0
+        self._apply()
+
+    def step(self) -> None:
+        """Go on by one step."""
+        self._last += 1
+        self._apply()
+
+    def factors(self) -> dict[str, float]:
+        """What the coefficients are multiplied by at the present step."""
+        return {name: float(curve(self._last)) for name, curve in self.curves.items()}
+
+    def state_dict(self) -> dict[str, int]:
+        """The step; curves are code, and made again."""
+        return {"step": self._last}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to the step of a :meth:`state_dict`."""
+        self._last = state["step"]
+        self._apply()
+
+    def _apply(self) -> None:
+        factors = self.factors()
+        for layer, rule in self._rules:
+            layer.rule = replace(rule, **{name: getattr(rule, name) * factor for name, factor in factors.items()})
+
+
+class Alternation:
+    """Lets the feedback learn at every ``every``-th step, and the task alone train at the others.
+
+    Args:
+        model: a model with feedback layers.
+        every: 1 is every step; of k steps the last one aligns.
+
+    Attributes:
+        aligns: True where the present step moves the feedback: step its optimizer then.
+    """
+
+    def __init__(self, model: nn.Module, every: int):
+        if every < 1:
+            raise ValueError(f"every is {every}, expected 1 or more")
+        layers = [layer for _, layer in feedback_layers(model)]
+        self._learn = [layer.feedback for layer in layers if layer.feedback is not None and layer.feedback.requires_grad]
+        self.every, self._last = every, 0
+        self._apply()
+
+    def step(self) -> None:
+        """Go on by one step."""
+        self._last += 1
+        self._apply()
+
+    def _apply(self) -> None:
+        self.aligns = self._last % self.every == self.every - 1
+        for feedback in self._learn:
+            feedback.requires_grad_(self.aligns)
+            if not self.aligns:
+                feedback.grad = None
+
+
+@contextmanager
+def alignment_only(model: nn.Module) -> Iterator[None]:
+    """Inside the block nothing but the feedback weights learns: a warm-up before the task.
+
+    Forward parameters need no gradient there, and an optimizer leaves what has none.
+    """
+    frozen = [p for p in forward_parameters(model) if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+class Mirror:
+    """Mirror mode: the rule's gradient from noise fed to each layer by itself, and not from the data.
+
+    Each layer sees noise of the size its last input had, so run the model once before. :meth:`step` adds to
+    ``feedback.grad``; W gets no gradient. With white noise the mirror's estimate is of W itself and not of W times the
+    inputs' covariance.
+
+    Args:
+        model: a model with feedback layers; those whose rule reads no activations are left alone.
+        law: makes the noise, of torch.randn's arguments.
+        amplitude: multiplies it.
+
+    Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), mirror mode.
+    """
+
+    def __init__(self, model: nn.Module, law: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
+        self.law, self.amplitude = law, amplitude
+        self._sizes: dict[FeedbackLayer, tuple] = {}
+        self._hooks = [layer.register_forward_pre_hook(self._remember) for _, layer in feedback_layers(model)]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def step(self) -> None:
+        """One estimate for every layer that has run."""
+        for layer, (size, dtype, device) in self._sizes.items():
+            if layer.rule.reads_data and layer.feedback is not None:
+                noise = self.amplitude * self.law(size, dtype=dtype, device=device)
+                output = type(layer).forward(layer, noise)
+                (grad,) = torch.autograd.grad(output, layer.feedback, torch.zeros_like(output))
+                layer.feedback.grad = grad if layer.feedback.grad is None else layer.feedback.grad + grad
+
+    def _remember(self, layer: FeedbackLayer, inputs: tuple[Tensor, ...]) -> None:
+        self._sizes[layer] = (inputs[0].shape, inputs[0].dtype, inputs[0].device)
