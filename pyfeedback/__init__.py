@@ -6,7 +6,7 @@ torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
 """
 
 from pyfeedback import schemas as schemas  # isort: skip  # defines the ops, before anything implements them
-from pyfeedback import functional, nn, optim, reference
+from pyfeedback import functional, nn, optim, reference, schedules
 from pyfeedback.conversion import (
     Conversion,
     convert,
@@ -41,6 +41,7 @@ __all__ = [
     "optim",
     "reference",
     "rule",
+    "schedules",
     "set_backend",
     "unconvert",
 ]

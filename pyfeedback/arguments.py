@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pyfeedback.forms import Coefficients, Window
+from pyfeedback.forms import COEFFICIENTS, Coefficients, Window
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,7 +46,7 @@ def check_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor |
 
 def check_coefficients(rule: Coefficients, batch: int) -> None:
     """Raise where a coefficient is not finite, or ``samples`` is not in 0..batch."""
-    for name in ("decay", "amp", "null", "sparse", "self_", "tie"):
+    for name in COEFFICIENTS:
         value = getattr(rule, name)
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, expected a finite number")

@@ -24,6 +24,9 @@ class Coefficients(NamedTuple):
     samples: int = 0
 
 
+COEFFICIENTS = Coefficients._fields[:6]  # the numbers among them
+
+
 class Window(NamedTuple):
     """How a convolution visits its input, as pairs; the defaults are the linear layer's."""
 

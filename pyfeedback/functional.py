@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from pyfeedback import arguments, registration, transforms
+from pyfeedback import scheduled as scheduled  # defines ops
 from pyfeedback.forms import Coefficients, Window
 from pyfeedback.providers import provide, saves_response
 
@@ -174,6 +175,24 @@ def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None,
     if torch.compiler.is_compiling():
         return torch.ops.pyfeedback.fa_linear.default(input, weight, feedback, bias, **rule._asdict())
     return _Linear.apply(input, weight, feedback, bias, (rule,))
+
+
+def scheduled_conv2d(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, coefficients: Tensor, window: Window, **rule
+) -> Tensor:
+    """:func:`conv2d` with the coefficients as a tensor of six on the CPU: a compiled layer's road under a schedule."""
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    return torch.ops.pyfeedback.scheduled_conv2d.default(input, weight, feedback, bias, coefficients, *window, **rule)
+
+
+def scheduled_linear(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, coefficients: Tensor, **rule
+) -> Tensor:
+    """:func:`linear` likewise."""
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    return torch.ops.pyfeedback.scheduled_linear.default(input, weight, feedback, bias, coefficients, **rule)
 
 
 def _autocasts(device_type: str) -> bool:

@@ -29,6 +29,7 @@ class FeedbackLayer(torch.nn.Module):
     weight: Tensor
     feedback: torch.nn.Parameter | None
     feedback_init: Init
+    scheduled: Tensor | None = None  # the rule's coefficients where they move, for a graph compiled once
 
     def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
         """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
@@ -60,6 +61,11 @@ class FeedbackLayer(torch.nn.Module):
         if f"{prefix}feedback" in missing_keys:
             missing_keys.remove(f"{prefix}feedback")
             _log.warning("%sfeedback is not in the state dict: the feedback weight stays as it is", prefix)
+
+    def _moving(self, input: Tensor, positions: int) -> dict:
+        """The rest of the rule, where its coefficients are a tensor."""
+        samples = self.rule.samples_of(input.shape[0])
+        return {"center": self.rule.center, "samples": samples, "positions": positions or 1}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"
@@ -121,6 +127,9 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
         positions = 1
         if rule.reduction == "mean":
             positions = math.prod(window.output_shape(input.shape, weight.shape)[2:])
+        if self.scheduled is not None and torch.compiler.is_compiling():
+            moving = self._moving(input, positions)
+            return functional.scheduled_conv2d(input, weight, feedback, self.bias, self.scheduled, window, **moving)
         coefficients = rule.coefficients(input.shape[0], positions)
         return functional.conv2d(input, weight, feedback, self.bias, window, coefficients)
 
@@ -160,6 +169,9 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1
+        if self.scheduled is not None and torch.compiler.is_compiling():
+            moving = self._moving(input, positions)
+            return functional.scheduled_linear(input, self.weight, feedback, self.bias, self.scheduled, **moving)
         coefficients = self.rule.coefficients(input.shape[0], positions)
         return functional.linear(input, self.weight, feedback, self.bias, coefficients)
 

@@ -18,7 +18,7 @@ from pyfeedback.schemas import LIBRARY
 _ops = torch.ops.pyfeedback
 
 
-def _fa_conv2d(
+def fa_conv2d(
     input: Tensor,
     weight: Tensor,
     feedback: Tensor,
@@ -29,19 +29,21 @@ def _fa_conv2d(
     groups: int = 1,
     **rule,
 ) -> Tensor:
+    """The op's implementation: arguments are checked, the forward is torch's."""
     window = _window(stride, padding, dilation, groups)
     arguments.check_conv2d(input, weight, feedback, bias, window)
     arguments.check_coefficients(Coefficients(**rule), input.shape[0])
     return torch.conv2d(input, weight, bias, *window)
 
 
-def _fa_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, **rule) -> Tensor:
+def fa_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, **rule) -> Tensor:
+    """The op's implementation: arguments are checked, the forward is torch's."""
     arguments.check_linear(input, weight, feedback, bias)
     arguments.check_coefficients(Coefficients(**rule), input.shape[0])
     return F.linear(input, weight, bias)
 
 
-def _fa_conv2d_backward(
+def fa_conv2d_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -55,6 +57,7 @@ def _fa_conv2d_backward(
     output_mask: Sequence[bool] = (True, True, True, True),
     **rule,
 ):
+    """The op's implementation, by the provider of the device."""
     window, coefficients = _window(stride, padding, dilation, groups), Coefficients(**rule)
     arguments.check_conv2d(input, weight, feedback, None, window)
     arguments.check_coefficients(coefficients, input.shape[0])
@@ -63,7 +66,7 @@ def _fa_conv2d_backward(
     return backward(grad_output, input, weight, feedback, response, window, coefficients, output_mask)
 
 
-def _fa_linear_backward(
+def fa_linear_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -73,6 +76,7 @@ def _fa_linear_backward(
     output_mask: Sequence[bool] = (True, True, True, True),
     **rule,
 ):
+    """The op's implementation, by the provider of the device."""
     coefficients = Coefficients(**rule)
     arguments.check_linear(input, weight, feedback, None)
     arguments.check_coefficients(coefficients, input.shape[0])
@@ -101,10 +105,10 @@ def _center(input: Tensor, samples: int) -> Tensor:
 
 
 for _name, _implementation in {
-    "fa_conv2d": _fa_conv2d,
-    "fa_linear": _fa_linear,
-    "fa_conv2d_backward": _fa_conv2d_backward,
-    "fa_linear_backward": _fa_linear_backward,
+    "fa_conv2d": fa_conv2d,
+    "fa_linear": fa_linear,
+    "fa_conv2d_backward": fa_conv2d_backward,
+    "fa_linear_backward": fa_linear_backward,
     "feedback_step_": feedback_step_,
     "center": _center,
 }.items():
@@ -114,7 +118,8 @@ for _name, _implementation in {
 # Fakes: shapes and strides without values. A gradient has the memory format of what it is the gradient of.
 
 
-def _fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(True, True, True, True), **rule):
+def fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(True, True, True, True), **rule):
+    """Empty gradients, for any of the backward ops."""
     like = (input, weight, weight)
     grads = [torch.empty_like(t) if need else None for t, need in zip(like, output_mask, strict=False)]
     return (*grads, weight.new_empty(weight.shape[0]) if output_mask[3] else None)
@@ -131,10 +136,10 @@ def _fake_center(input: Tensor, samples: int) -> Tensor:
     return torch.empty_like(input[:samples])
 
 
-torch.library.register_fake("pyfeedback::fa_conv2d", _fa_conv2d, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::fa_linear", _fa_linear, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::fa_conv2d_backward", _fake_gradients, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::fa_linear_backward", _fake_gradients, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_conv2d", fa_conv2d, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_linear", fa_linear, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_conv2d_backward", fake_gradients, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_linear_backward", fake_gradients, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)
@@ -164,7 +169,8 @@ def _differentiate(backward_op):
     return backward
 
 
-def _refuse_double_backward(ctx, *grads):
+def refuse_double_backward(ctx, *grads):
+    """The formula of a backward op."""
     raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is no derivative")
 
 
@@ -173,7 +179,7 @@ for _name, _op in {
     "fa_linear": _ops.fa_linear_backward.default,
 }.items():
     torch.library.register_autograd(f"pyfeedback::{_name}", _differentiate(_op), setup_context=_save, lib=LIBRARY)
-    torch.library.register_autograd(f"pyfeedback::{_name}_backward", _refuse_double_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"pyfeedback::{_name}_backward", refuse_double_backward, lib=LIBRARY)
 
 
 # Autocast: the forward ops run in the autocast dtype, as torch's convolution and linear layer do.

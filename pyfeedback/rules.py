@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, fields, replace
 
-from pyfeedback.forms import Coefficients
+from pyfeedback.forms import COEFFICIENTS, Coefficients
 
 REDUCTIONS = ("batch", "mean")
 
@@ -41,7 +41,7 @@ class Rule:
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self):
-        for name in ("decay", "amp", "null", "sparse", "self_", "tie"):
+        for name in COEFFICIENTS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}, expected a finite number")
@@ -69,15 +69,17 @@ class Rule:
     def coefficients(self, batch: int, positions: int) -> Coefficients:
         """What the ops take, for a batch of this size and ``positions`` output positions per sample."""
         scale = 1.0 / positions if self.reduction == "mean" and positions else 1.0
-        samples = self.samples
-        if isinstance(samples, float):
-            samples = 0 if samples == 1.0 else math.ceil(samples * batch - 1e-9)  # 0.07 * 100 is a little above 7
-        elif samples >= batch:
-            samples = 0
         return Coefficients(
             self.decay, self.amp * scale, self.null * scale, self.sparse * scale, self.self_, self.tie,
-            self.center, samples,
+            self.center, self.samples_of(batch),
         )  # fmt: skip
+
+    def samples_of(self, batch: int) -> int:
+        """How many samples of a batch of this size the data terms look at; 0 is all of them."""
+        if isinstance(self.samples, float):
+            # 0.07 * 100 is a little above 7
+            return 0 if self.samples == 1.0 else math.ceil(self.samples * batch - 1e-9)
+        return 0 if self.samples >= batch else self.samples
 
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]

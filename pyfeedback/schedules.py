@@ -25,12 +25,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pyfeedback.conversion import feedback_layers, forward_parameters
+from pyfeedback.conversion import feedback_layers, feedback_parameters, forward_parameters
+from pyfeedback.forms import COEFFICIENTS
 from pyfeedback.nn import FeedbackLayer
 
 Curve = Callable[[int], float]
-
-COEFFICIENTS = ("decay", "amp", "null", "sparse", "self_", "tie")
 
 
 def constant(value: float) -> Curve:
@@ -67,8 +66,8 @@ class Schedule:
         model: a model with feedback layers; the rules they have now are those of factor 1.
         curves: a function of the step, from 0, for some of decay, amp, null, sparse, self_ and tie.
 
-    The factors of step 0 hold at once, the next after each :meth:`step`. A compiled model compiles once more at the
-    first change, and no more after that.
+    The factors of step 0 hold at once, the next after each :meth:`step`. A model compiled after that is not compiled
+    again as they move.
 
     Raises:
         ValueError: a coefficient that is none, or a curve that is no function.
@@ -107,6 +106,8 @@ class Schedule:
         factors = self.factors()
         for layer, rule in self._rules:
             layer.rule = replace(rule, **{name: getattr(rule, name) * factor for name, factor in factors.items()})
+            values = torch.tensor([getattr(layer.rule, name) for name in COEFFICIENTS], dtype=torch.float64)
+            layer.scheduled = values if layer.scheduled is None else layer.scheduled.copy_(values)
 
 
 class Alternation:
@@ -123,8 +124,7 @@ class Alternation:
     def __init__(self, model: nn.Module, every: int):
         if every < 1:
             raise ValueError(f"every is {every}, expected 1 or more")
-        layers = [layer for _, layer in feedback_layers(model)]
-        self._learn = [layer.feedback for layer in layers if layer.feedback is not None and layer.feedback.requires_grad]
+        self._learn = [p for p in feedback_parameters(model) if p.requires_grad]
         self.every, self._last = every, 0
         self._apply()
 
@@ -161,13 +161,14 @@ def alignment_only(model: nn.Module) -> Iterator[None]:
 class Mirror:
     """Mirror mode: the rule's gradient from noise fed to each layer by itself, and not from the data.
 
-    Each layer sees noise of the size its last input had, so run the model once before. :meth:`step` adds to
-    ``feedback.grad``; W gets no gradient. With white noise the mirror's estimate is of W itself and not of W times the
-    inputs' covariance.
+    While it is open the data's backward pass spends nothing on the feedback of rules that read activations. Each
+    layer sees noise of the size its last input had, so run the model once before the first :meth:`step`, which adds
+    to ``feedback.grad`` and leaves every other gradient alone. With white noise the weight mirror's estimate is W
+    itself, and not W times the covariance of the inputs.
 
     Args:
-        model: a model with feedback layers; those whose rule reads no activations are left alone.
-        law: makes the noise, of torch.randn's arguments.
+        model: a model with feedback layers; those whose rule reads no activations go on as before.
+        law: makes the noise, called as torch.randn is.
         amplitude: multiplies it.
 
     Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), mirror mode.
@@ -175,22 +176,31 @@ class Mirror:
 
     def __init__(self, model: nn.Module, law: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
         self.law, self.amplitude = law, amplitude
-        self._sizes: dict[FeedbackLayer, tuple] = {}
-        self._hooks = [layer.register_forward_pre_hook(self._remember) for _, layer in feedback_layers(model)]
+        self._layers = [layer for _, layer in feedback_layers(model) if layer.rule.reads_data]
+        self._inputs: dict[FeedbackLayer, Tensor] = {}
+        self._hooks = [layer.register_forward_pre_hook(self._remember) for layer in self._layers]
+        self._learn(False)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Let the data teach the feedback again."""
+        self._learn(True)
         for hook in self._hooks:
             hook.remove()
 
     def step(self) -> None:
         """One estimate for every layer that has run."""
-        for layer, (size, dtype, device) in self._sizes.items():
-            if layer.rule.reads_data and layer.feedback is not None:
-                noise = self.amplitude * self.law(size, dtype=dtype, device=device)
-                output = type(layer).forward(layer, noise)
-                (grad,) = torch.autograd.grad(output, layer.feedback, torch.zeros_like(output))
-                layer.feedback.grad = grad if layer.feedback.grad is None else layer.feedback.grad + grad
+        self._learn(True)
+        for layer, like in self._inputs.items():
+            assert layer.feedback is not None
+            noise = self.amplitude * self.law(like.shape, dtype=like.dtype, device=like.device)
+            output = type(layer).forward(layer, noise)
+            torch.autograd.backward(output, torch.zeros_like(output), inputs=[layer.feedback])
+        self._learn(False)
+
+    def _learn(self, wanted: bool) -> None:
+        for layer in self._layers:
+            if layer.feedback is not None:
+                layer.feedback.requires_grad_(wanted)
 
     def _remember(self, layer: FeedbackLayer, inputs: tuple[Tensor, ...]) -> None:
-        self._sizes[layer] = (inputs[0].shape, inputs[0].dtype, inputs[0].device)
+        self._inputs[layer] = inputs[0].new_empty(()).expand(inputs[0].shape)

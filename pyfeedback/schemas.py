@@ -1,7 +1,8 @@
 """The schema of every op, once.
 
 `fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`; `center` is a step of their
-backward; `native_*` are the leaves that the compiled library implements and that only the provider table calls.
+backward; `scheduled_*` take the coefficients as a tensor (:mod:`pyfeedback.scheduled`); `native_*` are the leaves that
+the compiled library implements and that only the provider table calls.
 """
 
 import torch
@@ -10,8 +11,12 @@ _RULE = (
     "float decay=0.0, float amp=0.0, float null=0.0, float sparse=0.0, float self_=0.0, float tie=0.0, "
     "bool center=False, SymInt samples=0"
 )
+_SCHEDULED = "bool center, SymInt samples, SymInt positions"
 _WINDOW = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _BACKWARD = "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? response=None"
+_LAYER = "Tensor input, Tensor weight, Tensor feedback, Tensor? bias, Tensor coefficients"
+_PLACE = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_SAVED = "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? response, Tensor coefficients"
 _MASK = "bool[4] output_mask=[True, True, True, True]"
 _GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_feedback, Tensor grad_bias)"
 _STEP = (
@@ -25,6 +30,10 @@ SCHEMAS = {
     "fa_linear": f"(Tensor input, Tensor weight, Tensor feedback, Tensor? bias=None, *, {_RULE}) -> Tensor",
     "fa_conv2d_backward": f"({_BACKWARD}, {_WINDOW}, *, {_RULE}, {_MASK}) -> {_GRADS}",
     "fa_linear_backward": f"({_BACKWARD}, *, {_RULE}, {_MASK}) -> {_GRADS}",
+    "scheduled_conv2d": f"({_LAYER}, {_PLACE}, *, {_SCHEDULED}) -> Tensor",
+    "scheduled_linear": f"({_LAYER}, *, {_SCHEDULED}) -> Tensor",
+    "scheduled_conv2d_backward": f"({_SAVED}, {_PLACE}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
+    "scheduled_linear_backward": f"({_SAVED}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
     "feedback_step_": f"({_STEP}) -> ()",
     "native_feedback_step_": f"({_STEP}) -> ()",
     "center": "(Tensor input, SymInt samples) -> Tensor",

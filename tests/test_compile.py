@@ -6,6 +6,7 @@ from cases import RULES, conv_tensors, fresh, gradients, largest_error, random_c
 from torch.library import opcheck
 
 from pyfeedback import functional
+from pyfeedback.forms import Coefficients
 from pyfeedback.nn import Conv2d, Linear
 
 # torch's own code warns about itself while it compiles.
@@ -40,6 +41,29 @@ def test_opcheck_step_and_center():
     options = {"decay": [0.1, 0.2], "self_": [0.3, 0.0], "tie": [0.0, 1.0], "lr": 0.1, "momentum": 0.9}
     opcheck(OPS.feedback_step_.default, tuple(tensors), options)
     opcheck(OPS.center.default, (torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), 3))
+
+
+@pytest.mark.parametrize("rule", ["fa", "ia", "everything"])
+@pytest.mark.parametrize("number", [1, 6])
+def test_opcheck_scheduled(number, rule):
+    """The coefficients as a tensor: torch's checks, and the gradients of the op that takes numbers."""
+    case = random_conv(number)
+    tensors = conv_tensors(case, number, torch.float64)
+    named = Coefficients(**RULES[rule])._asdict()
+    rest = {"center": named.pop("center"), "samples": named.pop("samples")}
+    coefficients = torch.tensor(list(named.values()), dtype=torch.float64)
+    opcheck(OPS.scheduled_conv2d.default, (*tensors, coefficients, *case.window), {**rest, "positions": 3})
+    grads = []
+    for op, arguments, options in (
+        (OPS.scheduled_conv2d, (coefficients,), {"positions": 2}),
+        (OPS.fa_conv2d, (), {n: v / 2 if n in ("amp", "null", "sparse") else v for n, v in named.items()}),
+    ):
+        leaves = fresh(tensors)
+        op(*leaves, *arguments, *case.window, **rest, **options).square().sum().backward()
+        grads.append(gradients(leaves))
+    assert largest_error(*grads) < 1e-12
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((3, 2, 6), (5, 6), (5, 6)))
+    opcheck(OPS.scheduled_linear.default, (x, w, b, None, coefficients), {**rest, "positions": 1})
 
 
 def compiles_to_the_same(module, x, backend, dynamic=None):

@@ -1,0 +1,168 @@
+"""Rules over time: curves, schedules, alternation, warm-up and mirror mode."""
+
+import pytest
+import torch
+from cases import largest_error
+from torch import nn
+
+import pyfeedback
+from pyfeedback import schedules
+from pyfeedback.schedules import Alternation, Mirror, Schedule, alignment_only
+
+
+def network(rule="ia", **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(128, 5))
+    return pyfeedback.convert(model, pyfeedback.rule(rule, **options))
+
+
+def backward(model, seed=0):
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.grad = None
+    model(torch.randn(4, 3, 6, 6)).square().sum().backward()
+
+
+def test_curves():
+    def values(curve, *steps):
+        return [curve(step) for step in steps]
+
+    assert values(schedules.constant(3.0), 0, 7) == [3.0, 3.0]
+    assert values(schedules.linear(1.0, 3.0, 4), 0, 1, 4, 9) == [1.0, 1.5, 3.0, 3.0]
+    assert values(schedules.exponential(1.0, 0.25, 4), 0, 2, 4, 9) == [1.0, 0.5, 0.25, 0.25]
+    assert values(schedules.cyclic(1.0, 3.0, 8), 0, 4, 8) == [1.0, 3.0, 1.0]
+    assert schedules.cyclic(1.0, 3.0, 8)(2) == pytest.approx(2.0)
+    assert values(schedules.between(2, 4), 0, 1, 2, 3, 4) == [0.0, 0.0, 1.0, 1.0, 0.0]
+    assert values(schedules.between(2, 9, schedules.linear(0, 1, 2)), 1, 2, 3, 4) == [0.0, 0.0, 0.5, 1.0]
+    with pytest.raises(ValueError, match="start and end are 1 and -1, expected two numbers of the same sign"):
+        schedules.exponential(1, -1, 3)
+
+
+def test_a_schedule_multiplies_each_layers_own_coefficients():
+    model = network("wm", amp=0.4)
+    model[3].rule = pyfeedback.rule("aa", amp=0.1)
+    schedule = Schedule(model, amp=schedules.linear(1.0, 0.0, 2), decay=schedules.constant(3.0))
+    amps = []
+    for _ in range(3):
+        amps.append((model[0].rule.amp, model[3].rule.amp))
+        assert model[0].rule.decay == pytest.approx(3 * pyfeedback.rule("wm").decay)
+        schedule.step()
+    assert amps == [(0.4, 0.1), (0.2, 0.05), (0.0, 0.0)]
+    assert schedule.factors() == {"amp": 0.0, "decay": 3.0}
+
+
+def test_gradients_follow_the_schedule():
+    model, still = network("wm", decay=0.0), network("wm", decay=0.0)
+    still.load_state_dict(model.state_dict())
+    schedule = Schedule(model, amp=schedules.linear(1.0, 0.5, 1))
+    schedule.step()
+    for each in (model, still):
+        backward(each)
+    for a, b in zip(pyfeedback.feedback_parameters(model), pyfeedback.feedback_parameters(still), strict=True):
+        torch.testing.assert_close(a.grad, 0.5 * b.grad)
+
+
+def test_a_schedule_goes_on_where_it_was_saved():
+    first = Schedule(model := network(), null=schedules.linear(0.0, 1.0, 10))
+    for _ in range(4):
+        first.step()
+    wanted = model[0].rule
+    Schedule(again := network(), null=schedules.linear(0.0, 1.0, 10)).load_state_dict(first.state_dict())
+    assert again[0].rule == wanted
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [({"gamma": schedules.constant(1)}, "gamma is no coefficient"), ({"amp": 3}, "amp is 3, expected a function")],
+)
+def test_a_schedule_refuses_what_is_none(curves, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(network(), **curves)
+
+
+def test_alternation_aligns_at_the_last_of_k_steps():
+    model = network("ia")
+    alternation = Alternation(model, every=3)
+    seen = []
+    for _ in range(6):
+        backward(model)
+        learned = [p.grad is not None for p in pyfeedback.feedback_parameters(model)]
+        assert all(learned) == any(learned) == alternation.aligns
+        assert all(p.grad is not None for p in pyfeedback.forward_parameters(model))
+        seen.append(alternation.aligns)
+        alternation.step()
+    assert seen == [False, False, True] * 2
+    with pytest.raises(ValueError, match="every is 0, expected 1 or more"):
+        Alternation(model, 0)
+
+
+def test_warm_up_moves_the_feedback_alone():
+    model = network("aa", amp=0.05, sparse=0.05)
+    parameters = list(pyfeedback.forward_parameters(model))
+    parameters[-1].requires_grad_(False)
+    before = [p.detach().clone() for p in parameters]
+    task = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+    rule = pyfeedback.optim.FeedbackSGD(model, lr=0.05)
+    angles = []
+    with alignment_only(model):
+        for step in range(40):
+            backward(model, step)
+            task.step(), rule.step()
+            angles.append(pyfeedback.alignment(model)["0"].angle)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    assert angles[-1] < 0.8 * angles[0]
+    assert [p.requires_grad for p in parameters] == [True] * (len(parameters) - 1) + [False]
+
+
+def test_mirror_mode_estimates_from_noise_and_leaves_the_rest():
+    model = network("wm", amp=1.0, decay=0.0, center=False)
+    mirror = Mirror(model, amplitude=2.0)
+    backward(model)
+    grads = [p.grad.clone() for p in pyfeedback.forward_parameters(model)]
+    assert all(p.grad is None for p in pyfeedback.feedback_parameters(model))
+    torch.manual_seed(1)
+    for _ in range(1200):
+        mirror.step()
+    for p, grad in zip(pyfeedback.forward_parameters(model), grads, strict=True):
+        assert torch.equal(p.grad, grad)
+    for _, layer in pyfeedback.feedback_layers(model):  # the mirror of white noise is -W
+        assert pyfeedback.metrics.angle(layer.feedback.grad, -layer.weight) < 12
+    mirror.close()
+    backward(model)
+    assert all(p.grad is not None for p in pyfeedback.feedback_parameters(model))
+    assert not model[0]._forward_pre_hooks
+
+
+def test_mirror_noise_may_have_any_law():
+    model = network("wm", amp=1.0, decay=0.5, center=False)
+    mirror = Mirror(model, law=torch.zeros)
+    backward(model)
+    mirror.step()
+    for feedback in pyfeedback.feedback_parameters(model):
+        assert largest_error([feedback.grad], [0.5 * feedback.detach()]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_schedule_does_not_recompile_at_every_step(compiler):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, eager = network("ia", reduction="mean"), network("ia", reduction="mean")
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    running = [
+        Schedule(m, amp=schedules.linear(1.0, 0.2, 20), null=schedules.cyclic(0.5, 1.5, 7)) for m in (model, eager)
+    ]
+    counts = []
+    for _ in range(8):
+        x = torch.randn(4, 3, 6, 6)
+        for run, owner in ((compiled, model), (eager, eager)):
+            owner.zero_grad()
+            run(x).square().sum().backward()
+        pairs = zip(model.parameters(), eager.parameters(), strict=True)
+        assert max(largest_error([a.grad], [b.grad]) for a, b in pairs) < 1e-5
+        counts.append(counter.frame_count)
+        for schedule in running:
+            schedule.step()
+    assert counts[-1] == counts[0] == 1
