@@ -331,10 +331,32 @@ def test_nesterov_wants_a_momentum():
         FeedbackSGD(network("ia"), lr=0.1, nesterov=True)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 3), pyfeedback.nn.Linear(2, 3, rule="bp")], ids=["plain", "transport"])
-def test_a_model_without_feedback_is_refused(model):
+def test_a_model_without_feedback_layers_is_refused():
     with pytest.raises(ValueError, match="model has no layer with a feedback weight"):
-        FeedbackSGD(model, lr=0.1)
+        FeedbackSGD(nn.Linear(2, 3), lr=0.1)
+
+
+def test_under_backprop_there_is_nothing_to_step():
+    model = pyfeedback.nn.Linear(2, 3, rule="bp")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = FeedbackSGD(model, lr=0.1)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_converted_again_wants_an_optimizer_again():
+    model = network("ia")
+    optimizer = FeedbackSGD(model, lr=0.1)
+    pyfeedback.convert(model, "aa")
+    with pytest.raises(RuntimeError, match="model has other feedback weights now"):
+        optimizer.step()
+
+
+def test_a_group_of_other_parameters_is_refused():
+    model = network("ia")
+    with pytest.raises(ValueError, match="params holds a tensor of shape"):
+        FeedbackSGD(model, lr=0.1).add_param_group({"params": list(pyfeedback.forward_parameters(model))})
 
 
 def test_model_and_optimizer_are_copied_together():

@@ -1,0 +1,184 @@
+"""What PyTorch users do to a model, done to a converted one: each a place where other packages break."""
+
+import copy
+
+import pytest
+import torch
+from cases import largest_error
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import pyfeedback
+
+RULES = {
+    "bp": pyfeedback.rule("bp"),
+    "fa": pyfeedback.rule("fa"),
+    "wm": pyfeedback.rule("wm", amp=0.05, decay=0.1),
+    "ia": pyfeedback.rule("ia", amp=0.05, null=0.02, decay=0.1),
+    "sa": pyfeedback.rule("sa", self_=0.2, decay=0.2),
+    "aa": pyfeedback.rule("aa", amp=0.05, sparse=0.05),
+    "kp": pyfeedback.rule("kp", decay=0.1),
+}
+
+
+def network(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(96, 4)
+    )
+    return pyfeedback.convert(model, RULES[rule])
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 2, 4, 4, generator=generator), torch.randint(4, (8,), generator=generator)
+
+
+def backward(model, seed=0):
+    model.zero_grad()
+    x, target = batch(seed)
+    nn.functional.cross_entropy(model(x), target).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# GradScaler
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
+    """The scaler steps the task, the rule steps by itself: its gradient was never scaled (a tied one no more is)."""
+    trained = []
+    for scale in (None, 1024.0):
+        model = network(rule)
+        task = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.1, momentum=0.9)
+        feedback = pyfeedback.optim.FeedbackSGD(model, lr=0.1, momentum=0.9, skip_nonfinite=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for step in range(3):
+            model.zero_grad()
+            x, target = batch(step)
+            scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
+            scaler.step(task)  # divides W's gradients by the scale
+            feedback.step()
+            scaler.update()
+        trained.append(list(model.parameters()))
+    assert largest_error(*([p.detach() for p in each] for each in trained)) < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["ia", "kp", "sa"])
+def test_a_step_that_overflows_moves_nothing(rule):
+    model = network(rule)
+    task = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.1)
+    feedback = pyfeedback.optim.FeedbackSGD(model, lr=0.1, skip_nonfinite=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=float("inf") if rule == "kp" else 1024.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, target = batch()
+    x[0, 0, 0, 0] = float("inf")
+    scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
+    scaler.step(task)
+    if rule != "sa":  # symmetric alignment sees the weights alone, which did not move
+        feedback.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+# The weight may be a function of other parameters
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weight_norm_and_other_parametrizations(rule):
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    for wrap in (parametrizations.weight_norm, lambda m: parametrize.register_parametrization(m, "weight", Doubled())):
+        plain, model = network(rule), network(rule)
+        if rule != "bp":
+            model[0].feedback.data.copy_(plain[0].feedback)
+        wrap(model[0])
+        plain[0].weight.data.copy_(model[0].weight.detach())
+        for other in (2, 4):
+            model[other].load_state_dict(plain[other].state_dict())
+        expected, found = backward(plain), backward(model)
+        for name in expected.keys() & found.keys():
+            assert largest_error([found[name]], [expected[name]]) < 1e-5, name
+        assert any("original" in name for name in found)
+        assert type(model[0].weight) is torch.Tensor
+
+
+# Hooks, frozen parts, sharing
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hooks_run_and_see_the_gradients(rule):
+    model, seen = network(rule), []
+    model[2].register_forward_pre_hook(lambda m, inputs: seen.append("pre"))
+    model[2].register_forward_hook(lambda m, inputs, output: seen.append("forward"))
+    model[2].register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(grad_in[0].shape))
+    model[2].weight.register_hook(lambda grad: seen.append(grad.shape))
+    backward(model)
+    assert seen[:2] == ["pre", "forward"]
+    assert set(seen[2:]) == {torch.Size([8, 4, 4, 4]), torch.Size([6, 4, 1, 1])}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_shared_layer_adds_up_the_gradients_of_its_places(rule):
+    torch.manual_seed(0)
+    layer = pyfeedback.nn.Linear(6, 6, bias=False, rule=RULES[rule])
+    x = torch.randn(5, 6)
+    twice = backward_of(layer, lambda: layer(layer(x)))
+    inner = layer(x).detach().requires_grad_()
+    outer = backward_of(layer, lambda: layer(inner))
+    first = backward_of(layer, lambda: layer(x), inner.grad)
+    for name in twice:
+        assert largest_error([twice[name]], [outer[name] + first[name]]) < 1e-5, name
+
+
+def backward_of(layer, run, grad_output=None):
+    layer.zero_grad()
+    output = run()
+    output.backward(torch.ones_like(output) if grad_output is None else grad_output)
+    return {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_deterministic_mode_repeats_bit_for_bit(rule):
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = backward(network(rule)), backward(network(rule))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_functional_call_and_saved_weights(rule, tmp_path):
+    model = network(rule)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    x, _ = batch()
+    torch.testing.assert_close(torch.func.functional_call(network(rule), state, (x,)), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("rule", RULES)
+def test_a_whole_model_compiles_without_a_break(rule):
+    torch._dynamo.reset()
+    model = network(rule)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    expected, found = backward(model), backward(compiled)
+    for name, grad in expected.items():
+        assert largest_error([found[f"_orig_mod.{name}"]], [grad]) < 1e-5, name
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_plain_checkpoint_resumes_in_a_converted_model_and_back(rule):
+    plain = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(96, 4)
+    )
+    model = network(rule)
+    model.load_state_dict(plain.state_dict())  # strict
+    x, _ = batch()
+    torch.testing.assert_close(model(x), plain(x))
+    plain.load_state_dict(pyfeedback.unconvert(model).state_dict())
