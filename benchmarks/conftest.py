@@ -10,6 +10,7 @@
                         reference
 `test_network_steps.py` a whole training step of a network, both optimizers included
 `test_feedback_step.py` the multi-tensor update of all feedback weights
+`test_alignment.py`     angles and norms of all layers in one call
 `test_call_overhead.py` what a tiny layer pays per call
 
 Machines are noisy, so the implementations take turns within one benchmark, A B C A B C, and what is reported is the

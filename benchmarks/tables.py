@@ -22,6 +22,7 @@ def report(records: list[Record], per_layer: bool = False) -> list[str]:
             lines += _layer_table(dtype, of_dtype)
     lines += _network_steps([r for r in records if r["kind"] == "network"])
     lines += _updates([r for r in records if r["kind"] == "update"])
+    lines += _alignments([r for r in records if r["kind"] == "alignment"])
     lines += _overheads([r for r in records if r["kind"] == "overhead"])
     return lines
 
@@ -107,6 +108,17 @@ def _updates(records: list[Record]) -> list[str]:
         title = f"{r['tensors']} x {r['sizes']}, {r['rule']}, momentum {r['momentum']}"
         mine = r["seconds"]["pyfeedback"]
         lines.append(f"  {title:36}{1e6 * mine:10.1f}{r['bytes'] / mine / 1e9:8.1f}{r['ratio_to_foreach']:13.2f}")
+    return [*lines, ""]
+
+
+def _alignments(records: list[Record]) -> list[str]:
+    if not records:
+        return []
+    lines = [f"{'alignment of ResNet-50':38}{'ms':>10}{'GB/s':>8}{'to float64 loop':>17}{'to plain loop':>15}"]
+    for r in records:
+        mine, title = r["seconds"]["pyfeedback"], f"{r['dtype']}, {r['layout']}"
+        ratios = f"{r['ratio_to_float64 loop']:17.2f}{r['ratio_to_plain loop']:15.2f}"
+        lines.append(f"  {title:36}{1e3 * mine:10.2f}{r['bytes'] / mine / 1e9:8.1f}{ratios}")
     return [*lines, ""]
 
 

@@ -8,28 +8,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "alignment.h"
 #include "feedback_step.h"
+#include "tensors.h"
 
 namespace pyfeedback {
-
-Dtype dtype_of(AtenTensorHandle tensor);
-
-// Owns the tensors of a `Tensor[]` argument. std::vector<torch::stable::Tensor> would put every handle into a
-// shared_ptr of its own, a third of the whole cost of a step over many small tensors.
-class TensorList {
- public:
-  explicit TensorList(StableListHandle list);
-  ~TensorList();
-  TensorList(const TensorList&) = delete;
-  TensorList& operator=(const TensorList&) = delete;
-
-  size_t size() const { return handles_.size(); }
-  AtenTensorHandle operator[](size_t index) const { return handles_[index]; }
-
- private:
-  StableListHandle list_;
-  std::vector<AtenTensorHandle> handles_;
-};
 
 // The arguments of native_feedback_step_ as the schema orders them; the lists own their tensors.
 struct StepArguments {
@@ -38,13 +21,16 @@ struct StepArguments {
   StepOptions options;
 };
 
-// Every non-empty tensor of the model, and the layouts that StepTensor::layout points into.
-struct StepPlan {
-  std::vector<StepTensor> tensors;
-  std::vector<StepLayout> layouts;
-};
+using StepPlan = Plan<StepTensor, kStepOperands>;
 
 StepPlan plan_step(const StepArguments& arguments);
+
+using AlignmentPlan = Plan<AlignmentPair, 2>;
+
+AlignmentPlan plan_alignment(const TensorList& feedback, const TensorList& weight);
+
+// Zeros [pairs, kProducts] of float64 on the device of the first feedback weight: the dispatcher knows none without it.
+torch::stable::Tensor zero_products(const TensorList& feedback);
 
 // input[:samples] as `samples` dense blocks of `positions` elements, `stride` elements apart.
 struct SampleBlocks {

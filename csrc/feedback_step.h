@@ -5,6 +5,7 @@
 
 #include "dtype.h"
 #include "host_device.h"
+#include "layout.h"
 
 namespace pyfeedback {
 
@@ -27,14 +28,9 @@ struct FeedbackStep {
 };
 
 constexpr int kStepOperands = 4;
-constexpr int kMaxDims = 8;
 
-// Element strides of feedback, weight, grad and momentum where they do not share one dense layout.
-struct StepLayout {
-  int64_t dims;
-  int64_t size[kMaxDims];
-  int64_t stride[kStepOperands][kMaxDims];
-};
+// Of feedback, weight, grad and momentum, where they do not share one dense layout.
+using StepLayout = Layout<kStepOperands>;
 
 // One tensor of the model. weight, grad and momentum are null where they are not read.
 struct StepTensor {

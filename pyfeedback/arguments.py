@@ -98,6 +98,8 @@ def check_step_tensors(
     for i, tensor in enumerate(feedback):
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise TypeError(f"feedback[{i}] is {tensor.dtype}, {tensor.layout}, expected a strided floating tensor")
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"feedback[{i}] is expanded, several elements at one place, expected one of its own each")
         if tensor.device != feedback[0].device:
             raise ValueError(f"feedback[{i}] is on {tensor.device}, expected the device of all, {feedback[0].device}")
 

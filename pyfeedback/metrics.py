@@ -1,7 +1,7 @@
 """How well feedback weights align with forward weights, and what they do to the gradients."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyfeedback.conversion import feedback_layers
 from pyfeedback.nn import FeedbackLayer
+from pyfeedback.providers import provide
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def alignment(
 ) -> dict[str, LayerAlignment]:
     """Alignment of each feedback layer of ``model``, by name, in the order of its modules.
 
+    Angles and norms of all weights take one pass over memory and, on a device, one wait for it.
+
     Args:
         model: a model with feedback layers.
         batch: ``(input, target)`` for the projection and gradient angles. The model runs on it twice; parameters'
@@ -49,11 +52,9 @@ def alignment(
         ValueError: a batch without a loss.
     """
     layers = dict(feedback_layers(model))
-    angles = {}
-    for name, layer in layers.items():
-        if layer.feedback is not None:
-            size = _norm(layer.weight)
-            angles[name] = (angle(layer.weight, layer.feedback), _norm(layer.feedback) / size if size else math.nan)
+    feedback = [layer.feedback for layer in layers.values() if layer.feedback is not None]
+    products = _products(feedback, [layer.weight for layer in layers.values()])
+    angles = {name: (_angle(*p), _norm_ratio(*p)) for name, p in zip(layers, products, strict=True)}
     if batch is None:
         return {name: LayerAlignment(*pair) for name, pair in angles.items()}
     if loss is None:
@@ -70,11 +71,7 @@ def alignment(
 
 def angle(a: Tensor, b: Tensor) -> float:
     """Angle between two tensors of the same shape, in degrees, summed in float64; nan where one is zero."""
-    a, b = a.detach().double().flatten(), b.detach().double().flatten()
-    norms = a.norm() * b.norm()
-    if not norms > 0:
-        return math.nan
-    return math.degrees(math.acos(min(1.0, max(-1.0, float(torch.dot(a, b) / norms)))))
+    return _angle(*_products([a], [b])[0])
 
 
 @contextmanager
@@ -90,8 +87,26 @@ def weight_transport(model: nn.Module) -> Iterator[None]:
             layer.feedback = feedback
 
 
-def _norm(x: Tensor) -> float:
-    return float(x.detach().double().norm())
+@torch.no_grad()
+def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tuple[float, float, float]]:
+    """<B, B>, <W, W> and <B, W> of each pair, summed in float64: one pass over the pairs of each device."""
+    places: dict[torch.device, list[int]] = {}
+    for i, b in enumerate(feedback):
+        places.setdefault(b.device, []).append(i)
+    found: dict[int, tuple[float, float, float]] = {}
+    for device, here in places.items():
+        products = provide("alignment_products", device.type)([feedback[i] for i in here], [weight[i] for i in here])
+        found |= zip(here, products.tolist(), strict=True)
+    return [found[i] for i in range(len(feedback))]
+
+
+def _angle(bb: float, ww: float, bw: float) -> float:
+    norms = math.sqrt(bb) * math.sqrt(ww)
+    return math.degrees(math.acos(min(1.0, max(-1.0, bw / norms)))) if 0 < norms < math.inf else math.nan
+
+
+def _norm_ratio(bb: float, ww: float, bw: float) -> float:
+    return math.sqrt(bb / ww) if ww > 0 else math.nan
 
 
 @contextmanager

@@ -64,6 +64,8 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("linear_backward", "aten"): aten.linear_backward,
     ("linear_backward", "triton"): partial(_fused, "linear_backward", False),
     ("linear_backward", "measured"): partial(_fused, "linear_backward", True),
+    ("alignment_products", "aten"): aten.alignment_products,
+    ("alignment_products", "native"): _ops.native_alignment_products.default,
     ("center", "aten"): aten.center,
     ("center", "native"): _native_center,
     ("feedback_step_", "aten"): _aten_feedback_step_,
@@ -71,6 +73,7 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
 }
 
 _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("alignment_products", "cpu"): ("native", "aten"),
     ("center", "cpu"): ("native", "aten"),
     ("feedback_step_", "cpu"): ("native", "aten"),
     ("conv2d_backward", "cuda"): ("measured", "aten"),

@@ -132,6 +132,10 @@ def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr
     arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars)
 
 
+def _fake_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tensor:
+    return torch.empty(len(feedback), 3, dtype=torch.float64, device=feedback[0].device)
+
+
 def _fake_center(input: Tensor, samples: int) -> Tensor:
     return torch.empty_like(input[:samples])
 
@@ -143,6 +147,7 @@ torch.library.register_fake("pyfeedback::fa_linear_backward", fake_gradients, li
 torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::native_alignment_products", _fake_products, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRARY)
 
 

@@ -36,6 +36,7 @@ SCHEMAS = {
     "scheduled_linear_backward": f"({_SAVED}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
     "feedback_step_": f"({_STEP}) -> ()",
     "native_feedback_step_": f"({_STEP}) -> ()",
+    "native_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
     "center": "(Tensor input, SymInt samples) -> Tensor",
     "native_center": "(Tensor input, SymInt samples) -> Tensor",
 }

@@ -86,6 +86,26 @@ def test_alignment_of_weights():
     assert {(a.projection_angle, a.gradient_angle) for a in found.values()} == {(None, None)}
 
 
+@pytest.mark.parametrize("backend", ["aten", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_backend_finds_the_same_alignment(backend, dtype):
+    model = network(dtype=dtype)
+    model[0].to(memory_format=torch.channels_last)
+    with pyfeedback.backend(backend):
+        found = pyfeedback.alignment(model)
+    for name, layer in pyfeedback.feedback_layers(model):
+        assert found[name].angle == pytest.approx(angle_by_numpy(layer.weight, layer.feedback))
+        ratio = layer.feedback.detach().double().norm() / layer.weight.detach().double().norm()
+        assert found[name].norm_ratio == pytest.approx(ratio.item())
+
+
+def test_alignment_with_an_infinite_weight_is_nan():
+    model = network()
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = math.inf
+    assert math.isnan(pyfeedback.alignment(model)["0"].angle)
+
+
 def test_alignment_with_a_zero_weight_is_nan():
     model = network()
     nn.init.zeros_(model[0].weight)

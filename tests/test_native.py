@@ -151,6 +151,14 @@ class TestFeedbackStep:
         torch.ops.pyfeedback.native_feedback_step_([feedback], [], [], [], decay=[1.0], self_=[0.0], tie=[0.0], lr=0.5)
         torch.testing.assert_close(storage, expected, equal_nan=True, rtol=0, atol=0)
 
+    def test_an_expanded_feedback_is_refused(self):
+        feedback = torch.ones(1, 3).expand(4, 3)
+        with pytest.raises(RuntimeError):
+            torch.ops.pyfeedback.native_feedback_step_(
+                [feedback], [], [], [], decay=[0.1], self_=[0.0], tie=[0.0], lr=0.5
+            )
+        assert torch.equal(feedback, torch.ones(4, 3))
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize("offset", [1, 3])
     def test_unaligned_starts(self, dtype, offset):
@@ -296,6 +304,83 @@ class TestNoise:
         torch.testing.assert_close(stepped[0].double(), oracle, rtol=4 * eps, atol=eps)
 
 
+def products_formula(feedback, weight):
+    pairs = [(b.flatten().double(), w.flatten().double()) for b, w in zip(feedback, weight, strict=True)]
+    return torch.tensor([[(b * b).sum(), (w * w).sum(), (b * w).sum()] for b, w in pairs], dtype=torch.float64).view(
+        -1, 3
+    )
+
+
+class TestAlignmentProducts:
+    """Sums in float64, whatever the dtype: exact but for one rounding of each addition on the longest way."""
+
+    def check(self, feedback, weight):
+        found = torch.ops.pyfeedback.native_alignment_products(feedback, weight)
+        expected = products_formula(feedback, weight)
+        assert found.dtype == torch.float64
+        assert found.shape == (len(feedback), 3)
+        additions = torch.tensor([16384 / 8 + b.numel() / 16384 + 8 for b in feedback], dtype=torch.float64)
+        largest = torch.cat([expected[:, :2], (expected[:, :1] * expected[:, 1:2]).sqrt()], dim=1)  # |<B, W>| <= |B||W|
+        assert ((found - expected).abs() <= additions[:, None] * torch.finfo(torch.float64).eps * largest).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    def test_matches_the_formula(self, dtype):
+        self.check(*(random_like_model(SIZES, dtype, seed) for seed in range(2)))
+
+    def test_three_hundred_pairs_of_mixed_dtypes(self):
+        shapes = [(1 + 37 * i % 211, 1 + i % 5) for i in range(300)]
+        pair = [
+            [t.to(DTYPES[i % 4]) for i, t in enumerate(random_like_model(shapes, torch.float64, seed))]
+            for seed in range(2)
+        ]
+        self.check(*pair)
+
+    @pytest.mark.parametrize("size", [1, 7, 8, 511, 512, 513, 16383, 16384, 16385, 40000])
+    @pytest.mark.parametrize("offset", [0, 1, 3])
+    def test_sizes_around_every_boundary_and_unaligned_starts(self, size, offset):
+        for dtype in (torch.float32, torch.float16):
+            self.check(*([random_like_model([(size + offset,)], dtype, seed)[0][offset:]] for seed in range(2)))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    def test_layouts(self, dtype):
+        feedback, weight = (random_like_model([(6, 4, 3, 5)] * 4, dtype, seed) for seed in range(2))
+        feedback[1] = feedback[1].contiguous(memory_format=torch.channels_last)
+        feedback[2] = weight[2].expand(6, 4, 3, 5).transpose(0, 1).contiguous().transpose(0, 1)
+        weight[2] = torch.randn(4, 1, 5).to(dtype).expand(6, 4, 3, 5)
+        weight[3] = weight[3].contiguous(memory_format=torch.channels_last)
+        feedback[3] = feedback[3].contiguous(memory_format=torch.channels_last)
+        self.check(feedback, weight)
+
+    def test_empty_pairs(self):
+        self.check([torch.zeros(0, 3), torch.ones(2)], [torch.zeros(0, 3), torch.ones(2)])
+
+    def test_float32_is_not_summed_in_float32(self):
+        tensor = torch.full((3_000_000,), 0.1)
+        self.check([tensor], [tensor])
+
+    def test_the_number_of_threads_changes_nothing(self):
+        pair = [random_like_model([(70_001,), (3,), (50_000,)], torch.float32, seed) for seed in range(2)]
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(torch.ops.pyfeedback.native_alignment_products(*pair))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+    @pytest.mark.parametrize(
+        "weight",
+        [[torch.zeros(3)], [torch.zeros(4, dtype=torch.float64)], [], [torch.zeros(4, dtype=torch.int64)]],
+        ids=["shape", "dtype", "none", "integer"],
+    )
+    def test_contradictory_pairs_raise(self, weight):
+        with pytest.raises(RuntimeError):
+            torch.ops.pyfeedback.native_alignment_products([torch.zeros(4)], weight)
+
+
 def center_formula(tensor, samples):
     tensor = tensor[:samples]
     return tensor - tensor.mean(0, keepdim=True)
@@ -382,5 +467,10 @@ def test_the_ops_pass_opcheck_on_their_schema():
         ([torch.ones(4)], [torch.ones(4)], [], [torch.zeros(4)]),
         {"decay": [0.1], "self_": [0.2], "tie": [0.0], "lr": 0.5, "momentum": 0.9},
         test_utils="test_schema",
+    )
+    torch.library.opcheck(
+        torch.ops.pyfeedback.native_alignment_products.default,
+        ([torch.ones(4), torch.ones(2, 3)], [torch.ones(4), torch.ones(2, 3)]),
+        test_utils=("test_schema", "test_faketensor"),
     )
     torch.library.opcheck(torch.ops.pyfeedback.native_center.default, (torch.ones(4, 3), 2), test_utils="test_schema")

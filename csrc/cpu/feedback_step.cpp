@@ -1,34 +1,10 @@
-#include <algorithm>
 #include <atomic>
-
-#include <torch/csrc/stable/ops.h>
 
 #include "kernels.h"
 #include "ops.h"
+#include "stretches.h"
 
 namespace pyfeedback::cpu {
-
-namespace {
-
-// Runs visit(tensor, layout, begin, end) over the whole model, cut by element count and not by tensor.
-template <typename Visitor>
-void for_each_stretch(const StepPlan& plan, const Visitor& visit) {
-  std::vector<int64_t> ends(plan.tensors.size());
-  int64_t total = 0;
-  for (size_t i = 0; i < ends.size(); ++i) ends[i] = total += plan.tensors[i].numel;
-  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    size_t i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin());
-    for (; begin < end; ++i) {
-      const StepTensor& tensor = plan.tensors[i];
-      const int64_t first = ends[i] - tensor.numel, last = std::min(end, ends[i]);
-      const StepLayout* layout = tensor.layout < 0 ? nullptr : &plan.layouts[tensor.layout];
-      visit(tensor, layout, begin - first, last - first);
-      begin = last;
-    }
-  });
-}
-
-}  // namespace
 
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,
                     StableListHandle momentum_buffer, const std::vector<double>& decay, const std::vector<double>& self,

@@ -8,45 +8,10 @@
 #include "../feedback_step.h"
 #include "../philox.h"
 #include "scalar.h"
+#include "walk.h"
 
 namespace pyfeedback::cpu {
 namespace {
-
-// Walks elements of a layout in row-major order and keeps the offset of each operand.
-class Walk {
- public:
-  Walk(const StepLayout& layout, int64_t element) : layout_(layout) {
-    for (int64_t d = layout.dims - 1; d >= 0; --d) {
-      position_[d] = element % layout.size[d];
-      element /= layout.size[d];
-      for (int k = 0; k < kStepOperands; ++k) offset_[k] += position_[d] * layout.stride[k][d];
-    }
-  }
-
-  int64_t offset(int operand) const { return offset_[operand]; }
-
-  void next() {
-    for (int64_t d = layout_.dims - 1; d >= 0; --d) {
-      const bool carry = ++position_[d] == layout_.size[d];
-      const int64_t steps = carry ? 1 - layout_.size[d] : 1;
-      for (int k = 0; k < kStepOperands; ++k) offset_[k] += steps * layout_.stride[k][d];
-      if (!carry) return;
-      position_[d] = 0;
-    }
-  }
-
- private:
-  const StepLayout& layout_;
-  int64_t position_[kMaxDims] = {};
-  int64_t offset_[kStepOperands] = {};
-};
-
-// Every operand has element i at i.
-struct Straight {
-  int64_t at;
-  int64_t offset(int) const { return at; }
-  void next() { ++at; }
-};
 
 // Every operand at the same place, one read of each and one write of feedback and momentum. T is float or double.
 template <typename T, bool kWeight, bool kGrad, bool kMomentum>
@@ -148,7 +113,7 @@ bool any_nonfinite_dense(const void* data, int64_t begin, int64_t end) {
 }
 
 template <typename Scalar>
-bool any_nonfinite_each(const StepTensor& tensor, Walk at, int64_t begin, int64_t end) {
+bool any_nonfinite_each(const StepTensor& tensor, Walk<kStepOperands> at, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i, at.next()) {
     if (tensor.weight && nonfinite(static_cast<const Scalar*>(tensor.weight)[at.offset(1)])) return true;
     if (tensor.grad && nonfinite(static_cast<const Scalar*>(tensor.grad)[at.offset(2)])) return true;

@@ -13,6 +13,9 @@ struct Kernels {
                int64_t end);
   // Whether an inf or a nan stands among the same elements of weight and grad.
   bool (*any_nonfinite)(const StepTensor& tensor, const StepLayout* layout, int64_t begin, int64_t end);
+  // Sums of products of elements begin .. end - 1 of one pair, kProducts of them.
+  void (*alignment_products)(const AlignmentPair& pair, const PairLayout* layout, int64_t begin, int64_t end,
+                             double* sums);
   // output[:, begin:end] = input[:, begin:end] minus its mean over the samples.
   void (*center)(const void* input, void* output, const SampleBlocks& blocks, int64_t begin, int64_t end);
 };

@@ -1,9 +1,10 @@
+#include "alignment_loops.h"
 #include "center_loops.h"
 #include "feedback_step_loops.h"
 #include "kernels.h"
 
 namespace pyfeedback::cpu {
 
-const Kernels kBaselineKernels = {step, any_nonfinite, center};
+const Kernels kBaselineKernels = {step, any_nonfinite, alignment_products, center};
 
 }  // namespace pyfeedback::cpu

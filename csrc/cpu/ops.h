@@ -13,6 +13,8 @@ namespace pyfeedback::cpu {
 // Elements worth waking another thread for: some 20 us of work.
 constexpr int64_t kGrain = 16384;
 
+torch::stable::Tensor alignment_products(StableListHandle feedback, StableListHandle weight);
+
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples);
 
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,

@@ -16,12 +16,6 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-int32_t device_of(AtenTensorHandle tensor) {
-  int32_t device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device));
-  return device;
-}
-
 // One int32 on `device`, set to zero in stream order.
 torch::stable::Tensor zero_flag(int32_t device, cudaStream_t stream) {
   const int64_t size = 1, stride = 1;
@@ -44,7 +38,7 @@ void for_each_launch(const StepPlan& plan, const StepOptions& options, const int
     if (launch.count > 0) visit(launch);
     launch.count = 0;
   };
-  for (const StepTensor& tensor : plan.tensors) {
+  for (const StepTensor& tensor : plan.rows) {
     if (tensor.layout >= 0) {
       visit(StridedLaunch{options, skip, tensor, plan.layouts[tensor.layout]});
       continue;
@@ -62,7 +56,7 @@ void for_each_launch(const StepPlan& plan, const StepOptions& options, const int
 
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples) {
   const SampleBlocks blocks = sample_blocks(input, samples);
-  const int32_t device = device_of(input.get());
+  const int32_t device = device_of(input.get()).index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   torch::stable::Tensor output = empty_samples(input, blocks);
   if (samples == 0 || blocks.positions == 0) return output;
@@ -85,8 +79,8 @@ void feedback_step_(StableListHandle feedback, StableListHandle weight, StableLi
                                 tie,
                                 StepOptions{lr, momentum, noise, static_cast<uint64_t>(seed), nesterov}};
   const StepPlan plan = plan_step(arguments);
-  if (plan.tensors.empty()) return;
-  const int32_t device = device_of(arguments.feedback[0]);
+  if (plan.rows.empty()) return;
+  const int32_t device = device_of(arguments.feedback[0]).index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
 

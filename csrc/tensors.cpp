@@ -1,0 +1,91 @@
+#include "tensors.h"
+
+namespace pyfeedback {
+
+Dtype dtype_of(AtenTensorHandle tensor) {
+  static const std::array<int32_t, 4> codes = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(),
+                                               aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &code));
+  const auto found = std::find(codes.begin(), codes.end(), code);
+  STD_TORCH_CHECK(found != codes.end(), "expected float64, float32, bfloat16 or float16");
+  return static_cast<Dtype>(found - codes.begin());
+}
+
+TensorList::TensorList(StableListHandle list) : list_(list) {
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+  handles_.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue item;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, i, &item));
+    handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
+  }
+}
+
+TensorList::~TensorList() {
+  for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  torch_delete_list(list_);
+}
+
+Shape shape_of(AtenTensorHandle tensor) {
+  Shape shape;
+  int64_t *size, *stride;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &shape.dims));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &shape.numel));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &size));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &stride));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &shape.contiguous));
+  shape.size = size;
+  shape.stride = stride;
+  return shape;
+}
+
+bool is_dense(int64_t dims, const int64_t* size, const int64_t* stride) {
+  std::array<bool, kMaxDims> placed{};
+  int64_t block = 1;
+  for (int64_t round = 0; round < dims; ++round) {
+    for (int64_t d = 0; d < dims; ++d) {
+      if (placed[d] || (size[d] != 1 && stride[d] != block)) continue;
+      placed[d] = true;
+      block *= size[d];
+    }
+  }
+  return std::all_of(placed.begin(), placed.begin() + dims, [](bool is_placed) { return is_placed; });
+}
+
+bool same_strides(const Shape& a, const Shape& b) {
+  for (int64_t d = 0; d < a.dims; ++d) {
+    if (a.size[d] != 1 && a.stride[d] != b.stride[d]) return false;
+  }
+  return true;
+}
+
+Device device_of(AtenTensorHandle tensor) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device.index));
+  return device;
+}
+
+const void* read_pointer(AtenTensorHandle tensor) {
+  const void* data;
+  TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
+  return data;
+}
+
+void* write_pointer(AtenTensorHandle tensor) {
+  void* data;
+  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &data));
+  return data;
+}
+
+void check_writable(AtenTensorHandle tensor, const char* name, size_t index) {
+  const Shape shape = shape_of(tensor);
+  for (int64_t d = 0; d < shape.dims; ++d) {
+    STD_TORCH_CHECK(shape.stride[d] != 0 || shape.size[d] <= 1, name, " ", index,
+                    " is expanded: several elements at one place; expected one that can be written");
+  }
+}
+
+}  // namespace pyfeedback
