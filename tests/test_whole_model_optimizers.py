@@ -1,0 +1,183 @@
+"""SGD and AdamW of a whole model: torch.optim's for the forward weights, the rule's for the feedback."""
+
+import copy
+
+import pytest
+import torch
+from cases import largest_error
+from torch import nn
+
+import pyfeedback
+from pyfeedback.optim import SGD, AdamW, FeedbackSGD
+
+RULES = {
+    "bp": pyfeedback.rule("bp"),
+    "fa": pyfeedback.rule("fa"),
+    "wm": pyfeedback.rule("wm", amp=0.05, decay=0.1),
+    "ia": pyfeedback.rule("ia", amp=0.05, null=0.02, decay=0.1),
+    "sa": pyfeedback.rule("sa", self_=0.2, decay=0.3),
+    "aa": pyfeedback.rule("aa", amp=0.05, sparse=0.05),
+    "kp": pyfeedback.rule("kp", decay=0.01),
+}
+OPTIONS = {
+    SGD: [{}, {"momentum": 0.9}, {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}],
+    AdamW: [{}, {"weight_decay": 0.1, "betas": (0.8, 0.9)}, {"amsgrad": True}],
+}
+BOTH = [(make, options) for make, each in OPTIONS.items() for options in each]
+
+
+def network(rule, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3)
+    )
+    return pyfeedback.convert(model, RULES[rule]).to(dtype)
+
+
+def loss(model, seed, scale=1.0):
+    dtype = model[0].weight.dtype
+    generator = torch.Generator().manual_seed(seed)
+    x, target = torch.randn(6, 2, 4, 4, generator=generator), torch.randint(3, (6,), generator=generator)
+    return nn.functional.cross_entropy(model(x.to(dtype)), target) * scale
+
+
+def train(model, optimizer, steps=4, scaler=None):
+    for seed in range(steps):
+        optimizer.zero_grad()
+        model.zero_grad()
+        value = loss(model, seed)
+        (scaler.scale(value) if scaler else value).backward()
+        scaler.step(optimizer) if scaler else optimizer.step()
+        if scaler:
+            scaler.update()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def error(found, expected):
+    return largest_error([found[name] for name in expected], list(expected.values()))
+
+
+@pytest.mark.parametrize(("make", "options"), BOTH)
+@pytest.mark.parametrize("rule", RULES)
+def test_forward_parameters_step_as_under_torch_optim(rule, make, options):
+    """With B held, so that both see the same gradients."""
+    found, expected = network(rule), network(rule)
+    ours = make(found, lr=0.05, **options)
+    theirs = getattr(torch.optim, make.__name__)(pyfeedback.forward_parameters(expected), lr=0.05, **options)
+    for seed in range(4):
+        for model, optimizer in ((found, ours), (expected, theirs)):
+            model.zero_grad()
+            loss(model, seed).backward()
+            optimizer.step()
+        for a, b in zip(pyfeedback.feedback_parameters(expected), pyfeedback.feedback_parameters(found), strict=True):
+            a.data.copy_(b)
+    for a, b in zip(pyfeedback.forward_parameters(found), pyfeedback.forward_parameters(expected), strict=True):
+        assert largest_error([a.detach()], [b.detach()]) < 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_sgd_steps_the_feedback_as_feedback_sgd_before_the_task(rule):
+    found = network(rule)
+    expected = copy.deepcopy(found)
+    train(found, SGD(found, lr=0.05, momentum=0.9, weight_decay=0.02))
+    task = torch.optim.SGD(pyfeedback.forward_parameters(expected), lr=0.05, momentum=0.9, weight_decay=0.02)
+    feedback = FeedbackSGD(expected, lr=0.05, momentum=0.9)
+    for seed in range(4):
+        expected.zero_grad()
+        loss(expected, seed).backward()
+        feedback.step(), task.step()
+    assert error(dict(found.named_parameters()), dict(expected.named_parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["wm", "ia", "sa", "aa"])
+def test_adamw_follows_the_rules_gradient(rule):
+    """Against torch's AdamW of B by itself, on the gradient that autograd gives."""
+    found, expected = network(rule), network(rule)
+    ours = AdamW(found, lr=0.05, weight_decay=0.1)
+    theirs = [
+        torch.optim.AdamW(pyfeedback.forward_parameters(expected), lr=0.05, weight_decay=0.1),
+        torch.optim.AdamW(pyfeedback.feedback_parameters(expected), lr=0.05, weight_decay=0.0),
+    ]
+    for seed in range(4):
+        for model, optimizers in ((found, [ours]), (expected, theirs)):
+            model.zero_grad()
+            loss(model, seed).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert error(dict(found.named_parameters()), dict(expected.named_parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_kolen_pollack_contracts_the_difference(make):
+    """W - B shrinks by 1 - lr * decay at every step, whatever the gradients are."""
+    model = network("kp")
+    lr = 0.05
+    optimizer = make(model, lr=lr, weight_decay=RULES["kp"].decay)
+    before = [(layer.weight - layer.feedback).detach().clone() for _, layer in pyfeedback.feedback_layers(model)]
+    train(model, optimizer, steps=6)
+    shrunk = (1 - lr * RULES["kp"].decay) ** 6
+    for (_, layer), difference in zip(pyfeedback.feedback_layers(model), before, strict=True):
+        assert largest_error([(layer.weight - layer.feedback).detach()], [shrunk * difference]) < 1e-10
+
+
+@pytest.mark.parametrize(("make", "options"), [(SGD, {"momentum": 0.9}), (AdamW, {})])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_saved_state_goes_on(rule, make, options, tmp_path):
+    model = network(rule)
+    optimizer = make(model, lr=0.05, **options)
+    train(model, optimizer)
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "saved.pt")
+    again = network(rule)
+    fresh = make(again, lr=0.01, **options)
+    for each, state in zip((again, fresh), torch.load(tmp_path / "saved.pt", weights_only=True), strict=True):
+        each.load_state_dict(state)
+    assert error(train(again, fresh), train(model, optimizer)) == 0
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gradient_scaler_changes_nothing(rule, make):
+    plain, scaled = network(rule, torch.float32), network(rule, torch.float32)
+    expected = train(plain, make(plain, lr=0.05))
+    found = train(scaled, make(scaled, lr=0.05), scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_a_step_that_overflows_moves_nothing(make):
+    model = network("ia", torch.float32)
+    optimizer = make(model, lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(loss(model, 0, float("inf"))).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_unscaling_by_hand_is_told(make):
+    model = network("ia", torch.float32)
+    optimizer = make(model, lr=0.05)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss(model, 0)).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"scaler\.unscale_ divided the rules' own gradients"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_a_scheduler_moves_every_group(make):
+    model = network("kp")
+    optimizer = make(model, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    train(model, optimizer, 1)
+    scheduler.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_a_model_without_feedback_layers_is_refused(make):
+    with pytest.raises(ValueError, match="model has no layer with a feedback weight"):
+        make(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="weight_decay"):
+        make(network("ia"), weight_decay=-1.0)
