@@ -88,12 +88,19 @@ def unconvert(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model`` itself.
+
+    Raises:
+        ValueError: a layer is of a subclass, which a parametrized one is too; nothing is changed then.
     """
     plain = {layer: original for original, layer in LAYERS.items()}
-    for module in model.modules():
-        if isinstance(module, FeedbackLayer) and type(module) in plain:
-            module.detach_feedback()
-            module.__class__ = plain[type(module)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLayer)]
+    for name, layer in layers:
+        if type(layer) not in plain:
+            what = f"{name or 'the model'} is a {type(layer).__name__}"
+            raise ValueError(f"{what}, expected Conv2d or Linear themselves: remove its parametrizations first")
+    for _, layer in layers:
+        layer.detach_feedback()
+        layer.__class__ = plain[type(layer)]
     return model
 
 

@@ -48,13 +48,24 @@ class Init:
         """Draw ``feedback`` in place; ``default`` is the law where none was given."""
         if feedback.is_meta:
             return
-        if self.seed is None:
-            self._fill(feedback, weight, default)
+        if self.seed is None:  # some laws know no 16-bit numbers
+            drawn = torch.empty_like(feedback, dtype=torch.promote_types(feedback.dtype, torch.float32))
+            self._fill(drawn, weight, default)
+            feedback.copy_(drawn)
             return
-        drawn = torch.empty_like(feedback, device="cpu", dtype=torch.float32)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(self.seed)
-            self._fill(drawn, weight.detach().to("cpu", torch.float32), default)
+        drawn = torch.empty(feedback.shape)
+        generator = torch.default_generator  # the CPU's; torch.manual_seed would seed those of every GPU as well
+        state = generator.get_state()
+        generator.manual_seed(self.seed)
+        try:
+            self._fill(drawn, _whole(weight).detach().to("cpu", torch.float32), default)
+        finally:
+            generator.set_state(state)
+        if hasattr(feedback, "placements"):  # sharded: each rank keeps its part of the same draw
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh, placements = feedback.device_mesh, feedback.placements  # type: ignore[attr-defined]
+            drawn = distribute_tensor(drawn, mesh, placements, src_data_rank=None)
         feedback.copy_(drawn)
 
     def of_layer(self, name: str) -> "Init":
@@ -69,6 +80,11 @@ class Init:
             feedback.mul_(torch.rand_like(feedback) < self.density)
         if self.signs == "weight":
             feedback.abs_().mul_(weight.sign())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that ranks share."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def as_init(init: "Init | Callable[[Tensor], object] | None") -> Init:

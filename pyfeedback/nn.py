@@ -30,10 +30,12 @@ class FeedbackLayer(torch.nn.Module):
     feedback: torch.nn.Parameter | None
     feedback_init: Init
     scheduled: Tensor | None = None  # the rule's coefficients where they move, for a graph compiled once
+    unscheduled: Rule | None = None  # and the rule as it was before they moved
 
     def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
         """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
         self.rule, self.feedback_init = as_rule(rule), as_init(init)
+        self.scheduled = self.unscheduled = None
         feedback = None
         if not self.rule.transport:
             feedback = torch.nn.Parameter(torch.empty_like(self.weight), requires_grad=self.rule.learns)
@@ -42,7 +44,7 @@ class FeedbackLayer(torch.nn.Module):
 
     def detach_feedback(self) -> None:
         """Leave nothing of :meth:`attach_feedback`."""
-        del self.feedback, self.rule, self.feedback_init
+        del self.feedback, self.rule, self.feedback_init, self.scheduled, self.unscheduled
 
     def reset_feedback(self) -> None:
         """Draw the feedback weight as ``feedback_init`` says, by default as torch.nn draws a fresh ``weight``."""

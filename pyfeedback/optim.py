@@ -234,7 +234,7 @@ def _feedback_of(model: nn.Module) -> dict[nn.Parameter, FeedbackLayer]:
     layers = {layer.feedback: layer for _, layer in feedback_layers(model) if layer.feedback is not None}
     if not isinstance(model, DistributedDataParallel):  # which waits for the gradients it saw promised
         for feedback, layer in layers.items():
-            feedback.requires_grad_(layer.rule.reads_data)
+            feedback.requires_grad_((layer.unscheduled or layer.rule).reads_data)
     return layers
 
 

@@ -80,7 +80,7 @@ class Schedule:
             if not callable(curve):
                 raise ValueError(f"{name} is {curve!r}, expected a function of the step")
         self.curves = curves
-        self._rules = [(layer, layer.rule) for _, layer in feedback_layers(model)]
+        self._rules = [(layer, layer.unscheduled or layer.rule) for _, layer in feedback_layers(model)]
         self._last = 0
         self._apply()
 
@@ -105,6 +105,7 @@ class Schedule:
     def _apply(self) -> None:
         factors = self.factors()
         for layer, rule in self._rules:
+            layer.unscheduled = rule
             layer.rule = replace(rule, **{name: getattr(rule, name) * factor for name, factor in factors.items()})
             values = torch.tensor([getattr(layer.rule, name) for name in COEFFICIENTS], dtype=torch.float64)
             layer.scheduled = values if layer.scheduled is None else layer.scheduled.copy_(values)

@@ -68,6 +68,27 @@ def test_a_seed_draws_the_same_everywhere_and_leaves_the_generator_alone():
     assert model[0].feedback_init.seed != model[2].feedback_init.seed
 
 
+@pytest.mark.parametrize("name", ["normal_", "orthogonal_"])
+def test_a_seeded_draw_knows_no_dtype_memory_format_or_order(name):
+    init = Init(seed=5, law=getattr(nn.init, name))
+    expected = dict(pyfeedback.feedback_layers(pyfeedback.convert(network(), "fa", init=init)))
+    model = network().double().to(memory_format=torch.channels_last)
+    model[0] = nn.Identity()
+    found = dict(pyfeedback.feedback_layers(pyfeedback.convert(model, "fa", init=init)))
+    assert list(found) == ["2", "4"]
+    for layer, feedback in found.items():
+        assert torch.equal(feedback.feedback, expected[layer].feedback.double())
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_laws_that_know_no_16_bit_numbers_serve_every_dtype(dtype, seed):
+    layer = pyfeedback.convert(nn.Linear(8, 8, dtype=dtype), "fa", init=Init(law=nn.init.orthogonal_, seed=seed))
+    assert layer.feedback.dtype is dtype
+    product = (layer.feedback @ layer.feedback.t()).double()
+    torch.testing.assert_close(product, torch.eye(8).double(), atol=0.02, rtol=0)
+
+
 def test_layers_take_it_too():
     layer = pyfeedback.nn.Conv2d(3, 4, 3, init=nn.init.zeros_)
     assert not layer.feedback.any()

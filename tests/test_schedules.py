@@ -71,6 +71,33 @@ def test_a_schedule_goes_on_where_it_was_saved():
     assert again[0].rule == wanted
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["SGD", "FeedbackSGD"])
+def test_a_rule_that_starts_at_zero_learns_from_its_start(fused):
+    model = network("wm", amp=0.4)
+    window = schedules.between(2, 4)
+    schedule = Schedule(model, amp=window, decay=window)
+    make = pyfeedback.optim.FeedbackSGD if fused else lambda m, lr: torch.optim.SGD(m.parameters(), lr)
+    optimizer = make(model, lr=0.1)
+    moved = []
+    for step in range(6):
+        before = model[0].feedback.detach().clone()
+        backward(model, step)
+        optimizer.step()
+        schedule.step()
+        moved.append(not torch.equal(model[0].feedback, before))
+    assert moved == [False, False, True, True, False, False]
+
+
+def test_a_second_schedule_takes_the_place_of_the_first_and_converting_ends_it():
+    model = network("wm", amp=0.4)
+    Schedule(model, amp=schedules.constant(0.5))
+    Schedule(model, amp=schedules.constant(0.25))
+    assert model[0].rule.amp == pytest.approx(0.1)
+    pyfeedback.convert(model, "wm")
+    assert model[0].rule == pyfeedback.rule("wm")
+    assert model[0].scheduled is None
+
+
 @pytest.mark.parametrize(
     ("curves", "message"),
     [({"gamma": schedules.constant(1)}, "gamma is no coefficient"), ({"amp": 3}, "amp is 3, expected a function")],
