@@ -17,6 +17,7 @@ from pyfeedback.conversion import (
 )
 from pyfeedback.init import Init
 from pyfeedback.metrics import LayerAlignment, alignment
+from pyfeedback.monitor import Monitor
 from pyfeedback.native import build_info
 from pyfeedback.providers import backend, current_backend, set_backend
 from pyfeedback.rules import Rule, rule
@@ -27,6 +28,7 @@ __all__ = [
     "Conversion",
     "Init",
     "LayerAlignment",
+    "Monitor",
     "Rule",
     "alignment",
     "backend",

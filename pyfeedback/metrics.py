@@ -20,6 +20,7 @@ class LayerAlignment:
     Attributes:
         angle: between feedback and weight.
         norm_ratio: |feedback| / |weight|.
+        weight_norm: |weight|.
         projection_angle: between the gradients that the layer hands to its input by way of feedback and of weight,
             for the output gradient of the same pass (local), all its calls together; None without a batch.
         gradient_angle: between the weight's gradient in this network and backprop's on the same batch (true); nan
@@ -28,6 +29,7 @@ class LayerAlignment:
 
     angle: float
     norm_ratio: float
+    weight_norm: float
     projection_angle: float | None = None
     gradient_angle: float | None = None
 
@@ -54,9 +56,9 @@ def alignment(
     layers = dict(feedback_layers(model))
     feedback = [layer.feedback for layer in layers.values() if layer.feedback is not None]
     products = _products(feedback, [layer.weight for layer in layers.values()])
-    angles = {name: (_angle(*p), _norm_ratio(*p)) for name, p in zip(layers, products, strict=True)}
+    weights = {name: (_angle(*p), _norm_ratio(*p), math.sqrt(p[1])) for name, p in zip(layers, products, strict=True)}
     if batch is None:
-        return {name: LayerAlignment(*pair) for name, pair in angles.items()}
+        return {name: LayerAlignment(*found) for name, found in weights.items()}
     if loss is None:
         raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
     with _observing(model):
@@ -64,7 +66,7 @@ def alignment(
     with _observing(model), weight_transport(model):
         true_gradients, _ = _gradients(model, layers, batch, loss, observe=False)
     return {
-        name: LayerAlignment(*angles[name], projections.get(name, math.nan), angle(g, t))
+        name: LayerAlignment(*weights[name], projections.get(name, math.nan), angle(g, t))
         for name, g, t in zip(layers, gradients, true_gradients, strict=True)
     }
 

@@ -1,0 +1,163 @@
+"""Alignment over time: read every n steps of training, kept as CSV, drawn as a picture."""
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import astuple, fields
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pyfeedback.metrics import LayerAlignment, alignment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = tuple(field.name for field in fields(LayerAlignment))
+
+
+class Monitor:
+    """Reads the alignment of a model as it trains.
+
+        monitor = pyfeedback.Monitor(model, every=100)
+        for x, target in data:
+            ...  # a step of training
+            monitor.step()
+        monitor.save("alignment.csv"), monitor.draw("alignment.png")
+
+    A reading takes one pass over the weights (:func:`pyfeedback.alignment`); a step without one adds 1 to a number.
+    Under DistributedDataParallel one rank is enough, with the module inside.
+
+    Args:
+        model: a model with feedback layers.
+        every: steps from one reading to the next; the first is that of the model as it is now, at step 0.
+        batch, loss: as :func:`pyfeedback.alignment` takes them, for the projection and gradient angles; a reading
+            then costs two training steps more.
+
+    Attributes:
+        readings: by step, what :func:`pyfeedback.alignment` returned.
+
+    Raises:
+        ValueError: ``every`` below 1, or a batch without a loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 100,
+        *,
+        batch: tuple | None = None,
+        loss: Callable[..., Tensor] | None = None,
+    ):
+        if every < 1:
+            raise ValueError(f"every is {every}, expected 1 or more")
+        self.model, self.every, self.batch, self.loss = model, every, batch, loss
+        self.readings: dict[int, dict[str, LayerAlignment]] = {}
+        self._last = 0
+        self._read()
+
+    def step(self) -> dict[str, LayerAlignment] | None:
+        """Go on by one step of training; returns the reading where one is due."""
+        self._last += 1
+        return self._read() if self._last % self.every == 0 else None
+
+    def save(self, path: str | Path) -> None:
+        """Write the readings as CSV: a row for each step and layer, with the fields of LayerAlignment."""
+        with open(path, "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["step", "layer", *COLUMNS])
+            rows.writerows(self._rows())
+
+    def load(self, path: str | Path) -> None:
+        """Take the readings of a file, and go on from the last of them.
+
+        Raises:
+            ValueError: a file whose columns are not those of :meth:`save`.
+        """
+        with open(path, newline="") as file:
+            columns, *rows = csv.reader(file)
+        if columns != ["step", "layer", *COLUMNS]:
+            raise ValueError(f"{path} has columns {','.join(columns)}, expected step,layer,{','.join(COLUMNS)}")
+        found = [(int(step), layer, *(float(v) if v else None for v in values)) for step, layer, *values in rows]
+        self.load_state_dict({"step": int(rows[-1][0]) if rows else 0, "readings": found})
+
+    def state_dict(self) -> dict:
+        """Step and readings, in numbers and strings alone."""
+        return {"step": self._last, "readings": self._rows()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self._last, self.readings = state["step"], {}
+        for step, layer, *values in state["readings"]:
+            self.readings.setdefault(step, {})[layer] = LayerAlignment(*values)
+
+    def draw(self, path: str | Path | None = None) -> "Figure":
+        """The readings as a matplotlib Figure, written to ``path`` if one is given.
+
+        A panel for each metric that was read, a line for each layer, dark near the input and light near the output.
+        Scale growth is the norm of W relative to that of the first reading.
+
+        Raises:
+            ValueError: there is nothing to draw, as in a model that learns by backprop.
+        """
+        if not any(self.readings.values()):
+            raise ValueError("model has no feedback layer, expected one that was converted to a rule other than bp")
+        figure = _figure(self.readings)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def _read(self) -> dict[str, LayerAlignment]:
+        self.readings[self._last] = found = alignment(self.model, self.batch, self.loss)
+        return found
+
+    def _rows(self) -> list[tuple]:
+        return [(step, layer, *astuple(a)) for step, found in self.readings.items() for layer, a in found.items()]
+
+
+def _growth(now: LayerAlignment, first: LayerAlignment) -> float:
+    return now.weight_norm / first.weight_norm if first.weight_norm else math.nan
+
+
+PANELS: dict[str, Callable[[LayerAlignment, LayerAlignment], float | None]] = {
+    "angle of B to W (degrees)": lambda now, first: now.angle,
+    "norm ratio |B| / |W|": lambda now, first: now.norm_ratio,
+    "scale growth of |W|": _growth,
+    "projection angle (degrees)": lambda now, first: now.projection_angle,
+    "gradient angle to backprop (degrees)": lambda now, first: now.gradient_angle,
+}
+NAMED = 8  # layers that a legend can name; of more a colour bar names the first and the last
+
+
+def _figure(readings: dict[int, dict[str, LayerAlignment]]) -> "Figure":
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    first = next(iter(readings.values()))
+    values = {
+        title: {layer: [panel(found[layer], first[layer]) for found in readings.values()] for layer in first}
+        for title, panel in PANELS.items()
+    }
+    shown = {title: lines for title, lines in values.items() if any(v is not None for v in chain(*lines.values()))}
+    depth = ScalarMappable(Normalize(0, max(1, len(first) - 1) / 0.9), "viridis")  # its yellow end is hard to see
+    rows, columns = -(-len(shown) // 3), min(3, len(shown))
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(2.9 * columns + 0.8, 2.7 * rows), dpi=200, layout="constrained")
+        for cell, (title, lines) in enumerate(shown.items(), 1):
+            axes = figure.add_subplot(rows, columns, cell, title=title, xlabel="step")
+            for number, (layer, line) in enumerate(lines.items()):
+                axes.plot(list(readings), line, color=depth.to_rgba(number), linewidth=1.3, label=layer)
+            axes.grid(color="#e6e6e6", linewidth=0.6)
+            if "degrees" in title:
+                axes.set(yticks=range(0, 181, 30), ylim=(0, max(95, axes.get_ylim()[1])))
+        if len(first) <= NAMED:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, title="layer")
+        else:
+            ends = [0, len(first) - 1]
+            bar = figure.colorbar(depth, ax=figure.axes, ticks=ends, boundaries=range(len(first)), label="layer")
+            bar.set_ticklabels([list(first)[end] for end in ends])
+    return figure

@@ -1,0 +1,167 @@
+"""The monitor: what it reads and when, the file and the picture, and what it costs a step."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyfeedback
+from pyfeedback import monitor as monitor_module
+
+
+def network(rule="kp", layers=2):
+    torch.manual_seed(0)
+    hidden = [module for _ in range(layers - 1) for module in (nn.Linear(6, 6), nn.Tanh())]
+    return pyfeedback.convert(nn.Sequential(*hidden, nn.Linear(6, 3)), rule)
+
+
+def train(model, monitor, steps):
+    """Steps of training with the monitor beside them; what it returned at each."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = pyfeedback.optim.SGD(model, lr=0.1)
+    found = []
+    for _ in range(steps):
+        x, target = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+        found.append(monitor.step())
+    return found
+
+
+def probe():
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def test_a_reading_every_n_steps_is_the_alignment_then():
+    model = network()
+    before = pyfeedback.alignment(model)
+    monitor = pyfeedback.Monitor(model, every=3)
+    found = train(model, monitor, 7)
+    assert [reading is not None for reading in found] == [False, False, True, False, False, True, False]
+    assert list(monitor.readings) == [0, 3, 6]
+    assert monitor.readings[0] == before
+    assert monitor.readings[6] == found[5] != before
+    train(model, monitor, 2)
+    assert monitor.readings[9] == pyfeedback.alignment(model)
+
+
+def test_a_step_between_readings_reads_nothing(monkeypatch):
+    monitor = pyfeedback.Monitor(network(), every=5)
+    monkeypatch.setattr(monitor_module, "alignment", lambda *_: pytest.fail("read"))
+    for _ in range(4):
+        monitor.step()
+
+
+def test_training_goes_as_without_a_monitor():
+    watched, alone = network("ia"), network("ia")
+    train(watched, pyfeedback.Monitor(watched, every=1, batch=probe(), loss=F.cross_entropy), 5)
+    train(alone, pyfeedback.Monitor(alone, every=100), 5)
+    assert all(map(torch.equal, watched.state_dict().values(), alone.state_dict().values()))
+
+
+def test_a_batch_gives_the_angles_of_gradients():
+    model = network("fa")
+    monitor = pyfeedback.Monitor(model, every=2, batch=probe(), loss=F.cross_entropy)
+    train(model, monitor, 2)
+    assert monitor.readings[2] == pyfeedback.alignment(model, probe(), F.cross_entropy)
+    assert monitor.readings[2]["0"].gradient_angle > 0
+
+
+@pytest.mark.parametrize("batch", [None, probe()], ids=["weights", "gradients"])
+def test_a_file_gives_back_what_was_saved(tmp_path, batch):
+    model = network("fa")
+    with torch.no_grad():
+        model[0].feedback.zero_()  # an angle of nan
+    monitor = pyfeedback.Monitor(model, every=2, batch=batch, loss=F.cross_entropy)
+    train(model, monitor, 4)
+    monitor.save(tmp_path / "alignment.csv")
+    header, first, *_ = (tmp_path / "alignment.csv").read_text().splitlines()
+    assert header == "step,layer,angle,norm_ratio,weight_norm,projection_angle,gradient_angle"
+    assert first.startswith("0,0,nan,0.0,")
+
+    again = pyfeedback.Monitor(model, every=2)
+    again.load(tmp_path / "alignment.csv")
+    assert repr(again.readings) == repr(monitor.readings)  # nan equals nothing
+    again.step(), again.step()
+    assert list(again.readings) == [0, 2, 4, 6]
+
+
+def test_a_state_dict_goes_on_where_it_was():
+    model = network()
+    monitor = pyfeedback.Monitor(model, every=3)
+    train(model, monitor, 4)
+    again = pyfeedback.Monitor(model, every=3)
+    again.load_state_dict(monitor.state_dict())
+    assert again.readings == monitor.readings
+    assert [again.step() is not None for _ in range(2)] == [False, True]
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n1,2.0\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv has columns epoch,loss, expected step,layer,angle"):
+        pyfeedback.Monitor(network()).load(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_every_is_a_step_or_more(every):
+    with pytest.raises(ValueError, match=f"every is {every}, expected 1 or more"):
+        pyfeedback.Monitor(network(), every=every)
+
+
+# The picture
+
+
+def lines(axes):
+    return [line.get_ydata().astype(float) for line in axes.get_lines()]
+
+
+@pytest.mark.parametrize("layers", [3, 12], ids=["legend", "colour bar"])
+def test_the_picture_shows_what_was_read(tmp_path, layers):
+    pytest.importorskip("matplotlib")
+    model = network(layers=layers)
+    monitor = pyfeedback.Monitor(model, every=2, batch=probe(), loss=F.cross_entropy)
+    train(model, monitor, 6)
+    panels = {axes.get_title(): axes for axes in monitor.draw(tmp_path / "a.png").axes if axes.get_title()}
+    angle, ratio, growth, projection, gradient = panels.values()
+    last = list(monitor.readings[6].values())
+    start = list(monitor.readings[0].values())
+    assert [line[-1] for line in lines(angle)] == [a.angle for a in last]
+    assert [line[-1] for line in lines(ratio)] == [a.norm_ratio for a in last]
+    assert [line[-1] for line in lines(growth)] == [
+        a.weight_norm / b.weight_norm for a, b in zip(last, start, strict=True)
+    ]
+    assert [line[-1] for line in lines(projection)] == [a.projection_angle for a in last]
+    assert [line[-1] for line in lines(gradient)] == [a.gradient_angle for a in last]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_batch_three_panels_and_nan_where_a_weight_was_zero():
+    pytest.importorskip("matplotlib")
+    model = network()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    _, _, growth = pyfeedback.Monitor(model).draw().axes
+    assert math.isnan(lines(growth)[0][0])
+    assert lines(growth)[1][0] == 1
+
+
+def test_backprop_has_nothing_to_draw():
+    with pytest.raises(ValueError, match="model has no feedback layer"):
+        pyfeedback.Monitor(network("bp")).draw()
+
+
+def test_matplotlib_is_imported_to_draw_alone(tmp_path):
+    code = """
+import sys, torch, pyfeedback
+monitor = pyfeedback.Monitor(pyfeedback.convert(torch.nn.Linear(3, 2), "fa"), every=1)
+monitor.step(), monitor.save("a.csv"), monitor.load("a.csv")
+assert "matplotlib" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
