@@ -133,24 +133,26 @@ NAMED = 8  # layers that a legend can name; of more a colour bar names the first
 
 def _figure(readings: dict[int, dict[str, LayerAlignment]]) -> "Figure":
     import matplotlib
+    import numpy as np
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     first = next(iter(readings.values()))
-    values = {
+    values: dict[str, dict[str, list]] = {
         title: {layer: [panel(found[layer], first[layer]) for found in readings.values()] for layer in first}
         for title, panel in PANELS.items()
     }
     shown = {title: lines for title, lines in values.items() if any(v is not None for v in chain(*lines.values()))}
     depth = ScalarMappable(Normalize(0, max(1, len(first) - 1) / 0.9), "viridis")  # its yellow end is hard to see
+    colors = depth.to_rgba(np.arange(len(first)))
     rows, columns = -(-len(shown) // 3), min(3, len(shown))
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(2.9 * columns + 0.8, 2.7 * rows), dpi=200, layout="constrained")
         for cell, (title, lines) in enumerate(shown.items(), 1):
             axes = figure.add_subplot(rows, columns, cell, title=title, xlabel="step")
-            for number, (layer, line) in enumerate(lines.items()):
-                axes.plot(list(readings), line, color=depth.to_rgba(number), linewidth=1.3, label=layer)
+            for color, (layer, line) in zip(colors, lines.items(), strict=True):
+                axes.plot(list(readings), line, color=color, linewidth=1.3, label=layer)
             axes.grid(color="#e6e6e6", linewidth=0.6)
             if "degrees" in title:
                 axes.set(yticks=range(0, 181, 30), ylim=(0, max(95, axes.get_ylim()[1])))
