@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pyfeedback.forms import COEFFICIENTS, Coefficients, Window
+from pyfeedback.forms import COEFFICIENTS, Coefficients, Window, WindowNd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,6 +29,24 @@ def check_conv2d(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor |
     ):
         _refuse_tensors(input, weight, feedback, bias, rank=4, groups=window.groups)
     _check_window(map_shape, kernel_shape, window)
+
+
+def check_convolution(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd
+) -> None:  # fmt: skip
+    """Raise where these are not the tensors of a convolution of any number of dimensions, or the window is none."""
+    map_shape, kernel_shape, groups, transposed = input.shape, weight.shape, window.groups, window.transposed
+    rank = len(kernel_shape)
+    if not (
+        rank >= 3
+        and len(map_shape) == rank
+        and feedback.shape == kernel_shape
+        and map_shape[1] == (kernel_shape[0] if transposed else kernel_shape[1] * groups)
+        and _consistent(input, weight, feedback, bias)
+        and (bias is None or bias.shape == (kernel_shape[1] * groups if transposed else kernel_shape[0],))
+    ):
+        _refuse_tensors(input, weight, feedback, bias, max(rank, 3), groups, transposed)
+    _check_window_nd(map_shape, kernel_shape, window)
 
 
 def check_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> None:
@@ -151,20 +169,55 @@ def _check_window(map_shape: Sequence[int], kernel_shape: Sequence[int], window:
         and rows > 0 and columns > 0
     ):  # fmt: skip
         return
-    for name, pair, least in (("stride", (sh, sw), 1), ("padding", (ph, pw), 0), ("dilation", (dh, dw), 1)):
-        if min(pair) < least:
-            raise ValueError(f"{name} is {pair}, expected {least} or more")
-    if groups < 1 or out_channels % groups:
-        raise ValueError(f"groups is {groups}, expected a divisor of the {out_channels} output channels of weight")
-    if min(rows, columns) < 1:
-        raise ValueError(f"weight has shape {tuple(kernel_shape)}, expected a window of at least 1x1")
-    reach = (dh * (rows - 1) + 1, dw * (columns - 1) + 1)
-    padded = (height + 2 * ph, width + 2 * pw)
-    raise ValueError(f"input has a padded map of {padded}, expected at least the dilated kernel's {reach}")
+    _check_window_nd(map_shape, kernel_shape, WindowNd(*window[:3], False, (0, 0), groups))
+    raise AssertionError("a refused window was not found")
+
+
+def _check_window_nd(map_shape: Sequence[int], kernel_shape: Sequence[int], window: WindowNd) -> None:
+    stride, padding, dilation, transposed, output_padding, groups = window
+    sizes, taps = tuple(map_shape[2:]), tuple(kernel_shape[2:])
+    for name, numbers, least in (
+        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1), ("output_padding", output_padding, 0)
+    ):  # fmt: skip
+        if len(numbers) != len(sizes):
+            raise ValueError(f"{name} is {numbers}, expected {len(sizes)} numbers, one for each dimension of the map")
+        if min(numbers) < least:
+            raise ValueError(f"{name} is {numbers}, expected {least} or more")
+    if groups < 1 or kernel_shape[0] % groups:
+        channels = "input" if transposed else "output"
+        raise ValueError(
+            f"groups is {groups}, expected a divisor of the {kernel_shape[0]} {channels} channels of weight"
+        )
+    if min(taps) < 1:
+        raise ValueError(f"weight has shape {tuple(kernel_shape)}, expected a window of at least {_times(taps)}")
+    if transposed:
+        _check_transposed_sizes(sizes, taps, window)
+        return
+    if any(output_padding):
+        raise ValueError(f"output_padding is {output_padding}, expected 0 where the convolution is not transposed")
+    reach = tuple(d * (r - 1) + 1 for d, r in zip(dilation, taps, strict=True))
+    padded = tuple(x + 2 * p for x, p in zip(sizes, padding, strict=True))
+    if any(x < r for x, r in zip(padded, reach, strict=True)):
+        raise ValueError(f"input has a padded map of {padded}, expected at least the dilated kernel's {reach}")
+
+
+def _check_transposed_sizes(sizes: tuple[int, ...], taps: tuple[int, ...], window: WindowNd) -> None:
+    stride, extra, dilation = window.stride, window.output_padding, window.dilation
+    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        raise ValueError(f"output_padding is {extra}, expected less than stride {stride} or dilation {dilation}")
+    made = window.output_shape((1, 1, *sizes), (1, 1, *taps))[2:]
+    if min(made) < 1:
+        raise ValueError(f"input has a map of {sizes}, expected one whose output {made} is 1 or more everywhere")
 
 
 def _refuse_tensors(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rank: int, groups: int
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    groups: int,
+    transposed: bool = False,
 ) -> NoReturn:
     """Raise for the first argument that is wrong."""
     tensors = {"input": input, "weight": weight, "feedback": feedback, "bias": bias}
@@ -173,11 +226,11 @@ def _refuse_tensors(
             raise TypeError(f"{name} has layout {tensor.layout}, expected torch.strided")
     if input.dtype not in DTYPES:
         raise TypeError(f"input has dtype {input.dtype}, expected float64, float32, bfloat16 or float16")
-    layout = {4: "4, [N, C, H, W]", 2: "2 or more, [N, ..., C]"}[rank]
-    if input.dim() < rank or (rank == 4 and input.dim() > 4):
+    layout = {4: "4, [N, C, H, W]", 2: "2 or more, [N, ..., C]"}.get(rank, f"{rank}, [N, C, ...]")
+    if input.dim() < rank or (rank > 2 and input.dim() > rank):
         raise ValueError(f"input has rank {input.dim()}, shape {_shape(input)}, expected rank {layout}")
     if weight.dim() != rank:
-        layout = {4: "[K, C/groups, R, S]", 2: "[K, C]"}[rank]
+        layout = {4: "[K, C/groups, R, S]", 2: "[K, C]"}.get(rank, "[K, C/groups, ...]")
         raise ValueError(f"weight has rank {weight.dim()}, shape {_shape(weight)}, expected rank {rank}, {layout}")
     if feedback.shape != weight.shape:
         raise ValueError(f"feedback has shape {_shape(feedback)}, expected that of weight, {_shape(weight)}")
@@ -186,13 +239,20 @@ def _refuse_tensors(
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of input, {input.dtype}")
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name} is on {tensor.device}, expected the device of input, {input.device}")
-    channels = input.shape[1] if rank == 4 else input.shape[-1]
-    if channels != weight.shape[1] * groups:
-        expected = f"{weight.shape[1] * groups} = {weight.shape[1]} of weight * {groups} groups"
+    channels = input.shape[1] if rank > 2 else input.shape[-1]
+    near, far = weight.shape[0], weight.shape[1] * groups
+    of_groups = f"{far} = {weight.shape[1]} of weight * {groups} groups"
+    if channels != (near if transposed else far):
+        expected = f"{near}, the input channels of weight" if transposed else of_groups
         raise ValueError(f"input has {channels} channels, shape {_shape(input)}, expected {expected}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {_shape(bias)}, expected ({weight.shape[0]},), the output channels of weight")
+    outputs = far if transposed else near
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias has shape {_shape(bias)}, expected ({outputs},), the output channels of weight")
     raise AssertionError("a refused argument was not found")
+
+
+def _times(taps: tuple[int, ...]) -> str:
+    return "x".join("1" for _ in taps)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

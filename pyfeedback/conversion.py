@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from pyfeedback.forms import Form, needs_response
 from pyfeedback.init import Init, as_init, fresh
-from pyfeedback.nn import LAYERS, FeedbackLayer
+from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
@@ -48,11 +48,12 @@ def convert(
     init: Init | Callable[[Tensor], object] | None = None,
     return_report: bool = False,
 ):
-    """Give every nn.Conv2d and nn.Linear of ``model`` a feedback path that learns by ``rule``; in place.
+    """Give every convolution and linear layer of ``model`` a feedback path that learns by ``rule``; in place.
 
     The modules stay the same objects: weights, dtype, device, memory format, training mode, hooks and sharing are
     kept, and an optimizer built before goes on. A layer that has a feedback path already gets the new rule and a fresh
-    feedback. Subclasses of the two layers are left alone, since what their forward does is their own.
+    feedback. The layers are those of :mod:`pyfeedback.nn`; subclasses are left alone, since what their forward does
+    is their own.
 
     Args:
         model: any module, or one layer.
@@ -66,8 +67,11 @@ def convert(
     """
     rule, init = as_rule(rule), as_init(init)
     report = Conversion(rule)
+    unsupported = _unsupported(model)
     for name, module in model.named_modules():
-        if isinstance(module, FeedbackLayer) or type(module) in LAYERS:
+        if module in unsupported:
+            report.left[name] = unsupported[module]
+        elif isinstance(module, FeedbackLayer) or type(module) in LAYERS:
             module.__class__ = LAYERS.get(type(module), type(module))
             module.attach_feedback(rule, init.of_layer(name))
             if module.feedback is not None:
@@ -97,7 +101,7 @@ def unconvert(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         if type(layer) not in plain:
             what = f"{name or 'the model'} is a {type(layer).__name__}"
-            raise ValueError(f"{what}, expected Conv2d or Linear themselves: remove its parametrizations first")
+            raise ValueError(f"{what}, expected a layer of pyfeedback.nn itself: remove its parametrizations first")
     for _, layer in layers:
         layer.detach_feedback()
         layer.__class__ = plain[type(layer)]
@@ -124,6 +128,24 @@ def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter of ``model`` that is no feedback weight: what an optimizer of the task takes."""
     feedback = {id(p) for p in feedback_parameters(model)}
     return (p for p in model.parameters() if id(p) not in feedback)
+
+
+def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that have weights and no feedback path, and why."""
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            reasons[module] = "an embedding passes no error on to its input, so it has nothing to feed back"
+        elif isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
+            if type(module) is not nn.MultiheadAttention:
+                what = f"{type(module).__name__}, a subclass of MultiheadAttention"
+            elif not module._qkv_same_embed_dim:
+                what = "attention with kdim or vdim other than embed_dim"
+            else:
+                continue
+            reasons[module] = f"{what} has weights, and no feedback layer stands for it"
+            reasons[module.out_proj] = "its attention reads the weight without calling it"
+    return reasons
 
 
 def _like(weight: Tensor) -> Callable[[Tensor], object]:

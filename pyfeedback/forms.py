@@ -41,6 +41,26 @@ class Window(NamedTuple):
         return (input[0], weight[0], *((x + 2 * p - d * (r - 1) - 1) // s + 1 for x, r, s, p, d in spans))
 
 
+class WindowNd(NamedTuple):
+    """The same in any number of dimensions, or transposed: the arguments of torch.convolution after the tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def output_shape(self, input: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """(N, K, ...) for an input (N, C, ...) and a weight (K, C/g, ...), or (C, K/g, ...) where it is transposed."""
+        reach = [d * (r - 1) + 1 for d, r in zip(self.dilation, weight[2:], strict=True)]
+        spans = zip(input[2:], reach, self.stride, self.padding, self.output_padding, strict=True)
+        if self.transposed:
+            sizes = [(x - 1) * s - 2 * p + r + extra for x, r, s, p, extra in spans]
+            return (input[0], weight[1] * self.groups, *sizes)
+        return (input[0], weight[0], *((x + 2 * p - r) // s + 1 for x, r, s, p, _ in spans))
+
+
 class Problem(NamedTuple):
     """Sizes of one layer: ``positions`` is n * P * Q, the samples used times the output positions of each."""
 
@@ -71,6 +91,13 @@ def conv2d_problem(input: Sequence[int], weight: Sequence[int], window: Window, 
     n, k, p, q = window.output_shape(input, weight)
     positions = (samples or n) * p * q
     return Problem(positions, input[1], k, weight[2] * weight[3], window.groups, is_pointwise(weight, window))
+
+
+def convolution_problem(input: Sequence[int], weight: Sequence[int], window: WindowNd, samples: int) -> Problem:
+    """The problem of a convolution of any number of dimensions; what it costs does not depend on which way it goes."""
+    read = input if window.transposed else window.output_shape(input, weight)  # where the kernel is laid
+    positions = (samples or input[0]) * math.prod(read[2:])
+    return Problem(positions, weight[1] * window.groups, weight[0], math.prod(weight[2:]), window.groups, False)
 
 
 def linear_problem(input: Sequence[int], weight: Sequence[int], samples: int) -> Problem:

@@ -15,7 +15,7 @@ from torch.nn.modules.utils import _pair
 
 from pyfeedback import arguments, registration, transforms
 from pyfeedback import scheduled as scheduled  # defines ops
-from pyfeedback.forms import Coefficients, Window
+from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import provide, saves_response
 
 
@@ -70,6 +70,46 @@ def fa_conv2d(
     rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
     arguments.check_coefficients(rule, input.shape[0])
     return conv2d(input, weight, feedback, bias, window, rule)
+
+
+def fa_convolution(
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    **rule,
+) -> Tensor:
+    """Convolution of any number of dimensions, or its transpose, whose input gradient goes through ``feedback``.
+
+    Forward it is ``torch.convolution``. Backward and rule are those of :func:`fa_conv2d`, with the transpose in the
+    place of the convolution, and the other way round, where ``transposed``.
+
+    Args:
+        input: [N, C, ...].
+        weight, feedback: [K, C/groups, ...]; [C, K/groups, ...] where ``transposed``.
+        bias: [K] or None.
+        stride, padding, dilation, output_padding: one number for all dimensions, or one for each.
+        rule: decay, amp, null, sparse, self_, tie, center, samples, as in :func:`fa_conv2d`.
+
+    Returns:
+        [N, K, ...].
+
+    Raises, Source: as :func:`fa_conv2d`.
+    """
+    spatial = max(weight.dim() - 2, 0)
+    stride, padding, dilation, output_padding = (
+        (n,) * spatial if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation, output_padding)
+    )
+    coefficients = Coefficients(**rule)
+    arguments.check_coefficients(coefficients, input.shape[0])
+    window = WindowNd(stride, padding, dilation, transposed, output_padding, groups)
+    return convolution(input, weight, feedback, bias, window, coefficients)
 
 
 def fa_linear(
@@ -165,6 +205,20 @@ def conv2d(
     return _Conv2d.apply(input, weight, feedback, bias, (window, rule))
 
 
+def convolution(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd, rule: Coefficients
+) -> Tensor:
+    """:func:`fa_convolution` for coefficients already checked: the layers' road."""
+    if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
+        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    arguments.check_convolution(input, weight, feedback, bias, window)
+    if torch._C._are_functorch_transforms_active():
+        return transforms.convolution(input, weight, feedback, bias, window, rule)
+    if torch.compiler.is_compiling():
+        return torch.ops.pyfeedback.fa_convolution.default(input, weight, feedback, bias, *window, **rule._asdict())
+    return _Convolution.apply(input, weight, feedback, bias, (window, rule))
+
+
 def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
     """:func:`fa_linear` for coefficients already checked: the layers' road."""
     if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
@@ -184,6 +238,16 @@ def scheduled_conv2d(
     if torch.is_autocast_enabled(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     return torch.ops.pyfeedback.scheduled_conv2d.default(input, weight, feedback, bias, coefficients, *window, **rule)
+
+
+def scheduled_convolution(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, coefficients: Tensor, window: WindowNd, **rule
+) -> Tensor:
+    """:func:`convolution` likewise."""
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    op = torch.ops.pyfeedback.scheduled_convolution.default
+    return op(input, weight, feedback, bias, coefficients, *window, **rule)
 
 
 def scheduled_linear(
@@ -220,6 +284,21 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         return *_backward("conv2d_backward", ctx, grad_output), None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, feedback, bias, options):
+        window, rule = options
+        output = torch.convolution(input, weight, bias, *window)
+        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, window, rule)
+        ctx.save_for_backward(input, weight, feedback, output if keep else None)
+        ctx.options = options
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_backward("convolution_backward", ctx, grad_output), None
 
 
 class _Linear(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback import arguments, aten, native
-from pyfeedback.forms import Coefficients, Window
+from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.kernels import measured
 
 BACKENDS = ("auto", "aten", "native", "triton")
@@ -59,6 +59,7 @@ def _center(input: Tensor, samples: int) -> Tensor:
 
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("conv2d_backward", "aten"): aten.conv2d_backward,
+    ("convolution_backward", "aten"): aten.convolution_backward,
     ("conv2d_backward", "triton"): partial(_fused, "conv2d_backward", False),
     ("conv2d_backward", "measured"): partial(_fused, "conv2d_backward", True),
     ("linear_backward", "aten"): aten.linear_backward,
@@ -95,11 +96,13 @@ def provide(op: str, device_type: str) -> Callable:
 
 
 def saves_response(
-    input: Tensor, weight: Tensor, bias: Tensor | None, window: Window | None, rule: Coefficients
+    input: Tensor, weight: Tensor, bias: Tensor | None, window: Window | WindowNd | None, rule: Coefficients
 ) -> bool:
     """True where the backward of this layer will read the forward's output; ``window`` is None for a linear layer."""
     if window is None:
         return aten.linear_saves_response(input, weight, bias, rule)
+    if isinstance(window, WindowNd):
+        return aten.convolution_saves_response(input, weight, bias, window, rule)
     return aten.conv2d_saves_response(input, weight, bias, window, rule)
 
 

@@ -53,6 +53,47 @@ def conv2d(
     return y if bias is None else y + bias.view(-1, 1, 1), penalty
 
 
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    transposed: bool = False,
+    output_padding=0,
+    groups: int = 1,
+    *,
+    tie: float = 0.0,
+    **rule,
+) -> tuple[Tensor, Tensor]:
+    """The same in any number of dimensions, or for a transposed convolution, weight and feedback [C, K/g, ...].
+
+    What the feedback path does is taken from autograd: the gradient of the forward, at B.
+    """
+    spatial = input.dim() - 2
+    plain = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    of_transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+
+    def conv(x, kernel):
+        if transposed:
+            return of_transpose(x, kernel, None, stride, padding, output_padding, groups, dilation)
+        return plain(x, kernel, None, stride, padding, dilation, groups)
+
+    def conv_transposed(y, kernel):
+        at = torch.zeros_like(input[: len(y)], requires_grad=True)
+        return torch.autograd.grad(conv(at, kernel), at, y, create_graph=True)[0]
+
+    fixed = input.detach()
+    through_feedback = conv(input, feedback.detach())
+    y = conv(fixed, weight) + _without_value(through_feedback)
+    if tie:
+        y = y + tie * _without_value(conv(fixed, feedback))
+    penalty = regulariser(fixed, y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
+    return y if bias is None else y + bias.view(-1, *(1,) * spatial), penalty
+
+
 def linear(
     input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, *, tie: float = 0.0, **rule
 ) -> tuple[Tensor, Tensor]:

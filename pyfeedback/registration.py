@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfeedback import arguments
-from pyfeedback.forms import Coefficients, Window
+from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import provide, saves_response
 from pyfeedback.schemas import LIBRARY
 
@@ -34,6 +34,15 @@ def fa_conv2d(
     arguments.check_conv2d(input, weight, feedback, bias, window)
     arguments.check_coefficients(Coefficients(**rule), input.shape[0])
     return torch.conv2d(input, weight, bias, *window)
+
+
+def fa_convolution(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *window, **rule
+) -> Tensor:  # fmt: skip
+    """The op's implementation: arguments are checked, the forward is torch's."""
+    arguments.check_convolution(input, weight, feedback, bias, _window_nd(*window))
+    arguments.check_coefficients(Coefficients(**rule), input.shape[0])
+    return torch.convolution(input, weight, bias, *window)
 
 
 def fa_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, **rule) -> Tensor:
@@ -64,6 +73,25 @@ def fa_conv2d_backward(
     arguments.check_backward(grad_output, window.output_shape(input.shape, weight.shape), input, response, output_mask)
     backward = provide("conv2d_backward", input.device.type)
     return backward(grad_output, input, weight, feedback, response, window, coefficients, output_mask)
+
+
+def fa_convolution_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    response: Tensor | None,
+    *window,
+    output_mask: Sequence[bool] = (True, True, True, True),
+    **rule,
+):
+    """The op's implementation, by the provider of the device."""
+    place, coefficients = _window_nd(*window), Coefficients(**rule)
+    arguments.check_convolution(input, weight, feedback, None, place)
+    arguments.check_coefficients(coefficients, input.shape[0])
+    arguments.check_backward(grad_output, place.output_shape(input.shape, weight.shape), input, response, output_mask)
+    backward = provide("convolution_backward", input.device.type)
+    return backward(grad_output, input, weight, feedback, response, place, coefficients, output_mask)
 
 
 def fa_linear_backward(
@@ -106,8 +134,10 @@ def _center(input: Tensor, samples: int) -> Tensor:
 
 for _name, _implementation in {
     "fa_conv2d": fa_conv2d,
+    "fa_convolution": fa_convolution,
     "fa_linear": fa_linear,
     "fa_conv2d_backward": fa_conv2d_backward,
+    "fa_convolution_backward": fa_convolution_backward,
     "fa_linear_backward": fa_linear_backward,
     "feedback_step_": feedback_step_,
     "center": _center,
@@ -121,8 +151,9 @@ for _name, _implementation in {
 def fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(True, True, True, True), **rule):
     """Empty gradients, for any of the backward ops."""
     like = (input, weight, weight)
+    channels = grad_output.shape[-1] if weight.dim() == 2 else grad_output.shape[1]
     grads = [torch.empty_like(t) if need else None for t, need in zip(like, output_mask, strict=False)]
-    return (*grads, weight.new_empty(weight.shape[0]) if output_mask[3] else None)
+    return (*grads, weight.new_empty(channels) if output_mask[3] else None)
 
 
 def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, noise=0.0, **_) -> None:
@@ -141,8 +172,10 @@ def _fake_center(input: Tensor, samples: int) -> Tensor:
 
 
 torch.library.register_fake("pyfeedback::fa_conv2d", fa_conv2d, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_convolution", fa_convolution, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_linear", fa_linear, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_conv2d_backward", fake_gradients, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_convolution_backward", fake_gradients, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_linear_backward", fake_gradients, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
@@ -157,9 +190,8 @@ torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRA
 def _save(ctx, inputs, keyword_only_inputs, output: Tensor) -> None:
     input, weight, feedback, bias, *window = inputs
     ctx.window, ctx.rule = window, keyword_only_inputs
-    saved = ctx.needs_input_grad[2] and saves_response(
-        input, weight, bias, _window(*window) if window else None, Coefficients(**ctx.rule)
-    )
+    place = None if not window else _window_nd(*window) if len(window) == 6 else _window(*window)
+    saved = ctx.needs_input_grad[2] and saves_response(input, weight, bias, place, Coefficients(**ctx.rule))
     ctx.save_for_backward(input, weight, feedback, output if saved else None)
 
 
@@ -181,6 +213,7 @@ def refuse_double_backward(ctx, *grads):
 
 for _name, _op in {
     "fa_conv2d": _ops.fa_conv2d_backward.default,
+    "fa_convolution": _ops.fa_convolution_backward.default,
     "fa_linear": _ops.fa_linear_backward.default,
 }.items():
     torch.library.register_autograd(f"pyfeedback::{_name}", _differentiate(_op), setup_context=_save, lib=LIBRARY)
@@ -207,7 +240,7 @@ def cast_to(value, dtype: torch.dtype, device_type: str):
     return value.to(dtype) if eligible and value.device.type == device_type else value
 
 
-for _name in ("fa_conv2d", "fa_linear"):
+for _name in ("fa_conv2d", "fa_convolution", "fa_linear"):
     for _device_type in ("cpu", "cuda"):
         _op = getattr(_ops, _name).default
         LIBRARY.impl(_name, _autocast(_op, _device_type), f"Autocast{_device_type.upper()}")
@@ -215,3 +248,7 @@ for _name in ("fa_conv2d", "fa_linear"):
 
 def _window(stride, padding, dilation, groups) -> Window:
     return Window(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _window_nd(stride, padding, dilation, transposed, output_padding, groups) -> WindowNd:
+    return WindowNd(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)

@@ -52,6 +52,7 @@ def _differentiate(backward_op):
 
 for _name, _plain, _plain_backward in (
     ("scheduled_conv2d", registration.fa_conv2d, registration.fa_conv2d_backward),
+    ("scheduled_convolution", registration.fa_convolution, registration.fa_convolution_backward),
     ("scheduled_linear", registration.fa_linear, registration.fa_linear_backward),
 ):
     LIBRARY.impl(_name, _forward(_plain), "CompositeExplicitAutograd")

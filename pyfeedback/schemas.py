@@ -13,10 +13,13 @@ _RULE = (
 )
 _SCHEDULED = "bool center, SymInt samples, SymInt positions"
 _WINDOW = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
+_WINDOW_ND = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
 _BACKWARD = "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? response=None"
-_LAYER = "Tensor input, Tensor weight, Tensor feedback, Tensor? bias, Tensor coefficients"
+_LAYER = "Tensor input, Tensor weight, Tensor feedback, Tensor? bias"
+_SCHEDULED_LAYER = f"{_LAYER}, Tensor coefficients"
 _PLACE = "int[2] stride, int[2] padding, int[2] dilation, int groups"
-_SAVED = "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? response, Tensor coefficients"
+_SAVED_LAYER = "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? response"
+_SAVED = f"{_SAVED_LAYER}, Tensor coefficients"
 _MASK = "bool[4] output_mask=[True, True, True, True]"
 _GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_feedback, Tensor grad_bias)"
 _STEP = (
@@ -27,12 +30,16 @@ _STEP = (
 
 SCHEMAS = {
     "fa_conv2d": f"(Tensor input, Tensor weight, Tensor feedback, Tensor? bias=None, {_WINDOW}, *, {_RULE}) -> Tensor",
+    "fa_convolution": f"({_LAYER}, {_WINDOW_ND}, *, {_RULE}) -> Tensor",
     "fa_linear": f"(Tensor input, Tensor weight, Tensor feedback, Tensor? bias=None, *, {_RULE}) -> Tensor",
     "fa_conv2d_backward": f"({_BACKWARD}, {_WINDOW}, *, {_RULE}, {_MASK}) -> {_GRADS}",
+    "fa_convolution_backward": f"({_SAVED_LAYER}, {_WINDOW_ND}, *, {_RULE}, {_MASK}) -> {_GRADS}",
     "fa_linear_backward": f"({_BACKWARD}, *, {_RULE}, {_MASK}) -> {_GRADS}",
-    "scheduled_conv2d": f"({_LAYER}, {_PLACE}, *, {_SCHEDULED}) -> Tensor",
-    "scheduled_linear": f"({_LAYER}, *, {_SCHEDULED}) -> Tensor",
+    "scheduled_conv2d": f"({_SCHEDULED_LAYER}, {_PLACE}, *, {_SCHEDULED}) -> Tensor",
+    "scheduled_convolution": f"({_SCHEDULED_LAYER}, {_WINDOW_ND}, *, {_SCHEDULED}) -> Tensor",
+    "scheduled_linear": f"({_SCHEDULED_LAYER}, *, {_SCHEDULED}) -> Tensor",
     "scheduled_conv2d_backward": f"({_SAVED}, {_PLACE}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
+    "scheduled_convolution_backward": f"({_SAVED}, {_WINDOW_ND}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
     "scheduled_linear_backward": f"({_SAVED}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
     "feedback_step_": f"({_STEP}) -> ()",
     "native_feedback_step_": f"({_STEP}) -> ()",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfeedback.forms import Coefficients, Window
+from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import provide
 
 
@@ -17,6 +17,13 @@ def conv2d(
 ) -> Tensor:
     """:func:`pyfeedback.functional.conv2d`, transformable."""
     return _Layer.apply(input, weight, feedback, bias, "conv2d_backward", (window, rule))
+
+
+def convolution(
+    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd, rule: Coefficients
+) -> Tensor:
+    """:func:`pyfeedback.functional.convolution`, transformable."""
+    return _Layer.apply(input, weight, feedback, bias, "convolution_backward", (window, rule))
 
 
 def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
@@ -29,6 +36,8 @@ class _Layer(torch.autograd.Function):
     def forward(input, weight, feedback, bias, op, options):
         if op == "conv2d_backward":
             return torch.conv2d(input, weight, bias, *options[0])
+        if op == "convolution_backward":
+            return torch.convolution(input, weight, bias, *options[0])
         return F.linear(input, weight, bias)
 
     @staticmethod

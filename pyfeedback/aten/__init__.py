@@ -1,7 +1,14 @@
 """The "aten" provider: every op composed of PyTorch's own kernels, on any device."""
 
 from pyfeedback.aten.alignment import alignment_products
-from pyfeedback.aten.backward import conv2d_backward, conv2d_saves_response, linear_backward, linear_saves_response
+from pyfeedback.aten.backward import (
+    conv2d_backward,
+    conv2d_saves_response,
+    convolution_backward,
+    convolution_saves_response,
+    linear_backward,
+    linear_saves_response,
+)
 from pyfeedback.aten.center import center
 from pyfeedback.aten.step import feedback_step_
 
@@ -10,6 +17,8 @@ __all__ = [
     "center",
     "conv2d_backward",
     "conv2d_saves_response",
+    "convolution_backward",
+    "convolution_saves_response",
     "feedback_step_",
     "linear_backward",
     "linear_saves_response",

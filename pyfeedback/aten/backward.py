@@ -15,8 +15,10 @@ from pyfeedback.forms import (
     Form,
     Problem,
     Window,
+    WindowNd,
     choose_form,
     conv2d_problem,
+    convolution_problem,
     is_pointwise,
     linear_problem,
     needs_response,
@@ -100,11 +102,48 @@ def linear_backward(
     )
 
 
+def convolution_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    response: Tensor | None,
+    window: WindowNd,
+    rule: Coefficients,
+    mask: Mask,
+) -> Gradients:
+    """The same for a convolution of any number of dimensions, transposed or not."""
+    need_input, need_weight, need_feedback, need_bias = mask[:4]
+    needs = (need_input, need_weight or (need_feedback and rule.tie != 0), need_bias)
+    grad_input, grad_weight, grad_bias, grad_feedback = None, None, None, None
+    if True in needs:
+        channels = (grad_output.shape[1],)
+        grad_input, grad_weight, grad_bias = _convolution_backward(
+            grad_output, input, feedback, channels, *window, needs
+        )  # fmt: skip
+    if need_feedback:
+        layer = _Convolution(weight, window)
+        grad_feedback = _feedback_gradient(layer, input, response, weight, feedback, grad_weight, rule)
+    return (
+        _laid_out_like(grad_input, input),
+        _laid_out_like(grad_weight, weight) if need_weight else None,
+        _laid_out_like(grad_feedback, weight),
+        grad_bias,
+    )
+
+
 def conv2d_saves_response(
     input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
 ) -> bool:
     """True where the forward's output is the response and the backward will read it."""
     return _saves_response(_Conv2d(weight, window), input, bias, rule)
+
+
+def convolution_saves_response(
+    input: Tensor, weight: Tensor, bias: Tensor | None, window: WindowNd, rule: Coefficients
+) -> bool:
+    """True where the forward's output is the response and the backward will read it."""
+    return _saves_response(_Convolution(weight, window), input, bias, rule)
 
 
 def linear_saves_response(input: Tensor, weight: Tensor, bias: Tensor | None, rule: Coefficients) -> bool:
@@ -144,6 +183,25 @@ class _Conv2d:
         return _convolution_backward(y, x, kernel, None, stride, padding, dilation, False, (0, 0), groups, mask)
 
 
+class _Convolution:
+    """The products of a convolution of any number of dimensions, which never is taken for a pointwise one."""
+
+    def __init__(self, weight: Tensor, window: WindowNd):
+        self.weight, self.window = weight, window
+
+    def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
+        return convolution_problem(input_shape, self.weight.shape, self.window, samples)
+
+    def respond(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return torch.convolution(x, kernel, None, *self.window)
+
+    def project(self, y: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
+        return _convolution_backward(y, x, kernel, None, *self.window, (True, False, False))[0]
+
+    def correlate(self, x: Tensor, y: Tensor) -> Tensor:
+        return _convolution_backward(y, x, self.weight, None, *self.window, (False, True, False))[1]
+
+
 class _Linear:
     """The products of a linear layer: activations [n, ..., C], kernels [K, C]."""
 
@@ -166,14 +224,17 @@ class _Linear:
         return self.correlate(x, x)
 
 
-def _saves_response(layer: _Conv2d | _Linear, input: Tensor, bias: Tensor | None, rule: Coefficients) -> bool:
+_Layer = _Conv2d | _Convolution | _Linear
+
+
+def _saves_response(layer: _Layer, input: Tensor, bias: Tensor | None, rule: Coefficients) -> bool:
     if bias is not None or not reads_data(rule) or input.shape[0] == 0:
         return False
     return needs_response(choose_form(layer.problem(input.shape, rule.samples), rule, True), rule)
 
 
 def _feedback_gradient(
-    layer: _Conv2d | _Linear,
+    layer: _Layer,
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,

@@ -1,0 +1,155 @@
+"""Multi-head attention with feedback paths through its projections; attention itself is PyTorch's."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from pyfeedback import functional
+from pyfeedback.init import Init
+from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.nn.linear import Linear
+from pyfeedback.rules import Rule
+
+
+class OutProjection(Linear, NonDynamicallyQuantizableLinear):
+    """The output projection of an attention layer, a :class:`Linear` that torch.nn gives a class of its own."""
+
+
+class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` whose four projections have feedback paths.
+
+    ``feedback`` [3E, E] stands for the query, key and value projections, in the layout of ``in_proj_weight``;
+    ``out_proj.feedback`` [E, E] for the output's. A rule's n counts the batch, wherever ``batch_first`` puts it.
+
+    Args:
+        rule, init: as in :class:`Linear`.
+        others: as torch.nn.MultiheadAttention, except that ``kdim`` and ``vdim`` are those of the query.
+
+    Shape, masks and results: torch.nn's; nested tensors are not taken.
+
+    Raises:
+        ValueError: ``kdim`` or ``vdim`` differ from ``embed_dim``.
+    """
+
+    out_proj: OutProjection
+
+    def __init__(
+        self, *args, rule: str | Rule = "fa", init: Init | Callable[[Tensor], object] | None = None, **options
+    ):
+        super().__init__(*args, **options)
+        if not self._qkv_same_embed_dim:
+            raise ValueError(
+                f"kdim is {self.kdim} and vdim {self.vdim}, expected embed_dim, {self.embed_dim}, for both"
+            )
+        self.out_proj.__class__ = OutProjection
+        self.out_proj.attach_feedback(rule, init)
+        self.attach_feedback(rule, init)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """``in_proj_weight``, what ``feedback`` stands beside."""
+        return self.in_proj_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``in_proj_bias``."""
+        return self.in_proj_bias
+
+    def reset_parameters(self) -> None:
+        """Draw all weights, biases and feedback afresh."""
+        self._reset_parameters()
+        self.reset_feedback()
+        self.out_proj.reset_feedback()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.feedback is None and self.out_proj.feedback is None:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask is None, expected a mask where is_causal is True, which is but a hint")
+        batched = query.dim() == 3
+        q, k, v = self._project(query, key, value)
+        mask = _merged(attn_mask, key_padding_mask, self.num_heads, len(q), q.dtype)
+        k, v, mask = self._extended(k, v, mask)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
+            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
+            mixed = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            mixed, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if not batched:
+            return output.squeeze(0), weights if weights is None else weights.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values, the batch first; one product where all three are one tensor.
+
+        Each projection follows the rule as a layer of its own. Only null would tell one product from three.
+        """
+        moves = self.rule.null != 0 or self.scheduled is not None
+        parts = 1 if key is query and value is query and not moves else 3
+        inputs = (query, key, value)[:parts]
+        if query.dim() == 2:
+            inputs = tuple(t.unsqueeze(0) for t in inputs)
+        elif not self.batch_first:
+            inputs = tuple(t.transpose(0, 1) for t in inputs)
+        stacked = (self.weight, self.feedback, self.bias)
+        of_each = (t.chunk(parts) if t is not None else (None,) * parts for t in stacked)
+        projected = [self._respond(*each) for each in zip(inputs, *of_each, strict=True)]
+        return list(projected[0].chunk(3, -1)) if parts == 1 else projected
+
+    def _respond(self, input: Tensor, weight: Tensor, feedback: Tensor | None, bias: Tensor | None) -> Tensor:
+        if feedback is None:
+            return F.linear(input, weight, bias)
+        positions = input.shape[1] if self.rule.reduction == "mean" else 1
+        if self.scheduled is not None and torch.compiler.is_compiling():
+            moving = self._moving(input, positions)
+            return functional.scheduled_linear(input, weight, feedback, bias, self.scheduled, **moving)
+        return functional.linear(input, weight, feedback, bias, self.rule.coefficients(input.shape[0], positions))
+
+    def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values with what ``add_bias_kv`` and ``add_zero_attn`` append, which no mask hides."""
+        tails = [(self.bias_k, self.bias_v)] if self.bias_k is not None and self.bias_v is not None else []
+        tails += [(k.new_zeros(1, 1, self.embed_dim),) * 2] if self.add_zero_attn else []
+        for of_keys, of_values in tails:
+            k, v = (torch.cat([t, e.to(t.dtype).expand(len(t), 1, -1)], 1) for t, e in ((k, of_keys), (v, of_values)))
+        return k, v, mask if mask is None or not tails else F.pad(mask, (0, len(tails)))
+
+
+def _merged(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, batch: int, dtype: torch.dtype
+) -> Tensor | None:
+    """One additive mask that broadcasts over [N, heads, L, S]; True hides in a boolean one."""
+    merged: Tensor | None = None
+    for given, is_padding in ((attn_mask, False), (key_padding_mask, True)):
+        if given is None:
+            continue
+        mask = given
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+        if is_padding:
+            mask = mask.reshape(batch, 1, 1, -1)
+        elif mask.dim() == 3:
+            mask = mask.unflatten(0, (batch, heads))
+        mask = mask.to(dtype)
+        merged = mask if merged is None else merged + mask
+    return merged

@@ -1,0 +1,156 @@
+"""Convolutions with a feedback path, of any number of dimensions and transposed."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfeedback import functional
+from pyfeedback.forms import Window, WindowNd
+from pyfeedback.init import Init
+from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.rules import Rule
+
+
+class Conv2d(FeedbackLayer, torch.nn.Conv2d):
+    """``torch.nn.Conv2d`` with a feedback path.
+
+    Args:
+        rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
+        others: as torch.nn.Conv2d, every padding mode included.
+
+    Shape:
+        input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q]; feedback [K, C/groups, R, S].
+        Padding of another mode than "zeros" is applied first, so the rule sees the padded input; so is the uneven
+        one of "same" with an even kernel.
+
+    Equivalent forward: ``torch.nn.Conv2d.forward``. Backward and rule: :func:`pyfeedback.functional.fa_conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        rule: str | Rule = "fa",
+        init: Init | Callable[[Tensor], object] | None = None,
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self.attach_feedback(rule, init)
+
+    def forward(self, input: Tensor) -> Tensor:
+        feedback = self.feedback
+        if feedback is None:
+            return super().forward(input)
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        weight, padding, rule = self.weight, self.padding, self.rule
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
+        window = Window(self.stride, padding, self.dilation, self.groups)
+        positions = 1
+        if rule.reduction == "mean":
+            positions = math.prod(window.output_shape(input.shape, weight.shape)[2:])
+        if self.scheduled is not None and torch.compiler.is_compiling():
+            moving = self._moving(input, positions)
+            return functional.scheduled_conv2d(input, weight, feedback, self.bias, self.scheduled, window, **moving)
+        coefficients = rule.coefficients(input.shape[0], positions)
+        return functional.conv2d(input, weight, feedback, self.bias, window, coefficients)
+
+
+class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
+    """What the convolutions but Conv2d share; beside a layer of torch.nn, whose arguments it takes."""
+
+    def __init__(
+        self, *args, rule: str | Rule = "fa", init: Init | Callable[[Tensor], object] | None = None, **options
+    ):
+        super().__init__(*args, **options)
+        self.attach_feedback(rule, init)
+
+    def _convolve(self, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
+        window = WindowNd(self.stride, padding, self.dilation, self.transposed, output_padding, self.groups)
+        positions = 1
+        if self.rule.reduction == "mean":
+            positions = math.prod(window.output_shape(input.shape, self.weight.shape)[2:])
+        weight, feedback, bias = self.weight, self.feedback, self.bias
+        assert feedback is not None
+        if self.scheduled is not None and torch.compiler.is_compiling():
+            moving = self._moving(input, positions)
+            return functional.scheduled_convolution(input, weight, feedback, bias, self.scheduled, window, **moving)
+        coefficients = self.rule.coefficients(input.shape[0], positions)
+        return functional.convolution(input, weight, feedback, bias, window, coefficients)
+
+
+class _Conv(_ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        if self.feedback is None:
+            return super().forward(input)
+        if input.dim() == self.weight.dim() - 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        padding = self.padding
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
+        return self._convolve(input, padding, self.output_padding)
+
+
+class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
+    padding: tuple[int, ...]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.feedback is None:
+            return super().forward(input, output_size)
+        spatial = len(self.stride)
+        window = self.stride, self.padding, self.kernel_size
+        extra = self._output_padding(input, output_size, *window, spatial, self.dilation)  # type: ignore[arg-type]
+        if input.dim() == spatial + 1:
+            return self._convolve(input.unsqueeze(0), self.padding, tuple(extra)).squeeze(0)
+        return self._convolve(input, self.padding, tuple(extra))
+
+
+class Conv1d(_Conv, torch.nn.Conv1d):
+    """``torch.nn.Conv1d`` with a feedback path [K, C/groups, R]; takes ``rule`` and ``init`` as :class:`Conv2d`."""
+
+
+class Conv3d(_Conv, torch.nn.Conv3d):
+    """``torch.nn.Conv3d`` with a feedback path [K, C/groups, T, R, S]; ``rule`` and ``init`` as :class:`Conv2d`."""
+
+
+class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d`` whose backward convolves with its feedback [C, K/groups, R].
+
+    Its forward is the transpose, so the roles change: the rule's conv(x, B) is the transposed convolution, and its
+    conv_transpose(y, B) the convolution. ``rule`` and ``init`` as :class:`Conv2d`.
+    """
+
+
+class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` with a feedback path [C, K/groups, R, S], as :class:`ConvTranspose1d`."""
+
+
+class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d`` with a feedback path [C, K/groups, T, R, S], as :class:`ConvTranspose1d`."""
+
+
+def _pad(input: Tensor, mode: str, sides: list[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the padding that is left to the op: all of it where it is of zeros and even, else none.
+
+    ``sides`` are torch.nn.functional.pad's: both sides of the last dimension first.
+    """
+    if mode == "zeros" and sides[::2] == sides[1::2]:
+        return input, tuple(sides[::-2])
+    return F.pad(input, sides, mode="constant" if mode == "zeros" else mode), (0,) * (len(sides) // 2)

@@ -1,0 +1,54 @@
+"""The linear layer with a feedback path."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyfeedback import functional
+from pyfeedback.init import Init
+from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.rules import Rule
+
+
+class Linear(FeedbackLayer, torch.nn.Linear):
+    """``torch.nn.Linear`` with a feedback path.
+
+    Args:
+        rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
+        others: as torch.nn.Linear.
+
+    Shape:
+        input [N, ..., C] or [C]; output [N, ..., K] or [K]; feedback [K, C].
+
+    Equivalent forward: ``torch.nn.Linear.forward``. Backward and rule: :func:`pyfeedback.functional.fa_linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        rule: str | Rule = "fa",
+        init: Init | Callable[[Tensor], object] | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.attach_feedback(rule, init)
+
+    def forward(self, input: Tensor) -> Tensor:
+        feedback = self.feedback
+        if feedback is None:
+            return super().forward(input)
+        if input.dim() == 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1
+        if self.scheduled is not None and torch.compiler.is_compiling():
+            moving = self._moving(input, positions)
+            return functional.scheduled_linear(input, self.weight, feedback, self.bias, self.scheduled, **moving)
+        coefficients = self.rule.coefficients(input.shape[0], positions)
+        return functional.linear(input, self.weight, feedback, self.bias, coefficients)
