@@ -1,0 +1,362 @@
+"""Models and trainers of other packages, converted in one line. Each test runs where its package is installed:
+
+pip install '.[test,ecosystem]' && pytest tests/test_ecosystem.py        # nothing is downloaded
+"""
+
+import copy
+
+import pytest
+import torch
+from cases import RULES, gradients, largest_error
+from torch import nn
+from torch.nn import functional as F
+
+import pyfeedback
+from pyfeedback import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what other packages warn of is theirs
+
+CLASSES, BATCH = 5, 4
+
+
+def images(size):
+    return lambda: torch.randn(BATCH, 3, size, size)
+
+
+def tokens():
+    return torch.randint(50, (BATCH, 7))
+
+
+def torchvision_model(name, **options):
+    return lambda: getattr(pytest.importorskip("torchvision").models, name)(num_classes=CLASSES, **options)
+
+
+def alexnet():
+    return without_fat(torchvision_model("alexnet")())
+
+
+def vgg():
+    return without_fat(torchvision_model("vgg11")())
+
+
+def without_fat(model):
+    """The same with 16 units where its two hidden linear layers have 4096."""
+    linear = [m for m in model.classifier if isinstance(m, nn.Linear)]
+    thin = iter([nn.Linear(linear[0].in_features, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)])
+    model.classifier = nn.Sequential(*(next(thin) if m in linear else m for m in model.classifier))
+    return model
+
+
+def timm_model(name, **options):
+    return lambda: pytest.importorskip("timm").create_model(name, num_classes=CLASSES, **options)
+
+
+def mixer():
+    timm = pytest.importorskip("timm.models.mlp_mixer")
+    return timm.MlpMixer(CLASSES, img_size=32, patch_size=8, num_blocks=2, embed_dim=24)
+
+
+class Logits(nn.Module):
+    """A model of transformers, from its one input to its logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES,
+}  # fmt: skip
+
+
+def huggingface_vit():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)
+    return Logits(transformers.ViTForImageClassification(config))
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **SMALL)
+    return Logits(transformers.BertForSequenceClassification(config))
+
+
+MODELS = {
+    "torchvision.resnet18": (torchvision_model("resnet18"), images(32)),
+    "torchvision.alexnet": (alexnet, images(64)),
+    "torchvision.vgg11": (vgg, images(32)),
+    "torchvision.mobilenet_v3_small": (torchvision_model("mobilenet_v3_small"), images(32)),
+    "torchvision.convnext_tiny": (torchvision_model("convnext_tiny", stochastic_depth_prob=0.0), images(32)),
+    "timm.resnet18": (timm_model("resnet18"), images(32)),
+    "timm.convnext_atto": (timm_model("convnext_atto"), images(32)),
+    "timm.vit": (timm_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2), images(32)),
+    "timm.mixer": (mixer, images(32)),
+    "transformers.vit": (huggingface_vit, images(32)),
+    "transformers.bert": (bert, tokens),
+}
+EXPORTED = ("torchvision.resnet18", "timm.vit", "transformers.vit", "transformers.bert")
+
+
+def build(name, rule, dtype=torch.float32):
+    """The converted model without dropout, a batch for it, and labels."""
+    make_model, make_input = MODELS[name]
+    torch.manual_seed(0)
+    model = pyfeedback.convert(make_model().to(dtype), rule)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    x = make_input()
+    return model, x.to(dtype) if x.is_floating_point() else x, torch.arange(BATCH) % CLASSES
+
+
+def by_reference(model):
+    """Each feedback layer computes as pyfeedback.reference does; returns the list that their penalties go to."""
+    penalties = []
+
+    def forward_of(layer):
+        window = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else ()
+        op = reference.conv2d if window else reference.linear
+        names = ("decay", "amp", "null", "sparse", "self_", "tie", "center")
+        rule = {name: getattr(layer.rule, name) for name in names}
+
+        def forward(x):
+            y, penalty = op(x, layer.weight, layer.feedback, layer.bias, *window, **rule)
+            penalties.append(penalty)
+            return y.clone()  # the next module may work in place
+
+        return forward
+
+    for _, layer in pyfeedback.feedback_layers(model):
+        layer.forward = forward_of(layer)
+    return penalties
+
+
+# Models
+
+
+@pytest.mark.parametrize("rule", ["fa", "everything"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_whole_model_are_the_reference(name, rule):
+    model, x, target = build(name, pyfeedback.Rule(**RULES[rule]), torch.float64)
+    twin = copy.deepcopy(model)
+    penalties = by_reference(twin)
+    F.cross_entropy(model(x), target).backward()
+    (F.cross_entropy(twin(x), target) + sum(penalties)).backward()
+    assert len(penalties) == len(list(pyfeedback.feedback_layers(model))) > 2
+    found, expected = (gradients(list(m.parameters())) for m in (model, twin))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)  # a bias before a norm has gradient zero
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "wm", "ia", "sa", "aa", "kp"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_few_steps_move_what_the_rule_moves(name, rule):
+    model, x, target = build(name, rule)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = pyfeedback.optim.SGD(model, lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    moved = {id(p) for p, old in zip(model.parameters(), before, strict=True) if not torch.equal(p, old)}
+    for _, layer in pyfeedback.feedback_layers(model):
+        assert id(layer.weight) in moved
+        assert (id(layer.feedback) in moved) == layer.rule.learns
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_layer_is_left_out_in_silence(name):
+    """Every convolution and linear layer has a feedback path; what else has weights stands in the report."""
+    model, report = pyfeedback.convert(MODELS[name][0](), "fa", return_report=True)
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert report.changed == layers
+    weights = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.dim() > 1}
+    assert weights == {*report.changed, *report.left}
+
+
+def test_layers_of_other_kinds_are_reported():
+    """GPT-2 multiplies by a class of its own, and some timm models pad in one."""
+    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
+    _, report = pyfeedback.convert(gpt, "fa", return_report=True)
+    assert report.left["transformer.h.0.mlp.c_fc"].startswith("Conv1D has weights")
+    assert report.changed == ["lm_head"]
+    _, report = pyfeedback.convert(timm.create_model("tf_efficientnet_b0"), "fa", return_report=True)
+    assert report.left["conv_stem"].startswith("Conv2dSame has weights")
+
+
+# Export
+
+
+def unconverted(name):
+    model, x, _ = build(name, "ia")
+    return pyfeedback.unconvert(model).eval(), x
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_unconverted_model_is_exported(name):
+    model, x = unconverted(name)
+    program = torch.export.export(model, (x,))
+    assert not any("pyfeedback" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_unconverted_model_runs_as_onnx(name, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model, x = unconverted(name)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    graph = onnx.load(tmp_path / "model.onnx")
+    assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    found = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_unconverted_model_of_transformers_is_saved_and_loaded_as_its_own(tmp_path):
+    model, x, _ = build("transformers.bert", "kp")
+    expected = pyfeedback.unconvert(model).eval()(x)
+    model.model.save_pretrained(tmp_path)
+    loaded, info = type(model.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(loaded.eval()(x).logits, expected)
+
+
+# Trainers: each leaves the very parameters that a plain loop leaves
+
+STEPS = 4
+TRAINED = ("ia", "kp", "sa")
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS * BATCH, 3, 8, 8, generator=generator)
+    return x, torch.randint(CLASSES, (STEPS * BATCH,), generator=generator)
+
+
+def loader():
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batches()), batch_size=BATCH)
+
+
+def network(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, CLASSES)
+    )
+    return pyfeedback.convert(model, rule)
+
+
+def optimizer_of(model):
+    return pyfeedback.optim.SGD(model, lr=0.1, momentum=0.9, weight_decay=2e-3)
+
+
+def plain_loop(rule, dtype=None):
+    model = network(rule)
+    optimizer = optimizer_of(model)
+    for x, target in loader():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert largest_error(list(found.values()), list(expected.values())) < 1e-6
+
+
+def lightning_module(lightning, rule):
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network(rule)
+
+        def training_step(self, batch, index):
+            x, target = batch
+            return F.cross_entropy(self.network(x), target)
+
+        def configure_optimizers(self):
+            return optimizer_of(self)
+
+    return Classifier()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("rule", TRAINED)
+def test_lightning(rule, precision, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"accelerator": "cpu", "devices": 1, "precision": precision, "default_root_dir": tmp_path, **quiet}
+    module = lightning_module(lightning, rule)
+    trainer = lightning.Trainer(max_epochs=1, enable_checkpointing=False, **options)
+    trainer.fit(module, loader())
+    assert_same(module.network.state_dict(), plain_loop(rule, torch.bfloat16 if precision == "bf16-mixed" else None))
+
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = lightning_module(lightning, rule)
+    lightning.Trainer(max_epochs=2, enable_checkpointing=False, **options).fit(
+        resumed, loader(), ckpt_path=tmp_path / "last.ckpt"
+    )
+    whole = lightning_module(lightning, rule)
+    lightning.Trainer(max_epochs=2, enable_checkpointing=False, **options).fit(whole, loader())
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("rule", TRAINED)
+def test_accelerate(rule, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    plain = network(rule)
+    model, optimizer, data = accelerator.prepare(plain, optimizer_of(plain), loader())
+    for x, target in data:
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), target))
+        optimizer.step()
+    trained = {name: value.clone() for name, value in accelerator.unwrap_model(model).state_dict().items()}
+    assert_same(trained, plain_loop(rule))
+
+    accelerator.save_state(tmp_path)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    accelerator.load_state(tmp_path)
+    assert_same(accelerator.unwrap_model(model).state_dict(), trained)
+
+
+class Labelled(nn.Module):
+    """What the Trainer of transformers wants: a loss from keyword arguments."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, labels):
+        return {"loss": F.cross_entropy(self.model(x), labels)}
+
+
+@pytest.mark.parametrize("rule", TRAINED)
+def test_the_trainer_of_transformers(rule, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    rows = [{"x": x, "labels": label} for x, label in zip(*batches(), strict=True)]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=STEPS, per_device_train_batch_size=BATCH, use_cpu=True, save_strategy="no", report_to=[],
+        disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant", remove_unused_columns=False,
+    )  # fmt: skip
+    model = Labelled(network(rule))
+    trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer_of(model), None))
+    trainer.train()
+    assert_same(model.model.state_dict(), plain_loop(rule))
