@@ -10,6 +10,7 @@
                         reference
 `test_network_steps.py` a whole training step of a network, both optimizers included
 `test_feedback_step.py` the multi-tensor update of all feedback weights
+`test_optimizers.py`    the optimizers of a whole model beside torch.optim and a separate update of the feedback
 `test_alignment.py`     angles and norms of all layers in one call
 `test_call_overhead.py` what a tiny layer pays per call
 

@@ -22,6 +22,7 @@ def report(records: list[Record], per_layer: bool = False) -> list[str]:
             lines += _layer_table(dtype, of_dtype)
     lines += _network_steps([r for r in records if r["kind"] == "network"])
     lines += _updates([r for r in records if r["kind"] == "update"])
+    lines += _optimizers([r for r in records if r["kind"] == "optimizer"])
     lines += _alignments([r for r in records if r["kind"] == "alignment"])
     lines += _overheads([r for r in records if r["kind"] == "overhead"])
     return lines
@@ -109,6 +110,20 @@ def _updates(records: list[Record]) -> list[str]:
         mine = r["seconds"]["pyfeedback"]
         lines.append(f"  {title:36}{1e6 * mine:10.1f}{r['bytes'] / mine / 1e9:8.1f}{r['ratio_to_foreach']:13.2f}")
     return [*lines, ""]
+
+
+def _optimizers(records: list[Record]) -> list[str]:
+    lines = []
+    for name, dtype in _distinct((r["optimizer"], r["dtype"]) for r in records):
+        here = [r for r in records if (r["optimizer"], r["dtype"]) == (name, dtype)]
+        others = [other for other in here[0]["seconds"] if other != "pyfeedback"]
+        title = f"{name} of ResNet-50, {dtype}"
+        lines.append(f"{title:24}{'ms':>10}" + "".join(f"{'to ' + other:>16}" for other in others))
+        for r in here:
+            ratios = _cells([r[f"ratio_to_{other}"] for other in others], 16)
+            lines.append(f"  {r['rule']:22}{1e3 * r['seconds']['pyfeedback']:10.2f}{ratios}")
+        lines.append("")
+    return lines
 
 
 def _alignments(records: list[Record]) -> list[str]:
