@@ -34,7 +34,14 @@ from pyfeedback.testing import RESNET50
 BATCH = 32
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 PROCESSORS = {80: 108, 90: 132}
-LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "64-64-3x3s1@56", "128-128-3x3s2@56", "256-256-3x3s1@14")
+LAYERS = (
+    "64-64-1x1s1@56",
+    "64-256-1x1s1@56",
+    "256-1024-1x1s1@14",
+    "64-64-3x3s1@56",
+    "128-128-3x3s2@56",
+    "256-256-3x3s1@14",
+)
 FULL_PRECISION = ("64-256-1x1s1@56", "128-128-3x3s2@56")
 TYPES = {"bf16": 2, "fp32": 4, "tf32": 4}
 
@@ -72,6 +79,7 @@ WGRADS = {
     "wgrad feedback": {"HAS_U", "HAS_F", "USE_FEEDBACK"},
     "wgrad pair": {"HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE"},
     "wgrad+moment": {"HAS_A", "HAS_U", "HAS_F"},
+    "moment": {"HAS_U", "HAS_F", "SYMMETRIC"},
 }
 DGRADS = {"dgrad": {"HAS_DX"}, "dgrad z": {"HAS_Z", "USE_X"}, "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"}}
 
@@ -82,7 +90,7 @@ def jobs(architectures: list[int | str]) -> list[Job]:
     for capability in architectures:
         for dtype in TYPES:
             for layer in LAYERS if dtype == "bf16" else FULL_PRECISION:
-                ops = [op for op in (*WGRADS, *DGRADS) if op != "wgrad+moment" or "1x1" in layer]
+                ops = [op for op in (*WGRADS, *DGRADS) if "moment" not in op or "1x1" in layer]
                 # What is launched alone differs from its pair in nothing but one product.
                 ops = ops if dtype == "bf16" else ["wgrad pair", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
@@ -100,10 +108,10 @@ def layer_geometry(name: str) -> Geometry:
 def wgrad_source(job: Job) -> tuple[object, dict, dict, object]:
     """Kernel, compile-time arguments, run-time integers, tile."""
     g, on = layer_geometry(job.layer), WGRADS[job.op]
-    flags = {f: f in on for f in ("HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE")}
-    u = g.C if job.op == "wgrad+moment" else g.K
+    flags = {f: f in on for f in ("HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE", "SYMMETRIC")}
+    u = g.C if "moment" in job.op else g.K
     rows = (g.K if "HAS_A" in on else 0, u if "HAS_U" in on else 0)
-    tile = choose_wgrad(g, rows, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of])
+    tile = choose_wgrad(g, rows, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of], flags["SYMMETRIC"])
     constants = wgrad_constants(g, u, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
     strides = {"k": g.R * g.S * g.C, "r": g.S * g.C, "s": g.C, "c": 1}
     written = {"w": "HAS_A" in on, "f": "HAS_F" in on}

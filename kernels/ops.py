@@ -5,7 +5,7 @@ What is launched, by the form that computes the rule's data terms:
     none             dW, and the feedback gradient in its epilogue
     direct           amp or sparse: dW and the feedback gradient, wgrad(x, u), in one launch;
                      null: dx and z in one launch, then the feedback gradient, wgrad(z, y)
-    input_moment     dW and G = x'x in one launch, then products of K x C
+    input_moment     dW and G = x'x, of few channels in one launch, then products of K x C
     response_moment  Y = y'y; dW and y'x in one launch, then products of K x C
 
 A rule that reads fewer samples than the batch has, or centred inputs, launches apart what then reads other memory.

@@ -16,6 +16,9 @@ from .wgrad import launch_wgrad
 
 Center = Callable[[Tensor, int], Tensor]
 
+# One block of x'x, computed beside dW, spares a second reading of x; of more blocks, half are spared apart from dW.
+MOMENT_JOINS = 128
+
 
 class Layer(NamedTuple):
     """A layer and its layouts. A block is what the kernels read: [n, H, W, C] or [n, P, Q, K] without gaps, of a
@@ -70,10 +73,10 @@ class Backward:
         return out
 
     def moment(self, t: Tensor) -> Tensor:
-        """t't [c, c] in float32, of a pointwise layer's block t; dW joins if t is its x."""
+        """t't [c, c] in float32, of a pointwise layer's block t; dW joins if t is its x and has few channels."""
         c = t.shape[-1]
         out = torch.empty(c, c, dtype=torch.float32, device=t.device)
-        if t is self.x:
+        if t is self.x and c <= MOMENT_JOINS:
             return self.correlate(t, out, t)
         launch_wgrad(t, Geometry(t.shape[0], c, c), u=t, f=channels_last(out), tf32=self.layer.tf32)
         return out

@@ -37,9 +37,15 @@ class DgradTile:
 
 
 def choose_wgrad(
-    geometry: Geometry, rows: tuple[int, int], itemsize: int, capability: int, processors: int
+    geometry: Geometry,
+    rows: tuple[int, int],
+    itemsize: int,
+    capability: int,
+    processors: int,
+    symmetric: bool = False,
 ) -> WgradTile:
-    """``rows`` are the channels of the operands a and u, 0 where one is absent; ``capability`` is 80, 90, ..."""
+    """``rows`` are the channels of the operands a and u, 0 where one is absent; ``capability`` is 80, 90, ...;
+    ``symmetric`` where half of the blocks are computed."""
     dual = 0 not in rows
     if itemsize == 4:
         # Without wgmma on float32 (K-major operands only) and with FMA in full precision: small blocks.
@@ -53,11 +59,21 @@ def choose_wgrad(
     bk, bu = (_block(r, smallest, most) if r else 16 for r in rows)
     bc = _block(geometry.C, 16, columns)
     warps = 8 if max(bk if rows[0] else 0, bu if rows[1] else 0) * bc >= 128 * 128 else 4
-    tiles = max(-(-r // b) for r, b in zip(rows, (bk, bu), strict=True) if r)
-    tiles *= geometry.R * geometry.S * -(-geometry.C // bc)
+    tiles = wgrad_tiles(geometry, rows, (bk, bu, bc), symmetric)
     blocks = -(-geometry.positions // depth)
     splits = max(min(processors // tiles, blocks // FEWEST_BLOCKS, MOST_SPLITS), 1)
     return WgradTile(bk, bu, bc, depth, splits, warps, stages)
+
+
+def wgrad_tiles(geometry: Geometry, rows: tuple[int, int], blocks: tuple[int, int, int], symmetric: bool) -> int:
+    """Output tiles of one launch, for ``rows`` channels of a and u in blocks BK, BU, BC."""
+    down = row_tiles(rows, blocks[:2])
+    return down * (down + 1) // 2 if symmetric else down * geometry.R * geometry.S * -(-geometry.C // blocks[2])
+
+
+def row_tiles(rows: tuple[int, int], blocks: tuple[int, int]) -> int:
+    """Tiles that cover the rows of both operands, each in its own blocks."""
+    return max(-(-r // b) for r, b in zip(rows, blocks, strict=True) if r)
 
 
 def choose_dgrad(geometry: Geometry, dual: bool, itemsize: int, capability: int) -> DgradTile:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .geometry import Geometry
 from .launch import architecture, options, precision, require, wide
-from .tiles import WgradTile, choose_wgrad
+from .tiles import WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 from .wgrad_kernel import wgrad_kernel
 
 _arrivals: dict[tuple[torch.device, int], Tensor] = {}
@@ -33,7 +33,8 @@ def launch_wgrad(
     Args:
         x: [N, H, W, C] contiguous, float16, bfloat16 or float32.
         a, u: [N, P, Q, K] and [N, P, Q, U] contiguous, of x's dtype. Without ``a``, ``dw`` is only read; without
-            ``u``, its term is 0.
+            ``u``, its term is 0. Of a pointwise layer's x'x (``u`` is ``x``, nothing else asked for) the blocks on and
+            below the diagonal are computed, and mirrored.
         dw, f: [K, R, S, C] and [U, R, S, C] of any strides, written; f may be float32 beside 16-bit operands.
         weight, feedback: of f's shape and strides; read where their coefficient is not 0.
         tie: not with a U other than K; ``dw`` then has f's strides.
@@ -50,16 +51,19 @@ def launch_wgrad(
         "USE_FEEDBACK": f is not None and decay != 0,
         "USE_WEIGHT": f is not None and self_ != 0,
         "USE_TIE": f is not None and tie != 0,
+        "SYMMETRIC": u is x and a is None and geometry.pointwise and not (decay or self_ or tie),
     }
     require(geometry, x=x, a=a, u=u)
     if flags["USE_TIE"] and out_rows != geometry.K:
         raise ValueError(f"tie is {tie}, expected 0 where u has {out_rows} channels and the weight {geometry.K} rows")
     capability, processors = architecture(x.device)
-    tile = tile or choose_wgrad(geometry, rows, x.element_size(), capability, processors)
+    tile = tile or choose_wgrad(geometry, rows, x.element_size(), capability, processors, flags["SYMMETRIC"])
     if flags["USE_TIE"] and flags["HAS_A"] and flags["HAS_U"] and tile.BK != tile.BU:
         raise ValueError(f"tile is {tile}, expected BK == BU where tie joins both products")
+    if flags["SYMMETRIC"] and geometry.C > tile.BC and tile.BU != tile.BC:
+        raise ValueError(f"tile is {tile}, expected BU == BC where the product is symmetric")
     constants = wgrad_constants(geometry, out_rows, flags, wide(geometry), precision(x.dtype, tf32), tile)
-    tiles = wgrad_tiles(geometry, rows, tile)
+    tiles = wgrad_tiles(geometry, rows, (tile.BK, tile.BU, tile.BC), flags["SYMMETRIC"])
     partial = arrived = None
     if tile.splits > 1:
         partial = torch.empty(tiles * tile.splits * (tile.BK + tile.BU) * tile.BC, dtype=torch.float32, device=x.device)
@@ -87,11 +91,6 @@ def launch_wgrad(
         )
 
 
-def wgrad_tiles(geometry: Geometry, rows: tuple[int, int], tile: WgradTile) -> int:
-    """Output tiles of one launch, for ``rows`` channels of a and u."""
-    return _row_tiles(rows, tile) * geometry.R * geometry.S * -(-geometry.C // tile.BC)
-
-
 def wgrad_constants(
     geometry: Geometry, u: int, flags: dict[str, bool], wide: bool, precision: str, tile: WgradTile
 ) -> dict[str, int | bool | str]:
@@ -110,13 +109,9 @@ def wgrad_constants(
         "WIDE": wide,
         "PRECISION": precision,
         **blocks,
-        "ROWS": _row_tiles(rows, tile),
+        "ROWS": row_tiles(rows, (tile.BK, tile.BU)),
         "SPLITS": tile.splits,
     }
-
-
-def _row_tiles(rows: tuple[int, int], tile: WgradTile) -> int:
-    return max(-(-r // b) for r, b in zip(rows, (tile.BK, tile.BU), strict=True) if r)
 
 
 def _strides(kind: str, t: Tensor | None) -> dict[str, int]:

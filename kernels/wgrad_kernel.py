@@ -1,7 +1,8 @@
 """Weight gradients as an implicit GEMM: rows are output channels, columns (r, s, c), the sum runs over positions.
 
 Two row operands may share the column operand x: the output gradient `a`, and `u`, whose product is written as the
-feedback weight's gradient. Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; B* block sizes.
+feedback weight's gradient. Of a second moment only the blocks on and below the diagonal are computed.
+Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; B* block sizes.
 """
 
 import triton
@@ -53,6 +54,7 @@ def wgrad_kernel(
     USE_FEEDBACK: tl.constexpr,
     USE_WEIGHT: tl.constexpr,
     USE_TIE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
@@ -65,12 +67,19 @@ def wgrad_kernel(
     CHANNEL_BLOCKS: tl.constexpr = (C + BC - 1) // BC
     i_tile = tl.program_id(0)
     i_split = tl.program_id(1)
-    # Row tiles run fastest: the programs of one wave then read the same positions of x.
-    i_row = i_tile % ROWS
-    i_tap = i_tile // ROWS // CHANNEL_BLOCKS
+    if SYMMETRIC:
+        # Row i has i + 1 tiles; 4 in the place of 1 keeps the root of a square clear of rounding.
+        i_row = ((tl.sqrt(8.0 * i_tile + 4) - 1) / 2).to(tl.int32)
+        i_column = i_tile - i_row * (i_row + 1) // 2
+        i_tap = 0
+    else:
+        # Row tiles run fastest: the programs of one wave then read the same positions of x.
+        i_row = i_tile % ROWS
+        i_column = i_tile // ROWS % CHANNEL_BLOCKS
+        i_tap = i_tile // ROWS // CHANNEL_BLOCKS
     i_r = i_tap // S
     i_s = i_tap % S
-    o_c = (i_tile // ROWS % CHANNEL_BLOCKS) * BC + tl.arange(0, BC)
+    o_c = i_column * BC + tl.arange(0, BC)
     o_k = i_row * BK + tl.arange(0, BK)
     o_u = i_row * BU + tl.arange(0, BU)
 
@@ -165,3 +174,6 @@ def wgrad_kernel(
                 else:
                     b_f += tie * tl.load(p_dw + o_f, mask=m_f, other=0.0).to(tl.float32)
             tl.store(p_f + o_f, b_f.to(p_f.dtype.element_ty), mask=m_f)
+            if SYMMETRIC and i_row != i_column:
+                o_mirror = o_row[:, None] * stride_fc + o_c[None, :] * stride_fk
+                tl.store(p_f + o_mirror, b_f.to(p_f.dtype.element_ty), mask=m_f)

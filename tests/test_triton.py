@@ -145,6 +145,19 @@ def test_second_moment_beside_the_weight_gradient(splits):
     assert_near(dw, products(t.x, t.weight, t.dy, case, torch.float16)[1], products(t.x, t.weight, t.dy, case)[1])
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("channels", [16, 40])
+def test_second_moment_alone(channels, splits):
+    """The blocks above the diagonal are mirrored, of 40 channels the last one ragged."""
+    case = CASES["1x1"]._replace(input=(2, channels, 4, 5), weight=(8, channels, 1, 1), splits=splits)
+    x = inner(layer(case, torch.float16).x).view(-1, 1, 1, channels)
+    moment = fresh(x.new_empty(channels, 1, 1, channels), torch.float32)
+    wgrad.launch_wgrad(x, Geometry(40, channels, channels), u=x, f=moment, scale=0.5, tile=small(case))
+    flat, moment = x.view(-1, channels), moment.view(channels, channels)
+    assert_near(moment, 0.5 * (flat.float().t() @ flat.float()), 0.5 * (flat.double().t() @ flat.double()))
+    assert (moment - moment.t()).tril(-16).count_nonzero() == 0
+
+
 @pytest.mark.parametrize("splits", [3, 5])
 def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
     if GPU:
@@ -298,6 +311,7 @@ def test_arguments_that_the_kernels_do_not_read():
     case = CASES["3x3"]
     t, g = layer(case), case.geometry
     x, dy, w = inner(t.x), inner(t.dy), inner(t.weight)
+    flat = x.view(-1, 1, 1, 8)
     with pytest.raises(ValueError, match=r"a has shape \(1, 5, 6, 8\), expected \(1, 5, 6, 16\)"):
         wgrad.launch_wgrad(x, g, a=x, dw=w)
     with pytest.raises(ValueError, match=r"a is torch.float16, expected torch.float32"):
@@ -310,6 +324,8 @@ def test_arguments_that_the_kernels_do_not_read():
         wgrad.launch_wgrad(x, g, a=dy, u=x, dw=w, f=w, tie=1.0)
     with pytest.raises(ValueError, match=r"expected BK == BU"):
         wgrad.launch_wgrad(x, g, a=dy, u=dy, dw=w, f=w, tie=1.0, tile=small(case, BU=32))
+    with pytest.raises(ValueError, match=r"expected BU == BC where the product is symmetric"):
+        wgrad.launch_wgrad(flat, Geometry(30, 8, 8), u=flat, f=w, tile=small(case, BC=4))
     with pytest.raises(ValueError, match="fewer than 2\\^30"):
         wgrad.launch_wgrad(x, g._replace(N=2**30), a=dy, dw=w)
     with pytest.raises(ValueError, match="dy has shape"):

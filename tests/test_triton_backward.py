@@ -80,6 +80,12 @@ def test_part_of_the_batch_without_a_response_in_another_layout(name, rule):
         assert_all_near(*run_conv2d(LAYERS[name], sampled, Form.INPUT_MOMENT))
 
 
+def test_second_moment_of_many_channels_is_launched_apart(monkeypatch):
+    monkeypatch.setattr(kernel_rule, "MOMENT_JOINS", 8)
+    for rule in ("ia", "everything"):
+        assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Form.INPUT_MOMENT))
+
+
 @pytest.mark.parametrize("rule", ["fa", "kp", "ia", "aa"])
 def test_masks(rule):
     """What is not asked for is not launched, and what waits for it comes all the same."""
