@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
 SOURCES := pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
-LINTED := $(wildcard csrc/*.* csrc/*/*.*)
+LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint

@@ -1,4 +1,4 @@
-"""The compiled ops against plain torch formulas in float64.
+"""The compiled ops against plain torch formulas in float64, every implementation of them (native_ops).
 
 The rule everywhere: error at most twice that of the same formula in plain torch in the tensor's own dtype, plus one
 unit in the last place of the largest value; four in float64, where the formula that judges rounds as much itself.
@@ -7,14 +7,22 @@ unit in the last place of the largest value; four in float64, where the formula 
 from __future__ import annotations
 
 import pytest
+import simt
 import torch
+from native_ops import IMPLEMENTATIONS, PARAMETERS
 
 from pyfeedback import native
 
-pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+cpu = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EVERYTHING = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5, "momentum": 0.9}
 SIZES = [(0,), (), (1,), (7,), (3, 5), (33, 1, 7), (4, 6, 3, 3), (8, 3, 5, 7), (40000,)]
+
+
+@pytest.fixture(params=PARAMETERS)
+def ops(request):
+    return IMPLEMENTATIONS[request.param]
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -55,20 +63,20 @@ def random_like_model(shapes, dtype, seed=0):
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def native_step(feedback, weight, grad, buffers, **keywords):
+def native_step(ops, feedback, weight, grad, buffers, **keywords):
     """The op on copies; per-tensor coefficients may be given as one number. Returns (feedback, buffers)."""
     feedback = [tensor.clone() for tensor in feedback]
     buffers = [tensor.clone() for tensor in buffers]
     for name in ("decay", "self_", "tie"):
         value = keywords.get(name, 0.0)
         keywords[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(feedback)
-    torch.ops.pyfeedback.native_feedback_step_(feedback, weight, grad, buffers, **keywords)
+    ops.native_feedback_step_(feedback, weight, grad, buffers, **keywords)
     return feedback, buffers
 
 
-def check_step(feedback, weight, grad, buffers, **keywords):
+def check_step(ops, feedback, weight, grad, buffers, **keywords):
     """One native step of a model against the formula, tensor by tensor."""
-    stepped, stepped_buffers = native_step(feedback, weight, grad, buffers, **keywords)
+    stepped, stepped_buffers = native_step(ops, feedback, weight, grad, buffers, **keywords)
     for i, start in enumerate(feedback):
         operands = [start, *(list_[i] if list_ else None for list_ in (weight, grad, buffers))]
         own = {name: value[i] if isinstance(value, list) else value for name, value in keywords.items()}
@@ -87,23 +95,15 @@ class TestFeedbackStep:
         "coefficients", [(0.1, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, 1.0), (0.1, 0.3, 0.7)], ids=str
     )
     @pytest.mark.parametrize("follow", ["plain", "momentum", "nesterov"])
-    def test_matches_the_formula(self, dtype, coefficients, follow):
+    def test_matches_the_formula(self, ops, dtype, coefficients, follow):
         decay, self_, tie = coefficients
         feedback, weight, grad, buffers = (random_like_model(SIZES, dtype, seed) for seed in range(4))
         keywords = {} if follow == "plain" else {"momentum": 0.9, "nesterov": follow == "nesterov"}
-        check_step(
-            feedback,
-            weight if self_ else [],
-            grad if tie else [],
-            [] if follow == "plain" else buffers,
-            decay=decay,
-            self_=self_,
-            tie=tie,
-            lr=0.05,
-            **keywords,
-        )
+        weight, grad = weight if self_ else [], grad if tie else []
+        buffers = [] if follow == "plain" else buffers
+        check_step(ops, feedback, weight, grad, buffers, decay=decay, self_=self_, tie=tie, lr=0.05, **keywords)
 
-    def test_three_hundred_tensors_of_mixed_dtypes_and_coefficients(self):
+    def test_three_hundred_tensors_of_mixed_dtypes_and_coefficients(self, ops):
         shapes = [(1 + 37 * i % 211, 1 + i % 5) for i in range(300)]
         dtypes = [DTYPES[i % 4] for i in range(300)]
         model = [
@@ -114,6 +114,7 @@ class TestFeedbackStep:
             for seed in range(4)
         ]
         check_step(
+            ops,
             *model,
             decay=[i / 300 for i in range(300)],
             self_=[i % 3 / 3 for i in range(300)],
@@ -124,7 +125,7 @@ class TestFeedbackStep:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize("formats", ["clll", "lccc", "lclc", "llll", "ctts"])
-    def test_layouts(self, dtype, formats):
+    def test_layouts(self, ops, dtype, formats):
         """c contiguous, l channels_last, t transposed, s a strided slice; one letter per operand."""
 
         def arrange(tensor, letter):
@@ -140,17 +141,18 @@ class TestFeedbackStep:
 
         tensors = [arrange(random_like_model([(6, 4, 3, 5)], dtype, i)[0], letter) for i, letter in enumerate(formats)]
         feedback, weight, grad, buffer = tensors
-        check_step([feedback], [weight], [grad], [buffer], decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9)
+        check_step(ops, [feedback], [weight], [grad], [buffer], **EVERYTHING)
 
-    def test_a_strided_feedback_leaves_its_gaps_alone(self):
+    def test_a_strided_feedback_leaves_its_gaps_alone(self, ops):
         storage = torch.full((10, 8), float("nan"))
         feedback = storage[:, 1::3]
         feedback.copy_(torch.arange(30.0).view(10, 3))
         expected = storage.clone()
         expected[:, 1::3] *= 0.5
-        torch.ops.pyfeedback.native_feedback_step_([feedback], [], [], [], decay=[1.0], self_=[0.0], tie=[0.0], lr=0.5)
+        ops.native_feedback_step_([feedback], [], [], [], decay=[1.0], self_=[0.0], tie=[0.0], lr=0.5)
         torch.testing.assert_close(storage, expected, equal_nan=True, rtol=0, atol=0)
 
+    @cpu
     def test_an_expanded_feedback_is_refused(self):
         feedback = torch.ones(1, 3).expand(4, 3)
         with pytest.raises(RuntimeError):
@@ -161,12 +163,39 @@ class TestFeedbackStep:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize("offset", [1, 3])
-    def test_unaligned_starts(self, dtype, offset):
+    def test_unaligned_starts(self, ops, dtype, offset):
         model = [[tensor[offset:] for tensor in random_like_model([(103,)], dtype, seed)] for seed in range(4)]
-        check_step(*model, decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9, nesterov=True)
+        check_step(ops, *model, **EVERYTHING, nesterov=True)
+
+    @pytest.mark.parametrize("size", [1, 3, 4, 8, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8193])
+    @pytest.mark.parametrize("offset", [0, 1, 8])
+    def test_sizes_around_every_boundary_between_guards(self, ops, size, offset):
+        """Each tensor lies inside a storage of nan that stays as it is."""
+        for dtype in DTYPES:
+            storages = [torch.full((size + 24,), float("nan"), dtype=dtype) for _ in range(4)]
+            model = [[storage[offset : offset + size]] for storage in storages]
+            for seed, (tensor,) in enumerate(model):
+                tensor.copy_(random_like_model([(size,)], dtype, seed)[0])
+            check_step(ops, *model, **EVERYTHING)
+            coefficients = {name: [EVERYTHING[name]] for name in ("decay", "self_", "tie")}
+            ops.native_feedback_step_(*model, **(EVERYTHING | coefficients), noise=0.1)
+            for storage in storages:
+                assert torch.isfinite(storage[offset : offset + size]).all()
+                assert storage[:offset].isnan().all()
+                assert storage[offset + size :].isnan().all()
+
+    @pytest.mark.parametrize("count", [45, 46, 48, 390, 1000])
+    @pytest.mark.parametrize("layout", ["dense", "strided", "mixed"])
+    def test_models_of_any_number_of_tensors(self, ops, count, layout):
+        """More than one launch of the CUDA kernels takes, with empty tensors among them."""
+        model = [random_like_model([(i % 7, 3) for i in range(count)], torch.float32, seed) for seed in range(4)]
+        for i in range(count):
+            if layout == "strided" or (layout == "mixed" and i % 3 == 0):
+                model[1][i] = model[1][i].t().contiguous().t()
+        check_step(ops, *model, **EVERYTHING)
 
     @pytest.mark.parametrize("layout", ["dense", "strided"])
-    def test_unread_tensors_may_hold_anything(self, layout):
+    def test_unread_tensors_may_hold_anything(self, ops, layout):
         feedback = random_like_model([(4, 6), (5, 5)], torch.float32)
         weight, grad = ([torch.full_like(tensor, float("nan")) for tensor in feedback] for _ in range(2))
         weight[1], grad[0] = random_like_model([(5, 5), (4, 6)], torch.float32, 1)
@@ -174,9 +203,8 @@ class TestFeedbackStep:
             weight[1] = weight[1].t().contiguous().t()
             grad[0] = grad[0].t().contiguous().t()
         for skip in (False, True):
-            stepped, _ = native_step(
-                feedback, weight, grad, [], decay=0.1, self_=[0.0, 1.0], tie=[1.0, 0.0], lr=0.1, skip_nonfinite=skip
-            )
+            coefficients = {"decay": 0.1, "self_": [0.0, 1.0], "tie": [1.0, 0.0], "lr": 0.1}
+            stepped, _ = native_step(ops, feedback, weight, grad, [], **coefficients, skip_nonfinite=skip)
             assert all(torch.isfinite(tensor).all() for tensor in stepped)
             assert all((after != before).any() for after, before in zip(stepped, feedback, strict=True))
 
@@ -184,27 +212,27 @@ class TestFeedbackStep:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
     @pytest.mark.parametrize("operand", ["weight", "grad"])
     @pytest.mark.parametrize("layout", ["dense", "strided"])
-    def test_skip_nonfinite_writes_nothing_anywhere(self, dtype, value, operand, layout):
+    def test_skip_nonfinite_writes_nothing_anywhere(self, ops, dtype, value, operand, layout):
         shapes = [(50, 41)] * 20
         names = ("feedback", "weight", "grad", "buffers")
         model = {name: random_like_model(shapes, dtype, seed) for seed, name in enumerate(names)}
         if layout == "strided":
             model[operand][13] = model[operand][13].t().contiguous().t()
         model[operand][13][49, 40] = value
-        keywords = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5, "momentum": 0.9}
-        stepped, buffers = native_step(*model.values(), skip_nonfinite=True, **keywords)
+        stepped, buffers = native_step(ops, *model.values(), skip_nonfinite=True, **EVERYTHING)
         for before, after in zip(model["feedback"] + model["buffers"], stepped + buffers, strict=True):
             assert torch.equal(before, after)
-        stepped, _ = native_step(*model.values(), **keywords)
+        stepped, _ = native_step(ops, *model.values(), **EVERYTHING)
         assert not torch.isfinite(stepped[13][49, 40])
 
-    def test_skip_nonfinite_steps_when_all_is_finite(self):
+    def test_skip_nonfinite_steps_when_all_is_finite(self, ops):
         model = [random_like_model([(100,)], torch.float32, seed) for seed in range(3)]
         keywords = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5}
-        plain, _ = native_step(*model, [], **keywords)
-        skipping, _ = native_step(*model, [], skip_nonfinite=True, **keywords)
+        plain, _ = native_step(ops, *model, [], **keywords)
+        skipping, _ = native_step(ops, *model, [], skip_nonfinite=True, **keywords)
         assert torch.equal(plain[0], skipping[0])
 
+    @cpu
     @pytest.mark.parametrize(
         "change",
         [
@@ -227,15 +255,15 @@ class TestFeedbackStep:
 
 
 class TestNoise:
-    def draw(self, shapes, seed=1, dtype=torch.float32, layout=None):
+    def draw(self, ops, shapes, seed=1, dtype=torch.float32, layout=None):
         """The normal draws themselves: from zero, with lr = -1 and no other term."""
         tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         if layout is not None:
             tensors = [tensor.contiguous(memory_format=layout) for tensor in tensors]
-        return native_step(tensors, [], [], [], lr=-1.0, noise=1.0, seed=seed)[0]
+        return native_step(ops, tensors, [], [], [], lr=-1.0, noise=1.0, seed=seed)[0]
 
-    def test_moments_of_the_normal_distribution(self):
-        (draws,) = self.draw([(400_000,)], dtype=torch.float64)
+    def test_moments_of_the_normal_distribution(self, ops):
+        (draws,) = self.draw(ops, [(400_000,)], dtype=torch.float64)
         standard_error = 400_000**-0.5
         assert abs(draws.mean()) < 4 * standard_error
         assert abs(draws.var() - 1) < 4 * 2**0.5 * standard_error
@@ -243,27 +271,28 @@ class TestNoise:
         assert abs((draws**4).mean() - 3) < 4 * 96**0.5 * standard_error
         assert draws.abs().max() < 7
 
-    def test_neighbours_are_uncorrelated(self):
-        (draws,) = self.draw([(400_000,)], dtype=torch.float64)
+    def test_neighbours_are_uncorrelated(self, ops):
+        (draws,) = self.draw(ops, [(400_000,)], dtype=torch.float64)
         for lag in (1, 2, 3, 4):
             assert abs((draws[lag:] * draws[:-lag]).mean()) < 4 * 400_000**-0.5
 
-    def test_depends_on_seed_and_tensor_alone(self):
-        first, second = self.draw([(50,), (50,)], seed=1)
+    def test_depends_on_seed_and_tensor_alone(self, ops):
+        first, second = self.draw(ops, [(50,), (50,)], seed=1)
         assert not torch.equal(first, second)
-        assert not torch.equal(first, self.draw([(50,)], seed=2)[0])
-        assert torch.equal(first, self.draw([(9, 9)], seed=1)[0].flatten()[:50])
+        assert not torch.equal(first, self.draw(ops, [(50,)], seed=2)[0])
+        assert torch.equal(first, self.draw(ops, [(9, 9)], seed=1)[0].flatten()[:50])
 
     @pytest.mark.parametrize("seed", [-1, 0, 2**63 - 1, 1 << 32])
-    def test_every_seed_draws_its_own(self, seed):
-        (draws,) = self.draw([(1000,)], seed=seed)
+    def test_every_seed_draws_its_own(self, ops, seed):
+        (draws,) = self.draw(ops, [(1000,)], seed=seed)
         assert torch.isfinite(draws).all()
-        assert not torch.equal(draws, self.draw([(1000,)], seed=12345)[0])
+        assert not torch.equal(draws, self.draw(ops, [(1000,)], seed=12345)[0])
 
-    def test_the_layout_does_not_change_the_draws(self):
+    def test_the_layout_does_not_change_the_draws(self, ops):
         shape = [(3, 4, 5, 6)]
-        assert torch.equal(self.draw(shape)[0], self.draw(shape, layout=torch.channels_last)[0])
+        assert torch.equal(self.draw(ops, shape)[0], self.draw(ops, shape, layout=torch.channels_last)[0])
 
+    @cpu
     @pytest.mark.parametrize("noise", [0.0, 0.5])
     def test_the_number_of_threads_changes_nothing(self, noise):
         model = [random_like_model([(70_001,), (3,), (50_000,)], torch.float32, seed) for seed in range(4)]
@@ -272,32 +301,36 @@ class TestNoise:
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(
-                    native_step(*model, decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9, noise=noise, seed=7)
-                )
+                results.append(native_step(IMPLEMENTATIONS["cpu"], *model, **EVERYTHING, noise=noise, seed=7))
         finally:
             torch.set_num_threads(before)
         for other in results[1:]:
             for ours, theirs in zip(results[0], other, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
+    @pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
+    @pytest.mark.parametrize("noise", [0.0, 0.5])
+    def test_the_order_of_cuda_threads_changes_nothing(self, noise):
+        model = [random_like_model([(9_001,), (3,), (5_000,)], torch.float32, seed) for seed in range(4)]
+        results = []
+        for order in simt.ORDERS:
+            with simt.order(order):
+                results.append(native_step(simt, *model, **EVERYTHING, noise=noise, seed=7, skip_nonfinite=True))
+        for other in results[1:]:
+            for ours, theirs in zip(results[0], other, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-    def test_noise_adds_to_the_gradient(self, dtype):
+    def test_noise_adds_to_the_gradient(self, ops, dtype):
         feedback, weight, grad, buffers = (random_like_model([(41,)], dtype, seed) for seed in range(4))
-        (noise,) = self.draw([(41,)], seed=5, dtype=torch.float64)
-        stepped, _ = native_step(
-            feedback, weight, grad, buffers, decay=0.1, self_=0.2, tie=0.3, lr=0.5, momentum=0.9, noise=0.25, seed=5
-        )
+        (noise,) = self.draw(ops, [(41,)], seed=5, dtype=torch.float64)
+        stepped, _ = native_step(ops, feedback, weight, grad, buffers, **EVERYTHING, noise=0.25, seed=5)
         oracle, _ = step_formula(
             feedback[0].double(),
             weight[0].double(),
             grad[0].double() + noise * 0.25 / 0.3,
             buffers[0].double(),
-            decay=0.1,
-            self_=0.2,
-            tie=0.3,
-            lr=0.5,
-            momentum=0.9,
+            **EVERYTHING,
         )
         # The draw itself is a float32 number in every dtype.
         eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
@@ -311,6 +344,7 @@ def products_formula(feedback, weight):
     )
 
 
+@cpu
 class TestAlignmentProducts:
     """Sums in float64, whatever the dtype: exact but for one rounding of each addition on the longest way."""
 
@@ -392,11 +426,11 @@ class TestCenter:
         "shape", [(1, 3), (5,), (7, 1, 3, 3), (8, 16, 9, 11), (300, 5), (4, 70001), (65, 3, 2)], ids=str
     )
     @pytest.mark.parametrize("mean", [0.0, 30.0])
-    def test_matches_the_formula(self, dtype, shape, mean):
+    def test_matches_the_formula(self, ops, dtype, shape, mean):
         generator = torch.Generator().manual_seed(0)
         tensor = (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
         for samples in {1, (shape[0] + 1) // 2, shape[0]}:
-            actual = torch.ops.pyfeedback.native_center(tensor, samples)
+            actual = ops.native_center(tensor, samples)
             assert actual.dtype == dtype
             assert actual.is_contiguous()
             assert_as_accurate(
@@ -405,7 +439,7 @@ class TestCenter:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize("arrangement", ["channels_last", "permuted", "apart", "offset"])
-    def test_layouts(self, dtype, arrangement):
+    def test_layouts(self, ops, dtype, arrangement):
         tensor = torch.randn(6, 5, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
         plain = tensor
         if arrangement == "channels_last":
@@ -420,22 +454,23 @@ class TestCenter:
             storage = torch.full((tensor.numel() + 3,), float("nan"), dtype=dtype)
             storage[3:] = tensor.flatten()
             tensor = storage[3:].view_as(tensor)
-        actual = torch.ops.pyfeedback.native_center(tensor, 4)
+        actual = ops.native_center(tensor, 4)
         assert actual.stride()[1:] == tensor.stride()[1:]
         assert actual.stride(0) == tensor[0].numel()
         assert_as_accurate(actual, center_formula(plain, 4), center_formula(plain.double(), 4), scale=plain)
 
     @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 2), (0,)], ids=str)
-    def test_nothing_to_center(self, shape):
-        assert torch.ops.pyfeedback.native_center(torch.zeros(shape), shape[0]).shape == shape
+    def test_nothing_to_center(self, ops, shape):
+        assert ops.native_center(torch.zeros(shape), shape[0]).shape == shape
 
-    def test_a_nonfinite_value_stays_at_its_position(self):
+    def test_a_nonfinite_value_stays_at_its_position(self, ops):
         tensor = torch.randn(5, 200)
         tensor[2, 77] = float("inf")
-        finite = torch.isfinite(torch.ops.pyfeedback.native_center(tensor, 5)).all(0)
+        finite = torch.isfinite(ops.native_center(tensor, 5)).all(0)
         assert finite.sum() == 199
         assert not finite[77]
 
+    @cpu
     def test_the_number_of_threads_changes_nothing(self):
         tensor = torch.randn(33, 12345)
         before = torch.get_num_threads()
@@ -448,6 +483,7 @@ class TestCenter:
             torch.set_num_threads(before)
         assert torch.equal(*results)
 
+    @cpu
     @pytest.mark.parametrize(
         "tensor", [torch.zeros(4, 6)[:, ::2], torch.zeros(1, 6).expand(4, 6)], ids=["gaps", "expanded"]
     )
@@ -455,12 +491,14 @@ class TestCenter:
         with pytest.raises(RuntimeError):
             torch.ops.pyfeedback.native_center(tensor, 4)
 
+    @cpu
     @pytest.mark.parametrize("samples", [-1, 5])
     def test_samples_out_of_range_raises(self, samples):
         with pytest.raises(RuntimeError):
             torch.ops.pyfeedback.native_center(torch.zeros(4, 6), samples)
 
 
+@cpu
 def test_the_ops_pass_opcheck_on_their_schema():
     torch.library.opcheck(
         torch.ops.pyfeedback.native_feedback_step_.default,

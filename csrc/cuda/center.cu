@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "launch.h"
+#include "launch.cuh"
 #include "scalar.cuh"
 
 namespace pyfeedback::cuda {
@@ -34,13 +34,10 @@ __global__ void __launch_bounds__(kThreads) center_kernel(CenterLaunch p) {
 
 }  // namespace
 
-cudaError_t launch_center(const CenterLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_center(const CenterLaunch& p, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 65535;
-  const int64_t blocks = std::min((launch.positions + kThreads - 1) / kThreads, kMaxBlocks);
-  visit_dtype(launch.dtype, [&](auto scalar) {
-    center_kernel<decltype(scalar)><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(launch);
-  });
-  return cudaGetLastError();
+  const int64_t blocks = std::min((p.positions + kThreads - 1) / kThreads, kMaxBlocks);
+  return visit_dtype(p.dtype, [&](auto scalar) { return launch(center_kernel<decltype(scalar)>, blocks, stream, p); });
 }
 
 }  // namespace pyfeedback::cuda

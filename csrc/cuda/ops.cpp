@@ -27,31 +27,6 @@ torch::stable::Tensor zero_flag(int32_t device, cudaStream_t stream) {
   return flag;
 }
 
-// visit(launch) for as few launches as hold the whole model.
-template <typename Visitor>
-void for_each_launch(const StepPlan& plan, const StepOptions& options, const int* skip, const Visitor& visit) {
-  constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-  StepLaunch launch{};
-  launch.options = options;
-  launch.skip = skip;
-  const auto flush = [&] {
-    if (launch.count > 0) visit(launch);
-    launch.count = 0;
-  };
-  for (const StepTensor& tensor : plan.rows) {
-    if (tensor.layout >= 0) {
-      visit(StridedLaunch{options, skip, tensor, plan.layouts[tensor.layout]});
-      continue;
-    }
-    const int64_t blocks = (tensor.numel + kBlockElements - 1) / kBlockElements;
-    if (launch.count == kLaunchTensors || launch.first_block[launch.count] + blocks > kMaxBlocks) flush();
-    launch.tensor[launch.count] = tensor;
-    launch.first_block[launch.count + 1] = launch.first_block[launch.count] + blocks;
-    ++launch.count;
-  }
-  flush();
-}
-
 }  // namespace
 
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples) {
@@ -85,15 +60,12 @@ void feedback_step_(StableListHandle feedback, StableListHandle weight, StableLi
   const cudaStream_t stream = current_stream(device);
 
   torch::stable::Tensor flag;
-  int* skip = nullptr;
+  int* nonfinite = nullptr;
   if (skip_nonfinite) {
     flag = zero_flag(device, stream);
-    skip = static_cast<int*>(flag.mutable_data_ptr());
-    for_each_launch(plan, arguments.options, nullptr,
-                    [&](const auto& launch) { STD_CUDA_CHECK(launch_find_nonfinite(launch, skip, stream)); });
+    nonfinite = static_cast<int*>(flag.mutable_data_ptr());
   }
-  for_each_launch(plan, arguments.options, skip,
-                  [&](const auto& launch) { STD_CUDA_CHECK(launch_step(launch, stream)); });
+  STD_CUDA_CHECK(launch_step(plan.rows, plan.layouts, arguments.options, nonfinite, stream));
 }
 
 }  // namespace pyfeedback::cuda

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <type_traits>
 
@@ -41,7 +42,7 @@ __device__ __forceinline__ void narrow(float value, __half& result) {
 
 // visit(Scalar{}) for the storage type of `dtype`.
 template <typename Visitor>
-__host__ __device__ __forceinline__ void visit_dtype(Dtype dtype, const Visitor& visit) {
+__host__ __device__ __forceinline__ auto visit_dtype(Dtype dtype, const Visitor& visit) {
   switch (dtype) {
     case Dtype::kFloat64:
       return visit(double{});
@@ -49,7 +50,7 @@ __host__ __device__ __forceinline__ void visit_dtype(Dtype dtype, const Visitor&
       return visit(float{});
     case Dtype::kBFloat16:
       return visit(__nv_bfloat16{});
-    case Dtype::kFloat16:
+    default:
       return visit(__half{});
   }
 }

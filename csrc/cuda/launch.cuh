@@ -1,0 +1,22 @@
+// Starting a kernel. No source says <<<...>>>, so that a host compiler can read all of them: see csrc/simt.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "launch.h"
+
+namespace pyfeedback::cuda {
+
+// kernel<<<blocks, kThreads, 0, stream>>>(arguments...)
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3{static_cast<unsigned>(blocks), 1, 1};
+  config.blockDim = dim3{kThreads, 1, 1};
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace pyfeedback::cuda

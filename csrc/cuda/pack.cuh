@@ -1,0 +1,60 @@
+// Sixteen bytes or more of neighbouring elements, loaded and stored at once where every operand is aligned.
+#pragma once
+
+#include <cstdint>
+
+#include "scalar.cuh"
+
+namespace pyfeedback::cuda {
+
+constexpr int kAccessBytes = 16;
+
+// Elements that a thread takes at a time: no fewer than the four that share one draw of noise.
+template <typename Scalar>
+constexpr int kPack = sizeof(Scalar) == 2 ? 8 : 4;
+
+template <typename Scalar>
+struct alignas(kAccessBytes) Pack {
+  Scalar value[kPack<Scalar>];
+};
+
+template <typename... Pointers>
+__device__ __forceinline__ bool is_aligned(Pointers... pointers) {
+  return (reinterpret_cast<uintptr_t>(pointers) | ...) % kAccessBytes == 0;
+}
+
+// Elements first .. first + count - 1 of one operand; zeros where there is no such operand. `whole` says that count is
+// the width of a pack and the operand aligned.
+template <typename Scalar>
+__device__ __forceinline__ Pack<Scalar> load(const void* operand, int64_t first, int count, bool whole) {
+  Pack<Scalar> pack{};
+  if (operand == nullptr) return pack;
+  const Scalar* from = static_cast<const Scalar*>(operand) + first;
+  if (whole) return *reinterpret_cast<const Pack<Scalar>*>(from);
+#pragma unroll
+  for (int j = 0; j < kPack<Scalar>; ++j) {
+    if (j < count) pack.value[j] = from[j];
+  }
+  return pack;
+}
+
+template <typename Scalar>
+__device__ __forceinline__ void store(const Pack<Scalar>& pack, void* operand, int64_t first, int count, bool whole) {
+  Scalar* to = static_cast<Scalar*>(operand) + first;
+  if (whole) {
+    *reinterpret_cast<Pack<Scalar>*>(to) = pack;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kPack<Scalar>; ++j) {
+    if (j < count) to[j] = pack.value[j];
+  }
+}
+
+// One element, zero where there is no such operand.
+template <typename Scalar>
+__device__ __forceinline__ Scalar read(const void* operand, int64_t at) {
+  return operand ? static_cast<const Scalar*>(operand)[at] : Scalar{};
+}
+
+}  // namespace pyfeedback::cuda

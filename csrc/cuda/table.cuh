@@ -1,0 +1,119 @@
+// The rows of a whole model as the argument of one launch: no copy to the device, and nothing that a captured graph
+// would have to keep alive.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "launch.cuh"
+
+namespace pyfeedback::cuda {
+
+// Elements of one block.
+constexpr int64_t kBlockElements = 4096;
+
+// What the arguments of a launch may take: 32764 bytes on sm_70 and later since CUDA 12.1, of which few tensors are
+// spared the copying. A model beyond that takes another launch.
+constexpr int kSmallTable = 4096, kLargeTable = 32764;
+constexpr int kOtherArguments = 128;  // bytes beside the table
+
+template <typename Row, int kBytes>
+struct Table {
+  static constexpr int kCapacity = (kBytes - kOtherArguments) / static_cast<int>(sizeof(Row) + sizeof(int32_t));
+  Row row[kCapacity];
+  int32_t first_block[kCapacity + 1];  // [count] is the number of blocks
+  int32_t count;
+
+  // The row that a block works on: the last whose first block is not behind it.
+  __device__ __forceinline__ int find(unsigned block) const {
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first_block[middle] <= static_cast<int>(block) ? low : high) = middle;
+    }
+    return low;
+  }
+
+  int64_t blocks() const { return first_block[count]; }
+};
+
+// visit(table) for as few tables as hold all rows; `Row` has `numel`, which is above zero.
+template <int kBytes, typename Row, typename Visitor>
+cudaError_t visit_tables(const std::vector<Row>& rows, const Visitor& visit) {
+  constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+  Table<Row, kBytes> table;
+  for (size_t next = 0; next < rows.size();) {
+    table.count = table.first_block[0] = 0;
+    for (; next < rows.size() && table.count < table.kCapacity; ++next) {
+      const int64_t end = table.blocks() + (rows[next].numel + kBlockElements - 1) / kBlockElements;
+      if (end > kMaxBlocks) break;
+      table.row[table.count++] = rows[next];
+      table.first_block[table.count] = static_cast<int32_t>(end);
+    }
+    if (table.count == 0) return cudaErrorInvalidValue;  // one tensor of more than 2^43 elements
+    if (const cudaError_t error = visit(table)) return error;
+  }
+  return cudaSuccess;
+}
+
+template <typename Row, typename Visitor>
+cudaError_t for_each_table(const std::vector<Row>& rows, const Visitor& visit) {
+  const bool small = rows.size() <= static_cast<size_t>(Table<Row, kSmallTable>::kCapacity);
+  return small ? visit_tables<kSmallTable>(rows, visit) : visit_tables<kLargeTable>(rows, visit);
+}
+
+// A row whose operands are in unlike layouts.
+template <typename Row, int kOperands>
+struct Strided : Row {
+  Layout<kOperands> place;
+};
+
+// for_each_table over the rows that need no layout, then over those that do.
+template <typename Row, int kOperands, typename Visitor>
+cudaError_t for_each_table(const std::vector<Row>& rows, const std::vector<Layout<kOperands>>& layouts,
+                           const Visitor& visit) {
+  std::vector<Row> dense;
+  std::vector<Strided<Row, kOperands>> strided;
+  for (const Row& row : rows) {
+    if (row.layout < 0) {
+      dense.push_back(row);
+    } else {
+      strided.push_back({row, layouts[row.layout]});
+    }
+  }
+  if (const cudaError_t error = for_each_table(dense, visit)) return error;
+  return for_each_table(strided, visit);
+}
+
+// Where each operand has the row-major element `element`.
+template <int kOperands>
+__device__ __forceinline__ void find_offsets(const Layout<kOperands>& place, int64_t element,
+                                             int64_t (&at)[kOperands]) {
+#pragma unroll
+  for (int k = 0; k < kOperands; ++k) at[k] = 0;
+  for (int64_t d = place.dims - 1; d >= 0; --d) {
+    const int64_t position = element % place.size[d];
+    element /= place.size[d];
+#pragma unroll
+    for (int k = 0; k < kOperands; ++k) at[k] += position * place.stride[k][d];
+  }
+}
+
+// visit(i) for every element of this thread in block `block` of a row, neighbours by neighbouring threads.
+template <typename Visitor>
+__device__ __forceinline__ void for_each_element(int64_t numel, int64_t block, const Visitor& visit) {
+  const int64_t end = min(numel, (block + 1) * kBlockElements);
+  for (int64_t i = block * kBlockElements + threadIdx.x; i < end; i += kThreads) visit(i);
+}
+
+// visit(first, count) for every `kWidth` elements in a row that this thread has there; the last may be fewer.
+template <int kWidth, typename Visitor>
+__device__ __forceinline__ void for_each_pack(int64_t numel, int64_t block, const Visitor& visit) {
+  const int64_t end = min(numel, (block + 1) * kBlockElements);
+  for (int64_t i = block * kBlockElements + int64_t{threadIdx.x} * kWidth; i < end; i += kThreads * kWidth) {
+    visit(i, static_cast<int>(min(end - i, int64_t{kWidth})));
+  }
+}
+
+}  // namespace pyfeedback::cuda

@@ -1,0 +1,197 @@
+#include "grid.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <ucontext.h>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+thread_local simt::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr unsigned kMostBytes = 16;  // of a value that lanes exchange
+
+enum class State { kReady, kWaitsForBlock, kWaitsForLanes, kReturned };
+
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  Index index;
+  State state;
+  unsigned mask;            // of the lanes it waits for
+  bool predicate;           // what it brings to a barrier of the block
+  char shared[kMostBytes];  // what it brings to an exchange
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  const std::function<void()>* body;
+  ucontext_t scheduler;
+  Thread* running;
+  int votes;  // of the last barrier
+  std::string error;
+};
+
+Block* current = nullptr;
+
+unsigned number(const Thread& thread) {
+  return static_cast<unsigned>(&thread - current->threads.data());
+}
+
+void yield() {
+  swapcontext(&current->running->context, &current->scheduler);
+}
+
+// Ends the launch; the fiber is not resumed.
+void fail(const std::string& error) {
+  if (current->error.empty()) current->error = error;
+  yield();
+}
+
+void run_thread() {
+  (*current->body)();
+  current->running->state = State::kReturned;
+  yield();
+}
+
+void start(Thread& thread, Index index) {
+  thread.index = index;
+  thread.state = State::kReady;
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.data();
+  thread.context.uc_stack.ss_size = thread.stack.size();
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, run_thread, 0);
+}
+
+void resume(Thread& thread) {
+  current->running = &thread;
+  threadIdx = thread.index;
+  swapcontext(&current->scheduler, &thread.context);
+}
+
+// Wakes the threads of a complete barrier of the block; false where it is not complete.
+bool release_block() {
+  auto& threads = current->threads;
+  int votes = 0;
+  for (const Thread& thread : threads) {
+    if (thread.state == State::kWaitsForLanes) return false;
+    votes += thread.state == State::kWaitsForBlock && thread.predicate;
+  }
+  current->votes = votes;
+  for (Thread& thread : threads) {
+    if (thread.state == State::kWaitsForBlock) thread.state = State::kReady;
+  }
+  return true;
+}
+
+// Wakes the lanes of every complete exchange; false where none is.
+bool release_lanes() {
+  auto& threads = current->threads;
+  bool any = false;
+  for (size_t first = 0; first < threads.size(); first += kWarp) {
+    const size_t count = std::min<size_t>(kWarp, threads.size() - first);
+    for (size_t i = 0; i < count; ++i) {
+      if (threads[first + i].state != State::kWaitsForLanes) continue;
+      const unsigned mask = threads[first + i].mask;
+      unsigned waiting = 0;
+      for (size_t j = 0; j < count; ++j) {
+        const Thread& other = threads[first + j];
+        waiting |= unsigned{other.state == State::kWaitsForLanes && other.mask == mask} << j;
+      }
+      if ((waiting & mask) != mask) continue;
+      any = true;
+      for (size_t j = 0; j < count; ++j) {
+        if (mask >> j & 1) threads[first + j].state = State::kReady;
+      }
+    }
+  }
+  return any;
+}
+
+std::vector<size_t> turns(size_t count, Order order, unsigned seed) {
+  std::vector<size_t> turn(count);
+  std::iota(turn.begin(), turn.end(), size_t{0});
+  if (order == Order::kBackward) std::reverse(turn.begin(), turn.end());
+  if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), std::mt19937(seed));
+  return turn;
+}
+
+void run_block(Order order, unsigned seed) {
+  auto& threads = current->threads;
+  for (size_t i = 0; i < threads.size(); ++i) {
+    const unsigned n = static_cast<unsigned>(i);
+    start(threads[i], {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y});
+  }
+  const std::vector<size_t> turn = turns(threads.size(), order, seed);
+  for (;;) {
+    for (size_t i : turn) {
+      if (threads[i].state == State::kReady) resume(threads[i]);
+      if (!current->error.empty()) return;
+    }
+    const auto returned = [](const Thread& thread) { return thread.state == State::kReturned; };
+    if (std::all_of(threads.begin(), threads.end(), returned)) return;
+    if (!release_lanes() && !release_block()) {
+      current->error = "threads wait at a barrier or a shuffle that the others never reach";
+      return;
+    }
+  }
+}
+
+}  // namespace
+
+std::string run_grid(Index grid, Index block, Order order, const std::function<void()>& thread) {
+  const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
+  if (blocks == 0 || threads == 0 || threads > 1024)
+    return "a grid without blocks, or a block of 0 or above 1024 threads";
+  static thread_local Block state;
+  state.threads.resize(threads);
+  state.body = &thread;
+  state.error.clear();
+  current = &state;
+  gridDim = grid;
+  blockDim = block;
+  for (size_t b : turns(blocks, order, 0)) {
+    const unsigned n = static_cast<unsigned>(b);
+    blockIdx = {n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y};
+    run_block(order, n);
+    if (!state.error.empty()) break;
+  }
+  return state.error;
+}
+
+unsigned lane() {
+  return number(*current->running) % kWarp;
+}
+
+int wait_for_block(bool predicate) {
+  current->running->predicate = predicate;
+  current->running->state = State::kWaitsForBlock;
+  yield();
+  return current->votes;
+}
+
+void wait_for_lanes(unsigned mask) {
+  if (!(mask >> lane() & 1)) fail("a lane calls a warp function whose mask leaves it out");
+  current->running->mask = mask;
+  current->running->state = State::kWaitsForLanes;
+  yield();
+}
+
+void exchange(unsigned mask, unsigned source, void* value, unsigned size) {
+  if (!(mask >> source & 1)) fail("a shuffle reads a lane that its mask leaves out");
+  std::memcpy(current->running->shared, value, size);
+  wait_for_lanes(mask);
+  const unsigned first = number(*current->running) / kWarp * kWarp;
+  std::memcpy(value, current->threads[first + source].shared, size);
+  wait_for_lanes(mask);  // nobody overwrites what another has still to read
+}
+
+}  // namespace simt

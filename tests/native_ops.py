@@ -1,0 +1,45 @@
+"""The native ops by implementation, all under one name and for CPU tensors, so that one set of value tests serves all:
+the CPU kernels, the CUDA kernels run on the CPU (simt), and the CUDA kernels on a device.
+"""
+
+import pytest
+import simt
+import torch
+
+from pyfeedback import native
+
+
+class OnDevice:
+    """Copies the operands to the device, and back what was written."""
+
+    @staticmethod
+    def native_feedback_step_(feedback, weight, grad, momentum_buffer, **options):
+        there = [[_to_device(t) for t in tensors] for tensors in (feedback, weight, grad, momentum_buffer)]
+        torch.ops.pyfeedback.native_feedback_step_(*there, **options)
+        for tensor, stepped in zip((*feedback, *momentum_buffer), (*there[0], *there[3]), strict=True):
+            tensor.copy_(stepped)
+
+    @staticmethod
+    def native_alignment_products(feedback, weight):
+        there = [[_to_device(t) for t in tensors] for tensors in (feedback, weight)]
+        return torch.ops.pyfeedback.native_alignment_products(*there).cpu()
+
+    @staticmethod
+    def native_center(input, samples):
+        return torch.ops.pyfeedback.native_center(_to_device(input), samples).cpu()
+
+
+def _to_device(tensor):
+    """With the strides, and the place within sixteen bytes, that it has here."""
+    reach = 1 + sum((s - 1) * stride for s, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr() % 16 // tensor.element_size()
+    storage = torch.empty(start + max(reach, 0), dtype=tensor.dtype, device="cuda")
+    return storage.as_strided(tensor.shape, tensor.stride(), start).copy_(tensor)
+
+
+IMPLEMENTATIONS = {"cpu": torch.ops.pyfeedback, "simt": simt, "cuda": OnDevice}
+PARAMETERS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")),
+    pytest.param("simt", marks=pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]

@@ -1,0 +1,164 @@
+"""The CUDA kernels on the CPU: csrc/cuda compiled by the C++ compiler against csrc/simt, under the names of the ops.
+
+Tensors are CPU tensors; a launch that CUDA would leave undefined, as far as the shim sees it, raises RuntimeError, and
+a misaligned access ends the process.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+CSRC = Path(__file__).parents[1] / "csrc"
+COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+FLAGS = "-std=c++17 -O1 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -fsanitize=undefined -fno-sanitize-recover=all"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ORDERS = ["forward", "backward", "shuffled"]
+MAX_DIMS = 8
+
+
+def build(folder: Path, sources: list[Path]) -> ctypes.CDLL:
+    """The sources and the shim as one library in `folder`."""
+    sources = [*sources, CSRC / "simt" / "grid.cpp"]
+    command = [COMPILER, *FLAGS.split(), "-I", str(CSRC / "simt"), "-x", "c++"]
+    library = folder / "simt.so"
+    subprocess.run([*command, *map(str, sources), "-shared", "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "simt" / "exports.cpp"]
+        library = build(Path(folder), sources)
+    library.simt_error.restype = ctypes.c_char_p
+    return library
+
+
+def _check(error: int) -> None:
+    message = _library().simt_error(error)
+    if message is not None:
+        raise RuntimeError(message.decode())
+
+
+@contextmanager
+def order(name: str):
+    """Inside, blocks and threads take their turn in this one of ORDERS."""
+    _library().simt_set_order(ORDERS.index(name))
+    try:
+        yield
+    finally:
+        _library().simt_set_order(0)
+
+
+class StepTensor(ctypes.Structure):
+    """As csrc/feedback_step.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("feedback", "weight", "grad", "momentum")),
+        ("numel", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("decay", "self", "tie")),
+        ("index", ctypes.c_uint32),
+        ("dtype", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+    )
+
+
+class StepOptions(ctypes.Structure):
+    """As csrc/feedback_step.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "noise")),
+        ("seed", ctypes.c_uint64),
+        ("nesterov", ctypes.c_bool),
+    )
+
+
+class Center(ctypes.Structure):
+    """CenterLaunch of csrc/cuda/launch.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("input", "output")),
+        *((name, ctypes.c_int64) for name in ("samples", "positions", "stride")),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+def layout_of(operands: int) -> type[ctypes.Structure]:
+    """Layout<operands> of csrc/layout.h."""
+    sizes = ctypes.c_int64 * MAX_DIMS
+    fields = (("dims", ctypes.c_int64), ("size", sizes), ("stride", sizes * operands))
+    return type("Layout", (ctypes.Structure,), {"_fields_": fields})
+
+
+def _layouts(operands: list[list], by_element: bool) -> tuple[list[int], ctypes.Array]:
+    """Of each row its place in the list of layouts, or -1 where element i of every operand is at i; and that list."""
+    Layout = layout_of(len(operands[0]) if operands else 1)
+    places, layouts = [], []
+    for row in operands:
+        there = [t for t in row if t is not None]
+        alike = all(t.stride() == there[0].stride() and _is_dense(t) for t in there)
+        if alike and (there[0].is_contiguous() or not by_element):
+            places.append(-1)
+            continue
+        places.append(len(layouts))
+        layout = Layout(dims=there[0].dim(), size=tuple(there[0].shape))
+        for k, tensor in enumerate(row):
+            layout.stride[k] = tuple(tensor.stride()) if tensor is not None else ()
+        layouts.append(layout)
+    return places, (Layout * len(layouts))(*layouts)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).is_contiguous()
+
+
+def _pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def native_feedback_step_(
+    feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False, noise=0.0, seed=0,
+    skip_nonfinite=False,
+):  # fmt: skip
+    """The kernels of the op of this name."""
+    here = [i for i, tensor in enumerate(feedback) if tensor.numel()]
+    operands = [
+        [
+            feedback[i],
+            weight[i] if self_[i] else None,
+            grad[i] if tie[i] else None,
+            momentum_buffer[i] if momentum_buffer else None,
+        ]
+        for i in here
+    ]
+    places, layouts = _layouts(operands, by_element=noise != 0)
+    rows = [
+        StepTensor(
+            *map(_pointer, row), row[0].numel(), decay[i], self_[i], tie[i], i, DTYPES.index(row[0].dtype), place
+        )
+        for i, row, place in zip(here, operands, places, strict=True)
+    ]
+    options = StepOptions(lr, momentum, noise, seed % 2**64, nesterov)
+    flag = ctypes.byref(ctypes.c_int(0)) if skip_nonfinite else None
+    table = (StepTensor * len(rows))(*rows)
+    _check(_library().simt_step(table, len(rows), layouts, len(layouts), ctypes.byref(options), flag))
+
+
+def native_center(input: torch.Tensor, samples: int) -> torch.Tensor:
+    """The kernel of the op of this name."""
+    output = torch.empty_strided(
+        (samples, *input.shape[1:]), (input[:1].numel(), *input.stride()[1:]), dtype=input.dtype
+    )
+    if output.numel():
+        positions = output[0].numel()
+        launch = Center(
+            _pointer(input), _pointer(output), samples, positions, input.stride(0), DTYPES.index(input.dtype)
+        )
+        _check(_library().simt_center(ctypes.byref(launch)))
+    return output
