@@ -1,6 +1,8 @@
-"""Coefficients with which the paper's rules learn the digits, and how their feedback weights step."""
+"""The demo's network, and coefficients with which each of the paper's rules trains it on the digits."""
 
 from dataclasses import dataclass
+
+from torch import nn
 
 import pyfeedback
 
@@ -35,3 +37,15 @@ SETTINGS = {
     # B steps as W does, and both decay alike: then W - B only decays, in 1 / (lr / (1 - momentum) * decay) = 400 steps.
     "kp": Setting(pyfeedback.rule("kp", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
 }
+
+
+def network(size: int) -> nn.Sequential:
+    """Six convolutions with batch norm and a linear layer, for ``size`` x ``size`` images of one channel."""
+
+    def block(inputs, outputs, stride):
+        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    stem = block(1, 16, 2 if size > 16 else 1)
+    body = [block(16, 16, 1), block(16, 32, 2), block(32, 32, 1), block(32, 64, 2), block(64, 64, 1)]
+    return nn.Sequential(stem, nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))

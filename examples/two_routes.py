@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
-from tuned import LR, MOMENTUM, SETTINGS, Setting
+from tuned import LR, MOMENTUM, SETTINGS, Setting, network
 
 import pyfeedback
 
@@ -63,18 +63,6 @@ class Result:
     @property
     def mean_angles(self) -> list[float]:
         return [statistics.fmean(layers) for layers in self.angles if layers]
-
-
-def network(size: int) -> nn.Sequential:
-    """Six convolutions with batch norm and a linear layer, for ``size`` x ``size`` images of one channel."""
-
-    def block(inputs, outputs, stride):
-        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
-
-    stem = block(1, 16, 2 if size > 16 else 1)
-    body = [block(16, 16, 1), block(16, 32, 2), block(32, 32, 1), block(32, 64, 2), block(64, 64, 1)]
-    return nn.Sequential(stem, nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
 
 
 def train(setting: Setting, data, epochs: int, seed: int, after_step: Callable, after_epoch: Callable) -> Result:

@@ -37,7 +37,7 @@ class Monitor:
             then costs two training steps more.
 
     Attributes:
-        readings: by step, what :func:`pyfeedback.alignment` returned.
+        readings: by step, what :func:`pyfeedback.alignment` returned; nothing of a model that learns by backprop.
 
     Raises:
         ValueError: ``every`` below 1, or a batch without a loss.
@@ -62,6 +62,11 @@ class Monitor:
         """Go on by one step of training; returns the reading where one is due."""
         self._last += 1
         return self._read() if self._last % self.every == 0 else None
+
+    @property
+    def latest(self) -> dict[str, LayerAlignment]:
+        """The last reading; empty where there is none."""
+        return next(reversed(self.readings.values()), {})
 
     def save(self, path: str | Path) -> None:
         """Write the readings as CSV: a row for each step and layer, with the fields of LayerAlignment."""
@@ -102,7 +107,7 @@ class Monitor:
         Raises:
             ValueError: there is nothing to draw, as in a model that learns by backprop.
         """
-        if not any(self.readings.values()):
+        if not self.readings:
             raise ValueError("model has no feedback layer, expected one that was converted to a rule other than bp")
         figure = _figure(self.readings)
         if path is not None:
@@ -110,7 +115,9 @@ class Monitor:
         return figure
 
     def _read(self) -> dict[str, LayerAlignment]:
-        self.readings[self._last] = found = alignment(self.model, self.batch, self.loss)
+        found = alignment(self.model, self.batch, self.loss)
+        if found:
+            self.readings[self._last] = found
         return found
 
     def _rows(self) -> list[tuple]:

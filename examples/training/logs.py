@@ -1,0 +1,112 @@
+"""What a run leaves in its folder, and what it shows meanwhile."""
+
+import csv
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from training.loop import Run
+
+DRAWING = 30.0  # seconds between two drawings of a picture that takes about half of one
+
+
+class Logs:
+    """Writes metrics.csv, alignment.csv and alignment.png of a run, and its TensorBoard events where they are wanted.
+
+    The files are written anew from the state of the run, so that one that was resumed leaves the same.
+    """
+
+    def __init__(self, run: Run, folder: Path, tensorboard: bool = False):
+        self.run, self.folder = run, folder
+        self.board = _tensorboard(folder, run.steps) if tensorboard else None
+        self.bar = _progress_bar(run)
+        self._drawn = time.monotonic()
+
+    def after_step(self) -> None:
+        """Show a step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def after_epoch(self) -> None:
+        """Write and show an epoch."""
+        row = self.run.rows[-1]
+        _write_csv(self.folder / "metrics.csv", self.run.rows)
+        self.run.monitor.save(self.folder / "alignment.csv")
+        if time.monotonic() - self._drawn > DRAWING:
+            self.draw()
+        if self.board is not None:
+            for name, value in row.items():
+                if value is not None and name not in ("epoch", "step"):
+                    self.board.add_scalar(name, value, row["step"])
+            for layer, reading in self.run.monitor.latest.items():
+                for name, value in vars(reading).items():
+                    if value is not None:
+                        self.board.add_scalar(f"{name}/{layer}", value, row["step"])
+            self.board.flush()
+        self.say(_line(row, self.run.settings.epochs))
+
+    def draw(self) -> None:
+        """Draw the alignment so far, where matplotlib is installed and there is something to draw."""
+        self._drawn = time.monotonic()
+        if self.run.monitor.readings:
+            with suppress(ImportError):
+                self.run.monitor.draw(self.folder / "alignment.png")
+
+    def close(self) -> None:
+        """Finish the picture, the bar and the events."""
+        self.draw()
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+
+def _line(row: dict, epochs: int) -> str:
+    shown = {
+        "train": f"{row['train_loss']:.3f} {row['train_accuracy']:5.1f} %",
+        "test": f"{row['test_loss']:.3f} {row['test_accuracy']:5.1f} %",
+        "frozen": row["frozen_accuracy"] is not None and f"{row['frozen_accuracy']:5.1f} %",
+        "angle": row["angle"] is not None and f"{row['angle']:3.0f}",
+        "|B|/|W|": row["norm_ratio"] is not None and f"{row['norm_ratio']:.2f}",
+        "growth": f"{row['growth']:.2f}",
+    }
+    words = [f"{name} {value}" for name, value in shown.items() if value]
+    return f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  {'  '.join(words)}  {row['seconds']:.1f} s"
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(unfinished, path)
+
+
+def _progress_bar(run: Run):
+    """A bar over all steps, on a terminal that has tqdm."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    total = run.settings.epochs * run.loader.steps
+    return tqdm(initial=run.steps, total=total, unit="step", dynamic_ncols=True)
+
+
+def _tensorboard(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"tensorboard is True, expected it to be installed: {error}") from None
+    return SummaryWriter(folder, purge_step=step or None)

@@ -1,0 +1,92 @@
+"""Networks by name, their feedback paths, and the baseline whose features never learn."""
+
+import copy
+
+import torch
+import tuned
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pyfeedback
+
+CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions; the shortcut has no weights: it skips pixels and fills new channels with zeros."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.stride, self.new = outputs // inputs, outputs - inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new // 2, self.new // 2))
+        return F.relu(y + shortcut)
+
+
+def cifar_resnet(depth: int, classes: int, channels: int = 3) -> nn.Sequential:
+    """The residual network for small images: ``depth`` = 6n + 2 layers, 16, 32 and 64 channels.
+
+    Source: He et al. 2016 (arXiv 1512.03385), section 4.2, shortcuts of option A.
+    """
+    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    blocks = [Block(16, 16) for _ in range(depth // 6)]
+    for inputs, outputs in ((16, 32), (32, 64)):
+        blocks += [Block(inputs, outputs), *(Block(outputs, outputs) for _ in range(depth // 6 - 1))]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+    network = nn.Sequential(stem, *blocks, head)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+def build(name: str, classes: int, shape: torch.Size) -> nn.Module:
+    """A fresh network for images of ``shape`` [C, H, W].
+
+    Raises:
+        ValueError: no network has this name, or it cannot take such images.
+    """
+    channels, size, _ = shape
+    if name in {f"resnet{depth}" for depth in CIFAR_DEPTHS}:
+        return cifar_resnet(int(name.removeprefix("resnet")), classes, channels)
+    if name == "demo":
+        if (channels, classes) != (1, 10):
+            raise ValueError(f"model is 'demo', expected another for {channels} channels and {classes} classes")
+        return tuned.network(size)
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+        raise ValueError(f"model is {name!r}, which needs torchvision: {str(error).splitlines()[0]}") from None
+    if channels != 3:
+        raise ValueError(f"model is {name!r}, expected one for {channels} channels: demo, or resnet8 to resnet110")
+    try:
+        return models.get_model(name, weights=None, num_classes=classes)
+    except ValueError:
+        raise ValueError(f"model is {name!r}, expected demo, resnet20 or a name of torchvision.models") from None
+
+
+def convert(network: nn.Module, rule: pyfeedback.Rule) -> nn.Module:
+    """Feedback paths for every layer but the first, which has no layer before it to hand a gradient to."""
+    pyfeedback.convert(network, rule)
+    first = next(m for m in network.modules() if isinstance(m, pyfeedback.nn.FeedbackLayer))
+    pyfeedback.unconvert(first)
+    return network
+
+
+def frozen_features(network: nn.Module) -> nn.Module:
+    """A copy whose last linear layer alone learns: what ``network`` would reach if nothing behind it did."""
+    twin = copy.deepcopy(network).requires_grad_(False)
+    classifier = [module for module in twin.modules() if isinstance(module, nn.Linear)][-1]
+    classifier.requires_grad_(True)
+    return twin
+
+
+def weight_norms(network: nn.Module) -> Tensor:
+    """The norm of each weight of more than one dimension, feedback weights aside."""
+    return torch.stack(torch._foreach_norm([p.detach() for p in pyfeedback.forward_parameters(network) if p.dim() > 1]))

@@ -1,0 +1,77 @@
+"""Where a run computes: its device, and its rank among processes that torchrun started."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device, and which of how many processes this is."""
+
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def first(self) -> bool:
+        """True in the process that writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Average the gradients over the ranks."""
+        return DistributedDataParallel(model) if self.ranks > 1 else model
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def random_states(self) -> list[Tensor]:
+        """The state of the GPU's generator on every rank; none on CPUs, which all draw alike."""
+        if self.device.type != "cuda":
+            return []
+        states = [torch.cuda.get_rng_state().to(self.device)]
+        if self.ranks > 1:
+            mine, states = states[0], [torch.empty_like(states[0]) for _ in range(self.ranks)]
+            dist.all_gather(states, mine)
+        return [state.cpu() for state in states]
+
+
+@contextmanager
+def joined(name: str | None = None, deterministic: bool = False) -> Iterator[Place]:
+    """Inside, this process has a place: by default a GPU where there is one, and the rank that torchrun gave it.
+
+    Raises:
+        ValueError: no device has this name, or it is not there.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Place(device)
+        return
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield Place(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        # A DistributedDataParallel that dies after its group waits, with the GIL, for a thread of gloo's that wants
+        # the GIL (torch 2.13).
+        gc.collect()
+        dist.destroy_process_group()

@@ -1,0 +1,60 @@
+"""Optimizers, and the learning rate over time."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import pyfeedback
+from training.settings import Settings
+
+
+def rate(settings: Settings, epoch: float) -> float:
+    """What the learning rate is multiplied by, ``epoch`` epochs into the run."""
+    if epoch < settings.warmup:
+        return epoch / settings.warmup
+    if settings.cosine:
+        return (1 + math.cos(math.pi * (epoch - settings.warmup) / (settings.epochs - settings.warmup))) / 2
+    return 0.1 ** sum(epoch >= milestone for milestone in settings.milestones)
+
+
+def optimizers(settings: Settings, model: nn.Module) -> list[Optimizer]:
+    """One optimizer of all that learns in ``model``, or one of its weights and one of its feedback.
+
+    The first follows the schedule. Where the feedback has no learning rate of its own it steps as the weights do, which
+    is what Kolen-Pollack asks for.
+    """
+    forward = [p for p in pyfeedback.forward_parameters(model) if p.requires_grad]
+    feedback = [p for p in pyfeedback.feedback_parameters(model) if p.requires_grad]
+    if not feedback:
+        return [_optimizer(settings, forward)]
+    if settings.feedback_lr is not None:
+        own = pyfeedback.optim.FeedbackSGD(model, settings.feedback_lr, settings.feedback_momentum)
+        return [_optimizer(settings, forward), own]
+    if settings.optimizer == "sgd":
+        sgd = pyfeedback.optim.SGD(model, settings.lr, settings.momentum, settings.weight_decay, settings.nesterov)
+        return [sgd]
+    if settings.optimizer == "adamw":
+        return [pyfeedback.optim.AdamW(model, settings.lr, weight_decay=settings.weight_decay)]
+    adam = _optimizer(settings, forward)
+    adam.add_param_group({"params": feedback, "weight_decay": 0.0})  # decay is in the rule's gradient
+    return [adam]
+
+
+def step(optimizers: list[Optimizer], lr: float) -> None:
+    """Step all, the first at this learning rate, and clear the gradients."""
+    for group in optimizers[0].param_groups:
+        group["lr"] = lr
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+def _optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **common)
+    return (torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW)(parameters, **common)
