@@ -1,10 +1,15 @@
-"""Shapes and inputs that tests and benchmarks share: the layers of well-known networks, and tensors to feed them."""
+"""What tests and benchmarks share: layers of well-known networks, inputs, the reference in a model, peak memory."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from pyfeedback import functional, reference
 from pyfeedback.forms import Window
 
 
@@ -118,3 +123,43 @@ def conv_inputs(
     input = normal(batch, c, shape.map_size, shape.map_size).relu_()
     grad_output = normal(*shape.window.output_shape(input.shape, weight.shape))
     return ConvInputs(input.requires_grad_(), weight.requires_grad_(), feedback.requires_grad_(), grad_output)
+
+
+@contextmanager
+def by_reference() -> Iterator[list[Tensor]]:
+    """Inside, the feedback layers of any model compute as :mod:`pyfeedback.reference` does.
+
+    Yields the list that their regularisers are appended to: ``(loss + sum(penalties)).backward()``.
+    """
+    penalties: list[Tensor] = []
+
+    def layers(op):
+        def compute(input, weight, feedback, bias, *window_and_rule):
+            *window, rule = window_and_rule
+            y, penalty = op(input, weight, feedback, bias, *sum(window, ()), **rule._asdict())
+            penalties.append(penalty)
+            return y
+
+        return compute
+
+    ops = {name: layers(getattr(reference, name)) for name in ("conv2d", "convolution", "linear")}
+    with mock.patch.multiple(functional, **ops):
+        yield penalties
+
+
+def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """The most memory of PyTorch's allocator that ``run`` holds at one time, beyond what was held before it."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    held = peak = 0
+    for event in events:
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

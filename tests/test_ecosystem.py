@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyfeedback
-from pyfeedback import reference
+from pyfeedback.testing import by_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other packages warn of is theirs
 
@@ -45,6 +45,11 @@ def without_fat(model):
     thin = iter([nn.Linear(linear[0].in_features, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)])
     model.classifier = nn.Sequential(*(next(thin) if m in linear else m for m in model.classifier))
     return model
+
+
+def vision_transformer():
+    models = pytest.importorskip("torchvision").models
+    return models.VisionTransformer(32, 8, 2, num_heads=2, hidden_dim=16, mlp_dim=24, num_classes=CLASSES)
 
 
 def timm_model(name, **options):
@@ -91,6 +96,7 @@ MODELS = {
     "torchvision.vgg11": (vgg, images(32)),
     "torchvision.mobilenet_v3_small": (torchvision_model("mobilenet_v3_small"), images(32)),
     "torchvision.convnext_tiny": (torchvision_model("convnext_tiny", stochastic_depth_prob=0.0), images(32)),
+    "torchvision.vit": (vision_transformer, images(32)),
     "timm.resnet18": (timm_model("resnet18"), images(32)),
     "timm.convnext_atto": (timm_model("convnext_atto"), images(32)),
     "timm.vit": (timm_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2), images(32)),
@@ -113,28 +119,6 @@ def build(name, rule, dtype=torch.float32):
     return model, x.to(dtype) if x.is_floating_point() else x, torch.arange(BATCH) % CLASSES
 
 
-def by_reference(model):
-    """Each feedback layer computes as pyfeedback.reference does; returns the list that their penalties go to."""
-    penalties = []
-
-    def forward_of(layer):
-        window = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else ()
-        op = reference.conv2d if window else reference.linear
-        names = ("decay", "amp", "null", "sparse", "self_", "tie", "center")
-        rule = {name: getattr(layer.rule, name) for name in names}
-
-        def forward(x):
-            y, penalty = op(x, layer.weight, layer.feedback, layer.bias, *window, **rule)
-            penalties.append(penalty)
-            return y.clone()  # the next module may work in place
-
-        return forward
-
-    for _, layer in pyfeedback.feedback_layers(model):
-        layer.forward = forward_of(layer)
-    return penalties
-
-
 # Models
 
 
@@ -143,10 +127,11 @@ def by_reference(model):
 def test_gradients_of_a_whole_model_are_the_reference(name, rule):
     model, x, target = build(name, pyfeedback.Rule(**RULES[rule]), torch.float64)
     twin = copy.deepcopy(model)
-    penalties = by_reference(twin)
     F.cross_entropy(model(x), target).backward()
-    (F.cross_entropy(twin(x), target) + sum(penalties)).backward()
-    assert len(penalties) == len(list(pyfeedback.feedback_layers(model))) > 2
+    with by_reference() as penalties:
+        loss = F.cross_entropy(twin(x), target)
+    (loss + sum(penalties)).backward()
+    assert len(penalties) >= len(list(pyfeedback.feedback_layers(model))) > 2
     found, expected = (gradients(list(m.parameters())) for m in (model, twin))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)  # a bias before a norm has gradient zero
 
@@ -170,10 +155,10 @@ def test_a_few_steps_move_what_the_rule_moves(name, rule):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_layer_is_left_out_in_silence(name):
-    """Every convolution and linear layer has a feedback path; what else has weights stands in the report."""
+    """Every convolution, linear and attention layer has a feedback path; what else has weights is in the report."""
     model, report = pyfeedback.convert(MODELS[name][0](), "fa", return_report=True)
-    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    assert report.changed == layers
+    layers = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
+    assert report.changed == [n for n, m in model.named_modules() if isinstance(m, layers)]
     weights = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.dim() > 1}
     assert weights == {*report.changed, *report.left}
 

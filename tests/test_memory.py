@@ -1,0 +1,100 @@
+"""Memory of a training step: what a forward saves for its backward, and the most that is held at one time."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyfeedback
+from pyfeedback.testing import by_reference, peak_bytes
+
+LEARNED = ("wm", "ia", "sa", "aa", "kp")
+RULES = ("bp", "fa", *LEARNED)
+BATCH, WIDTH, SIZE = 16, 32, 32
+ACTIVATION = 4 * BATCH * WIDTH * SIZE * SIZE  # the largest
+
+
+def network():
+    """Bottlenecks with batch norm, as in a ResNet: pointwise, 3x3 and strided layers; activations outweigh weights."""
+    torch.manual_seed(0)
+
+    def layer(c, k, kernel, stride=1):
+        return nn.Conv2d(c, k, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(k), nn.ReLU(inplace=True)
+
+    return nn.Sequential(
+        *layer(3, WIDTH, 3), *layer(WIDTH, 8, 1), *layer(8, 8, 3), *layer(8, WIDTH, 1), *layer(WIDTH, 16, 1, stride=2),
+        *layer(16, 16, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def converted(rule, layout=torch.contiguous_format):
+    return pyfeedback.convert(network().to(memory_format=layout), rule)
+
+
+def loss_of(model, layout=torch.contiguous_format):
+    images = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=layout)
+    return F.cross_entropy(model(images), torch.arange(BATCH) % 10)
+
+
+def saved_bytes(model):
+    """Bytes of what autograd saves, parameters apart, each memory once."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in parameters:
+            saved[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model)  # alive until all is counted, so that no memory is used twice
+    assert loss.requires_grad
+    return sum(saved.values())
+
+
+def peak(model, layout=torch.contiguous_format):
+    loss_of(model, layout).backward()  # what is made once, is
+    model.zero_grad()
+    return peak_bytes(lambda: loss_of(model, layout).backward())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_rule_saves_more_than_backprop(rule):
+    """The response is what batch norm saves anyway."""
+    assert saved_bytes(converted(rule)) == saved_bytes(network())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_peak_is_that_of_backprop(rule, layout):
+    """Within 3 % and the feedback's gradients; ia and aa hold one largest activation more."""
+    model = converted(rule, layout)
+    allowed = 1.03 * peak(network().to(memory_format=layout), layout)
+    allowed += 4 * sum(p.numel() for p in pyfeedback.feedback_parameters(model) if p.requires_grad)
+    allowed += ACTIVATION if rule in ("ia", "aa") else 0
+    assert peak(model, layout) <= allowed
+
+
+@pytest.mark.parametrize("rule", ["wm", "ia", "aa"])
+def test_the_reference_holds_more(rule):
+    """So the two tests above can fail: a graph of the regularisers keeps every response and its projections."""
+    with by_reference() as penalties:
+
+        def step():
+            loss = loss_of(model)
+            (loss + sum(penalties)).backward()
+            penalties.clear()
+
+        model = converted(rule)
+        assert peak_bytes(step) > 1.25 * peak(network())
+
+
+def test_peak_bytes_counts_what_is_held_at_one_time():
+    def run():
+        first = torch.zeros(1 << 20)
+        second = first + 1
+        del first
+        return second.sum()
+
+    assert peak_bytes(run) == pytest.approx(2 << 22, abs=64)
