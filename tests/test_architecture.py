@@ -24,7 +24,7 @@ SEEN_ONLY_BY = {
     "pyfeedback.kernels": {PROVIDERS, "pyfeedback.fused"},
     "pyfeedback.fused": {PROVIDERS},
     "pyfeedback.aten": {PROVIDERS, "pyfeedback.fused"},
-    "pyfeedback.reference": {"pyfeedback"},
+    "pyfeedback.reference": {"pyfeedback", SHARED},
     SHARED: set(),
 }
 
