@@ -464,7 +464,7 @@ def test_the_moving_average_weighs_what_it_saw():
     for pair in values:
         average.update(pair)
     weights = 0.9 ** torch.arange(4, -1, -1, dtype=torch.float64)
-    assert average(place) == pytest.approx(((weights @ values) / weights.sum()).tolist())
+    assert average.read() == average.read(place) == pytest.approx(((weights @ values) / weights.sum()).tolist())
 
 
 def test_scale_growth_is_that_of_the_weights():
@@ -510,16 +510,24 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, run_program):
     shown = [(event.step, event.value) for event in events.Scalars("test_accuracy")]
     written = [(int(row["step"]), float(row["test_accuracy"])) for row in table(tmp_path / "metrics.csv")]
     assert shown == [(step, pytest.approx(value)) for step, value in written]
-    assert len(events.Scalars("angle/1.0.0")) == 2
+    angles = {
+        int(row["step"]): float(row["angle"]) for row in table(tmp_path / "alignment.csv") if row["layer"] == "1.0.0"
+    }
+    assert {event.step: event.value for event in events.Scalars("angle/1.0.0")} == {20: pytest.approx(angles[20])}
+    assert [event.step for event in events.Scalars("moving/loss")] == [20]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_is_for_a_terminal(monkeypatch, tmp_path, terminal):
-    tqdm = pytest.importorskip("tqdm").tqdm
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    logs = part("logs").Logs(new_run(settings()), tmp_path)
-    assert isinstance(logs.bar, tqdm) == terminal
+def test_a_bar_is_for_a_terminal(monkeypatch, tmp_path, capsys, terminal):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    run = new_run(settings())
+    logs = part("logs").Logs(run, tmp_path)
+    run.train(logs.after_step, logs.after_epoch)
     logs.close()
+    shown = capsys.readouterr()
+    assert ("8/8" in shown.err) == terminal
+    assert shown.out.count("epoch") == 2
 
 
 # The command line

@@ -25,9 +25,17 @@ class Logs:
         self._drawn = time.monotonic()
 
     def after_step(self) -> None:
-        """Show a step."""
+        """Show a step, and what was read after it."""
         if self.bar is not None:
             self.bar.update()
+        if self.run.steps % self.run.settings.every == 0 and (self.bar is not None or self.board is not None):
+            loss, accuracy = self.run.average.read()
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %")
+            if self.board is not None:
+                self._show({"moving/loss": loss, "moving/accuracy": accuracy})
+                for layer, reading in self.run.monitor.latest.items():
+                    self._show({f"{name}/{layer}": value for name, value in vars(reading).items()})
 
     def after_epoch(self) -> None:
         """Write and show an epoch."""
@@ -37,13 +45,7 @@ class Logs:
         if time.monotonic() - self._drawn > DRAWING:
             self.draw()
         if self.board is not None:
-            for name, value in row.items():
-                if value is not None and name not in ("epoch", "step"):
-                    self.board.add_scalar(name, value, row["step"])
-            for layer, reading in self.run.monitor.latest.items():
-                for name, value in vars(reading).items():
-                    if value is not None:
-                        self.board.add_scalar(f"{name}/{layer}", value, row["step"])
+            self._show({name: value for name, value in row.items() if name not in ("epoch", "step")})
             self.board.flush()
         self.say(_line(row, self.run.settings.epochs))
 
@@ -68,6 +70,11 @@ class Logs:
             print(line, flush=True)
         else:
             self.bar.write(line)
+
+    def _show(self, values: dict[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self.board.add_scalar(name, value, self.run.steps)
 
 
 def _line(row: dict, epochs: int) -> str:

@@ -28,9 +28,10 @@ class MovingAverage:
         self.total.lerp_(values.to(self.total.dtype), 1 - self.decay)
         self.weight = self.decay * self.weight + 1 - self.decay
 
-    def __call__(self, place: Place) -> list[float]:
-        """The averages, over all ranks."""
-        return (place.total(self.total.clone()) / (self.weight * place.ranks)).tolist()
+    def read(self, place: Place | None = None) -> list[float]:
+        """The averages: of this rank, or over those of a place."""
+        total = self.total if place is None else place.total(self.total.clone()) / place.ranks
+        return (total / self.weight).tolist()
 
 
 class Run:
@@ -166,7 +167,7 @@ class Run:
 
     def _row(self) -> dict:
         """One line of the log."""
-        train_loss, train_accuracy = self.average(self.place)
+        train_loss, train_accuracy = self.average.read(self.place)
         test_loss, test_accuracy = self.evaluate(self.network)
         row = {
             "epoch": self.epoch + 1,

@@ -80,10 +80,16 @@ def convert(network: nn.Module, rule: pyfeedback.Rule) -> nn.Module:
 
 
 def frozen_features(network: nn.Module) -> nn.Module:
-    """A copy whose last linear layer alone learns: what ``network`` would reach if nothing behind it did."""
+    """A copy whose last linear layer alone learns: what ``network`` would reach if nothing before it did.
+
+    Raises:
+        ValueError: there is no linear layer.
+    """
     twin = copy.deepcopy(network).requires_grad_(False)
-    classifier = [module for module in twin.modules() if isinstance(module, nn.Linear)][-1]
-    classifier.requires_grad_(True)
+    classifiers = [module for module in twin.modules() if isinstance(module, nn.Linear)]
+    if not classifiers:
+        raise ValueError("frozen is True, expected --no-frozen for a network without a linear layer")
+    classifiers[-1].requires_grad_(True)
     return twin
 
 
