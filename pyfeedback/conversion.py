@@ -1,14 +1,16 @@
 """Converting a model: its convolutions and linear layers get a feedback path, everything else stays."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyfeedback.direct import DirectFeedback, Tap
 from pyfeedback.forms import Form, needs_response
 from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
@@ -28,13 +30,14 @@ class Conversion:
         not_in_place: activations that no longer work in place, since the rule reads the response they would destroy.
     """
 
-    rule: Rule
+    rules: dict[str, Rule]
     changed: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     not_in_place: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.changed)} layers follow {self.rule}: {', '.join(self.changed) or 'none'}"]
+        follow = ", ".join(f"{r}" if p == "*" else f"{p} {r}" for p, r in self.rules.items())
+        lines = [f"{len(self.changed)} layers follow {follow}: {', '.join(self.changed) or 'none'}"]
         lines += [f"left {name or 'the model'}: {why}" for name, why in self.left.items()]
         if self.not_in_place:
             lines.append(f"no longer in place, the rule reads their input: {', '.join(self.not_in_place)}")
@@ -43,7 +46,7 @@ class Conversion:
 
 def convert(
     model: nn.Module,
-    rule: str | Rule,
+    rule: str | Rule | Mapping[str, str | Rule],
     *,
     init: Init | Callable[[Tensor], object] | None = None,
     return_report: bool = False,
@@ -57,7 +60,9 @@ def convert(
 
     Args:
         model: any module, or one layer.
-        rule: a name or a :class:`pyfeedback.Rule`.
+        rule: a name or a :class:`pyfeedback.Rule`; or for a mixture a dict of patterns of layer names, as
+            ``{"layer1.*": "ia", "fc": "bp", "*": "kp"}``: each layer follows the first that matches (fnmatch), and
+            stays as it is where none does.
         init: how feedbacks are drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init; by default from a
             normal law of the standard deviation of the layer's weight. A seed gives each layer a stream of its own.
         return_report: return ``(model, Conversion)``; the report is logged in any case, at level INFO.
@@ -65,20 +70,29 @@ def convert(
     Returns:
         ``model`` itself.
     """
-    rule, init = as_rule(rule), as_init(init)
-    report = Conversion(rule)
-    unsupported = _unsupported(model)
+    rules = {p: as_rule(r) for p, r in rule.items()} if isinstance(rule, Mapping) else {"*": as_rule(rule)}
+    init, unsupported = as_init(init), _unsupported(model)
+    report, direct = Conversion(rules), None
+    _drop_direct_feedback(model)
     for name, module in model.named_modules():
         if module in unsupported:
             report.left[name] = unsupported[module]
         elif isinstance(module, FeedbackLayer) or type(module) in LAYERS:
+            chosen = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
+            if chosen is None:
+                report.left[name] = "no pattern of the rules matches its name"
+                continue
             module.__class__ = LAYERS.get(type(module), type(module))
-            module.attach_feedback(rule, init.of_layer(name))
-            if module.feedback is not None:
-                module.feedback_init.draw(module.feedback, module.weight, _like(module.weight))
+            module.attach_feedback(chosen, init.of_layer(name))
+            module.reset_feedback(_like(module.weight))
+            if chosen.direct != "no":
+                direct = direct or DirectFeedback(init, chosen.direct == "shared")
+                module.direct = Tap(name, direct)
             report.changed.append(name)
         elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
             report.left[name] = f"{type(module).__name__} has weights, and no feedback layer stands for it"
+    if direct is not None:
+        direct.attach(model)
     report.not_in_place = _spare_responses(model)
     _log.info("%s", report)
     return (model, report) if return_report else model
@@ -102,6 +116,7 @@ def unconvert(model: nn.Module) -> nn.Module:
         if type(layer) not in plain:
             what = f"{name or 'the model'} is a {type(layer).__name__}"
             raise ValueError(f"{what}, expected a layer of pyfeedback.nn itself: remove its parametrizations first")
+    _drop_direct_feedback(model)
     for _, layer in layers:
         layer.detach_feedback()
         layer.__class__ = plain[type(layer)]
@@ -128,6 +143,12 @@ def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter of ``model`` that is no feedback weight: what an optimizer of the task takes."""
     feedback = {id(p) for p in feedback_parameters(model)}
     return (p for p in model.parameters() if id(p) not in feedback)
+
+
+def _drop_direct_feedback(model: nn.Module) -> None:
+    direct = getattr(model, "direct_feedback", None)
+    if isinstance(direct, DirectFeedback):
+        direct.detach(model)
 
 
 def _unsupported(model: nn.Module) -> dict[nn.Module, str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyfeedback.conversion import feedback_layers
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.providers import provide
 
@@ -22,7 +21,8 @@ class LayerAlignment:
         norm_ratio: |feedback| / |weight|.
         weight_norm: |weight|.
         projection_angle: between the gradients that the layer hands to its input by way of feedback and of weight,
-            for the output gradient of the same pass (local), all its calls together; None without a batch.
+            for the output gradient of the same pass (local), all its calls together; nan where there is no feedback
+            weight (dfa) or no single output (attention), None without a batch.
         gradient_angle: between the weight's gradient in this network and backprop's on the same batch (true); nan
             for a frozen weight, None without a batch.
     """
@@ -53,8 +53,10 @@ def alignment(
     Raises:
         ValueError: a batch without a loss.
     """
-    layers = dict(feedback_layers(model))
-    feedback = [layer.feedback for layer in layers.values() if layer.feedback is not None]
+    layers = {name: layer for name, layer in _layers(model) if layer.feedback is not None or layer.direct is not None}
+    with torch.no_grad():
+        paths = [layer.standing_path() for layer in layers.values()]
+        feedback = [torch.zeros_like(w.weight) if b is None else b for w, b in zip(layers.values(), paths, strict=True)]
     products = _products(feedback, [layer.weight for layer in layers.values()])
     weights = {name: (_angle(*p), _norm_ratio(*p), math.sqrt(p[1])) for name, p in zip(layers, products, strict=True)}
     if batch is None:
@@ -79,14 +81,18 @@ def angle(a: Tensor, b: Tensor) -> float:
 @contextmanager
 def weight_transport(model: nn.Module) -> Iterator[None]:
     """Inside, the layers of ``model`` hand back gradients by way of their weight: plain backprop."""
-    layers = [(layer, layer.feedback) for _, layer in feedback_layers(model)]
-    for layer, _ in layers:
-        layer.feedback = None
+    layers = [(layer, layer.feedback, layer.direct) for _, layer in _layers(model)]
+    for layer, *_ in layers:
+        layer.feedback = layer.direct = None
     try:
         yield
     finally:
-        for layer, feedback in layers:
-            layer.feedback = feedback
+        for layer, feedback, direct in layers:
+            layer.feedback, layer.direct = feedback, direct
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLayer))
 
 
 @torch.no_grad()
@@ -132,6 +138,8 @@ def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bo
 
     def remember(name):
         def hook(module, inputs, output):
+            if module.feedback is None or not isinstance(output, Tensor):
+                return None
             if not output.requires_grad:  # all of it frozen up to here
                 output = output.detach().requires_grad_()
             calls.setdefault(name, []).append((inputs[0].detach(), output))

@@ -247,6 +247,8 @@ def _feedback_terms(b: nn.Parameter, layer: FeedbackLayer, noisy: bool) -> Terms
         grad, terms = b.grad, (0.0, 0.0, 1.0)  # everything, decay included, is in the gradient
     else:
         grad, terms = w.grad if rule.tie else w, (rule.decay, rule.self_, rule.tie)
+    if layer.mixing is not None:  # the feedback is a factor of what stands beside the weight
+        w, grad = b, grad if grad is b.grad or grad is None else layer.through_mixing(grad)
     return (w.detach(), grad, *terms) if grad is not None and (rule.learns or noisy) else None
 
 

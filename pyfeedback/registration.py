@@ -132,6 +132,11 @@ def _center(input: Tensor, samples: int) -> Tensor:
     return provide("center", input.device.type)(input, samples)
 
 
+def mix(mixing: Tensor, feedback: Tensor, decay: float) -> Tensor:
+    """A feedback that is a product, [K, M] times [M, ...]; ``decay`` acts on the second factor, in its gradient."""
+    return (mixing @ feedback.flatten(1)).view(mixing.shape[0], *feedback.shape[1:])
+
+
 for _name, _implementation in {
     "fa_conv2d": fa_conv2d,
     "fa_convolution": fa_convolution,
@@ -140,6 +145,7 @@ for _name, _implementation in {
     "fa_convolution_backward": fa_convolution_backward,
     "fa_linear_backward": fa_linear_backward,
     "feedback_step_": feedback_step_,
+    "mix": mix,
     "center": _center,
 }.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -179,6 +185,7 @@ torch.library.register_fake("pyfeedback::fa_convolution_backward", fake_gradient
 torch.library.register_fake("pyfeedback::fa_linear_backward", fake_gradients, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::mix", mix, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_alignment_products", _fake_products, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRARY)
@@ -218,6 +225,20 @@ for _name, _op in {
 }.items():
     torch.library.register_autograd(f"pyfeedback::{_name}", _differentiate(_op), setup_context=_save, lib=LIBRARY)
     torch.library.register_autograd(f"pyfeedback::{_name}_backward", refuse_double_backward, lib=LIBRARY)
+
+
+def _save_factors(ctx, inputs, output: Tensor) -> None:
+    mixing, feedback, ctx.decay = inputs
+    ctx.save_for_backward(mixing, feedback)
+
+
+def _differentiate_mix(ctx, grad: Tensor):
+    mixing, feedback = ctx.saved_tensors
+    pulled = (mixing.t() @ grad.flatten(1)).view(feedback.shape)
+    return None, pulled + ctx.decay * feedback, None
+
+
+torch.library.register_autograd("pyfeedback::mix", _differentiate_mix, setup_context=_save_factors, lib=LIBRARY)
 
 
 # Autocast: the forward ops run in the autocast dtype, as torch's convolution and linear layer do.

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from pyfeedback.forms import COEFFICIENTS, Coefficients
 
 REDUCTIONS = ("batch", "mean")
+SIGNS = ("free", "uniform", "fixed", "batch")
+DIRECT = ("no", "each", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,12 @@ class Rule:
         reduction: "batch" sums over positions and averages over samples, as the paper does; "mean" averages over
             positions as well, so that a coefficient means the same in every layer.
         transport: B is W itself, weight transport: plain backprop.
+        signs: B has the sign of W at every pass, and magnitudes of its own: one for the whole layer ("uniform"), drawn
+            once ("fixed") or for each batch ("batch"). "free" leaves the signs to B.
+        expansion: B is a product of two: a fixed random matrix [K, M], M this many times K, and the feedback weight
+            [M, ...], which learns. 0 is one matrix.
+        direct: the layer's input gets the error of the model's output by a random projection, and nothing from the
+            layers between: "each" layer has a projection of its own, or they have columns of one, "shared".
         name: for reports.
     """
 
@@ -38,6 +46,9 @@ class Rule:
     samples: int | float = 0
     reduction: str = "batch"
     transport: bool = False
+    signs: str = "free"
+    expansion: int = 0
+    direct: str = "no"
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self):
@@ -48,13 +59,22 @@ class Rule:
         whole = isinstance(self.samples, int) and not isinstance(self.samples, bool) and self.samples >= 0
         if not whole and not (isinstance(self.samples, float) and 0 < self.samples <= 1):
             raise ValueError(f"samples is {self.samples!r}, expected an int of 0 or more, or a float in (0, 1]")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {self.reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+        for name, known in (("reduction", REDUCTIONS), ("signs", SIGNS), ("direct", DIRECT)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if isinstance(self.expansion, bool) or not isinstance(self.expansion, int) or self.expansion < 0:
+            raise ValueError(f"expansion is {self.expansion!r}, expected an int of 0 or more")
         for name in ("center", "transport"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.transport and (self.learns or self.samples or self.center):
             raise ValueError(f"transport is True with {self!r}, expected no coefficients: B is W itself")
+        if self.learns and (self.signs != "free" or self.direct != "no"):
+            raise ValueError(f"signs is {self.signs} and direct {self.direct} in {self}, expected no coefficients")
+        if (self.transport, self.signs != "free", self.direct != "no", self.expansion > 0).count(True) > 1:
+            raise ValueError(f"{self} has more than one of transport, signs, direct and expansion, expected one")
+        if self.expansion and (self.reads_data or self.self_):
+            raise ValueError(f"expansion is {self.expansion} in {self}, expected no coefficients but tie and decay")
 
     @property
     def learns(self) -> bool:
@@ -70,7 +90,8 @@ class Rule:
         """What the ops take, for a batch of this size and ``positions`` output positions per sample."""
         scale = 1.0 / positions if self.reduction == "mean" and positions else 1.0
         return Coefficients(
-            self.decay, self.amp * scale, self.null * scale, self.sparse * scale, self.self_, self.tie,
+            0.0 if self.expansion else self.decay,  # of the factor that learns, not of the product
+            self.amp * scale, self.null * scale, self.sparse * scale, self.self_, self.tie,
             self.center, self.samples_of(batch),
         )  # fmt: skip
 
@@ -94,6 +115,12 @@ PRESETS = {
     "sa": Rule(self_=2e-3, decay=2e-3, name="sa"),
     "aa": Rule(amp=2e-3, sparse=2e-3, name="aa"),
     "kp": Rule(tie=1.0, decay=2e-3, name="kp"),
+    "oja": Rule(amp=2e-3, null=2e-3, center=True, name="oja"),
+    "usf": Rule(signs="uniform", name="usf"),
+    "frsf": Rule(signs="fixed", name="frsf"),
+    "brsf": Rule(signs="batch", name="brsf"),
+    "pfa": Rule(tie=1.0, decay=2e-3, expansion=4, name="pfa"),
+    "dfa": Rule(direct="each", name="dfa"),
 }
 
 
@@ -110,11 +137,24 @@ def rule(name: str | Rule, **overrides) -> Rule:
     sa   symmetric alignment    self_, decay                     2e-3, 2e-3: 1e-3 |W - B|^2
     aa   activation alignment   amp, sparse                      2e-3, 2e-3: 1e-3 E|Wx - Bx|^2
     kp   Kolen-Pollack          tie, decay                       1, 2e-3; W must decay at the same rate
+    oja  Oja's rule             amp, null, equal; local          ours: those of ia without decay
+    usf  uniform sign-          none: B has the sign of W, and
+         concordant feedback    one magnitude
+    frsf fixed random           likewise, magnitudes as drawn
+         magnitude
+    brsf batch random           likewise, drawn for each pass
+         magnitude
+    pfa  product feedback       B = P R, P fixed and random; R   ours: those of kp, four times as many
+         alignment              learns by tie, decay             rows in R as in W
+    dfa  direct feedback        none: the output's error, by a
+         alignment              random projection
     ==== ====================== ================================ =====================================
 
     Without centring, wm and ia diverge on real images; the paper's coefficients are for its own ImageNet recipe.
 
-    Source: Kunin et al., ICML 2020 (arXiv 2003.01513), table 1; wm and kp: Akrout et al., NeurIPS 2019.
+    Source: Kunin et al., ICML 2020 (arXiv 2003.01513), table 1; wm and kp: Akrout et al., NeurIPS 2019; usf, frsf and
+    brsf: Liao, Leibo and Poggio, AAAI 2016 (arXiv 1510.05067); pfa: Li and Benna, 2024 (arXiv 2405.20594); dfa:
+    Nokland, NeurIPS 2016 (arXiv 1609.01596).
 
     Raises:
         ValueError: no rule has this name, or a field's value is out of range.

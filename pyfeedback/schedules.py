@@ -3,6 +3,7 @@
     schedule = Schedule(model, amp=linear(0, 1, 1000))       # factors of the coefficients, step by step
     alternation = Alternation(model, every=4)                # the feedback learns at every fourth step
     mirror = Mirror(model)                                   # noise instead of data
+    growth = GrowthControl(model)                            # B keeps its size: growth.step() after rule.step()
 
     for x, target in data:
         task.zero_grad(), rule.zero_grad()
@@ -107,7 +108,7 @@ class Schedule:
         for layer, rule in self._rules:
             layer.unscheduled = rule
             layer.rule = replace(rule, **{name: getattr(rule, name) * factor for name, factor in factors.items()})
-            values = torch.tensor([getattr(layer.rule, name) for name in COEFFICIENTS], dtype=torch.float64)
+            values = torch.tensor(layer.rule.coefficients(1, 1)[: len(COEFFICIENTS)], dtype=torch.float64)
             layer.scheduled = values if layer.scheduled is None else layer.scheduled.copy_(values)
 
 
@@ -194,7 +195,7 @@ class Mirror:
         for layer, like in self._inputs.items():
             assert layer.feedback is not None
             noise = self.amplitude * self.law(like.shape, dtype=like.dtype, device=like.device)
-            output = type(layer).forward(layer, noise)
+            output = layer.respond(noise)
             torch.autograd.backward(output, torch.zeros_like(output), inputs=[layer.feedback])
         self._learn(False)
 
@@ -205,3 +206,31 @@ class Mirror:
 
     def _remember(self, layer: FeedbackLayer, inputs: tuple[Tensor, ...]) -> None:
         self._inputs[layer] = inputs[0].new_empty(()).expand(inputs[0].shape)
+
+
+class GrowthControl:
+    """Keeps feedback weights from growing: rescales each after the optimizer's step.
+
+    Noise u, uniform in [0, 1) and one number for each output channel, sent back by B excites the input's units with
+    B'u. :meth:`step` scales B so that the variance of B'u over the units, on average over u, is ``std`` squared; both
+    averages are in closed form, so nothing is drawn.
+
+    Args:
+        model: a model with feedback layers.
+        std: the standard deviation to keep.
+
+    Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), whose code estimates the same from a batch of noise.
+    """
+
+    def __init__(self, model: nn.Module, std: float = 0.5):
+        if not 0 < std < math.inf:
+            raise ValueError(f"std is {std}, expected a finite number above 0")
+        self.model, self.std = model, std
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Rescale every feedback weight; one that excites all units alike, such as zero, is left."""
+        for b in feedback_parameters(self.model):
+            spread = b.flatten(1) - b.flatten(1).mean(1, keepdim=True)
+            variance = (spread.square().sum() / 12 + spread.sum(0).square().sum() / 4) / spread.shape[1]
+            b.mul_(torch.where(variance > 0, self.std * variance.rsqrt(), 1.0))

@@ -1,8 +1,9 @@
 """The schema of every op, once.
 
 `fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`; `center` is a step of their
-backward; `scheduled_*` take the coefficients as a tensor (:mod:`pyfeedback.scheduled`); `native_*` are the leaves that
-the compiled library implements and that only the provider table calls.
+backward; `mix` makes the feedback of pfa; `scheduled_*` take the coefficients as a tensor
+(:mod:`pyfeedback.scheduled`); `native_*` are the leaves that the compiled library implements and that only the provider
+table calls.
 """
 
 import torch
@@ -44,6 +45,7 @@ SCHEMAS = {
     "feedback_step_": f"({_STEP}) -> ()",
     "native_feedback_step_": f"({_STEP}) -> ()",
     "native_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
+    "mix": "(Tensor mixing, Tensor feedback, float decay) -> Tensor",
     "center": "(Tensor input, SymInt samples) -> Tensor",
     "native_center": "(Tensor input, SymInt samples) -> Tensor",
 }

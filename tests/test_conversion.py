@@ -289,8 +289,8 @@ def test_the_report_counts_names_and_is_logged(caplog):
 
 def test_an_unknown_rule_changes_nothing():
     model = alexnet_like()
-    with pytest.raises(ValueError, match="rule is 'dfa'"):
-        pyfeedback.convert(model, "dfa")
+    with pytest.raises(ValueError, match="rule is 'dfb'"):
+        pyfeedback.convert(model, "dfb")
     assert not list(pyfeedback.feedback_layers(model))
 
 

@@ -76,7 +76,9 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.feedback is None and self.out_proj.feedback is None:
+        received = {id(t): self.receive(t) for t in (query, key, value)}
+        query, key, value = (received[id(t)] for t in (query, key, value))
+        if self.feedback is None and self.out_proj.feedback is None and self.out_proj.direct is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -100,6 +102,10 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             return output.squeeze(0), weights if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
+    def respond(self, input: Tensor) -> Tensor:
+        """The three projections of one input, and not what attention makes of them."""
+        return torch.cat(self._project(input, input, input), -1)
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Queries, keys and values, the batch first; one product where all three are one tensor.
 
@@ -112,7 +118,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             inputs = tuple(t.unsqueeze(0) for t in inputs)
         elif not self.batch_first:
             inputs = tuple(t.transpose(0, 1) for t in inputs)
-        stacked = (self.weight, self.feedback, self.bias)
+        stacked = (self.weight, self.path(), self.bias)
         of_each = (t.chunk(parts) if t is not None else (None,) * parts for t in stacked)
         projected = [self._respond(*each) for each in zip(inputs, *of_each, strict=True)]
         return list(projected[0].chunk(3, -1)) if parts == 1 else projected

@@ -54,9 +54,9 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
         self.attach_feedback(rule, init)
 
     def forward(self, input: Tensor) -> Tensor:
-        feedback = self.feedback
+        feedback = self.path()
         if feedback is None:
-            return super().forward(input)
+            return super().forward(self.receive(input))
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         weight, padding, rule = self.weight, self.padding, self.rule
@@ -87,7 +87,7 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
         positions = 1
         if self.rule.reduction == "mean":
             positions = math.prod(window.output_shape(input.shape, self.weight.shape)[2:])
-        weight, feedback, bias = self.weight, self.feedback, self.bias
+        weight, feedback, bias = self.weight, self.path(), self.bias
         assert feedback is not None
         if self.scheduled is not None and torch.compiler.is_compiling():
             moving = self._moving(input, positions)
@@ -99,7 +99,7 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
 class _Conv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         if self.feedback is None:
-            return super().forward(input)
+            return super().forward(self.receive(input))
         if input.dim() == self.weight.dim() - 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         padding = self.padding
@@ -113,7 +113,7 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if self.feedback is None:
-            return super().forward(input, output_size)
+            return super().forward(self.receive(input), output_size)
         spatial = len(self.stride)
         window = self.stride, self.padding, self.kernel_size
         extra = self._output_padding(input, output_size, *window, spatial, self.dilation)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyfeedback.direct import Tap
 from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
@@ -24,27 +25,71 @@ class FeedbackLayer(torch.nn.Module):
     weight: Tensor
     feedback: torch.nn.Parameter | None
     feedback_init: Init
+    mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product
+    direct: Tap | None = None  # where the error comes straight from the model's output
     scheduled: Tensor | None = None  # the rule's coefficients where they move, for a graph compiled once
     unscheduled: Rule | None = None  # and the rule as it was before they moved
 
     def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
         """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
         self.rule, self.feedback_init = as_rule(rule), as_init(init)
-        self.scheduled = self.unscheduled = None
-        feedback = None
-        if not self.rule.transport:
-            feedback = torch.nn.Parameter(torch.empty_like(self.weight), requires_grad=self.rule.learns)
+        self.scheduled = self.unscheduled = self.direct = None
+        feedback, mixing, weight = None, None, self.weight
+        if self.rule.expansion:
+            rows = weight.shape[0] * self.rule.expansion
+            feedback = torch.nn.Parameter(weight.new_empty(rows, *weight.shape[1:]))
+            mixing = weight.new_empty(weight.shape[0], rows)
+        elif not self.rule.transport and self.rule.direct == "no":
+            feedback = torch.nn.Parameter(torch.empty_like(weight), requires_grad=self.rule.learns)
         self.register_parameter("feedback", feedback)
+        self.register_buffer("mixing", mixing)
         self.reset_feedback()
 
     def detach_feedback(self) -> None:
         """Leave nothing of :meth:`attach_feedback`."""
-        del self.feedback, self.rule, self.feedback_init, self.scheduled, self.unscheduled
+        del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
 
-    def reset_feedback(self) -> None:
+    def reset_feedback(self, law: Callable[[Tensor], object] = fresh) -> None:
         """Draw the feedback weight as ``feedback_init`` says, by default as torch.nn draws a fresh ``weight``."""
-        if self.feedback is not None:
-            self.feedback_init.draw(self.feedback, self.weight, fresh)
+        feedback, init = self.feedback, self.feedback_init
+        if feedback is None or feedback.is_meta:
+            return
+        init.draw(feedback, self.weight, law)
+        if self.mixing is not None:
+            std = self.mixing.shape[1] ** -0.5
+            init.of_layer("mixing").draw(self.mixing, self.mixing, lambda mixing: mixing.normal_(0.0, std))
+        if self.rule.signs in ("uniform", "batch"):
+            with torch.no_grad():
+                feedback.copy_(feedback.square().mean().sqrt().expand_as(feedback))
+
+    def path(self) -> Tensor | None:
+        """What errors travel back by in this pass: the feedback weight, with what the rule does to it."""
+        if self.feedback is not None and self.rule.signs == "batch" and torch.is_grad_enabled():
+            magnitude = self.feedback * torch.randn_like(self.feedback)
+            return torch.copysign(magnitude, self.weight.detach())
+        return self.standing_path()
+
+    def standing_path(self) -> Tensor | None:
+        """:meth:`path` without anything drawn."""
+        feedback, rule = self.feedback, self.rule
+        if feedback is None:
+            return None
+        if rule.expansion:
+            return torch.ops.pyfeedback.mix.default(self.mixing, feedback, rule.decay)
+        return feedback if rule.signs == "free" else torch.copysign(feedback, self.weight.detach())
+
+    def respond(self, input: Tensor) -> Tensor:
+        """What the layer makes of an input, with no hook called."""
+        return type(self).forward(self, input)
+
+    def through_mixing(self, grad: Tensor) -> Tensor:
+        """The gradient of a feedback that is a factor, from that of the product."""
+        assert self.mixing is not None
+        return (self.mixing.t() @ grad.flatten(1)).view(-1, *self.weight.shape[1:])
+
+    def receive(self, input: Tensor) -> Tensor:
+        """The input, cut from what made it where the error comes straight from the model's output."""
+        return input if self.direct is None else self.direct.cut(input)
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and feedback afresh."""
@@ -55,9 +100,10 @@ class FeedbackLayer(torch.nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *others) -> None:
         """A checkpoint of torch.nn's layer loads: the feedback it lacks stays as it is, with a warning."""
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
-        if f"{prefix}feedback" in missing_keys:
-            missing_keys.remove(f"{prefix}feedback")
-            _log.warning("%sfeedback is not in the state dict: the feedback weight stays as it is", prefix)
+        for name in ("feedback", "mixing"):
+            if f"{prefix}{name}" in missing_keys:
+                missing_keys.remove(f"{prefix}{name}")
+                _log.warning("%s%s is not in the state dict: the feedback weight stays as it is", prefix, name)
 
     def _moving(self, input: Tensor, positions: int) -> dict:
         """The rest of the rule, where its coefficients are a tensor."""

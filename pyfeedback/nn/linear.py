@@ -41,9 +41,9 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         self.attach_feedback(rule, init)
 
     def forward(self, input: Tensor) -> Tensor:
-        feedback = self.feedback
+        feedback = self.path()
         if feedback is None:
-            return super().forward(input)
+            return super().forward(self.receive(input))
         if input.dim() == 1:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1

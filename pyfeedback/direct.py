@@ -1,0 +1,130 @@
+"""Direct feedback alignment: the error of a model's output, broadcast to its layers by random projections.
+
+Autograd knows the error first and the layers' inputs last. So each layer cuts its input off from what made it, and the
+model's output takes all those inputs along: its backward hands each of them its projection of the error, all in one
+product, and nothing flows from layer to layer. A plain ``loss.backward()`` does.
+"""
+
+from dataclasses import dataclass, replace
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from pyfeedback.init import Init, fresh
+
+
+class DirectFeedback:
+    """What the layers of one model share: the inputs they have seen in this pass, and the projections.
+
+    A layer's projection [its input's size, the output's size] is drawn when the model first runs, by ``init``, as
+    torch.nn draws a linear weight of that shape unless it says otherwise. The model's buffer ``direct_feedback_seed``
+    draws the same again from a checkpoint. A ``density`` below 1 makes it sparse. Where ``shared``, each layer takes
+    the first rows of one.
+
+    Source: Nokland, NeurIPS 2016 (arXiv 1609.01596); shared: Launay, Poli and Krzakala, 2019 (arXiv 1906.04554).
+    """
+
+    def __init__(self, init: Init, shared: bool):
+        self.init, self.shared = init, shared
+        self._taps: list[tuple[str, Tensor]] = []
+        self._drawn: dict[tuple, Tensor] = {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Stand at the two ends of the model's forward."""
+        seed = int(torch.randint(2**31, ())) if self.init.seed is None else self.init.seed
+        model.register_buffer("direct_feedback_seed", torch.tensor(seed))
+        model.direct_feedback = self  # type: ignore[assignment]
+        self._hooks = (
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._broadcast),
+            model.register_load_state_dict_pre_hook(_keep_seed),
+        )
+
+    def detach(self, model: nn.Module) -> None:
+        """Leave nothing of :meth:`attach`."""
+        for hook in self._hooks:
+            hook.remove()
+        del model.direct_feedback, model.direct_feedback_seed
+
+    def cut(self, layer: str, input: Tensor) -> Tensor:
+        """The input without its history, which the output takes along instead."""
+        if not torch.is_grad_enabled() or not input.requires_grad:
+            return input
+        self._taps.append((layer, input))
+        return input.detach()
+
+    @torch.compiler.disable(reason="draws what depends on no input, at the first pass alone")
+    def projection(self, inputs: list[tuple[str, int]], outputs: int, seed: Tensor, like: Tensor) -> Tensor:
+        """The projections of these layers, by name and size, one below the other: [sum of the sizes, outputs]."""
+        key = (tuple(inputs), outputs, like.dtype, like.device, id(seed), seed._version)
+        if key not in self._drawn:
+            number = int(seed)
+            if self.shared:
+                whole = self._draw(number, max(size for _, size in inputs), outputs)
+                parts = [whole[:size] for _, size in inputs]
+            else:
+                parts = [self._draw(number + crc32(layer.encode()), size, outputs) for layer, size in inputs]
+            self._drawn = {key: torch.cat(parts).to(like)}
+        return self._drawn[key]
+
+    def _draw(self, seed: int, size: int, outputs: int) -> Tensor:
+        projection = torch.empty(size, outputs)
+        replace(self.init, seed=seed).draw(projection, projection, fresh)
+        return projection
+
+    def _begin(self, model: nn.Module, inputs: tuple) -> None:
+        self._taps.clear()  # what a pass that raised, or a recomputation, has left
+
+    def _broadcast(self, model: nn.Module, inputs: tuple, output: object) -> Tensor | None:
+        taps = list(self._taps)
+        self._taps.clear()
+        if not taps:
+            return None
+        if not isinstance(output, Tensor) or output.dim() < 2:
+            what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"output is {what}, expected one tensor [N, ...]: dfa broadcasts its gradient")
+        for layer, input in taps:
+            if len(input) != len(output):
+                shapes = f"input of {layer} has shape {tuple(input.shape)} and output {tuple(output.shape)}"
+                raise ValueError(f"{shapes}, expected the batch in dimension 0 of both")
+        sizes = [(layer, input[0].numel()) for layer, input in taps]
+        projection = self.projection(sizes, output[0].numel(), model.direct_feedback_seed, output.detach())
+        return _Broadcast.apply(output, projection, *(input for _, input in taps))
+
+
+@dataclass
+class Tap:
+    """One layer's place in a :class:`DirectFeedback`."""
+
+    layer: str
+    shared: DirectFeedback
+
+    def cut(self, input: Tensor) -> Tensor:
+        """:meth:`DirectFeedback.cut` under the layer's name."""
+        return self.shared.cut(self.layer, input)
+
+
+class _Broadcast(torch.autograd.Function):
+    """The output as it is; backward, its gradient, and its projection to each of the inputs."""
+
+    @staticmethod
+    def forward(ctx, output, projection, *inputs):
+        ctx.save_for_backward(projection)
+        ctx.shapes, ctx.dtypes = [t.shape for t in inputs], [t.dtype for t in inputs]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (projection,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is no derivative")
+        errors = grad_output.flatten(1) @ projection.t()
+        parts = errors.split([shape[1:].numel() for shape in ctx.shapes], 1)
+        grads = (part.reshape(s).to(d) for part, s, d in zip(parts, ctx.shapes, ctx.dtypes, strict=True))
+        return grad_output, None, *grads
+
+
+def _keep_seed(model: nn.Module, state_dict: dict, prefix: str, *others) -> None:
+    """A checkpoint of the plain model loads, and leaves the projections as they are."""
+    state_dict.setdefault(f"{prefix}direct_feedback_seed", model.direct_feedback_seed)
