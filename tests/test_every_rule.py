@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 import pyfeedback
 from pyfeedback import Init, Rule, reference
 from pyfeedback.optim import SGD, AdamW, FeedbackSGD
+from pyfeedback.rules import PRESETS
 from pyfeedback.schedules import GrowthControl
 
 SIGNED = ("usf", "frsf", "brsf")
@@ -370,3 +373,37 @@ def test_growth_control_sets_the_spread_of_what_noise_excites():
     for b in pyfeedback.feedback_parameters(model):
         made = torch.rand(20000, b.shape[0], dtype=torch.float64) @ b.detach().flatten(1)
         assert float(made.var(1, correction=0).mean().sqrt()) == pytest.approx(0.5, rel=0.02)
+
+
+# The rules that the docs write
+
+
+def documented():
+    text = (Path(__file__).parents[1] / "docs" / "rules.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        assert len(block.splitlines()) < 20
+        exec(block, names)
+    return names
+
+
+def test_the_table_has_every_rule():
+    table = re.findall(r"^\| `(\w+)`", (Path(__file__).parents[1] / "docs" / "rules.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(PRESETS)
+
+
+def test_documented_rule_spends_where_it_is_needed():
+    model = network("ia")
+    with torch.no_grad():
+        model[3].feedback.copy_(model[3].weight)
+    documented()["attend"](model)
+    assert [model[i].rule.samples for i in (0, 3, 5)] == [0, 0.0625, 0]
+
+
+def test_documented_rule_adds_its_term():
+    plain, model = network("wm"), network("wm")
+    model.load_state_dict(plain.state_dict())
+    documented()["normalise"](model, strength=0.5)
+    gradients(plain), gradients(model)
+    b, w = model[3].feedback.detach(), model[3].weight.detach()
+    torch.testing.assert_close(model[3].feedback.grad, plain[3].feedback.grad + 0.5 * b * (1 - w.norm() / b.norm()))
