@@ -12,6 +12,7 @@ bit by bit those of a run without interruption, on a CPU, and on a GPU with --de
 
 import argparse
 import ast
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
@@ -27,29 +28,26 @@ import pyfeedback
 
 def main() -> None:
     options = parse()
-    try:
+    with errors_in_one_line():
         settings = settings_of(options)
-        with place.joined(options.device, settings.deterministic) as here:
+        device = place.device(options.device)
+    with place.joined(device, settings.deterministic) as here:
+        try:
             train(settings, options, here)
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("train.py: interrupted; --resume goes on from the last checkpoint") from None
+        except KeyboardInterrupt:
+            raise SystemExit("train.py: interrupted; --resume goes on from the last checkpoint") from None
 
 
 def train(settings: Settings, options: argparse.Namespace, here: place.Place) -> None:
     """From the start or the last checkpoint to the end, writing on the way."""
-    run = Run(settings, data.load(settings.data, options.root, options.download), here, options.workers)
     path = options.out / "checkpoint.pt"
-    if options.resume and path.exists():
-        run.load_state_dict(checkpoint.load(path))
-    elif path.exists():
-        raise ValueError(f"out is {options.out}, which holds a run: expected --resume, or another folder")
-    logs = None
-    if here.first:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "settings.json").write_text(settings.to_json() + "\n")
-        logs = Logs(run, options.out, options.tensorboard)
+    with errors_in_one_line():
+        if path.exists() and not options.resume:
+            raise ValueError(f"out is {options.out}, which holds a run: expected --resume, or another folder")
+        run = Run(settings, data.load(settings.data, options.root, options.download), here, options.workers)
+        if path.exists():
+            run.load_state_dict(checkpoint.load(path))
+        logs = Logs(run, options.out, options.tensorboard) if here.first else None
 
     def save():
         state = run.state_dict()
@@ -70,7 +68,15 @@ def train(settings: Settings, options: argparse.Namespace, here: place.Place) ->
     run.train(after_step, after_epoch)
     if logs:
         logs.close()
-        logs.say(f"diverged: the loss is {run.rows[-1]['train_loss']}" if run.diverged else f"done: see {options.out}")
+
+
+@contextmanager
+def errors_in_one_line():
+    """What is refused before the first step needs no traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from None
 
 
 def parse() -> argparse.Namespace:

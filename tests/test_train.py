@@ -487,7 +487,7 @@ def test_a_run_that_diverges_stops():
 
 
 def test_the_folder_of_a_run(tmp_path, run_program, capfd):
-    run_program("digits-fa", "--epochs", "2", "--every", "6", "--out", tmp_path / "run")
+    run_program("digits-fa", "--epochs", "2", "--every", "6", "--resume", "--out", tmp_path / "run")
     shown = capfd.readouterr()
     assert [line.split()[:2] for line in shown.out.splitlines()[:2]] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert not shown.err  # a bar is for a terminal

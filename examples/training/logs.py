@@ -20,6 +20,8 @@ class Logs:
 
     def __init__(self, run: Run, folder: Path, tensorboard: bool = False):
         self.run, self.folder = run, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(run.settings.to_json() + "\n")
         self.board = _tensorboard(folder, run.steps) if tensorboard else None
         self.bar = _progress_bar(run)
         self._drawn = time.monotonic()
@@ -57,8 +59,11 @@ class Logs:
                 self.run.monitor.draw(self.folder / "alignment.png")
 
     def close(self) -> None:
-        """Finish the picture, the bar and the events."""
+        """Say how it ended, and finish the picture, the bar and the events."""
         self.draw()
+        self.say(
+            f"diverged: the loss is {self.run.rows[-1]['train_loss']}" if self.run.diverged else f"done: {self.folder}"
+        )
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:

@@ -46,28 +46,31 @@ class Place:
         return [state.cpu() for state in states]
 
 
-@contextmanager
-def joined(name: str | None = None, deterministic: bool = False) -> Iterator[Place]:
-    """Inside, this process has a place: by default a GPU where there is one, and the rank that torchrun gave it.
+def device(name: str | None = None) -> torch.device:
+    """The device of this name; by default a GPU where there is one, of several the one that torchrun means.
 
     Raises:
         ValueError: no device has this name, or it is not there.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def joined(device: torch.device, deterministic: bool = False) -> Iterator[Place]:
+    """Inside, this process has a place among those that torchrun started, if it did."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
-    gpu = device.type == "cuda"
-    if gpu:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Place(device)
         return
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Place(device, dist.get_rank(), dist.get_world_size())
     finally:
