@@ -19,9 +19,10 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 from training import checkpoint, data, place
+from training.configurations import CONFIGURATIONS
 from training.logs import Logs
 from training.loop import Run
-from training.settings import CONFIGURATIONS, Settings
+from training.settings import Settings
 
 import pyfeedback
 
@@ -75,7 +76,7 @@ def errors_in_one_line():
     """What is refused before the first step needs no traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
 
 
@@ -100,8 +101,8 @@ def parse() -> argparse.Namespace:
         group.add_argument(f"--{each.name.replace('_', '-')}", help=each.metadata["help"], **_kind(hints[each.name]))
     options = parser.parse_args()
     if "list" in options:
-        for name, (_, source) in CONFIGURATIONS.items():
-            print(f"{name:24} {source}")
+        for name, configuration in CONFIGURATIONS.items():
+            print(f"{name:28} {configuration.source}")
         parser.exit()
     return options
 
@@ -124,15 +125,15 @@ def settings_of(options: argparse.Namespace) -> Settings:
         ValueError: a name or value that is none.
     """
     if options.configuration not in CONFIGURATIONS:
-        raise ValueError(f"configuration is {options.configuration!r}, expected one of {', '.join(CONFIGURATIONS)}")
-    settings, _ = CONFIGURATIONS[options.configuration]
+        raise ValueError(f"configuration is {options.configuration!r}, expected one of those that --list shows")
+    settings = CONFIGURATIONS[options.configuration].settings
     given = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
     if "milestones" in given:
         given["milestones"] = tuple(given["milestones"])
     rule = given.pop("rule", settings.rule)
     settings = replace(settings, **given)
     coefficients = dict(_coefficient(text) for text in getattr(options, "coefficients", ()))
-    if rule == "kp":
+    if rule in ("kp", "pfa"):
         coefficients.setdefault("decay", settings.weight_decay)  # both weights decay at the same rate
     try:
         return replace(settings, rule=pyfeedback.rule(rule, **coefficients))

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import pyfeedback
+from pyfeedback.rules import PRESETS
 
 pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -38,7 +39,9 @@ def part(name):
 
 
 def settings(name="digits-ia", **changes):
-    return replace(part("settings").CONFIGURATIONS[name][0], **{"epochs": 2, "every": 5, "probe": 8, **changes})
+    """Those of a configuration, made short."""
+    configuration = part("configurations").CONFIGURATIONS[name]
+    return replace(configuration.settings, **{"epochs": 2, "every": 5, "probe": 8, **changes})
 
 
 def few_digits(training=256, test=64):
@@ -108,12 +111,19 @@ def assert_same(run, other):
 
 
 @pytest.mark.parametrize("at", [2, 4, 6], ids=["in the first epoch", "after its last step", "in the second epoch"])
-@pytest.mark.parametrize("name", ["digits-bp", "digits-ia", "digits-sa", "digits-kp"])
-def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, name, at):
-    unbroken = new_run(settings(name))
+def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, at):
+    unbroken = new_run(settings())
     unbroken.train(nothing, nothing)
     assert unbroken.loader.steps == 4
-    assert_same(interrupted(settings(name), few_digits(), at, tmp_path / "checkpoint.pt"), unbroken)
+    assert_same(interrupted(settings(), few_digits(), at, tmp_path / "checkpoint.pt"), unbroken)
+
+
+@pytest.mark.parametrize("rule", PRESETS)
+def test_so_it_does_under_every_rule(tmp_path, rule):
+    chosen = settings(rule=pyfeedback.rule(rule))
+    unbroken = new_run(chosen)
+    unbroken.train(nothing, nothing)
+    assert_same(interrupted(chosen, few_digits(), 6, tmp_path / "checkpoint.pt"), unbroken)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
@@ -272,7 +282,7 @@ def test_a_cosine_goes_from_the_warm_up_to_the_end():
 
 
 def test_the_published_settings():
-    found = {name: chosen for name, (chosen, _) in part("settings").CONFIGURATIONS.items()}
+    found = {name: settings for name, (settings, _) in part("configurations").CONFIGURATIONS.items()}
     paper = found["imagenet-kp"]
     assert (paper.epochs, paper.batch, paper.warmup, paper.milestones) == (90, 256, 5, (30, 60, 80))
     assert (paper.momentum, paper.nesterov, paper.weight_decay) == (0.9, True, 1e-4)
@@ -280,9 +290,10 @@ def test_the_published_settings():
     he = found["cifar10"]
     steps = 50_000 // he.batch
     assert [round(epoch * steps, -3) for epoch in (*he.milestones, he.epochs)] == [32_000, 48_000, 64_000]
-    biotorch = found["biotorch-cifar10"]
+    biotorch = found["biotorch-cifar10-usf"]
     assert (biotorch.epochs, biotorch.batch, biotorch.lr, biotorch.milestones) == (250, 128, 0.1, (100, 150, 200))
     assert not biotorch.nesterov
+    assert found["biotorch-cifar10-dfa"].lr == found["biotorch-imagenet-dfa"].lr == 0.001
 
 
 @pytest.mark.parametrize(
@@ -554,13 +565,13 @@ def test_kolen_pollack_decays_as_the_weights_do(monkeypatch):
 
 @pytest.mark.parametrize("name", ["digits-bp", "cifar10", "imagenet-ia", "cluttered-kp"])
 def test_a_configuration_is_what_it_was(monkeypatch, name):
-    assert chosen(monkeypatch, name) == part("settings").CONFIGURATIONS[name][0]
+    assert chosen(monkeypatch, name) == part("configurations").CONFIGURATIONS[name].settings
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nothing"], "configuration is 'nothing', expected one of imagenet-bp"),
+        (["nothing"], "configuration is 'nothing', expected one of those that --list shows"),
         (["digits-bp", "--rule", "backpropagation"], "rule is 'backpropagation'"),
         (["digits-bp", "--coefficients", "gamma=1"], "coefficients are gamma, expected some of decay, amp"),
         (["digits-bp", "--data", "fashion"], "data is 'fashion', expected one of digits"),

@@ -61,9 +61,7 @@ class Logs:
     def close(self) -> None:
         """Say how it ended, and finish the picture, the bar and the events."""
         self.draw()
-        self.say(
-            f"diverged: the loss is {self.run.rows[-1]['train_loss']}" if self.run.diverged else f"done: {self.folder}"
-        )
+        self.say(f"{'diverged' if self.run.diverged else 'done'}: see {self.folder}")
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:

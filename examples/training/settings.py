@@ -1,10 +1,8 @@
-"""What decides a run: one dataclass, and named configurations of published recipes."""
+"""What decides a run, in one dataclass."""
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
-
-import tuned
+from dataclasses import asdict, dataclass, field
 
 import pyfeedback
 
@@ -74,43 +72,3 @@ class Settings:
             if now[name] != then.get(name):
                 return f"{name} is {now[name]!r}, and was {then.get(name)!r}"
         return None
-
-
-def _configurations() -> dict[str, tuple[Settings, str]]:
-    """Settings and their source, by name."""
-    found: dict[str, tuple[Settings, str]] = {}
-    for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp"):
-        # Kolen-Pollack: both weights must decay at the same rate
-        rule = pyfeedback.rule(name, decay=1e-4) if name == "kp" else pyfeedback.rule(name)
-        found[f"imagenet-{name}"] = Settings(rule=rule), "Kunin et al. 2020: ResNet-18, the authors' coefficients"
-
-    he = Settings(data="cifar10", model="resnet20", epochs=164, batch=128, nesterov=False, warmup=0,
-                  milestones=(82, 123))  # fmt: skip
-    found["cifar10"] = he, "He et al. 2016, section 4.2: 64 000 steps, /10 at 32 000 and 48 000"
-
-    biotorch = replace(he, epochs=250, milestones=(100, 150, 200), rule=pyfeedback.rule("fa"))
-    source = "BioTorch, benchmark_configs/cifar10/resnet_20"
-    found["biotorch-cifar10"] = biotorch, f"{source}/sgd"
-    found["biotorch-cifar10-adam"] = replace(biotorch, optimizer="adam", lr=1e-3), f"{source}/adam"
-    found["biotorch-imagenet"] = (
-        Settings(epochs=75, nesterov=False, warmup=0, milestones=(20, 40, 60), rule=pyfeedback.rule("fa")),
-        "BioTorch, Benchmarks.md",
-    )
-
-    for data, epochs in {"digits": 30, "cluttered": 12}.items():
-        for name, setting in tuned.SETTINGS.items():
-            found[f"{data}-{name}"] = _demo(data, epochs, setting), "examples/two_routes.py"
-    return found
-
-
-def _demo(data: str, epochs: int, setting: tuned.Setting) -> Settings:
-    """The demo's recipe; where its feedback steps as the weights do, one optimizer steps both."""
-    own = setting.rule.learns and not setting.cosine
-    return Settings(
-        data=data, model="demo", rule=setting.rule, epochs=epochs, batch=64, lr=tuned.LR, momentum=tuned.MOMENTUM,
-        nesterov=False, weight_decay=setting.weight_decay, warmup=0, milestones=(), cosine=True, every=20,
-        feedback_lr=setting.lr if own else None, feedback_momentum=setting.momentum if own else 0.9,
-    )  # fmt: skip
-
-
-CONFIGURATIONS = _configurations()

@@ -1,0 +1,63 @@
+"""Named settings: published recipes with their sources, and those of the demo."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import tuned
+
+import pyfeedback
+from training.settings import Settings
+
+
+class Configuration(NamedTuple):
+    """Settings, and where they are from."""
+
+    settings: Settings
+    source: str
+
+
+HE = Configuration(
+    Settings(data="cifar10", model="resnet20", epochs=164, batch=128, nesterov=False, warmup=0, milestones=(82, 123)),
+    "He et al. 2016, section 4.2: 64 000 steps, /10 at 32 000 and 48 000",
+)
+
+
+def of_paper() -> Iterator[tuple[str, Configuration]]:
+    """ResNet-18 on ImageNet by each rule."""
+    for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp"):
+        # Kolen-Pollack: both weights decay at the same rate
+        rule = pyfeedback.rule(name, decay=Settings.weight_decay) if name == "kp" else pyfeedback.rule(name)
+        yield f"imagenet-{name}", Configuration(Settings(rule=rule), "Kunin et al. 2020, the authors' coefficients")
+
+
+def of_biotorch() -> Iterator[tuple[str, Configuration]]:
+    """ResNet-20 on CIFAR-10 and ResNet-18 on ImageNet."""
+    cifar = replace(HE.settings, epochs=250, milestones=(100, 150, 200))
+    imagenet = Settings(epochs=75, nesterov=False, warmup=0, milestones=(20, 40, 60))
+    configs = "BioTorch, benchmark_configs/cifar10/resnet_20"
+    for name in ("bp", "fa", "usf", "frsf", "brsf", "dfa"):
+        rule, direct = pyfeedback.rule(name), name == "dfa"
+        sgd = replace(cifar, rule=rule, lr=0.001 if direct else 0.1)
+        yield f"biotorch-cifar10-{name}", Configuration(sgd, f"{configs}/sgd")
+        adam = replace(cifar, rule=rule, lr=0.001, optimizer="adam")
+        yield f"biotorch-cifar10-{name}-adam", Configuration(adam, f"{configs}/adam")
+        large = replace(imagenet, rule=rule, **({"lr": 0.001, "optimizer": "adam"} if direct else {}))
+        yield f"biotorch-imagenet-{name}", Configuration(large, "BioTorch, Benchmarks.md")
+
+
+def of_demo() -> Iterator[tuple[str, Configuration]]:
+    """The recipe of two_routes.py; where its feedback steps as the weights do, one optimizer steps both."""
+    demo = Settings(
+        model="demo", batch=64, lr=tuned.LR, momentum=tuned.MOMENTUM, nesterov=False, warmup=0, milestones=(),
+        cosine=True, every=20,
+    )  # fmt: skip
+    for data, epochs in (("digits", 30), ("cluttered", 12)):
+        for name, tune in tuned.SETTINGS.items():
+            found = replace(demo, data=data, epochs=epochs, rule=tune.rule, weight_decay=tune.weight_decay)
+            if tune.rule.learns and not tune.cosine:
+                found = replace(found, feedback_lr=tune.lr, feedback_momentum=tune.momentum)
+            yield f"{data}-{name}", Configuration(found, "examples/two_routes.py")
+
+
+CONFIGURATIONS = {"cifar10": HE, **dict(of_paper()), **dict(of_biotorch()), **dict(of_demo())}
