@@ -11,6 +11,8 @@ from .tiles import DgradTile, WgradTile
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may run past them
 
+_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+
 
 @cache
 def architecture(device: torch.device) -> tuple[int, int]:
@@ -58,3 +60,17 @@ def require(geometry: Geometry, **operands: Tensor | None) -> None:
             raise ValueError(f"{name} is {t.dtype}, expected {dtype}")
         if not t.is_contiguous():
             raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
+
+
+def arrivals(count: int, device: torch.device) -> Tensor:
+    """Counters at zero, which every launch leaves at zero; launches of one stream follow one another and share them."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        # Memory of the graph, zeroed by the graph: neither may outlive it.
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    found = _arrivals.get(key)
+    if found is None or found.numel() < count:
+        found = _arrivals[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return found

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from .geometry import Geometry
 
-MOST_SPLITS = 64  # the last program of a tile sums the splits alone
 FEWEST_BLOCKS = 4  # of positions per split, so that the pipeline fills
 
 
@@ -61,7 +60,7 @@ def choose_wgrad(
     warps = 8 if max(bk if rows[0] else 0, bu if rows[1] else 0) * bc >= 128 * 128 else 4
     tiles = wgrad_tiles(geometry, rows, (bk, bu, bc), symmetric)
     blocks = -(-geometry.positions // depth)
-    splits = max(min(processors // tiles, blocks // FEWEST_BLOCKS, MOST_SPLITS), 1)
+    splits = max(min(processors // tiles, blocks // FEWEST_BLOCKS), 1)
     return WgradTile(bk, bu, bc, depth, splits, warps, stages)
 
 

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .launch import architecture, options, precision, require, wide
+from .launch import architecture, arrivals, options, precision, require, wide
 from .tiles import WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 from .wgrad_kernel import wgrad_kernel
-
-_arrivals: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def launch_wgrad(
@@ -67,7 +65,7 @@ def launch_wgrad(
     partial = arrived = None
     if tile.splits > 1:
         partial = torch.empty(tiles * tile.splits * (tile.BK + tile.BU) * tile.BC, dtype=torch.float32, device=x.device)
-        arrived = _arrived(tiles, x.device)
+        arrived = arrivals(tiles * tile.splits, x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         wgrad_kernel[tiles, tile.splits](
             p_x=x,
@@ -111,6 +109,7 @@ def wgrad_constants(
         **blocks,
         "ROWS": row_tiles(rows, (tile.BK, tile.BU)),
         "SPLITS": tile.splits,
+        "LEVELS": (tile.splits - 1).bit_length(),
     }
 
 
@@ -118,17 +117,3 @@ def _strides(kind: str, t: Tensor | None) -> dict[str, int]:
     """Of a [K, R, S, C] output; zeros where it is absent."""
     k, r, s, c = t.stride() if t is not None else (0, 0, 0, 0)
     return {f"stride_{kind}k": k, f"stride_{kind}c": c, f"stride_{kind}r": r, f"stride_{kind}s": s}
-
-
-def _arrived(tiles: int, device: torch.device) -> Tensor:
-    """Counters at zero, which every launch leaves at zero; launches of one stream follow one another and share them."""
-    if device.type != "cuda":
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        # Memory of the graph, zeroed by the graph: neither may outlive it.
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    found = _arrivals.get(key)
-    if found is None or found.numel() < tiles:
-        found = _arrivals[key] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=device)
-    return found

@@ -8,6 +8,8 @@ Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; B* block sizes.
 import triton
 import triton.language as tl
 
+from .epilogue import add_rule_terms, sum_splits
+
 
 @triton.jit
 def wgrad_kernel(
@@ -18,8 +20,8 @@ def wgrad_kernel(
     p_f,  # [U, R, S, C] by its strides: scale * wgrad(x, u) + decay * feedback - self_ * weight + tie * dw
     p_weight,  # as p_f
     p_feedback,  # as p_f
-    p_partial,  # [tiles, SPLITS, BK + BU, BC] float32, the sums of each split
-    p_arrived,  # [tiles] int32, zero before and after
+    p_partial,  # [tiles, SPLITS, BK + BU, BC] float32, the sums of each split; without what is absent
+    p_arrived,  # [tiles, SPLITS] int32, zero before and after
     N,
     scale,
     decay,
@@ -63,6 +65,7 @@ def wgrad_kernel(
     BP: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     CHANNEL_BLOCKS: tl.constexpr = (C + BC - 1) // BC
     i_tile = tl.program_id(0)
@@ -122,27 +125,21 @@ def wgrad_kernel(
 
     last = True
     if SPLITS > 1:
-        SLOT: tl.constexpr = (BK + BU) * BC
-        o_slot = i_tile.to(tl.int64) * SPLITS * SLOT
+        A_ROWS: tl.constexpr = BK if HAS_A else 0
+        SLOT: tl.constexpr = (A_ROWS + (BU if HAS_U else 0)) * BC
+        p_slots = p_partial + i_tile.to(tl.int64) * SPLITS * SLOT
         o_a = tl.arange(0, BK)[:, None] * BC + tl.arange(0, BC)[None, :]
-        o_b = (BK + tl.arange(0, BU))[:, None] * BC + tl.arange(0, BC)[None, :]
+        o_b = (A_ROWS + tl.arange(0, BU))[:, None] * BC + tl.arange(0, BC)[None, :]
         if HAS_A:
-            tl.store(p_partial + o_slot + i_split * SLOT + o_a, b_dw, cache_modifier=".cg")
+            tl.store(p_slots + i_split * SLOT + o_a, b_dw, cache_modifier=".cg")
         if HAS_U:
-            tl.store(p_partial + o_slot + i_split * SLOT + o_b, b_du, cache_modifier=".cg")
-        # Every thread's sums must be written before one of them announces it.
-        tl.debug_barrier()
-        last = tl.atomic_add(p_arrived + i_tile, 1, sem="acq_rel") == SPLITS - 1
+            tl.store(p_slots + i_split * SLOT + o_b, b_du, cache_modifier=".cg")
+        last = sum_splits(p_slots, p_arrived + i_tile * SPLITS, i_split, SLOT, SPLITS, LEVELS)
         if last:
-            # Always from split 0 upwards, whoever arrived when: the result does not depend on the schedule.
-            b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
-            b_du = tl.full([BU, BC], 0.0, dtype=tl.float32)
-            for i in range(SPLITS):
-                if HAS_A:
-                    b_dw += tl.load(p_partial + o_slot + i * SLOT + o_a, cache_modifier=".cg")
-                if HAS_U:
-                    b_du += tl.load(p_partial + o_slot + i * SLOT + o_b, cache_modifier=".cg")
-            tl.store(p_arrived + i_tile, 0)
+            if HAS_A:
+                b_dw = tl.load(p_slots + o_a, cache_modifier=".cg")
+            if HAS_U:
+                b_du = tl.load(p_slots + o_b, cache_modifier=".cg")
 
     if last:
         if HAS_A:
@@ -158,21 +155,10 @@ def wgrad_kernel(
                 b_f = tl.full([BK, BC], 0.0, dtype=tl.float32)
             m_f = (o_row < U)[:, None] & (o_c < C)[None, :]
             o_f = o_row[:, None] * stride_fk + o_c[None, :] * stride_fc + i_r * stride_fr + i_s * stride_fs
-            if USE_FEEDBACK:
-                b_feedback = tl.load(p_feedback + o_f, mask=m_f, other=0.0).to(tl.float32)
-                if USE_WEIGHT:
-                    # Exact where decay == self_ and the feedback nears the weight.
-                    b_weight = tl.load(p_weight + o_f, mask=m_f, other=0.0).to(tl.float32)
-                    b_f += decay * (b_feedback - b_weight) + (decay - self_) * b_weight
-                else:
-                    b_f += decay * b_feedback
-            elif USE_WEIGHT:
-                b_f -= self_ * tl.load(p_weight + o_f, mask=m_f, other=0.0).to(tl.float32)
-            if USE_TIE:
-                if HAS_A:
-                    b_f += tie * b_dw
-                else:
-                    b_f += tie * tl.load(p_dw + o_f, mask=m_f, other=0.0).to(tl.float32)
+            b_f = add_rule_terms(
+                b_f, b_dw, p_dw, p_weight, p_feedback, o_f, m_f, decay, self_, tie,
+                HAS_A, USE_WEIGHT, USE_FEEDBACK, USE_TIE,
+            )  # fmt: skip
             tl.store(p_f + o_f, b_f.to(p_f.dtype.element_ty), mask=m_f)
             if SYMMETRIC and i_row != i_column:
                 o_mirror = o_row[:, None] * stride_fc + o_c[None, :] * stride_fk

@@ -184,8 +184,8 @@ def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
 
 
 def test_arrivals_are_left_at_zero(monkeypatch):
-    arrived = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(wgrad, "_arrived", lambda tiles, device: arrived)
+    arrived = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(wgrad, "arrivals", lambda count, device: arrived)
     first, *_ = run_pair(CASES["5x5 stride 3"], **TERMS)
     assert not arrived.any()
     again, *_ = run_pair(CASES["5x5 stride 3"], **TERMS)
