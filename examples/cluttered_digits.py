@@ -28,13 +28,17 @@ class Images(NamedTuple):
     sources: Tensor
 
 
-def load(name: str, seed: int = 0, train_size: int = 6000, test_size: int = 2000) -> tuple[Images, Images]:
+def load(
+    name: str, seed: int = 0, train_size: int = 6000, test_size: int = 2000, validation: bool = False
+) -> tuple[Images, Images]:
     """Training and test set, the same for the same seed.
 
     Args:
         name: "digits", the 8x8 images as they are (the sizes do not count), or "cluttered", 32x32 images of a digit
             enlarged twice, slightly rotated, at a random place, over pieces of other digits of the same size.
         seed: of the split and of the images.
+        validation: split the training digits again, five sixths and one sixth, and make both sets of these: what is
+            chosen on the second has seen no test digit.
 
     Raises:
         ValueError: no set has this name.
@@ -46,13 +50,20 @@ def load(name: str, seed: int = 0, train_size: int = 6000, test_size: int = 2000
     images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(found.target)
     order = torch.randperm(len(images), generator=generator)
-    sides = order.split([2 * len(order) // 3, len(order) - 2 * len(order) // 3])
+    sides = _split(order, 2 / 3)
+    if validation:
+        sides = _split(sides[0], 5 / 6)
     if name == "digits":
         return tuple(Images(images[side], labels[side], side.unsqueeze(1)) for side in sides)
     return tuple(
         _cluttered(images, labels, side, size, generator)
         for side, size in zip(sides, (train_size, test_size), strict=True)
     )
+
+
+def _split(order: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    first = int(share * len(order))
+    return order[:first], order[first:]
 
 
 def _cluttered(images: Tensor, labels: Tensor, side: Tensor, size: int, generator: torch.Generator) -> Images:

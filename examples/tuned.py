@@ -17,6 +17,7 @@ class Setting:
     lr: float = 0.0
     momentum: float = 0.0
     cosine: bool = False  # the learning rate of the feedback falls as that of the forward weights does
+    noise: float = 0.0  # standard deviation, added to each gradient of the feedback
     weight_decay: float = 0.002  # of the forward weights
 
 
@@ -39,13 +40,19 @@ SETTINGS = {
 }
 
 
-def network(size: int) -> nn.Sequential:
-    """Six convolutions with batch norm and a linear layer, for ``size`` x ``size`` images of one channel."""
+def network(size: int, width: int = 16, repeats: int = 1) -> nn.Sequential:
+    """Convolutions with batch norm and a linear layer, for ``size`` x ``size`` images of one channel.
+
+    ``width`` channels behind the stem, and twice as many at each of two halvings of the map; ``repeats`` convolutions
+    at each of the three map sizes that keep it. In all 4 + 3 * ``repeats`` layers with weights.
+    """
 
     def block(inputs, outputs, stride):
         convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
-    stem = block(1, 16, 2 if size > 16 else 1)
-    body = [block(16, 16, 1), block(16, 32, 2), block(32, 32, 1), block(32, 64, 2), block(64, 64, 1)]
-    return nn.Sequential(stem, nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)))
+    stem = block(1, width, 2 if size > 16 else 1)
+    body = [block(width, width, 1) for _ in range(repeats)]
+    for inputs in (width, 2 * width):
+        body += [block(inputs, 2 * inputs, 2), *(block(2 * inputs, 2 * inputs, 1) for _ in range(repeats))]
+    return nn.Sequential(stem, nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)))

@@ -65,11 +65,19 @@ class Result:
         return [statistics.fmean(layers) for layers in self.angles if layers]
 
 
-def train(setting: Setting, data, epochs: int, seed: int, after_step: Callable, after_epoch: Callable) -> Result:
+def train(
+    setting: Setting,
+    data,
+    epochs: int,
+    seed: int,
+    after_step: Callable = lambda: None,
+    after_epoch: Callable = lambda _: None,
+    build: Callable[[int], nn.Module] = network,
+) -> Result:
     """Train a fresh network by one rule. This function is all it takes to use the package."""
     training, test = data
     torch.manual_seed(seed)
-    model = network(training.images.shape[-1])
+    model = build(training.images.shape[-1])
     # The stem has no layer before it to hand a gradient to, so the feedback path begins behind it.
     pyfeedback.convert(model[1], setting.rule)
     model.to(training.images.device)
@@ -78,7 +86,7 @@ def train(setting: Setting, data, epochs: int, seed: int, after_step: Callable, 
     optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), LR, MOMENTUM, weight_decay=setting.weight_decay)
     optimizers, schedules = [optimizer], [CosineAnnealingLR(optimizer, epochs * steps)]
     if setting.rule.learns:
-        optimizers.append(pyfeedback.optim.FeedbackSGD(model, setting.lr, setting.momentum))
+        optimizers.append(pyfeedback.optim.FeedbackSGD(model, setting.lr, setting.momentum, noise=setting.noise))
         if setting.cosine:
             schedules.append(CosineAnnealingLR(optimizers[-1], epochs * steps))
 
@@ -154,7 +162,7 @@ def sweep(data, epochs: int, seed: int) -> dict:
     """Train wm and ia (null = amp) on one grid, two decades of amp by one of decay; fa is the bar to clear."""
 
     def end(setting):
-        return train(setting, data, epochs, seed, after_step=lambda: None, after_epoch=lambda _: None).accuracy[-1]
+        return train(setting, data, epochs, seed).accuracy[-1]
 
     found: dict = {"fa": end(SETTINGS["fa"]), "wm": [], "ia": []}
     grid = list(itertools.product((0.01, 0.03, 0.1, 0.3, 1.0), (0.01, 0.03, 0.1)))
