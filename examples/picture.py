@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 # The colours of Okabe and Ito, which colour-blind readers tell apart; the dash says which route a rule takes.
-REFERENCE, LOCAL, ESTIMATION = (0, (1, 1.2)), "-", (0, (4, 1.5))
+REFERENCE, LOCAL, ESTIMATION, SIGNS = (0, (1, 1.2)), "-", (0, (4, 1.5)), (0, (4, 1.2, 1, 1.2))
 STYLES = {
     "bp": ("#000000", REFERENCE),
     "fa": ("#808080", REFERENCE),
@@ -19,8 +19,14 @@ STYLES = {
     "sa": ("#009E73", ESTIMATION),
     "aa": ("#E69F00", ESTIMATION),
     "kp": ("#CC79A7", ESTIMATION),
+    "oja": ("#56B4E9", LOCAL),
+    "usf": ("#B2182B", SIGNS),
+    "frsf": ("#7A4419", SIGNS),
+    "brsf": ("#5E3C99", SIGNS),
+    "pfa": ("#8C9900", ESTIMATION),
+    "dfa": ("#404040", REFERENCE),
 }
-ROUTES = {REFERENCE: "reference", LOCAL: "local rules", ESTIMATION: "weight estimation"}
+ROUTES = {REFERENCE: "reference", LOCAL: "local rules", ESTIMATION: "weight estimation", SIGNS: "sign-symmetry"}
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""The demo's network, and coefficients with which each of the paper's rules trains it on the digits."""
+"""The demo's network, and coefficients with which each rule trains it on the digits."""
 
 from dataclasses import dataclass
 
@@ -37,6 +37,15 @@ SETTINGS = {
     "aa": Setting(pyfeedback.rule("aa", amp=2.0, sparse=2.0, **DATA), lr=0.02, momentum=0.9),
     # B steps as W does, and both decay alike: then W - B only decays, in 1 / (lr / (1 - momentum) * decay) = 400 steps.
     "kp": Setting(pyfeedback.rule("kp", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
+}
+PAPER = tuple(SETTINGS)  # of Kunin et al., 2020; and the rules that others compare them with
+SETTINGS |= {
+    "oja": Setting(pyfeedback.rule("oja", amp=1.0, null=1.0, **DATA), lr=0.005, momentum=0.9),
+    "usf": Setting(pyfeedback.rule("usf")),
+    "frsf": Setting(pyfeedback.rule("frsf")),
+    "brsf": Setting(pyfeedback.rule("brsf")),
+    "pfa": Setting(pyfeedback.rule("pfa", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
+    "dfa": Setting(pyfeedback.rule("dfa")),
 }
 
 

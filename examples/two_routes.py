@@ -1,7 +1,7 @@
 """Two routes to credit assignment without weight transport: seven rules train the same convolutional network.
 
     python examples/two_routes.py                                  # all rules, cluttered digits, a few minutes
-    python examples/two_routes.py --rule bp fa ia --data digits
+    python examples/two_routes.py --rule bp fa oja usf frsf brsf pfa dfa
     python examples/two_routes.py --sweep                          # wm and ia over one grid of coefficients
 
 Writes two_routes.png (accuracy and alignment by epoch) and two_routes.json (settings, curves, versions) into --out.
@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
-from tuned import LR, MOMENTUM, SETTINGS, Setting, network
+from tuned import LR, MOMENTUM, PAPER, SETTINGS, Setting, network
 
 import pyfeedback
 
@@ -43,6 +43,12 @@ TITLES = {
     "sa": "symmetric alignment",
     "aa": "activation alignment",
     "kp": "Kolen-Pollack",
+    "oja": "Oja's rule",
+    "usf": "sign-symmetry, uniform",
+    "frsf": "sign-symmetry, fixed",
+    "brsf": "sign-symmetry, batch",
+    "pfa": "product feedback alignment",
+    "dfa": "direct feedback alignment",
 }
 
 
@@ -222,8 +228,8 @@ def parse() -> argparse.Namespace:
         return text
 
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rule", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="RULE",
-                        help=f"one or several of {', '.join(SETTINGS)} (default all)")  # fmt: skip
+    parser.add_argument("--rule", nargs="+", choices=SETTINGS, default=list(PAPER), metavar="RULE",
+                        help=f"one or several of {', '.join(SETTINGS)} (default {' '.join(PAPER)})")  # fmt: skip
     parser.add_argument("--data", choices=cluttered_digits.NAMES, default="cluttered", help="default %(default)s")
     parser.add_argument(
         "--epochs", type=positive, help="default 12 for cluttered, 30 for digits, a third of it in a sweep"

@@ -29,6 +29,7 @@ class DirectFeedback:
         self.init, self.shared = init, shared
         self._taps: list[tuple[str, Tensor]] = []
         self._drawn: dict[tuple, Tensor] = {}
+        self._number, self._seed_seen = -1, (0, -1)
 
     def attach(self, model: nn.Module) -> None:
         """Stand at the two ends of the model's forward."""
@@ -57,14 +58,17 @@ class DirectFeedback:
     @torch.compiler.disable(reason="draws what depends on no input, at the first pass alone")
     def projection(self, inputs: list[tuple[str, int]], outputs: int, seed: Tensor, like: Tensor) -> Tensor:
         """The projections of these layers, by name and size, one below the other: [sum of the sizes, outputs]."""
-        key = (tuple(inputs), outputs, like.dtype, like.device, id(seed), seed._version)
+        if self._seed_seen != (id(seed), seed._version):  # reading it makes a device wait
+            self._seed_seen, number = (id(seed), seed._version), int(seed)
+            if number != self._number:
+                self._number, self._drawn = number, {}
+        key = (tuple(inputs), outputs, like.dtype, like.device)
         if key not in self._drawn:
-            number = int(seed)
             if self.shared:
-                whole = self._draw(number, max(size for _, size in inputs), outputs)
+                whole = self._draw(self._number, max(size for _, size in inputs), outputs)
                 parts = [whole[:size] for _, size in inputs]
             else:
-                parts = [self._draw(number + crc32(layer.encode()), size, outputs) for layer, size in inputs]
+                parts = [self._draw(self._number + crc32(layer.encode()), size, outputs) for layer, size in inputs]
             self._drawn = {key: torch.cat(parts).to(like)}
         return self._drawn[key]
 

@@ -217,6 +217,18 @@ def test_direct_projections_are_sparse_scaled_and_seeded_by_init():
     assert torch.equal(*(next(iter(m.direct_feedback._drawn.values())) for m in (model, again)))
 
 
+def test_direct_projections_are_drawn_again_for_another_seed_alone():
+    model = network("dfa")
+    gradients(model)
+    (first,) = model.direct_feedback._drawn.values()
+    model.direct_feedback_seed.copy_(model.direct_feedback_seed.clone())  # as DistributedDataParallel does each time
+    gradients(model)
+    assert next(iter(model.direct_feedback._drawn.values())) is first
+    model.direct_feedback_seed.add_(1)
+    gradients(model)
+    assert not torch.equal(next(iter(model.direct_feedback._drawn.values())), first)
+
+
 @pytest.mark.parametrize("road", ["deepcopy", "pickle", "state_dict"])
 def test_direct_copies_go_on_alike(road):
     model = network("dfa")
