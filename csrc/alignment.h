@@ -1,14 +1,33 @@
-// The operands of native_alignment_products.
+// The arithmetic of native_alignment_products, shared by CPU and CUDA, and the pairs it runs over.
 #pragma once
 
 #include <cstdint>
 
 #include "dtype.h"
+#include "host_device.h"
 #include "layout.h"
 
 namespace pyfeedback {
 
 constexpr int kProducts = 3;  // <feedback, feedback>, <weight, weight>, <feedback, weight>
+
+// Sums of products of one pair; Wide is double, or a vector of them.
+template <typename Wide>
+struct Products {
+  Wide feedback, weight, both;
+
+  PYFEEDBACK_HOST_DEVICE void add(const Wide& b, const Wide& w) {
+    feedback += b * b;
+    weight += w * w;
+    both += b * w;
+  }
+
+  PYFEEDBACK_HOST_DEVICE void add(const Products& other) {
+    feedback += other.feedback;
+    weight += other.weight;
+    both += other.both;
+  }
+};
 
 struct AlignmentPair {
   const void* feedback;

@@ -8,8 +8,9 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -26,18 +27,32 @@ def build(folder: Path, sources: list[Path]) -> ctypes.CDLL:
     """The sources and the shim as one library in `folder`."""
     sources = [*sources, CSRC / "simt" / "grid.cpp"]
     command = [COMPILER, *FLAGS.split(), "-I", str(CSRC / "simt"), "-x", "c++"]
-    library = folder / "simt.so"
-    subprocess.run([*command, *map(str, sources), "-shared", "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    library = str(folder / "simt.so")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [[*command, "-c", str(source), "-o", o] for source, o in zip(sources, objects, strict=True)]
+        list(pool.map(partial(subprocess.run, check=True), jobs))
+    subprocess.run([COMPILER, "-shared", "-fsanitize=undefined", *objects, "-o", library], check=True)
+    return ctypes.CDLL(library)
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _built() -> ctypes.CDLL | subprocess.CalledProcessError:
+    """Once, also where it fails."""
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "simt" / "exports.cpp"]
     with tempfile.TemporaryDirectory() as folder:
-        sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "simt" / "exports.cpp"]
-        library = build(Path(folder), sources)
+        try:
+            library = build(Path(folder), sources)
+        except subprocess.CalledProcessError as error:
+            return error
     library.simt_error.restype = ctypes.c_char_p
     return library
+
+
+def _library() -> ctypes.CDLL:
+    if isinstance(_built(), Exception):
+        raise RuntimeError("the CUDA sources do not compile for the host") from _built()
+    return _built()
 
 
 def _check(error: int) -> None:
@@ -76,6 +91,16 @@ class StepOptions(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("lr", "momentum", "noise")),
         ("seed", ctypes.c_uint64),
         ("nesterov", ctypes.c_bool),
+    )
+
+
+class AlignmentPair(ctypes.Structure):
+    """As csrc/alignment.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("feedback", "weight")),
+        ("numel", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("index", "layout", "dtype")),
     )
 
 
@@ -148,6 +173,24 @@ def native_feedback_step_(
     flag = ctypes.byref(ctypes.c_int(0)) if skip_nonfinite else None
     table = (StepTensor * len(rows))(*rows)
     _check(_library().simt_step(table, len(rows), layouts, len(layouts), ctypes.byref(options), flag))
+
+
+def native_alignment_products(feedback, weight):
+    """The kernel of the op of this name."""
+    here = [i for i, tensor in enumerate(feedback) if tensor.numel()]
+    operands = [[feedback[i], weight[i]] for i in here]
+    places, layouts = _layouts(operands, by_element=False)
+    rows = [
+        AlignmentPair(*map(_pointer, row), row[0].numel(), i, place, DTYPES.index(row[0].dtype))
+        for i, row, place in zip(here, operands, places, strict=True)
+    ]
+    table = (AlignmentPair * len(rows))(*rows)
+    by_block = torch.full((_library().simt_alignment_blocks(table, len(rows)), 3), float("nan"), dtype=torch.float64)
+    arrived = torch.zeros(len(feedback), dtype=torch.int32)
+    products = torch.zeros(len(feedback), 3, dtype=torch.float64)
+    outputs = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (by_block, arrived, products)]
+    _check(_library().simt_alignment(table, len(rows), layouts, len(layouts), *outputs))
+    return products
 
 
 def native_center(input: torch.Tensor, samples: int) -> torch.Tensor:

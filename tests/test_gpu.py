@@ -83,6 +83,26 @@ def test_native_step_skips_what_is_not_finite_and_draws_the_cpus_noise():
         assert all(torch.equal(a, b) for a, b in zip(moved[1], before, strict=True))
 
 
+@pytest.mark.parametrize("count", [3, 160, 1000])
+def test_native_step_is_captured_in_a_cuda_graph(count):
+    """With its table, the flag of a nonfinite gradient and the noise: what is replayed reads the tensors of that time."""
+    feedback, grad = ([torch.randn(7 + i % 50, device="cuda") for i in range(count)] for _ in range(2))
+    expected = [t.clone() for t in feedback]
+    options = {"decay": [0.1] * count, "self_": [0.0] * count, "tie": [1.0] * count, "lr": 0.5, "noise": 0.1, "seed": 3}
+
+    def step(tensors):
+        torch.ops.pyfeedback.native_feedback_step_(tensors, [], grad, [], **options, skip_nonfinite=True)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(feedback)
+    for value in (0.3, float("inf"), 0.7):
+        grad[count // 2].fill_(value)
+        graph.replay()
+        step(expected)
+    assert all(torch.equal(a, b) for a, b in zip(feedback, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_native_center_equals_the_cpus(dtype):
     x = (torch.randn(6, 5, 7, 9) + 3).to(dtype).contiguous(memory_format=torch.channels_last)

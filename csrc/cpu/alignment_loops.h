@@ -18,26 +18,24 @@ constexpr int kLanes = 4;
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 
 // Two partial sums of each product, so that an addition need not wait for the one before it.
-struct Products {
-  Lanes feedback[2] = {}, weight[2] = {}, both[2] = {};
+struct Partial {
+  Products<Lanes> half[2] = {};
 
-  void add(double b, double w) {
-    feedback[0][0] += b * b;
-    weight[0][0] += w * w;
-    both[0][0] += b * w;
-  }
+  void add(double b, double w) { half[0].add(Lanes{b}, Lanes{w}); }
 
   void store(double* sums) const {
-    const Lanes lanes[kProducts] = {feedback[0] + feedback[1], weight[0] + weight[1], both[0] + both[1]};
+    Products<Lanes> total = half[0];
+    total.add(half[1]);
+    const Lanes lanes[kProducts] = {total.feedback, total.weight, total.both};
     for (int k = 0; k < kProducts; ++k) sums[k] = (lanes[k][0] + lanes[k][1]) + (lanes[k][2] + lanes[k][3]);
   }
 };
 
 // T is float or double.
 template <typename T>
-void add_straight(Products& products, const T* feedback, const T* weight, int64_t count) {
+void add_straight(Partial& products, const T* feedback, const T* weight, int64_t count) {
   typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
-  Products local = products;
+  Partial local = products;
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
     for (int half = 0; half < 2; ++half) {
@@ -45,9 +43,7 @@ void add_straight(Products& products, const T* feedback, const T* weight, int64_
       std::memcpy(&b_read, feedback + i + half * kLanes, sizeof(Narrow));
       std::memcpy(&w_read, weight + i + half * kLanes, sizeof(Narrow));
       const Lanes b = __builtin_convertvector(b_read, Lanes), w = __builtin_convertvector(w_read, Lanes);
-      local.feedback[half] += b * b;
-      local.weight[half] += w * w;
-      local.both[half] += b * w;
+      local.half[half].add(b, w);
     }
   }
   for (; i < count; ++i) local.add(feedback[i], weight[i]);
@@ -55,7 +51,7 @@ void add_straight(Products& products, const T* feedback, const T* weight, int64_
 }
 
 template <typename Scalar>
-void add_dense(Products& products, const Scalar* feedback, const Scalar* weight, int64_t count) {
+void add_dense(Partial& products, const Scalar* feedback, const Scalar* weight, int64_t count) {
   if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
     add_straight(products, feedback, weight, count);
   } else {
@@ -71,7 +67,7 @@ void add_dense(Products& products, const Scalar* feedback, const Scalar* weight,
 }
 
 void alignment_products(const AlignmentPair& pair, const PairLayout* layout, int64_t begin, int64_t end, double* sums) {
-  Products products;
+  Partial products;
   visit_dtype(pair.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
     const Scalar* feedback = static_cast<const Scalar*>(pair.feedback);

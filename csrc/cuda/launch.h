@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../alignment.h"
 #include "../feedback_step.h"
 
 namespace pyfeedback::cuda {
@@ -19,6 +20,13 @@ constexpr int kThreads = 256;  // of every block
 // is written, where weight or grad of any tensor has an inf or a nan.
 cudaError_t launch_step(const std::vector<StepTensor>& tensors, const std::vector<StepLayout>& layouts,
                         const StepOptions& options, int* nonfinite, cudaStream_t stream);
+
+// The products of all pairs: `products` is [.., kProducts], of which rows without a pair are left alone. `partial` is
+// room for [alignment_blocks(pairs), kProducts], `arrived` zero for every row of products; all of it on the device.
+cudaError_t launch_alignment(const std::vector<AlignmentPair>& pairs, const std::vector<PairLayout>& layouts,
+                             double* partial, unsigned* arrived, double* products, cudaStream_t stream);
+
+int64_t alignment_blocks(const std::vector<AlignmentPair>& pairs);
 
 struct CenterLaunch {
   const void* input;  // [samples, positions], samples `stride` elements apart

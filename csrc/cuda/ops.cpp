@@ -16,18 +16,39 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// One int32 on `device`, set to zero in stream order.
-torch::stable::Tensor zero_flag(int32_t device, cudaStream_t stream) {
-  const int64_t size = 1, stride = 1;
+// Uninitialised.
+torch::stable::Tensor empty_on(int32_t device, int32_t dtype, int64_t size) {
+  const int64_t stride = 1;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_int32(),
-                                                  aoti_torch_device_type_cuda(), device, &handle));
-  torch::stable::Tensor flag(handle);
-  STD_CUDA_CHECK(cudaMemsetAsync(flag.mutable_data_ptr(), 0, sizeof(int32_t), stream));
-  return flag;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cuda(), device, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+// int32, set to zero in stream order.
+torch::stable::Tensor zeros_on(int32_t device, int64_t size, cudaStream_t stream) {
+  torch::stable::Tensor zeros = empty_on(device, aoti_torch_dtype_int32(), size);
+  STD_CUDA_CHECK(cudaMemsetAsync(zeros.mutable_data_ptr(), 0, size * sizeof(int32_t), stream));
+  return zeros;
 }
 
 }  // namespace
+
+torch::stable::Tensor alignment_products(StableListHandle feedback, StableListHandle weight) {
+  const TensorList feedbacks(feedback), weights(weight);
+  const AlignmentPlan plan = plan_alignment(feedbacks, weights);
+  const int32_t device = device_of(feedbacks[0]).index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  torch::stable::Tensor products = zero_products(feedbacks);
+  if (plan.rows.empty()) return products;
+  const cudaStream_t stream = current_stream(device);
+  torch::stable::Tensor partial = empty_on(device, aoti_torch_dtype_float64(), alignment_blocks(plan.rows) * kProducts);
+  torch::stable::Tensor arrived = zeros_on(device, static_cast<int64_t>(feedbacks.size()), stream);
+  STD_CUDA_CHECK(launch_alignment(plan.rows, plan.layouts, static_cast<double*>(partial.mutable_data_ptr()),
+                                  static_cast<unsigned*>(arrived.mutable_data_ptr()),
+                                  static_cast<double*>(products.mutable_data_ptr()), stream));
+  return products;
+}
 
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples) {
   const SampleBlocks blocks = sample_blocks(input, samples);
@@ -62,7 +83,7 @@ void feedback_step_(StableListHandle feedback, StableListHandle weight, StableLi
   torch::stable::Tensor flag;
   int* nonfinite = nullptr;
   if (skip_nonfinite) {
-    flag = zero_flag(device, stream);
+    flag = zeros_on(device, 1, stream);
     nonfinite = static_cast<int*>(flag.mutable_data_ptr());
   }
   STD_CUDA_CHECK(launch_step(plan.rows, plan.layouts, arguments.options, nonfinite, stream));

@@ -10,6 +10,8 @@
 
 namespace pyfeedback::cuda {
 
+torch::stable::Tensor alignment_products(StableListHandle feedback, StableListHandle weight);
+
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples);
 
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "scalar.cuh"
 
@@ -42,7 +43,12 @@ template <typename Scalar>
 __device__ __forceinline__ void store(const Pack<Scalar>& pack, void* operand, int64_t first, int count, bool whole) {
   Scalar* to = static_cast<Scalar*>(operand) + first;
   if (whole) {
-    *reinterpret_cast<Pack<Scalar>*>(to) = pack;
+    // In plain C++ nvcc 13 stores one element after the other, whatever the alignment.
+    constexpr int kAccesses = sizeof(pack) / kAccessBytes;
+    uint4 bytes[kAccesses];
+    memcpy(bytes, &pack, sizeof(pack));
+#pragma unroll
+    for (int k = 0; k < kAccesses; ++k) __stwb(reinterpret_cast<uint4*>(to) + k, bytes[k]);
     return;
   }
 #pragma unroll

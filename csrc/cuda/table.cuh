@@ -13,6 +13,10 @@ namespace pyfeedback::cuda {
 // Elements of one block.
 constexpr int64_t kBlockElements = 4096;
 
+inline int64_t blocks_of(int64_t numel) {
+  return (numel + kBlockElements - 1) / kBlockElements;
+}
+
 // What the arguments of a launch may take: 32764 bytes on sm_70 and later since CUDA 12.1, of which few tensors are
 // spared the copying. A model beyond that takes another launch.
 constexpr int kSmallTable = 4096, kLargeTable = 32764;
@@ -46,7 +50,7 @@ cudaError_t visit_tables(const std::vector<Row>& rows, const Visitor& visit) {
   for (size_t next = 0; next < rows.size();) {
     table.count = table.first_block[0] = 0;
     for (; next < rows.size() && table.count < table.kCapacity; ++next) {
-      const int64_t end = table.blocks() + (rows[next].numel + kBlockElements - 1) / kBlockElements;
+      const int64_t end = table.blocks() + blocks_of(rows[next].numel);
       if (end > kMaxBlocks) break;
       table.row[table.count++] = rows[next];
       table.first_block[table.count] = static_cast<int32_t>(end);

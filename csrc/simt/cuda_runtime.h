@@ -33,15 +33,17 @@ inline int __syncthreads_count(int predicate) {
 inline int __syncthreads_or(int predicate) {
   return simt::wait_for_block(predicate != 0) != 0;
 }
-inline void __syncwarp(unsigned mask = ~0u) {
-  simt::wait_for_lanes(mask);
-}
 inline void __threadfence() {}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= 16, "more than lanes exchange at once");
   simt::exchange(mask, source % simt::kWarp, &value, sizeof(T));
   return value;
+}
+inline void __syncwarp(unsigned mask = ~0u) {
+  char nothing = 0;
+  simt::exchange(mask, simt::lane(), &nothing, sizeof(nothing));
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {
@@ -90,6 +92,14 @@ T __ldg(const T* address) {
 template <typename T>
 T __ldcg(const T* address) {
   return *address;
+}
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+template <typename T>
+void __stwb(T* address, T value) {
+  *address = value;
 }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };

@@ -19,6 +19,16 @@ cudaError_t simt_step(const StepTensor* tensors, size_t count, const StepLayout*
   return cuda::launch_step({tensors, tensors + count}, {layouts, layouts + layout_count}, *options, nonfinite, nullptr);
 }
 
+size_t simt_alignment_blocks(const AlignmentPair* pairs, size_t count) {
+  return cuda::alignment_blocks({pairs, pairs + count});
+}
+
+cudaError_t simt_alignment(const AlignmentPair* pairs, size_t count, const PairLayout* layouts, size_t layout_count,
+                           double* partial, unsigned* arrived, double* products) {
+  return cuda::launch_alignment({pairs, pairs + count}, {layouts, layouts + layout_count}, partial, arrived, products,
+                                nullptr);
+}
+
 cudaError_t simt_center(const cuda::CenterLaunch* launch) {
   return cuda::launch_center(*launch, nullptr);
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -20,20 +21,25 @@ constexpr unsigned kMostBytes = 16;  // of a value that lanes exchange
 
 enum class State { kReady, kWaitsForBlock, kWaitsForLanes, kReturned };
 
+// A fiber, which runs one thread of each block. It is entered by its context once, and from then on left and entered by
+// jumps, which unlike swapcontext call no kernel.
 struct Thread {
-  ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStackBytes);
+  bool entered = false;
+  ucontext_t context;
+  jmp_buf jump;
   Index index;
   State state;
-  unsigned mask;            // of the lanes it waits for
-  bool predicate;           // what it brings to a barrier of the block
-  char shared[kMostBytes];  // what it brings to an exchange
+  bool predicate;          // what it brings to a barrier of the block
+  unsigned mask, source;   // of the lanes it waits for, and the one whose value it takes
+  char value[kMostBytes];  // what it brings to an exchange
+  char received[kMostBytes];
 };
 
 struct Block {
   std::vector<Thread> threads;
   const std::function<void()>* body;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Thread* running;
   int votes;  // of the last barrier
   std::string error;
@@ -41,12 +47,8 @@ struct Block {
 
 Block* current = nullptr;
 
-unsigned number(const Thread& thread) {
-  return static_cast<unsigned>(&thread - current->threads.data());
-}
-
 void yield() {
-  swapcontext(&current->running->context, &current->scheduler);
+  if (_setjmp(current->running->jump) == 0) _longjmp(current->scheduler, 1);
 }
 
 // Ends the launch; the fiber is not resumed.
@@ -55,26 +57,26 @@ void fail(const std::string& error) {
   yield();
 }
 
-void run_thread() {
-  (*current->body)();
-  current->running->state = State::kReturned;
-  yield();
-}
-
-void start(Thread& thread, Index index) {
-  thread.index = index;
-  thread.state = State::kReady;
-  getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack.data();
-  thread.context.uc_stack.ss_size = thread.stack.size();
-  thread.context.uc_link = nullptr;
-  makecontext(&thread.context, run_thread, 0);
+void run_fiber() {
+  for (;;) {
+    (*current->body)();
+    current->running->state = State::kReturned;
+    yield();
+  }
 }
 
 void resume(Thread& thread) {
   current->running = &thread;
   threadIdx = thread.index;
-  swapcontext(&current->scheduler, &thread.context);
+  if (_setjmp(current->scheduler) != 0) return;
+  if (thread.entered) _longjmp(thread.jump, 1);
+  thread.entered = true;
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.data();
+  thread.context.uc_stack.ss_size = thread.stack.size();
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, run_fiber, 0);
+  setcontext(&thread.context);
 }
 
 // Wakes the threads of a complete barrier of the block; false where it is not complete.
@@ -109,7 +111,10 @@ bool release_lanes() {
       if ((waiting & mask) != mask) continue;
       any = true;
       for (size_t j = 0; j < count; ++j) {
-        if (mask >> j & 1) threads[first + j].state = State::kReady;
+        if (!(mask >> j & 1)) continue;
+        Thread& thread = threads[first + j];
+        std::memcpy(thread.received, threads[first + thread.source].value, kMostBytes);
+        thread.state = State::kReady;
       }
     }
   }
@@ -128,7 +133,8 @@ void run_block(Order order, unsigned seed) {
   auto& threads = current->threads;
   for (size_t i = 0; i < threads.size(); ++i) {
     const unsigned n = static_cast<unsigned>(i);
-    start(threads[i], {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y});
+    threads[i].index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
+    threads[i].state = State::kReady;
   }
   const std::vector<size_t> turn = turns(threads.size(), order, seed);
   for (;;) {
@@ -152,9 +158,10 @@ std::string run_grid(Index grid, Index block, Order order, const std::function<v
   if (blocks == 0 || threads == 0 || threads > 1024)
     return "a grid without blocks, or a block of 0 or above 1024 threads";
   static thread_local Block state;
+  if (!state.error.empty()) state.threads.clear();  // its fibers stand where they were given up
+  state.error.clear();
   state.threads.resize(threads);
   state.body = &thread;
-  state.error.clear();
   current = &state;
   gridDim = grid;
   blockDim = block;
@@ -168,7 +175,7 @@ std::string run_grid(Index grid, Index block, Order order, const std::function<v
 }
 
 unsigned lane() {
-  return number(*current->running) % kWarp;
+  return static_cast<unsigned>(current->running - current->threads.data()) % kWarp;
 }
 
 int wait_for_block(bool predicate) {
@@ -178,20 +185,16 @@ int wait_for_block(bool predicate) {
   return current->votes;
 }
 
-void wait_for_lanes(unsigned mask) {
-  if (!(mask >> lane() & 1)) fail("a lane calls a warp function whose mask leaves it out");
-  current->running->mask = mask;
-  current->running->state = State::kWaitsForLanes;
-  yield();
-}
-
 void exchange(unsigned mask, unsigned source, void* value, unsigned size) {
+  Thread& own = *current->running;
+  if (!(mask >> lane() & 1)) fail("a lane calls a warp function whose mask leaves it out");
   if (!(mask >> source & 1)) fail("a shuffle reads a lane that its mask leaves out");
-  std::memcpy(current->running->shared, value, size);
-  wait_for_lanes(mask);
-  const unsigned first = number(*current->running) / kWarp * kWarp;
-  std::memcpy(value, current->threads[first + source].shared, size);
-  wait_for_lanes(mask);  // nobody overwrites what another has still to read
+  std::memcpy(own.value, value, size);
+  own.mask = mask;
+  own.source = source;
+  own.state = State::kWaitsForLanes;
+  yield();
+  std::memcpy(value, own.received, size);
 }
 
 }  // namespace simt

@@ -27,10 +27,8 @@ unsigned lane();
 // Until every thread of the block that has not returned waits too; the number of them for which `predicate` holds.
 int wait_for_block(bool predicate);
 
-// Until the lanes of `mask`, the caller among them, wait with the same mask.
-void wait_for_lanes(unsigned mask);
-
-// The `size` bytes that lane `source` shares in the same call, written over `value`.
+// Until the lanes of `mask`, the caller among them, call it with the same mask; then the `size` bytes of `value`, at
+// most 16, are those that lane `source` came with.
 void exchange(unsigned mask, unsigned source, void* value, unsigned size);
 
 }  // namespace simt
