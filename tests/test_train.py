@@ -546,7 +546,7 @@ def test_a_bar_is_for_a_terminal(monkeypatch, tmp_path, capsys, terminal):
 
 def chosen(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    return part("train").settings_of(part("train").parse())
+    return part("command_line").settings_of(part("command_line").parse("train"))
 
 
 def test_options_change_a_configuration(monkeypatch):
@@ -557,6 +557,25 @@ def test_options_change_a_configuration(monkeypatch):
     assert found.rule == pyfeedback.rule("ia", amp=0.5, center=False, reduction="mean")
     assert (found.lr, found.milestones, found.frozen, found.feedback_lr) == (1.0, (3, 4), False, 0.2)
     assert (found.data, found.model, found.batch) == ("cifar10", "resnet20", 128)
+
+
+def test_a_mixture_of_rules(monkeypatch, tmp_path):
+    found = chosen(monkeypatch, "digits-bp", "--rule", "1.0.0=fa", "1.[1-4].*=kp", "--weight-decay", "0.02")
+    assert found.rule == {"1.0.0": pyfeedback.rule("fa"), "1.[1-4].*": pyfeedback.rule("kp", decay=0.02)}
+    run = new_run(replace(found, epochs=1))
+    followed = {name: layer.rule.name for name, layer in pyfeedback.feedback_layers(run.network)}
+    assert followed == {"1.0.0": "fa", "1.1.0": "kp", "1.2.0": "kp", "1.3.0": "kp", "1.4.0": "kp"}
+    run.train(nothing, nothing)
+    part("checkpoint").save(run.state_dict(), tmp_path / "checkpoint.pt")
+    new_run(replace(found, epochs=1)).load_state_dict(part("checkpoint").load(tmp_path / "checkpoint.pt"))
+
+
+@pytest.mark.parametrize("name", ["digits-ia", "biotorch-imagenet-dfa", "mixture"])
+def test_settings_of_another_run(monkeypatch, tmp_path, name):
+    mixture = ["digits-bp", "--rule", "1.1.*=ia", "*=bp"]
+    then = chosen(monkeypatch, *(mixture if name == "mixture" else [name]))
+    (tmp_path / "settings.json").write_text(then.to_json())
+    assert chosen(monkeypatch, str(tmp_path / "settings.json"), "--seed", "5") == replace(then, seed=5)
 
 
 def test_kolen_pollack_decays_as_the_weights_do(monkeypatch):
@@ -573,6 +592,9 @@ def test_a_configuration_is_what_it_was(monkeypatch, name):
     [
         (["nothing"], "configuration is 'nothing', expected one of those that --list shows"),
         (["digits-bp", "--rule", "backpropagation"], "rule is 'backpropagation'"),
+        (["digits-bp", "--rule", "fc=ia", "*=bp", "--coefficients", "amp=1"], "expected one rule that they belong to"),
+        (["missing.json"], "No such file or directory: 'missing.json'"),
+        (["other.json"], "settings are '{}', expected those that a run has written"),
         (["digits-bp", "--coefficients", "gamma=1"], "coefficients are gamma, expected some of decay, amp"),
         (["digits-bp", "--data", "fashion"], "data is 'fashion', expected one of digits"),
         (["digits-bp", "--epochs", "0"], "epochs is 0, expected 1 or more"),
@@ -581,10 +603,24 @@ def test_a_configuration_is_what_it_was(monkeypatch, name):
         (["digits-bp", "--device", "abacus"], "device is 'abacus'"),
         (["cifar10", "--root", "nowhere"], "cifar10"),
     ],
-    ids=["configuration", "rule", "coefficients", "data", "epochs", "lr", "optimizer", "device", "root"],
+    ids=[
+        "configuration",
+        "rule",
+        "mixture",
+        "file",
+        "json",
+        "coefficients",
+        "data",
+        "epochs",
+        "lr",
+        "optimizer",
+        "device",
+        "root",
+    ],
 )
 def test_bad_input_is_one_line(monkeypatch, tmp_path, arguments, named):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as left:
         part("train").main()

@@ -21,7 +21,9 @@ class Settings:
 
     data: str = option("imagenet", f"one of {', '.join(DATA)}")
     model: str = option("resnet18", "resnet8, 20, 32, 44, 56 or 110 of CIFAR; demo; or a name of torchvision.models")
-    rule: pyfeedback.Rule = field(default=pyfeedback.rule("bp"), metadata={"help": "how feedback weights learn"})
+    rule: pyfeedback.Rule | dict[str, pyfeedback.Rule] = field(
+        default=pyfeedback.rule("bp"), metadata={"help": "how feedback weights learn: a name, or several PATTERN=NAME"}
+    )
     seed: int = option(0, "of weights, feedback, order and augmentation")
 
     epochs: int = option(90, "passes over the training images")
@@ -64,6 +66,22 @@ class Settings:
     def to_json(self) -> str:
         """The settings as text, a field to a line."""
         return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Settings":
+        """The settings of :meth:`to_json`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            values = json.loads(text)
+            rule = values.pop("rule")
+            mixed = all(isinstance(value, dict) for value in rule.values())
+            rule = {p: pyfeedback.Rule(**r) for p, r in rule.items()} if mixed else pyfeedback.Rule(**rule)
+            return cls(**{**values, "rule": rule, "milestones": tuple(values["milestones"])})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"settings are {text[:40]!r}, expected those that a run has written: {error}") from None
 
     def difference(self, text: str) -> str | None:
         """The first field in which the settings of :meth:`to_json` differ, in words."""

@@ -1,0 +1,110 @@
+"""The command line of train.py: every field of Settings is an option."""
+
+import argparse
+import ast
+from dataclasses import fields, replace
+from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
+
+import pyfeedback
+from training.configurations import CONFIGURATIONS
+from training.settings import Settings
+
+TIED = ("kp", "pfa")
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The options given; a setting that was not is absent, and the configuration decides."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, formatter_class=text)
+    what = "a name that --list shows, or a settings.json; default %(default)s"
+    parser.add_argument("configuration", nargs="?", default="digits-bp", help=what)
+    parser.add_argument("--list", action="store_true", help="show the configurations and their sources")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, default=Path("run"), help="folder of the results, default %(default)s")
+    run.add_argument("--resume", action="store_true", default=False, help="go on from the checkpoint in --out, if any")
+    run.add_argument("--root", type=Path, default=Path("data"), help="folder of torchvision's data sets")
+    run.add_argument("--download", action="store_true", default=False, help="let torchvision fetch the data set")
+    run.add_argument("--device", default=None, help="default a GPU where there is one")
+    run.add_argument("--workers", type=int, default=0, help="processes that load images, default %(default)s")
+    run.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints within an epoch")
+    run.add_argument("--tensorboard", action="store_true", default=False, help="write TensorBoard events to --out too")
+    group = parser.add_argument_group("settings", "where the configuration is to be changed")
+    group.add_argument("--coefficients", nargs="+", metavar="NAME=VALUE", help="of the rule, as pyfeedback.Rule's")
+    hints = get_type_hints(Settings)
+    for each in fields(Settings):
+        group.add_argument(f"--{each.name.replace('_', '-')}", help=each.metadata["help"], **_kind(hints[each.name]))
+    options = parser.parse_args()
+    if "list" in options:
+        for name, configuration in CONFIGURATIONS.items():
+            print(f"{name:28} {configuration.source}")
+        parser.exit()
+    return options
+
+
+def _kind(hint) -> dict:
+    """How argparse reads a field of this type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if hint == tuple[int, ...]:
+        return {"type": int, "nargs": "*"}
+    if pyfeedback.Rule in get_args(hint):
+        return {"nargs": "+"}
+    return {"type": next((t for t in get_args(hint) if t is not NoneType), hint)}
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings of the configuration, changed as the options say.
+
+    Raises:
+        ValueError: a name or value that is none.
+    """
+    settings = _configuration(options.configuration)
+    given = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
+    if "milestones" in given:
+        given["milestones"] = tuple(given["milestones"])
+    words = given.pop("rule", None)
+    settings = replace(settings, **given)
+    coefficients = dict(_coefficient(text) for text in getattr(options, "coefficients", ()))
+    if words is None and not coefficients:
+        return settings
+    rules = _rules(words, settings.weight_decay) if words else settings.rule
+    if isinstance(rules, dict) and coefficients:
+        raise ValueError(f"coefficients are {', '.join(coefficients)}, expected one rule that they belong to")
+    try:
+        return replace(settings, rule=pyfeedback.rule(rules, **coefficients) if coefficients else rules)
+    except TypeError:
+        names = ", ".join(f.name for f in fields(pyfeedback.Rule))
+        raise ValueError(f"coefficients are {', '.join(coefficients)}, expected some of {names}") from None
+
+
+def _configuration(name: str) -> Settings:
+    if name in CONFIGURATIONS:
+        return CONFIGURATIONS[name].settings
+    if name.endswith(".json"):
+        return Settings.from_json(Path(name).read_text())
+    raise ValueError(f"configuration is {name!r}, expected one of those that --list shows, or a settings.json")
+
+
+def _rules(words: list[str], decay: float) -> pyfeedback.Rule | dict[str, pyfeedback.Rule]:
+    """One rule by name, or rules by pattern of layer names from words PATTERN=NAME."""
+    named = {pattern or "*": name for pattern, _, name in (word.rpartition("=") for word in words)}
+    tied = {"decay": decay}  # Kolen-Pollack and its kin: both weights decay at the same rate
+    rules = {pattern: pyfeedback.rule(name, **(tied if name in TIED else {})) for pattern, name in named.items()}
+    return rules["*"] if list(rules) == ["*"] else rules
+
+
+def _coefficient(text: str) -> tuple[str, object]:
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
