@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 4 examples/train.py imagenet-kp --root /data/imagenet --autocast --channels-last
 
 The folder --out gets metrics.csv, alignment.csv, alignment.png, settings.json and checkpoint.pt. A run that was
-interrupted, by whatever, goes on where its last checkpoint was: the same command with --resume. Its results are then
-bit by bit those of a run without interruption, on a CPU, and on a GPU with --deterministic.
+interrupted, by whatever, goes on where its last checkpoint was: the same command with --resume. On a CPU its results
+are then bit by bit those of a run without interruption.
 """
 
 import argparse
