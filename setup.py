@@ -25,7 +25,7 @@ from build_backend import TORCH_MINIMUM, find_compiler, installed_torch
 
 TORCH_TARGET = ".".join(map(str, TORCH_MINIMUM))
 DEFINES = [("TORCH_TARGET_VERSION", f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000")]
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-Xptxas=-v,-warn-spills", "-Xcompiler=-fvisibility=hidden,-Wall", "--expt-relaxed-constexpr"]
 # Some linkers drop a library that no symbol is taken from, but libtorch alone leads to libtorch_cuda.
 KEEP_ALL = ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []

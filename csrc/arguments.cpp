@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <utility>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -22,15 +24,67 @@ void check_lengths(const StepArguments& a) {
                   " but momentum_buffer is empty");
 }
 
+bool same_tensor(AtenTensorHandle a, AtenTensorHandle b) {
+  if (a == nullptr || b == nullptr || read_pointer(a) != read_pointer(b)) return false;
+  const Shape first = shape_of(a), second = shape_of(b);
+  return first.dims == second.dims && std::equal(first.size, first.size + first.dims, second.size) &&
+         std::equal(first.stride, first.stride + first.dims, second.stride);
+}
+
+// Adds rows whose operands are what is stepped, weight, grad, and the states of what is stepped.
+template <typename Row, size_t kOperands>
+class StepPlanner {
+ public:
+  using Operands = std::array<AtenTensorHandle, kOperands>;
+
+  explicit StepPlanner(const char* names) : names_(names) {}
+
+  // `row_major` wants that order even of operands that share another one.
+  void add(Row row, const Operands& operands, size_t index, bool row_major) {
+    const Shape shape = shape_of(operands[0]);
+    if (shape.numel == 0) return;
+    const Device device = device_of(operands[0]);
+    STD_TORCH_CHECK(plan.rows.empty() || device == device_, names_, " ", index, " are not on the device of the first");
+    device_ = device;
+    row.numel = shape.numel;
+    row.index = static_cast<uint32_t>(index);
+    row.dtype = dtype_of(operands[0]);
+    row.layout = -1;
+    const bool alike = check_alike(operands, names_, index);
+    if (!alike || (row_major && !shape.contiguous)) place(row, operands);
+    row.with_previous = !plan.rows.empty() &&
+                        (same_tensor(previous_[1], operands[0]) || same_tensor(previous_[1], operands[1]) ||
+                         same_tensor(previous_[2], operands[2]));
+    if (row.with_previous) {  // both dense, and then in the order of what they share, or both row-major
+      if (plan.rows.back().layout >= 0 && row.layout < 0) place(row, operands);
+      if (plan.rows.back().layout < 0 && row.layout >= 0) place(plan.rows.back(), previous_);
+    }
+    plan.rows.push_back(row);
+    previous_ = operands;
+  }
+
+  Plan<Row, kOperands> plan;
+
+ private:
+  void place(Row& row, const Operands& operands) {
+    for (size_t k = 0; k < kOperands; ++k) {
+      if (operands[k] && k != 1 && k != 2) check_writable(operands[k], names_, row.index);
+    }
+    row.layout = static_cast<int32_t>(plan.layouts.size());
+    plan.layouts.push_back(strided_layout(operands, names_));
+  }
+
+  const char* names_;
+  Device device_;
+  Operands previous_{};
+};
+
 }  // namespace
 
 StepPlan plan_step(const StepArguments& a) {
   check_lengths(a);
-  StepPlan plan;
-  if (a.feedback.size() == 0) return plan;
-  plan.rows.reserve(a.feedback.size());
-  constexpr const char* kNames = "feedback, weight, grad and momentum_buffer";
-  const Device device = device_of(a.feedback[0]);
+  StepPlanner<StepTensor, kStepOperands> planner("feedback, weight, grad and momentum_buffer");
+  planner.plan.rows.reserve(a.feedback.size());
   for (size_t i = 0; i < a.feedback.size(); ++i) {
     const bool reads_weight = a.self[i] != 0, reads_grad = a.tie[i] != 0;
     STD_TORCH_CHECK(!reads_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
@@ -38,33 +92,48 @@ StepPlan plan_step(const StepArguments& a) {
     const std::array<AtenTensorHandle, kStepOperands> operands = {
         a.feedback[i], reads_weight ? a.weight[i] : nullptr, reads_grad ? a.grad[i] : nullptr,
         a.momentum_buffer.size() ? a.momentum_buffer[i] : nullptr};
-    const Shape shape = shape_of(a.feedback[i]);
-    if (shape.numel == 0) continue;
-    STD_TORCH_CHECK(device_of(a.feedback[i]) == device, "feedback ", i, " is not on the device of feedback 0");
-
     StepTensor tensor{};
-    tensor.dtype = dtype_of(a.feedback[i]);
-    const bool alike = check_alike(operands, kNames, i);
-    // Noise is drawn in row-major order whatever the layout, so a noisy tensor in another one is walked too.
-    tensor.layout = -1;
-    if (!alike || (a.options.noise != 0 && !shape.contiguous)) {
-      tensor.layout = static_cast<int32_t>(plan.layouts.size());
-      check_writable(operands[0], "feedback", i);
-      if (operands[3]) check_writable(operands[3], "momentum_buffer", i);
-      plan.layouts.push_back(strided_layout(operands, kNames));
-    }
     tensor.feedback = write_pointer(operands[0]);
     tensor.weight = operands[1] ? read_pointer(operands[1]) : nullptr;
     tensor.grad = operands[2] ? read_pointer(operands[2]) : nullptr;
     tensor.momentum = operands[3] ? write_pointer(operands[3]) : nullptr;
-    tensor.numel = shape.numel;
     tensor.decay = a.decay[i];
     tensor.self = a.self[i];
     tensor.tie = a.tie[i];
-    tensor.index = static_cast<uint32_t>(i);
-    plan.rows.push_back(tensor);
+    planner.add(tensor, operands, i, a.options.noise != 0);
   }
-  return plan;
+  return std::move(planner.plan);
+}
+
+AdamWPlan plan_adamw(const AdamWArguments& a) {
+  const size_t count = a.param.size();
+  for (const TensorList* list : {&a.weight, &a.grad, &a.exp_avg, &a.exp_avg_sq}) {
+    STD_TORCH_CHECK(list->size() == count, "a list has ", list->size(), " tensors; expected the ", count, " of param");
+  }
+  for (const std::vector<double>* values : {&a.step, &a.decay, &a.self, &a.tie, &a.weight_decay}) {
+    STD_TORCH_CHECK(values->size() == count, "a list has ", values->size(), " numbers; expected ", count);
+  }
+  StepPlanner<AdamWTensor, kAdamWOperands> planner("param, weight, grad, exp_avg and exp_avg_sq");
+  planner.plan.rows.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const std::array<AtenTensorHandle, kAdamWOperands> operands = {
+        a.param[i], a.self[i] != 0 ? a.weight[i] : nullptr, a.tie[i] != 0 ? a.grad[i] : nullptr, a.exp_avg[i],
+        a.exp_avg_sq[i]};
+    AdamWTensor tensor{};
+    for (int k = 0; k < kAdamWOperands; ++k) {
+      if (operands[k] == nullptr) continue;
+      const bool read_only = k == kWeight || k == kGrad;
+      tensor.operand[k] = read_only ? const_cast<void*>(read_pointer(operands[k])) : write_pointer(operands[k]);
+    }
+    tensor.decay = a.decay[i];
+    tensor.self = a.self[i];
+    tensor.tie = a.tie[i];
+    tensor.kept = 1 - a.options.lr * a.weight_decay[i];
+    tensor.step_size = a.options.lr / (1 - std::pow(a.options.beta1, a.step[i]));
+    tensor.root_scale = std::sqrt(1 - std::pow(a.options.beta2, a.step[i]));
+    planner.add(tensor, operands, i, false);
+  }
+  return std::move(planner.plan);
 }
 
 AlignmentPlan plan_alignment(const TensorList& feedback, const TensorList& weight) {

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "adamw_step.h"
 #include "alignment.h"
 #include "feedback_step.h"
 #include "tensors.h"
@@ -24,6 +25,17 @@ struct StepArguments {
 using StepPlan = Plan<StepTensor, kStepOperands>;
 
 StepPlan plan_step(const StepArguments& arguments);
+
+// The arguments of native_adamw_step_.
+struct AdamWArguments {
+  TensorList param, weight, grad, exp_avg, exp_avg_sq;
+  const std::vector<double>&step, &decay, &self, &tie, &weight_decay;
+  AdamWOptions options;
+};
+
+using AdamWPlan = Plan<AdamWTensor, kAdamWOperands>;
+
+AdamWPlan plan_adamw(const AdamWArguments& arguments);
 
 using AlignmentPlan = Plan<AlignmentPair, 2>;
 

@@ -43,6 +43,7 @@ struct StepTensor {
   uint32_t index;  // place in the list, which the noise is drawn for
   Dtype dtype;
   int32_t layout;  // place in the list of layouts, or -1: element i of every operand is at i
+  bool with_previous;  // reads what the row before it reads, or is it: element i of both is one thread's, in their order
 };
 
 struct StepOptions {

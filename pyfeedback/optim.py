@@ -1,8 +1,11 @@
 """Optimizers: of the feedback weights beside one of torch.optim, or of a whole model at once.
 
 Where a rule reads no activations (sa, kp) its gradient is made of W, W's gradient and B, so the optimizer computes it
-and autograd is spared. Every parameter of an SGD is stepped by `feedback_step_`, in one pass over memory.
+and autograd is spared. W and B of a layer are stepped together, and what both read is read from memory once.
 """
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +14,91 @@ from torch.nn.parallel import DistributedDataParallel
 from pyfeedback import functional
 from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.nn import FeedbackLayer
+from pyfeedback.providers import provide
 from pyfeedback.rules import Rule
 
-Terms = tuple[Tensor, Tensor, float, float, float]
+
+class Row(NamedTuple):
+    """What moves one parameter: its gradient is ``decay * param - self_ * weight + tie * grad``."""
+
+    param: nn.Parameter
+    weight: Tensor
+    grad: Tensor
+    decay: float
+    self_: float
+    tie: float
+    weight_decay: float = 0.0  # that is no part of the gradient
 
 
-class FeedbackSGD(torch.optim.Optimizer):
+class _RowOptimizer(torch.optim.Optimizer):
+    """Steps the rows of all groups, in as few calls as their options allow."""
+
+    _layers: dict[nn.Parameter, FeedbackLayer]
+
+    def _options(self, group: dict[str, Any]) -> tuple:
+        """What the rows of one call have in common, as `_update` takes it."""
+        raise NotImplementedError
+
+    def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
+        """None where nothing moves the parameter."""
+        raise NotImplementedError
+
+    def _update(self, rows: list[Row], *options) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_layers": self._layers}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has something to follow; one with no gradient to take is left, as torch does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)  # left by torch.amp.GradScaler, as grad_scale
+        if found_inf is None or not found_inf:
+            for options, rows in self._calls():
+                self._update(rows, *options)
+        return loss
+
+    def _calls(self) -> Iterator[tuple[tuple, list[Row]]]:
+        """Options and rows of each call.
+
+        A rule reads W before it moves, as autograd did: W comes right behind its B where both have the same options,
+        and every other forward parameter after all feedback weights.
+        """
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        readers: dict[Tensor, list[nn.Parameter]] = {}
+        for b, layer in self._layers.items():
+            readers.setdefault(layer.weight, []).append(b)
+        in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in groups]
+        calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
+        for p in dict.fromkeys([*in_turn, *groups]):
+            row = self._row(p, groups[p])
+            if row is None:
+                continue
+            options = p.device, self._options(groups[p])
+            beside = [(b.device, self._options(groups[b])) for b in readers.get(p, ())]
+            late = p not in self._layers and (not beside or any(other != options for other in beside))
+            calls[late].setdefault(options, []).append(self._unscaled(row))
+        for of_time in calls.values():
+            for (_, shared), rows in of_time.items():
+                yield shared, rows
+
+    def _unscaled(self, row: Row) -> Row:
+        """The row without the loss scale of torch.amp.GradScaler, which a rule's own gradient never had."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is None:
+            return row
+        if row.param in self._layers and row.grad is row.param.grad:
+            if scale is None:
+                raise RuntimeError("scaler.unscale_ divided the rules' own gradients, expected scaler.step alone")
+            return row
+        return row if scale is None else row._replace(tie=row.tie / float(scale))
+
+
+class FeedbackSGD(_RowOptimizer):
     """SGD for the feedback weights of a model, all of them in one pass.
 
     Under a rule that reads no activations (sa, kp and fa) the step computes the rule's gradient itself, from W, its
@@ -58,9 +140,6 @@ class FeedbackSGD(torch.optim.Optimizer):
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "noise": noise}
         super().__init__([{"params": list(self._layers)}], {**options, "skip_nonfinite": skip_nonfinite})
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "_layers": self._layers}
-
     def add_param_group(self, param_group: dict) -> None:
         """A group of feedback weights with options of its own, as torch.optim's; they must be the model's."""
         params = param_group["params"]
@@ -71,48 +150,28 @@ class FeedbackSGD(torch.optim.Optimizer):
                 )
         super().add_param_group(param_group)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Update every feedback weight whose rule moves it; one with no gradient to take is left, as torch does."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step_group(**group)
-        return loss
+    def _options(self, group: dict[str, Any]) -> tuple:
+        return tuple(group[name] for name in ("lr", "momentum", "nesterov", "noise", "skip_nonfinite"))
 
-    def _step_group(self, params, lr, momentum, nesterov, noise, skip_nonfinite, weight_decay=0.0, **_):
-        operands: tuple[list[Tensor], ...] = ([], [], [], [])  # stepped, weight, grad, momentum
-        coefficients: tuple[list[float], ...] = ([], [], [])
-        for p in params:
-            terms = self._terms(p, weight_decay, bool(noise))
-            if terms is None:
-                continue
-            for tensors, tensor in zip(operands, (p, *terms[:2]), strict=False):
-                tensors.append(tensor)
-            for values, value in zip(coefficients, terms[2:], strict=True):
-                values.append(value)
-            if momentum:
-                state = self.state[p]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                operands[3].append(state["momentum_buffer"])
-        for device in dict.fromkeys(p.device for p in operands[0]):
-            here = [i for i, p in enumerate(operands[0]) if p.device == device]
-            lists = [[_local(tensors[i]) for i in here] if tensors else [] for tensors in operands]
-            decay, self_, tie = ([values[i] for i in here] for values in coefficients)
-            functional.feedback_step_(
-                *lists, decay=decay, self_=self_, tie=tie, lr=float(lr), momentum=momentum, nesterov=nesterov,
-                noise=noise, skip_nonfinite=skip_nonfinite, seed=int(torch.randint(2**62, ())) if noise else 0,
-            )  # fmt: skip
+    def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
+        layer = self._layers[p]
+        return _feedback_row(p, layer, p.requires_grad, bool(group["noise"]))
 
-    def _terms(self, p: nn.Parameter, weight_decay: float, noisy: bool) -> Terms | None:
-        """(weight, grad, decay, self_, tie) of ``feedback_step_`` for one parameter; None where nothing moves it."""
-        layer = self._layers.get(p)
-        if layer is None:
-            return None if p.grad is None else (p, p.grad, weight_decay, 0.0, 1.0)
-        return _feedback_terms(p, layer, noisy)
+    def _update(self, rows: list[Row], *options) -> None:
+        lr, momentum, nesterov, noise, skip_nonfinite = options
+        param, weight, grad, decay, self_, tie, _ = zip(*rows, strict=True)
+        buffers = [self._buffer(p) for p in param] if momentum else []
+        functional.feedback_step_(
+            *map(_local, (param, weight, grad, buffers)), decay=decay, self_=self_, tie=tie, lr=float(lr),
+            momentum=momentum, nesterov=nesterov, noise=noise, skip_nonfinite=skip_nonfinite,
+            seed=int(torch.randint(2**62, ())) if noise else 0,
+        )  # fmt: skip
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
 
 
 class SGD(FeedbackSGD):
@@ -156,21 +215,11 @@ class SGD(FeedbackSGD):
         forward = {"params": list(forward_parameters(model)), "weight_decay": weight_decay, "noise": 0.0}
         torch.optim.Optimizer.add_param_group(self, forward)
 
-    def step(self, closure=None):
-        """Update every parameter that has something to follow."""
-        found = getattr(self, "found_inf", None)
-        if found is not None and found:
-            return None if closure is None else closure()
-        return super().step(closure)
-
-    def _terms(self, p: nn.Parameter, weight_decay: float, noisy: bool) -> Terms | None:
-        terms = super()._terms(p, weight_decay, noisy)
-        own = p in self._layers and p.requires_grad  # the rule's own gradient, which was never scaled
-        scale = _scale_of(self, own)
-        return terms if terms is None or scale is None or own else (*terms[:4], terms[4] / float(scale))
+    def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
+        return super()._row(p, group) if p in self._layers else _forward_row(p, group["weight_decay"], 0.0)
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(_RowOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW`` for a converted model: W, B and every other parameter.
 
     Forward parameters step as under torch.optim.AdamW with the same arguments. Each B takes Adam's step along its
@@ -199,32 +248,37 @@ class AdamW(torch.optim.AdamW):
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, fused=True)
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "_layers": self._layers}
+    def _options(self, group: dict[str, Any]) -> tuple:
+        return group["lr"], *group["betas"], group["eps"], group["amsgrad"]
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Update every parameter that has something to follow."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        lent = []
-        for b, layer in self._layers.items():
-            terms = _feedback_terms(b, layer, False)
-            if terms is None:
-                continue
-            if not b.requires_grad:
-                b.grad = _gradient(b, layer.rule, terms)
-                lent.append(b)
-            scale = _scale_of(self, own=b.requires_grad)
-            if scale is not None and b.grad is not None:
-                # The fused step divides in place: what was never scaled is made ready for it, what is W's is copied.
-                b.grad = b.grad.clone() if _is_tied(layer.rule) else b.grad * scale
-        super().step()
-        for b in lent:
-            b.grad = None
-        return loss
+    def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
+        layer = self._layers.get(p)
+        if layer is None:
+            return _forward_row(p, 0.0, group["weight_decay"])
+        tied = _is_tied(layer.rule)
+        row = _feedback_row(p, layer, p.requires_grad and not tied, False)
+        if row is None or not tied:
+            return row
+        return row._replace(decay=0.0, weight_decay=group["weight_decay"])
+
+    def _update(self, rows: list[Row], *options) -> None:
+        lr, beta1, beta2, eps, amsgrad = options
+        param, weight, grad, decay, self_, tie, weight_decay = zip(*rows, strict=True)
+        names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
+        states = [self._state_of(p, names) for p in param]
+        moments = ([state[name] for state in states] for name in names)
+        provide("adamw_step_", param[0].device.type)(
+            *map(_local, (param, weight, grad, *moments)), step=[state["step"] for state in states], decay=decay,
+            self_=self_, tie=tie, weight_decay=weight_decay, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps,
+        )  # fmt: skip
+
+    def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """As torch.optim.AdamW's fused form keeps it."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state.update((name, torch.zeros_like(p)) for name in names)
+        return state
 
 
 def _feedback_of(model: nn.Module) -> dict[nn.Parameter, FeedbackLayer]:
@@ -238,41 +292,28 @@ def _feedback_of(model: nn.Module) -> dict[nn.Parameter, FeedbackLayer]:
     return layers
 
 
-def _feedback_terms(b: nn.Parameter, layer: FeedbackLayer, noisy: bool) -> Terms | None:
-    """(weight, grad, decay, self_, tie) of a feedback weight; None where its rule leaves it."""
+def _feedback_row(b: nn.Parameter, layer: FeedbackLayer, by_autograd: bool, noisy: bool) -> Row | None:
+    """The row of a feedback weight; None where its rule leaves it."""
     if layer.feedback is not b:
         raise RuntimeError("model has other feedback weights now, expected those this optimizer was made of")
     rule, w = layer.rule, layer.weight
-    if rule.reads_data or b.requires_grad:
+    if rule.reads_data or by_autograd:
         grad, terms = b.grad, (0.0, 0.0, 1.0)  # everything, decay included, is in the gradient
     else:
         grad, terms = w.grad if rule.tie else w, (rule.decay, rule.self_, rule.tie)
     if layer.mixing is not None:  # the feedback is a factor of what stands beside the weight
         w, grad = b, grad if grad is b.grad or grad is None else layer.through_mixing(grad)
-    return (w.detach(), grad, *terms) if grad is not None and (rule.learns or noisy) else None
+    return Row(b, w, grad, *terms) if grad is not None and (rule.learns or noisy) else None
 
 
-def _scale_of(optimizer: torch.optim.Optimizer, own: bool) -> Tensor | None:
-    """The loss scale that torch.amp.GradScaler left to this step; ``own`` is a gradient it must not have touched."""
-    scale = getattr(optimizer, "grad_scale", None)
-    if own and scale is None and getattr(optimizer, "found_inf", None) is not None:
-        raise RuntimeError("scaler.unscale_ divided the rules' own gradients, expected scaler.step alone")
-    return scale
+def _forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | None:
+    return None if p.grad is None else Row(p, p, p.grad, decay, 0.0, 1.0, weight_decay)
 
 
 def _is_tied(rule: Rule) -> bool:
     return rule.tie != 0 and not rule.reads_data and not rule.self_
 
 
-def _gradient(b: Tensor, rule: Rule, terms: Terms) -> Tensor:
-    """What Adam follows; the decay of a tied rule is the group's."""
-    weight, grad, decay, self_, tie = terms
-    if _is_tied(rule):
-        return grad if tie == 1.0 else grad * tie
-    total = torch.sub(b, weight).mul_(decay).add_(weight, alpha=decay - self_)
-    return total.add_(grad, alpha=tie) if tie else total
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that FSDP shards."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of tensors that FSDP may shard."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

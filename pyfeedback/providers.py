@@ -47,6 +47,16 @@ def _native_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -
         raise
 
 
+def _native_adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
+    """The kernel knows no amsgrad."""
+    if max_exp_avg_sq:
+        aten.adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **options)
+        return
+    counts = (torch.stack(step) + 1).tolist()
+    _ops.native_adamw_step_.default(param, weight, grad, exp_avg, exp_avg_sq, step=counts, **options)
+    torch._foreach_add_(step, 1)
+
+
 def _fused(op: str, only_measured: bool, *args):
     from pyfeedback import fused  # imports triton, which takes a second
 
@@ -65,6 +75,8 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("linear_backward", "aten"): aten.linear_backward,
     ("linear_backward", "triton"): partial(_fused, "linear_backward", False),
     ("linear_backward", "measured"): partial(_fused, "linear_backward", True),
+    ("adamw_step_", "aten"): aten.adamw_step_,
+    ("adamw_step_", "native"): _native_adamw_step_,
     ("alignment_products", "aten"): aten.alignment_products,
     ("alignment_products", "native"): _ops.native_alignment_products.default,
     ("center", "aten"): aten.center,
@@ -74,6 +86,7 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
 }
 
 _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("adamw_step_", "cpu"): ("native", "aten"),
     ("alignment_products", "cpu"): ("native", "aten"),
     ("center", "cpu"): ("native", "aten"),
     ("feedback_step_", "cpu"): ("native", "aten"),

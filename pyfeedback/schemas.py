@@ -28,6 +28,11 @@ _STEP = (
     "float[] decay, float[] self_, float[] tie, float lr, float momentum=0.0, bool nesterov=False, "
     "float noise=0.0, int seed=0, bool skip_nonfinite=False"
 )
+_ADAMW = (
+    "Tensor(a!)[] param, Tensor[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, *, "
+    "float[] step, float[] decay, float[] self_, float[] tie, float[] weight_decay, "
+    "float lr, float beta1, float beta2, float eps"
+)
 
 SCHEMAS = {
     "fa_conv2d": f"(Tensor input, Tensor weight, Tensor feedback, Tensor? bias=None, {_WINDOW}, *, {_RULE}) -> Tensor",
@@ -43,6 +48,7 @@ SCHEMAS = {
     "scheduled_convolution_backward": f"({_SAVED}, {_WINDOW_ND}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
     "scheduled_linear_backward": f"({_SAVED}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
     "feedback_step_": f"({_STEP}) -> ()",
+    "native_adamw_step_": f"({_ADAMW}) -> ()",
     "native_feedback_step_": f"({_STEP}) -> ()",
     "native_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
     "mix": "(Tensor mixing, Tensor feedback, float decay) -> Tensor",

@@ -13,6 +13,9 @@ struct Kernels {
                int64_t end);
   // Whether an inf or a nan stands among the same elements of weight and grad.
   bool (*any_nonfinite)(const StepTensor& tensor, const StepLayout* layout, int64_t begin, int64_t end);
+  // The same elements of an AdamW step.
+  void (*adamw_step)(const AdamWTensor& tensor, const AdamWLayout* layout, const AdamWOptions& options, int64_t begin,
+                     int64_t end);
   // Sums of products of elements begin .. end - 1 of one pair, kProducts of them.
   void (*alignment_products)(const AlignmentPair& pair, const PairLayout* layout, int64_t begin, int64_t end,
                              double* sums);

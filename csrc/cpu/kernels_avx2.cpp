@@ -21,6 +21,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "adamw_step_loops.h"
 #include "alignment_loops.h"
 #include "center_loops.h"
 #include "feedback_step_loops.h"
@@ -33,7 +34,7 @@
 
 namespace pyfeedback::cpu {
 
-const Kernels kAvx2Kernels = {step, any_nonfinite, alignment_products, center};
+const Kernels kAvx2Kernels = {step, any_nonfinite, adamw_step, alignment_products, center};
 
 }  // namespace pyfeedback::cpu
 

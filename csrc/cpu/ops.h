@@ -13,6 +13,11 @@ namespace pyfeedback::cpu {
 // Elements worth waking another thread for: some 20 us of work.
 constexpr int64_t kGrain = 16384;
 
+void adamw_step_(StableListHandle param, StableListHandle weight, StableListHandle grad, StableListHandle exp_avg,
+                 StableListHandle exp_avg_sq, const std::vector<double>& step, const std::vector<double>& decay,
+                 const std::vector<double>& self, const std::vector<double>& tie,
+                 const std::vector<double>& weight_decay, double lr, double beta1, double beta2, double eps);
+
 torch::stable::Tensor alignment_products(StableListHandle feedback, StableListHandle weight);
 
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples);

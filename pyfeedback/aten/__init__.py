@@ -10,9 +10,10 @@ from pyfeedback.aten.backward import (
     linear_saves_response,
 )
 from pyfeedback.aten.center import center
-from pyfeedback.aten.step import feedback_step_
+from pyfeedback.aten.step import adamw_step_, feedback_step_
 
 __all__ = [
+    "adamw_step_",
     "alignment_products",
     "center",
     "conv2d_backward",

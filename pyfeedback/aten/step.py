@@ -1,9 +1,13 @@
-"""The multi-tensor feedback update, composed of torch._foreach kernels."""
+"""The multi-tensor updates, composed of torch._foreach kernels and torch's own AdamW."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+
+T = TypeVar("T")
 
 
 def feedback_step_(
@@ -26,14 +30,10 @@ def feedback_step_(
     feedback, buffers = list(feedback), list(momentum_buffer) if momentum else []
     if not feedback:
         return
-    read_weight = [i for i, a in enumerate(self_) if a]
-    read_grad = [i for i, a in enumerate(tie) if a]
     written, backup = [*feedback, *buffers], []
     if skip_nonfinite:
         backup = [t.clone() for t in written]
-    direction = list(torch._foreach_mul(feedback, list(decay)))
-    _add_(direction, weight, read_weight, [-a for a in self_])
-    _add_(direction, grad, read_grad, tie)
+    direction = _rule_gradients(feedback, weight, grad, decay, self_, tie)
     if noise:
         generator = torch.Generator(feedback[0].device).manual_seed(seed)
         for d in direction:
@@ -46,14 +46,74 @@ def feedback_step_(
         else:
             direction = buffers
     torch._foreach_add_(feedback, direction, alpha=-lr)
-    read = [weight[i] for i in read_weight] + [grad[i] for i in read_grad]
+    read = [w for w, a in zip(weight, self_, strict=False) if a] + [g for g, a in zip(grad, tie, strict=False) if a]
     if skip_nonfinite and read:
         keep = torch.stack([t.isfinite().all() for t in read]).all()  # decided on the device
         torch._foreach_copy_(written, [torch.where(keep, t, b) for t, b in zip(written, backup, strict=True)])
 
 
-def _add_(direction: list[Tensor], tensors: Sequence[Tensor], read: list[int], scale: Sequence[float]) -> None:
+def adamw_step_(
+    param: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    max_exp_avg_sq: Sequence[Tensor] = (),
+    *,
+    step: Sequence[Tensor],
+    decay: Sequence[float],
+    self_: Sequence[float],
+    tie: Sequence[float],
+    weight_decay: Sequence[float],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One step of AdamW, in place, of each param along ``decay * param - self_ * weight + tie * grad``.
+
+    Everything else as torch.optim.AdamW's state holds it, of amsgrad where there is a ``max_exp_avg_sq``.
+    """
+    made = [i for i, terms in enumerate(zip(decay, self_, tie, strict=True)) if terms != (0.0, 0.0, 1.0)]
+    gradient = list(grad)
+    if made:
+        own = _rule_gradients(
+            _at(made, param), _at(made, weight), _at(made, grad), _at(made, decay), _at(made, self_), _at(made, tie)
+        )
+        for i, g in zip(made, own, strict=True):
+            gradient[i] = g
+    for decayed in dict.fromkeys(weight_decay):
+        here = [i for i, each in enumerate(weight_decay) if each == decayed]
+        adamw(
+            _at(here, param), _at(here, gradient), _at(here, exp_avg), _at(here, exp_avg_sq),
+            _at(here, max_exp_avg_sq) if max_exp_avg_sq else [], _at(here, step), fused=True,
+            amsgrad=bool(max_exp_avg_sq), beta1=beta1, beta2=beta2, lr=lr, weight_decay=decayed, eps=eps,
+            maximize=False,
+        )  # fmt: skip
+
+
+def _at(places: list[int], values: Sequence[T]) -> list[T]:
+    return [values[i] for i in places]
+
+
+def _rule_gradients(
+    param: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    decay: Sequence[float],
+    self_: Sequence[float],
+    tie: Sequence[float],
+) -> list[Tensor]:
+    """decay * param - self_ * weight + tie * grad."""
+    gradient = list(torch._foreach_mul(list(param), list(decay)))
+    _add_(gradient, weight, [-a for a in self_])
+    _add_(gradient, grad, tie)
+    return gradient
+
+
+def _add_(direction: list[Tensor], tensors: Sequence[Tensor], scale: Sequence[float]) -> None:
     """direction[i] += scale[i] * tensors[i] for the indices that are read at all: 0 * nan is nan."""
+    read = [i for i, a in enumerate(scale) if a]
     if not read:
         return
     targets, values = [direction[i] for i in read], [tensors[i] for i in read]
