@@ -17,6 +17,8 @@ from pyfeedback.nn import FeedbackLayer
 from pyfeedback.providers import provide
 from pyfeedback.rules import Rule
 
+Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
 
 class Row(NamedTuple):
     """What moves one parameter: its gradient is ``decay * param - self_ * weight + tie * grad``."""
@@ -185,6 +187,8 @@ class SGD(FeedbackSGD):
     Args:
         model: a model with feedback layers; its parameters are taken as they are now.
         lr, momentum, weight_decay, nesterov: as torch.optim.SGD.
+        params: forward parameters, or groups of them with options of their own, as torch.optim.SGD takes them; every
+            one of the model by default.
         noise, skip_nonfinite: as :class:`FeedbackSGD`; noise is added to the feedback's gradients alone.
 
     Under ``torch.amp.GradScaler`` a plain ``scaler.step(optimizer)`` is right: the step divides by the loss scale what
@@ -205,15 +209,26 @@ class SGD(FeedbackSGD):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
+        params: Params | None = None,
         noise: float = 0.0,
         skip_nonfinite: bool = False,
     ):
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"weight_decay is {weight_decay}, expected a finite number, 0 or more")
         super().__init__(model, lr, momentum, nesterov, noise, skip_nonfinite)
-        # Behind the feedback's group: a rule that reads W reads it before it moves, as autograd did.
-        forward = {"params": list(forward_parameters(model)), "weight_decay": weight_decay, "noise": 0.0}
-        torch.optim.Optimizer.add_param_group(self, forward)
+        self.defaults["weight_decay"] = weight_decay
+        for group in _forward_groups(model, params):
+            self.add_param_group(group)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """A group with options of its own, as torch.optim's, of feedback weights or of forward parameters."""
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if all(p in self._layers for p in params):
+            super().add_param_group({**param_group, "params": params})
+        else:
+            options = {"weight_decay": self.defaults["weight_decay"], "noise": 0.0}
+            torch.optim.Optimizer.add_param_group(self, {**options, **param_group, "params": params})
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         return super()._row(p, group) if p in self._layers else _forward_row(p, group["weight_decay"], 0.0)
@@ -229,7 +244,8 @@ class AdamW(_RowOptimizer, torch.optim.AdamW):
 
     Args:
         model: a model with feedback layers; its parameters are taken as they are now.
-        lr, betas, eps, weight_decay, amsgrad: as torch.optim.AdamW, of which the fused form is taken.
+        lr, betas, eps, weight_decay, amsgrad: as torch.optim.AdamW.
+        params: as :class:`SGD`.
 
     Under ``torch.amp.GradScaler`` as :class:`SGD`.
 
@@ -238,12 +254,20 @@ class AdamW(_RowOptimizer, torch.optim.AdamW):
     """
 
     def __init__(
-        self, model: nn.Module, lr: float = 1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        params: Params | None = None,
     ):
         self._layers = _feedback_of(model)
         tied = {b: layer.rule.decay for b, layer in self._layers.items() if _is_tied(layer.rule)}
         others = [b for b in self._layers if b not in tied]
-        groups: list[dict] = [{"params": list(forward_parameters(model))}, {"params": others, "weight_decay": 0.0}]
+        groups = [*_forward_groups(model, params), {"params": others, "weight_decay": 0.0}]
         groups += [{"params": [b], "weight_decay": decay} for b, decay in tied.items()]
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, fused=True)
@@ -290,6 +314,12 @@ def _feedback_of(model: nn.Module) -> dict[nn.Parameter, FeedbackLayer]:
         for feedback, layer in layers.items():
             feedback.requires_grad_((layer.unscheduled or layer.rule).reads_data)
     return layers
+
+
+def _forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, Any]]:
+    """Parameter groups of what is no feedback weight."""
+    given: list = list(forward_parameters(model) if params is None else params)
+    return given if given and isinstance(given[0], dict) else [{"params": given}]
 
 
 def _feedback_row(b: nn.Parameter, layer: FeedbackLayer, by_autograd: bool, noisy: bool) -> Row | None:

@@ -81,6 +81,7 @@ class StepTensor(ctypes.Structure):
         ("index", ctypes.c_uint32),
         ("dtype", ctypes.c_int32),
         ("layout", ctypes.c_int32),
+        ("with_previous", ctypes.c_bool),
     )
 
 
@@ -143,6 +144,14 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).is_contiguous()
 
 
+def _goes_with(before: list | None, row: list) -> bool:
+    """As plan_step of csrc/arguments.cpp, of tensors that share all of their memory or none."""
+    if before is None:
+        return False
+    places = [_pointer(t) for t in row]
+    return _pointer(before[1]) in (places[0], places[1] or 0) or _pointer(before[2]) == (places[2] or 0)
+
+
 def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
@@ -165,10 +174,11 @@ def native_feedback_step_(
     places, layouts = _layouts(operands, by_element=noise != 0)
     rows = [
         StepTensor(
-            *map(_pointer, row), row[0].numel(), decay[i], self_[i], tie[i], i, DTYPES.index(row[0].dtype), place
+            *map(_pointer, row), row[0].numel(), decay[i], self_[i], tie[i], i, DTYPES.index(row[0].dtype), place,
+            _goes_with(before, row),
         )
-        for i, row, place in zip(here, operands, places, strict=True)
-    ]
+        for i, row, place, before in zip(here, operands, places, [None, *operands], strict=False)
+    ]  # fmt: skip
     options = StepOptions(lr, momentum, noise, seed % 2**64, nesterov)
     flag = ctypes.byref(ctypes.c_int(0)) if skip_nonfinite else None
     table = (StepTensor * len(rows))(*rows)

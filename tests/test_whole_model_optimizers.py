@@ -175,6 +175,85 @@ def test_a_scheduler_moves_every_group(make):
     assert {group["lr"] for group in optimizer.param_groups} == {0.05}
 
 
+@pytest.mark.parametrize(("make", "options"), BOTH)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_backend_takes_the_same_steps(rule, make, options):
+    found, expected = network(rule), network(rule)
+    train(found, make(found, lr=0.05, **options))
+    with pyfeedback.backend("aten"):
+        train(expected, make(expected, lr=0.05, **options))
+    assert error(dict(found.named_parameters()), dict(expected.named_parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+@pytest.mark.parametrize("rule", ["sa", "kp"])
+def test_a_rule_reads_the_weight_before_it_moves(rule, make):
+    """In a call with it or, where their options differ, in one before it."""
+    models = [network(rule) for _ in range(3)]
+    for model, factor in zip(models, (1.0, 1.0 + 1e-14, 0.0), strict=True):
+        optimizer = make(model, lr=0.05)
+        for group in optimizer.param_groups:
+            if group["params"][0] in set(pyfeedback.forward_parameters(model)):
+                group["lr"] *= factor
+        train(model, optimizer, steps=1)
+    together, apart, held = ([p.detach() for p in pyfeedback.feedback_parameters(model)] for model in models)
+    assert largest_error(together, apart) < 1e-12
+    assert largest_error(together, held) < 1e-12
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_layers_that_share_a_weight_share_none_of_their_feedback(make):
+    def tied():
+        torch.manual_seed(0)
+        model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), RULES["sa"]).double()
+        model[2].weight = model[0].weight
+        return model
+
+    found, expected = tied(), tied()
+    ours = make(found, lr=0.05, weight_decay=0.02)
+    options = {"weight_decay": 0.0} if make is AdamW else {}
+    feedback = getattr(torch.optim, make.__name__)(pyfeedback.feedback_parameters(expected), lr=0.05, **options)
+    task = getattr(torch.optim, make.__name__)(pyfeedback.forward_parameters(expected), lr=0.05, weight_decay=0.02)
+    for step in range(3):
+        for model, optimizers in ((found, [ours]), (expected, [feedback, task])):
+            model.zero_grad()
+            torch.manual_seed(step)
+            model(torch.randn(5, 4, dtype=torch.float64)).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert error(dict(found.named_parameters()), dict(expected.named_parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_forward_parameters_in_groups(make):
+    """No weight decay for biases and norms, as most training programs want it; the first layer frozen."""
+
+    def groups(model):
+        forward = list(pyfeedback.forward_parameters(model))[1:]
+        return [
+            {"params": [p for p in forward if p.dim() > 1]},
+            {"params": (p for p in forward if p.dim() <= 1), "weight_decay": 0.0, "lr": 0.1},
+        ]
+
+    found, expected = network("fa"), network("fa")
+    train(found, make(found, lr=0.05, weight_decay=0.02, params=groups(found)))
+    train(expected, getattr(torch.optim, make.__name__)(groups(expected), lr=0.05, weight_decay=0.02))
+    assert error(dict(found.named_parameters()), dict(expected.named_parameters())) < 1e-12
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_a_group_added_later(make):
+    found, expected = network("fa"), network("fa")
+    for model, kind in ((found, make), (expected, getattr(torch.optim, make.__name__))):
+        first, *others = pyfeedback.forward_parameters(model)
+        options = {"params": others} if kind is make else {}
+        optimizer = kind(model if kind is make else others, lr=0.05, weight_decay=0.02, **options)
+        train(model, optimizer, 1)
+        optimizer.add_param_group({"params": first, "lr": 0.1})
+        train(model, optimizer, 2)
+    assert error(dict(found.named_parameters()), dict(expected.named_parameters())) < 1e-12
+
+
 @pytest.mark.parametrize("make", [SGD, AdamW])
 def test_a_model_without_feedback_layers_is_refused(make):
     with pytest.raises(ValueError, match="model has no layer with a feedback weight"):

@@ -129,9 +129,14 @@ cudaError_t launch_step(const std::vector<StepTensor>& tensors, const std::vecto
     });
     if (error) return error;
   }
-  return for_each_table(tensors, layouts, [&](const auto& table) {
+  // What shares memory with the row before it takes a launch behind that row's.
+  std::vector<StepTensor> first, second;
+  for (const StepTensor& tensor : tensors) (tensor.with_previous ? second : first).push_back(tensor);
+  const auto step = [&](const auto& table) {
     return launch(step_kernel<std::decay_t<decltype(table)>>, table.blocks(), stream, table, options, nonfinite);
-  });
+  };
+  if (const cudaError_t error = for_each_table(first, layouts, step)) return error;
+  return for_each_table(second, layouts, step);
 }
 
 }  // namespace pyfeedback::cuda

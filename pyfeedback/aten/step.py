@@ -82,11 +82,14 @@ def adamw_step_(
         )
         for i, g in zip(made, own, strict=True):
             gradient[i] = g
-    for decayed in dict.fromkeys(weight_decay):
-        here = [i for i, each in enumerate(weight_decay) if each == decayed]
+    # On a CPU the fused kernel of torch 2.13 takes element i of every operand from storage, whatever the strides.
+    operands = zip(param, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or exp_avg, strict=True)
+    alike = [len({t.stride() for t in tensors}) == 1 for tensors in operands]
+    for decayed, fused in dict.fromkeys(zip(weight_decay, alike, strict=True)):
+        here = [i for i, each in enumerate(zip(weight_decay, alike, strict=True)) if each == (decayed, fused)]
         adamw(
             _at(here, param), _at(here, gradient), _at(here, exp_avg), _at(here, exp_avg_sq),
-            _at(here, max_exp_avg_sq) if max_exp_avg_sq else [], _at(here, step), fused=True,
+            _at(here, max_exp_avg_sq) if max_exp_avg_sq else [], _at(here, step), fused=fused, foreach=not fused,
             amsgrad=bool(max_exp_avg_sq), beta1=beta1, beta2=beta2, lr=lr, weight_decay=decayed, eps=eps,
             maximize=False,
         )  # fmt: skip
