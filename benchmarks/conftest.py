@@ -8,7 +8,7 @@
 `test_layer_steps.py`   forward and backward of one layer: plain backprop, pyfeedback, the reference (the paper's
                         regularisers by autograd), the composition of PyTorch's calls; --compile adds the compiled
                         reference
-`test_network_steps.py` a whole training step of a network, both optimizers included
+`test_network_steps.py` a whole training step of a network, optimizer included, and its peak of memory
 `test_feedback_step.py` the multi-tensor update of all feedback weights
 `test_optimizers.py`    the optimizers of a whole model beside torch.optim and a separate update of the feedback
 `test_alignment.py`     angles and norms of all layers in one call
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine
 import tables
 from implementations import BASELINES, SUBJECT
-from selection import DTYPES, NETWORKS, RULES, Selection
+from selection import DTYPES, RULES, WHOLE_NETWORKS, Selection
 from timing import Clock, Race, Step, timer_for
 
 CLOCK = Clock()
@@ -45,11 +45,11 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="a few layers, a small batch, few rounds")
     group.addoption("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     group.addoption("--batch", type=int, default=0, help="batch of the layers (default: 16, cuda 128, --quick 8)")
-    group.addoption("--network", action="append", choices=list(NETWORKS), help="layers of this network alone")
+    group.addoption("--network", action="append", choices=list(WHOLE_NETWORKS), help="this network alone")
     group.addoption("--rule", action="append", choices=list(RULES), help="this rule alone")
     group.addoption("--dtype", action="append", choices=list(DTYPES), help="default: float32, on cuda bfloat16 too")
     group.addoption("--against", action="append", choices=list(BASELINES), help="this baseline alone")
-    group.addoption("--compile", action="store_true", help="torch.compile of the reference as a further baseline")
+    group.addoption("--compile", action="store_true", help="torch.compile of the reference, and of whole networks, too")
     group.addoption("--backward-only", action="store_true", help="time a layer's backward without its forward")
     group.addoption(
         "--budget", type=float, default=0.0, help="seconds for the rounds of one benchmark, a minimum apart"

@@ -36,7 +36,7 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
   layers=(--network resnet50 --batch 128 --dtype bfloat16 --budget 0.1 --against plain --against composed
     --against triton)
   for rule in fa wm ia aa kp; do layers+=(--rule "$rule"); done
-  networks=(--dtype bfloat16 --budget 0.3)
+  networks=(--network resnet18 --network resnet20 --dtype bfloat16 --budget 0.3 --against plain)
   for rule in wm ia aa kp; do networks+=(--rule "$rule"); done
   export PYFEEDBACK_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}"
 fi

@@ -1,4 +1,4 @@
-"""The two networks whose training steps are measured, in the plainest form."""
+"""The networks whose training steps are measured, in the plainest form."""
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,46 @@ class Block(nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1, the middle ones of a quarter of the width, and the shortcut of :class:`Block`."""
+
+    def __init__(self, c: int, k: int, stride: int):
+        super().__init__()
+        m = k // 4
+        self.conv1 = nn.Conv2d(c, m, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(m)
+        self.conv2 = nn.Conv2d(m, m, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(m)
+        self.conv3 = nn.Conv2d(m, k, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(k)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or c != k:
+            self.shortcut = nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False), nn.BatchNorm2d(k))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
 class ResNet(nn.Module):
     """A stem, stages of blocks, and a linear classifier on the mean of each channel."""
 
-    def __init__(self, stem: nn.Module, widths: tuple[int, ...], blocks: int, classes: int):
+    def __init__(
+        self,
+        stem: nn.Module,
+        c: int,
+        widths: tuple[int, ...],
+        blocks: tuple[int, ...],
+        classes: int,
+        kind: type[Block] | type[Bottleneck] = Block,
+    ):
         super().__init__()
-        layers, c = [stem], widths[0]
-        for stage, k in enumerate(widths):
-            for block in range(blocks):
-                layers.append(Block(c, k, 2 if stage and not block else 1))
+        layers = [stem]
+        for stage, (k, count) in enumerate(zip(widths, blocks, strict=True)):
+            for block in range(count):
+                layers.append(kind(c, k, 2 if stage and not block else 1))
                 c = k
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(c, classes)
@@ -45,11 +76,25 @@ def _stem(c: int, kernel: int, stride: int, *more: nn.Module) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(c), nn.ReLU(inplace=True), *more)
 
 
+def _imagenet_stem() -> nn.Sequential:
+    return _stem(64, 7, 2, nn.MaxPool2d(3, 2, 1))
+
+
 def resnet18() -> ResNet:
     """He et al. 2016, for ImageNet."""
-    return ResNet(_stem(64, 7, 2, nn.MaxPool2d(3, 2, 1)), (64, 128, 256, 512), 2, 1000)
+    return ResNet(_imagenet_stem(), 64, (64, 128, 256, 512), (2, 2, 2, 2), 1000)
+
+
+def resnet18_cifar() -> ResNet:
+    """The same for 32x32 images: a 3x3 stem, and no pooling."""
+    return ResNet(_stem(64, 3, 1), 64, (64, 128, 256, 512), (2, 2, 2, 2), 10)
+
+
+def resnet50() -> ResNet:
+    """He et al. 2016, for ImageNet, the stride in the 3x3 convolutions."""
+    return ResNet(_imagenet_stem(), 64, (256, 512, 1024, 2048), (3, 4, 6, 3), 1000, Bottleneck)
 
 
 def resnet20() -> ResNet:
     """He et al. 2016, for CIFAR, with 1x1 shortcuts."""
-    return ResNet(_stem(16, 3, 1), (16, 32, 64), 3, 10)
+    return ResNet(_stem(16, 3, 1), 16, (16, 32, 64), (3, 3, 3), 10)

@@ -14,6 +14,8 @@ from pyfeedback.testing import RESNET18, RESNET20_CIFAR, RESNET50, ConvShape
 
 NETWORKS = {"resnet18": RESNET18, "resnet50": RESNET50, "resnet20": RESNET20_CIFAR}
 
+WHOLE_NETWORKS = (*NETWORKS, "resnet18-cifar")
+
 # One of each kind: pointwise up, down and strided, 3x3 dense and strided, large and small maps.
 QUICK_LAYERS = {
     "resnet50": ("64-256-1x1s1@56", "512-128-1x1s1@28", "128-128-3x3s1@28", "1024-2048-1x1s2@14"),
@@ -50,7 +52,7 @@ class Selection:
     def __post_init__(self):
         cuda = self.device.type == "cuda"
         self.batch = self.batch or (2 if not self.timed else 8 if self.quick else 128 if cuda else 16)
-        self.networks = self.networks or list(NETWORKS)
+        self.networks = self.networks or list(WHOLE_NETWORKS)
         self.rules = self.rules or list(RULES)
         self.dtypes = self.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])
         self.against = self.against or list(BASELINES[:3])
@@ -61,7 +63,7 @@ class Selection:
         """The distinct layers of the networks."""
         chosen = {}
         for network in self.networks:
-            for shape in NETWORKS[network]:
+            for shape in NETWORKS.get(network, ()):
                 if not self.quick or shape.name in QUICK_LAYERS[network]:
                     chosen.setdefault(shape.name, shape)
         return list(chosen.values())

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable
 
-from implementations import BASELINES
+from implementations import BASELINES, SUBJECT
 from selection import NETWORKS
 
 Record = dict
@@ -92,13 +92,25 @@ def floors(records: list[Record], copy_gb_s: float, product_tflop_s: float) -> l
 
 def _network_steps(records: list[Record]) -> list[str]:
     lines = []
-    for network, dtype, batch in _distinct((r["network"], r["dtype"], r["batch"]) for r in records):
-        here = [r for r in records if (r["network"], r["dtype"]) == (network, dtype)]
-        backprop = statistics.median(r["seconds"]["plain"] for r in here)
-        lines.append(f"step of {network}, batch {batch}, {dtype}: backprop {1e3 * backprop:.1f} ms; relative to it")
-        lines.append("  " + "".join(f"{r['rule']:>8}" for r in here))
-        lines += ["  " + _cells([r["ratio_to_plain"] for r in here], 8), ""]
+    for network, mode, dtype in _distinct((r["network"], r["mode"], r["dtype"]) for r in records):
+        here = [r for r in records if (r["network"], r["mode"], r["dtype"]) == (network, mode, dtype)]
+        milliseconds = 1e3 * statistics.median(r["seconds"]["plain"] for r in here)
+        megabytes = here[0]["peak_bytes"]["plain"] / 1e6
+        size = f"batch {here[0]['batch']} of {here[0]['image']}x{here[0]['image']}"
+        lines.append(f"step of {network}, {mode}, {size}, {dtype}: backprop {milliseconds:.1f} ms, {megabytes:.0f} MB")
+        lines.append(f"  {'':24}" + "".join(f"{r['rule']:>7}" for r in here))
+        for other in ("plain", "reference"):
+            if any(other in r["seconds"] for r in here):
+                times = [r.get(f"ratio_to_{other}") for r in here]
+                lines.append(f"  {f'time to {TITLES[other]}':24}{_cells(times, 7)}")
+                peaks = [_ratio(r["peak_bytes"], other) for r in here]
+                lines.append(f"  {f'memory to {TITLES[other]}':24}{_cells(peaks, 7)}")
+        lines.append("")
     return lines
+
+
+def _ratio(peaks: dict[str, int], other: str) -> float | None:
+    return peaks[SUBJECT] / peaks[other] if other in peaks else None
 
 
 def _updates(records: list[Record]) -> list[str]:

@@ -1,4 +1,8 @@
-"""A whole training step: forward, backward, SGD for the weights and FeedbackSGD for the feedback."""
+"""A whole training step, forward, backward and the update of W and B: its time, and its peak of memory.
+
+`plain` is the model before it was converted, with torch's fused SGD; `reference` the converted model whose layers are
+the paper's regularisers by autograd. With --compile, torch.compile of the model races torch.compile of the plain one.
+"""
 
 import copy
 
@@ -11,20 +15,33 @@ from timing import Step
 from torch.nn import functional as F
 
 import pyfeedback
+from pyfeedback.testing import by_reference, peak_bytes
 
 SIZES = {  # network: (batch, image) for a full run, a quick one, a GPU
-    "resnet18": ((8, 224), (16, 64), (128, 224)),
+    "resnet18": ((16, 224), (16, 64), (128, 224)),
+    "resnet18-cifar": ((64, 32), (16, 32), (512, 32)),
     "resnet20": ((64, 32), (32, 32), (512, 32)),
+    "resnet50": ((16, 224), (8, 64), (128, 224)),
 }
-MODELS = {"resnet18": networks.resnet18, "resnet20": networks.resnet20}
+MODELS = {
+    "resnet18": networks.resnet18,
+    "resnet18-cifar": networks.resnet18_cifar,
+    "resnet20": networks.resnet20,
+    "resnet50": networks.resnet50,
+}
+UPDATE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 2e-3}  # so small that a thousand steps change nothing
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # compilers'
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("network", list(MODELS))
-def test_training_step(race, selection, network, rule_name, dtype_name):
+def test_training_step(race, selection, network, mode, rule_name, dtype_name):
     if network not in selection.networks:
         pytest.skip("not among the networks of this run")
     if RULES[rule_name].transport:
         pytest.skip("backprop is what the others are compared with")
+    if mode == "compiled" and not selection.compiled:
+        pytest.skip("without --compile")
     device, dtype = selection.device, DTYPES[dtype_name]
     batch, image = SIZES[network][1 if selection.quick else 2 if device.type == "cuda" else 0]
     batch = batch if selection.timed else 2
@@ -33,32 +50,61 @@ def test_training_step(race, selection, network, rule_name, dtype_name):
     images = torch.randn(batch, 3, image, image, device=device).to(dtype, memory_format=torch.channels_last)
     labels = torch.arange(batch, device=device) % 10
     ours = pyfeedback.convert(copy.deepcopy(model), RULES[rule_name])
-    steps = {SUBJECT: training_step(ours, images, labels), "plain": training_step(model, images, labels)}
-    steps[SUBJECT].run()
+    torch._dynamo.reset()
+    named = {SUBJECT: ours, "plain": model}
+    steps = {name: training_step(m, images, labels, mode == "compiled") for name, m in named.items()}
+    if mode == "eager" and "reference" in selection.against and RULES[rule_name].learns:
+        steps["reference"] = reference_step(copy.deepcopy(ours), images, labels)
+    for step in steps.values():
+        step.run()
     assert all(p.isfinite().all() for p in ours.parameters())
     race(
         "network",
         steps,
         hide_launches=False,
-        group=f"{network} {dtype_name}",
+        group=f"{network} {mode} {dtype_name}",
         network=network,
+        mode=mode,
         rule=rule_name,
         batch=batch,
         image=image,
         dtype=dtype_name,
+        peak_bytes={name: peak_bytes(step.run, device) for name, step in steps.items()},
     )
 
 
-def training_step(model, images, labels):
-    """The step of a training loop; a model with feedback layers gets the optimizer of their feedback too."""
-    optimizers = [torch.optim.SGD(pyfeedback.forward_parameters(model), lr=1e-3, momentum=0.9)]
+def training_step(model, images, labels, compiled):
+    """The step of a training loop, the update of all parameters in one pass."""
+    run_model = torch.compile(model) if compiled else model
+
+    def backward():
+        F.cross_entropy(run_model(images), labels).backward()
+
+    return _step(model, backward)
+
+
+def reference_step(model, images, labels):
+    """The same, with the layers of pyfeedback.reference."""
+
+    def backward():
+        with by_reference() as penalties:
+            loss = F.cross_entropy(model(images), labels)
+        (loss + sum(penalties)).backward()
+
+    return _step(model, backward, by_gradient=True)
+
+
+def _step(model, backward, by_gradient=False):
     if list(pyfeedback.feedback_parameters(model)):
-        optimizers.append(pyfeedback.optim.FeedbackSGD(model, lr=1e-6, momentum=0.9))
+        optimizer = pyfeedback.optim.SGD(model, **UPDATE)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), fused=True, **UPDATE)
+    for feedback in pyfeedback.feedback_parameters(model):
+        feedback.requires_grad_(feedback.requires_grad or by_gradient)
 
     def run():
-        F.cross_entropy(model(images), labels).backward()
-        for optimizer in reversed(optimizers):  # the feedback's first: it reads the gradients of the weights
-            optimizer.step()
+        backward()
+        optimizer.step()
         for parameter in model.parameters():
             parameter.grad = None
 
