@@ -12,6 +12,7 @@
 `test_feedback_step.py` the multi-tensor update of all feedback weights
 `test_optimizers.py`    the optimizers of a whole model beside torch.optim and a separate update of the feedback
 `test_alignment.py`     angles and norms of all layers in one call
+`test_peers.py`         a step under feedback alignment beside BioTorch's; `peers.py` prints what else either can do
 `test_call_overhead.py` what a tiny layer pays per call
 
 Machines are noisy, so the implementations take turns within one benchmark, A B C A B C, and what is reported is the

@@ -21,6 +21,7 @@ def report(records: list[Record], per_layer: bool = False) -> list[str]:
         if per_layer:
             lines += _layer_table(dtype, of_dtype)
     lines += _network_steps([r for r in records if r["kind"] == "network"])
+    lines += _peers([r for r in records if r["kind"] == "peer"])
     lines += _updates([r for r in records if r["kind"] == "update"])
     lines += _optimizers([r for r in records if r["kind"] == "optimizer"])
     lines += _alignments([r for r in records if r["kind"] == "alignment"])
@@ -107,6 +108,20 @@ def _network_steps(records: list[Record]) -> list[str]:
                 lines.append(f"  {f'memory to {TITLES[other]}':24}{_cells(peaks, 7)}")
         lines.append("")
     return lines
+
+
+def _peers(records: list[Record]) -> list[str]:
+    if not records:
+        return []
+    lines = ["a step under feedback alignment by pyfeedback relative to BioTorch's, and to backprop"]
+    lines.append(f"  {'':38}{'BioTorch':>17}{'backprop':>17}")
+    lines.append(f"  {'':38}{2 * f'{chr(32):4}time  memory'}")
+    for r in records:
+        title = f"{r['network']}, batch {r['batch']}, {r['layout']}"
+        cells = [c for o in ("biotorch", "plain") for c in (r[f"ratio_to_{o}"], _ratio(r["peak_bytes"], o))]
+        milliseconds = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in r["seconds"].items())
+        lines.append(f"  {title:38}" + "".join(f"{c:8.2f}" for c in cells) + f"   ms: {milliseconds}")
+    return [*lines, ""]
 
 
 def _ratio(peaks: dict[str, int], other: str) -> float | None:

@@ -154,7 +154,7 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         run()
     events = profiled.profiler.kineto_results.events()
     held = peak = 0
