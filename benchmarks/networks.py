@@ -1,7 +1,16 @@
-"""The networks whose training steps are measured, in the plainest form."""
+"""The networks whose training steps are measured, in the plainest form, and those steps."""
+
+from collections.abc import Callable
 
 import torch
+from timing import Step
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pyfeedback
+from pyfeedback.testing import by_reference
+
+UPDATE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 2e-3}  # so small that a thousand steps change nothing
 
 
 class Block(nn.Module):
@@ -98,3 +107,44 @@ def resnet50() -> ResNet:
 def resnet20() -> ResNet:
     """He et al. 2016, for CIFAR, with 1x1 shortcuts."""
     return ResNet(_stem(16, 3, 1), 16, (16, 32, 64), (3, 3, 3), 10)
+
+
+MODELS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "resnet20": resnet20, "resnet50": resnet50}
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor, compiled: bool = False) -> Step:
+    """The step of a training loop, the update of all parameters in one pass."""
+    run_model = torch.compile(model) if compiled else model
+
+    def backward():
+        F.cross_entropy(run_model(images), labels).backward()
+
+    return _step(model, backward)
+
+
+def reference_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    """The same, the layers those of pyfeedback.reference: autograd computes every rule's gradient."""
+
+    def backward():
+        with by_reference() as penalties:
+            loss = F.cross_entropy(model(images), labels)
+        (loss + sum(penalties)).backward()
+
+    return _step(model, backward, by_gradient=True)
+
+
+def _step(model: nn.Module, backward: Callable[[], None], by_gradient: bool = False) -> Step:
+    if list(pyfeedback.feedback_parameters(model)):
+        optimizer = pyfeedback.optim.SGD(model, **UPDATE)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), fused=True, **UPDATE)
+    for feedback in pyfeedback.feedback_parameters(model):
+        feedback.requires_grad_(feedback.requires_grad or by_gradient)
+
+    def run():
+        backward()
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return Step(run)

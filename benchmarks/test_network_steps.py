@@ -6,16 +6,14 @@ the paper's regularisers by autograd. With --compile, torch.compile of the model
 
 import copy
 
-import networks
 import pytest
 import torch
 from implementations import SUBJECT
+from networks import MODELS, reference_step, training_step
 from selection import DTYPES, RULES
-from timing import Step
-from torch.nn import functional as F
 
 import pyfeedback
-from pyfeedback.testing import by_reference, peak_bytes
+from pyfeedback.testing import peak_bytes
 
 SIZES = {  # network: (batch, image) for a full run, a quick one, a GPU
     "resnet18": ((16, 224), (16, 64), (128, 224)),
@@ -23,13 +21,6 @@ SIZES = {  # network: (batch, image) for a full run, a quick one, a GPU
     "resnet20": ((64, 32), (32, 32), (512, 32)),
     "resnet50": ((16, 224), (8, 64), (128, 224)),
 }
-MODELS = {
-    "resnet18": networks.resnet18,
-    "resnet18-cifar": networks.resnet18_cifar,
-    "resnet20": networks.resnet20,
-    "resnet50": networks.resnet50,
-}
-UPDATE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 2e-3}  # so small that a thousand steps change nothing
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # compilers'
@@ -71,41 +62,3 @@ def test_training_step(race, selection, network, mode, rule_name, dtype_name):
         dtype=dtype_name,
         peak_bytes={name: peak_bytes(step.run, device) for name, step in steps.items()},
     )
-
-
-def training_step(model, images, labels, compiled):
-    """The step of a training loop, the update of all parameters in one pass."""
-    run_model = torch.compile(model) if compiled else model
-
-    def backward():
-        F.cross_entropy(run_model(images), labels).backward()
-
-    return _step(model, backward)
-
-
-def reference_step(model, images, labels):
-    """The same, with the layers of pyfeedback.reference."""
-
-    def backward():
-        with by_reference() as penalties:
-            loss = F.cross_entropy(model(images), labels)
-        (loss + sum(penalties)).backward()
-
-    return _step(model, backward, by_gradient=True)
-
-
-def _step(model, backward, by_gradient=False):
-    if list(pyfeedback.feedback_parameters(model)):
-        optimizer = pyfeedback.optim.SGD(model, **UPDATE)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), fused=True, **UPDATE)
-    for feedback in pyfeedback.feedback_parameters(model):
-        feedback.requires_grad_(feedback.requires_grad or by_gradient)
-
-    def run():
-        backward()
-        optimizer.step()
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    return Step(run)

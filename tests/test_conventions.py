@@ -41,7 +41,20 @@ def backward(model, seed=0):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# GradScaler
+# Autocast and GradScaler
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_autocast_trains_as_a_model_in_that_dtype(rule, dtype):
+    model, x = network(rule), batch()[0]
+    narrow = copy.deepcopy(model).to(dtype)
+    with torch.autocast("cpu", dtype):
+        y = model(x)
+    y.float().square().mean().backward()
+    narrow(x.to(dtype)).float().square().mean().backward()
+    for p, expected in zip(model.parameters(), narrow.parameters(), strict=True):
+        assert p.grad is expected.grad is None or torch.equal(p.grad, expected.grad.float())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -159,6 +172,25 @@ def test_functional_call_and_saved_weights(rule, tmp_path):
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     x, _ = batch()
     torch.testing.assert_close(torch.func.functional_call(network(rule), state, (x,)), model(x))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_ensemble_is_a_vmap_over_models(rule):
+    models, x = [network(rule).double() for _ in range(3)], batch()[0].double()
+    for model in models[1:]:
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+
+    def loss(parameters):
+        return torch.func.functional_call(models[0], parameters, (x,)).square().sum()
+
+    parameters, _ = torch.func.stack_module_state(models)
+    stacked = torch.func.vmap(torch.func.grad(loss))(parameters)
+    for i, model in enumerate(models):
+        model(x).square().sum().backward()
+        for name, p in model.named_parameters():
+            expected = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(stacked[name][i], expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -1,0 +1,51 @@
+"""Peak memory of a whole training step under every rule, relative to backprop and to the reference.
+
+    python benchmarks/memory.py --network resnet50 --batch 32      # on a CPU or a GPU
+
+What is counted is what PyTorch's allocator holds at one time in a first step beyond the model, its feedback and the
+images: activations, gradients, temporaries, and at last the state of the optimizer. float32, channels_last.
+"""
+
+import argparse
+
+import torch
+from networks import MODELS, reference_step, training_step
+from selection import RULES
+
+import pyfeedback
+from pyfeedback.testing import peak_bytes
+
+
+def peak(network: str, rule: str, batch: int, image: int, device: torch.device, make_step=training_step) -> int:
+    """Bytes of a first step."""
+    torch.manual_seed(0)
+    model = pyfeedback.convert(MODELS[network]().to(device, memory_format=torch.channels_last), RULES[rule])
+    images = torch.randn(batch, 3, image, image, device=device).to(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=device) % 10
+    return peak_bytes(make_step(model, images, labels).run, device)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--network", choices=list(MODELS), default="resnet50")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--image", type=int, default=0, help="its height and width (default: 32 or 224)")
+    parser.add_argument("--rule", action="append", choices=list(RULES), help="default: every rule on the whole batch")
+    parser.add_argument("--without-reference", action="store_true", help="which takes most of the time")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    image = options.image or (224 if options.network in ("resnet18", "resnet50") else 32)
+    what = (options.batch, image, device)
+    backprop = peak(options.network, "bp", *what)
+    print(f"{options.network}, batch {options.batch} of {image}x{image}, {device.type}: {backprop / 1e6:.0f} MB")
+    print(f"{'rule':8}{'MB':>8}{'to backprop':>13}{'to reference':>14}")
+    for rule in options.rule or ("fa", "sa", "kp", "wm", "ia", "aa"):
+        ours, line = peak(options.network, rule, *what), ""
+        if RULES[rule].learns and not options.without_reference:
+            line = f"{ours / peak(options.network, rule, *what, reference_step):14.2f}"
+        print(f"{rule:8}{ours / 1e6:8.0f}{ours / backprop:13.3f}{line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
