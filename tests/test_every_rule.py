@@ -300,6 +300,7 @@ def test_direct_compiles():
     model = network("dfa")
     expected = gradients(model)
     model.zero_grad()
+    torch.compiler.reset()
     x, target = batch()
     F.mse_loss(torch.compile(model, backend="aot_eager")(x), target).backward()
     assert largest_error([p.grad for p in model.parameters()], expected) < 1e-12
@@ -312,6 +313,7 @@ def test_every_rule_compiles_whole(rule):
     expected = gradients(model)
     x, target = batch()
     model.zero_grad()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     F.mse_loss(compiled(x), target).backward()
     found = [p.grad for p in model.parameters() if p.grad is not None]
