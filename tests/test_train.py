@@ -167,6 +167,12 @@ def test_settings_of_another_run_are_refused():
         new_run(settings(lr=0.1)).load_state_dict(state)
 
 
+def test_another_number_of_ranks_is_refused():
+    run = new_run(settings())
+    with pytest.raises(ValueError, match="ranks is 1, and was 4 in the checkpoint, expected the same"):
+        run.load_state_dict({**run.state_dict(), "ranks": 4})
+
+
 def test_a_checkpoint_half_written_leaves_the_one_before(tmp_path, monkeypatch):
     checkpoint = part("checkpoint")
     checkpoint.save({"step": 1}, tmp_path / "checkpoint.pt")
@@ -181,8 +187,9 @@ def test_a_checkpoint_half_written_leaves_the_one_before(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "checkpoint.pt") == {"step": 1}
 
 
-def test_kill_minus_nine_within_an_epoch(tmp_path, run_program):
-    command = ["digits-ia", "--epochs", "6", "--checkpoint-every", "4", "--out"]
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kill_minus_nine_within_an_epoch(tmp_path, run_program, where):
+    command = ["digits-ia", "--epochs", "6", "--checkpoint-every", "4", "--device", where, "--deterministic", "--out"]
     run_program(*command, tmp_path / "unbroken")
 
     broken = tmp_path / "broken"

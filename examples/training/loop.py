@@ -109,6 +109,7 @@ class Run:
         """The state between two steps; called on every rank, complete on the first."""
         return {
             "settings": self.settings.to_json(),
+            "ranks": self.place.ranks,
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
@@ -128,8 +129,11 @@ class Run:
         """Go on from a state.
 
         Raises:
-            ValueError: it is that of a run with other settings.
+            ValueError: it is that of a run with other settings, or of another number of ranks.
         """
+        ranks, then = self.place.ranks, state["ranks"]
+        if ranks != then:
+            raise ValueError(f"ranks is {ranks}, and was {then} in the checkpoint, expected the same")
         if difference := self.settings.difference(state["settings"]):
             raise ValueError(f"{difference} in the checkpoint, expected the same settings")
         self.epoch, self.step, self.seconds, self.rows = (state[k] for k in ("epoch", "step", "seconds", "rows"))
