@@ -85,7 +85,7 @@ def train(
     torch.manual_seed(seed)
     model = build(training.images.shape[-1])
     # The stem has no layer before it to hand a gradient to, so the feedback path begins behind it.
-    pyfeedback.convert(model[1], setting.rule)
+    pyfeedback.convert(model[1], setting.rule, init=setting.init)
     model.to(training.images.device)
 
     steps = len(training.images) // BATCH
@@ -126,7 +126,7 @@ def observe(result: Result, model: nn.Module, test) -> None:
     model.eval()
     guesses = torch.cat([model(images).argmax(1) for images in test.images.split(500)])
     result.accuracy.append(100 * (guesses == test.labels).float().mean().item())
-    result.angles.append([layer.angle for layer in pyfeedback.alignment(model).values()])
+    result.angles.append([layer.angle for layer in pyfeedback.alignment(model).values() if layer.norm_ratio > 0])
 
 
 def run(names: list[str], data, epochs: int, seed: int) -> dict[str, Result]:
@@ -158,7 +158,7 @@ def table(results: dict[str, Result]) -> str:
         behind = f"{bp.accuracy[-1] - result.accuracy[-1]:.1f}" if bp else "-"
         slower = f"{statistics.median(result.seconds) / statistics.median(bp.seconds):.2f}" if bp else "-"
         angle = f"{result.mean_angles[-1]:.0f}" if result.mean_angles else "-"
-        layers = " ".join(f"{a:3.0f}" for a in result.angles[-1]) or "  - (the feedback is the weight itself)"
+        layers = " ".join(f"{a:3.0f}" for a in result.angles[-1]) or "  - (no feedback weight)"
         note = f"  diverged in epoch {len(result.loss)}" if result.diverged else ""
         lines.append(f"{name:4}  {result.accuracy[-1]:6.1f}  {behind:>9}  {slower:>4}  {angle:>5}  {layers}{note}")
     return "\n".join(lines)
