@@ -23,7 +23,9 @@ from pyfeedback.kernels.dgrad import dgrad_constants
 from pyfeedback.kernels.dgrad_kernel import dgrad_kernel
 from pyfeedback.kernels.geometry import Geometry, conv_geometry
 from pyfeedback.kernels.launch import options
-from pyfeedback.kernels.tiles import choose_dgrad, choose_wgrad
+from pyfeedback.kernels.single import single_constants
+from pyfeedback.kernels.single_kernel import single_kernel
+from pyfeedback.kernels.tiles import choose_dgrad, choose_single, choose_wgrad
 from pyfeedback.kernels.wgrad import wgrad_constants
 from pyfeedback.kernels.wgrad_kernel import wgrad_kernel
 from triton.backends.compiler import GPUTarget
@@ -42,6 +44,8 @@ LAYERS = (
     "128-128-3x3s2@56",
     "256-256-3x3s1@14",
 )
+SINGLE_LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "256-64-1x1s1@56", "256-128-1x1s1@56", "512-128-1x1s1@28",
+                 "512-256-1x1s1@28")  # fmt: skip
 FULL_PRECISION = ("64-256-1x1s1@56", "128-128-3x3s2@56")
 TYPES = {"bf16": 2, "fp32": 4, "tf32": 4}
 
@@ -84,6 +88,14 @@ WGRADS = {
 DGRADS = {"dgrad": {"HAS_DX"}, "dgrad z": {"HAS_Z", "USE_X"}, "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"}}
 
 
+SINGLES = {  # the term, and what its epilogue reads
+    "single none": {"HAS_F", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE"},
+    "single response": {"HAS_F", "USE_FEEDBACK"},
+    "single projection": {"HAS_F", "USE_X", "USE_FEEDBACK"},
+    "single moment": {"HAS_F"},
+}
+
+
 def jobs(architectures: list[int | str]) -> list[Job]:
     """Every kernel that a rule launches; the second moment only where a layer has one."""
     found = []
@@ -94,6 +106,8 @@ def jobs(architectures: list[int | str]) -> list[Job]:
                 # What is launched alone differs from its pair in nothing but one product.
                 ops = ops if dtype == "bf16" else ["wgrad pair", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
+        for layer in SINGLE_LAYERS:
+            found += [job for op in SINGLES if single_tile(job := Job(op, layer, "bf16", capability))]
     return found
 
 
@@ -135,11 +149,31 @@ def dgrad_source(job: Job) -> tuple[object, dict, dict, object]:
     return dgrad_kernel, constants, {}, tile
 
 
+def single_tile(job: Job) -> object:
+    """The tile of a single pass, None where the layer has none."""
+    g, term = layer_geometry(job.layer), job.op.removeprefix("single ")
+    return choose_single(g, term, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of])
+
+
+def single_source(job: Job) -> tuple[object, dict, dict, object]:
+    """Kernel, compile-time arguments, run-time integers, tile."""
+    g, on, term = layer_geometry(job.layer), SINGLES[job.op], job.op.removeprefix("single ")
+    flags = {f: f in on for f in ("HAS_F", "USE_X", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE")}
+    tile = single_tile(job)
+    constants = single_constants(g, term, flags, False, "ieee", tile)
+    absent = {"p_y": term in ("response", "projection"), "p_weight": "USE_WEIGHT" in on}
+    constants |= {name: None for name, there in absent.items() if not there}
+    return single_kernel, constants, {"positions": 1, "used": 1}, tile
+
+
 def compile_job(job: Job) -> Code:
     """Compile as a launch with 16-byte aligned tensors would, and read the machine code."""
-    kernel, constants, integers, tile = (wgrad_source if job.op in WGRADS else dgrad_source)(job)
+    source_of = {**dict.fromkeys(WGRADS, wgrad_source), **dict.fromkeys(DGRADS, dgrad_source)}
+    kernel, constants, integers, tile = source_of.get(job.op, single_source)(job)
     constants |= {name: 1 for name, value in integers.items() if value == 1}
     element = {"p_arrived": "i32", "p_partial": "fp32"}
+    if "moment" in job.op:
+        element["p_f"] = "fp32"
     signature, aligned = {}, []
     for name in kernel.arg_names:
         if name in constants:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .tiles import DgradTile, WgradTile
+from .tiles import DgradTile, SingleTile, WgradTile
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may run past them
@@ -28,7 +28,7 @@ def precision(dtype: torch.dtype, tf32: bool) -> str:
     return "tf32" if tf32 and dtype is torch.float32 else "ieee"
 
 
-def options(tile: DgradTile | WgradTile) -> dict[str, int | bool]:
+def options(tile: DgradTile | SingleTile | WgradTile) -> dict[str, int | bool]:
     """Launch options; multiply-add fusion is named since Triton is about to change its default (3.10)."""
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 

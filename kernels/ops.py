@@ -6,8 +6,9 @@ What is launched, by the form that computes the rule's data terms:
     direct           amp or sparse: dW and the feedback gradient, wgrad(x, u), in one launch;
                      null: dx and z in one launch, then the feedback gradient, wgrad(z, y)
     input_moment     dW and G = x'x, of few channels in one launch, then products of K x C
-    response_moment  Y = y'y; dW and y'x in one launch, then products of K x C
+    response_moment  Y = y'y; dW and y'x in one launch, then products of K x C; or as direct, where one pass can
 
+A pointwise layer whose sums fit one processor has all of it, dx, dW and y'x or wgrad(z, y) or G, in a single pass.
 A rule that reads fewer samples than the batch has, or centred inputs, launches apart what then reads other memory.
 """
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .dgrad import launch_dgrad
 from .geometry import Geometry
+from .launch import architecture
+from .single import launch_single
+from .tiles import SingleTile, choose_single
 from .wgrad import launch_wgrad
 
 Center = Callable[[Tensor, int], Tensor]
@@ -43,8 +46,8 @@ class Backward:
         self.input_waits = {} if dx is None else {"dy": dy, "dx": dx}
 
     def finish_weight(self) -> None:
-        """Launch dW if it still waits."""
-        if self.weight_waits:
+        """Launch dW if it still waits, and dx with it where one pass can."""
+        if self.weight_waits and not self.single("none", self.x):
             launch_wgrad(self.x, self.layer.geometry, **self.weight_waits, tf32=self.layer.tf32)
             self.weight_waits = {}
 
@@ -55,8 +58,28 @@ class Backward:
             launch_dgrad(kernel, self.layer.geometry, **self.input_waits, tf32=self.layer.tf32)
             self.input_waits = {}
 
+    def single_tile(self, term: str) -> SingleTile | None:
+        """The tile of a single pass, if one can compute all that waits: dx, dW and the term."""
+        if not (self.weight_waits and self.input_waits and channels_last(self.layer.weight).is_contiguous()):
+            return None
+        return choose_single(self.layer.geometry, term, self.x.element_size(), *architecture(self.x.device))
+
+    def single(self, term: str, x: Tensor, **terms) -> bool:
+        """dx, dW and the term of x in one pass, ``terms`` as in launch_single, if there is one."""
+        ours = x.data_ptr() == self.x.data_ptr() and terms.pop("feedback", self.feedback) is self.feedback
+        tile = self.single_tile(term) if ours else None
+        if tile is not None:
+            launch_single(
+                self.x, self.layer.geometry, term, dy=self.dy, dx=self.input_waits["dx"], dw=self.dw,
+                feedback=channels_last(self.feedback).contiguous(), **terms, tf32=self.layer.tf32, tile=tile,
+            )  # fmt: skip
+            self.weight_waits, self.input_waits = {}, {}
+        return tile is not None
+
     def correlate(self, x: Tensor, out: Tensor, u: Tensor | None, tie: float = 0.0, **epilogue) -> Tensor:
         """out = scale * wgrad(x, u) + tie * dW + the other terms of launch_wgrad's epilogue; dW joins if x is its x."""
+        if self.single("none" if u is None else "response", x, y=u, f=out, tie=tie, **epilogue):
+            return out
         along = {}
         if x is self.x and self.weight_waits:
             along, self.weight_waits = self.weight_waits, {}
@@ -76,10 +99,20 @@ class Backward:
         """t't [c, c] in float32, of a pointwise layer's block t; dW joins if t is its x and has few channels."""
         c = t.shape[-1]
         out = torch.empty(c, c, dtype=torch.float32, device=t.device)
+        if t is self.x and self.single("moment", t, f=out):
+            return out
         if t is self.x and c <= MOMENT_JOINS:
             return self.correlate(t, out, t)
         launch_wgrad(t, Geometry(t.shape[0], c, c), u=t, f=channels_last(out), tf32=self.layer.tf32)
         return out
+
+    def project_and_correlate(
+        self, x: Tensor, y: Tensor, out: Tensor, z_scale: float, x_scale: float, **epilogue
+    ) -> Tensor:
+        """out = scale * wgrad(z_scale * convT(y, B) - x_scale * x, y) + the terms of launch_wgrad's epilogue."""
+        if self.single("projection", x, y=y, f=out, z_scale=z_scale, x_scale=x_scale, **epilogue):
+            return out
+        return self.correlate(self.project(y, x, z_scale, x_scale), out, y, **epilogue)
 
     def project(self, y: Tensor, x: Tensor, z_scale: float, x_scale: float) -> Tensor:
         """z_scale * convT(y, B) - x_scale * x, a block of the input; dx joins if y is of the whole batch."""
@@ -111,7 +144,7 @@ def feedback_gradient(
         y = layer.respond(input[:n], layer.weight) if response is None else response[:n]
         # Centring one factor of wgrad(x, y) centres the product.
         y = layer.block_output(center(y, n) if rule.center else y)
-    if form == "response_moment":
+    if form == "response_moment" and launches.single_tile("projection") is None:
         return _elementwise(launches, _response_moment(launches, x, y, rule), rule, n)
     rest = {"weight": layer.weight, "feedback": launches.feedback}
     rest |= {"decay": rule.decay, "self_": rule.self_, "tie": rule.tie}
@@ -144,10 +177,8 @@ def _response_terms(launches: Backward, x: Tensor, y: Tensor, rule, n: int, rest
     if not rule.null:
         return launches.correlate(x, out, y, scale=-rule.amp / n, **rest)
     if abs(rule.amp) <= abs(rule.null):
-        z = launches.project(y, x, 1.0, rule.amp / rule.null)
-        return launches.correlate(z, out, y, scale=rule.null / n, **rest)
-    z = launches.project(y, x, -rule.null / rule.amp, -1.0)
-    return launches.correlate(z, out, y, scale=-rule.amp / n, **rest)
+        return launches.project_and_correlate(x, y, out, 1.0, rule.amp / rule.null, scale=rule.null / n, **rest)
+    return launches.project_and_correlate(x, y, out, -rule.null / rule.amp, -1.0, scale=-rule.amp / n, **rest)
 
 
 def _input_moment(moment: Tensor, weight: Tensor, feedback: Tensor, rule) -> Tensor:

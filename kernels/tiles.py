@@ -35,6 +35,18 @@ class DgradTile:
     stages: int
 
 
+@dataclass(frozen=True)
+class SingleTile:
+    """BK rows that hold every output channel, BC input channels, BP positions per step; splits of the positions."""
+
+    BK: int
+    BC: int
+    BP: int
+    splits: int
+    warps: int
+    stages: int
+
+
 def choose_wgrad(
     geometry: Geometry,
     rows: tuple[int, int],
@@ -87,6 +99,28 @@ def choose_dgrad(geometry: Geometry, dual: bool, itemsize: int, capability: int)
     bc = _block(geometry.C, 16, columns)
     bk = _block(geometry.K, 16, depth)
     return DgradTile(most, bc, bk, 8 if most * bc >= 128 * 128 else 4, stages)
+
+
+def choose_single(geometry: Geometry, term: str, itemsize: int, capability: int, processors: int) -> SingleTile | None:
+    """The single pass of a pointwise layer, ``term`` as in ``single_kernel``; None where its sums do not fit."""
+    c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
+    hopper = capability >= 90
+    # The largest blocks of dW without spills; z and x'x take registers besides.
+    if term == "moment":
+        bc = c if c <= (128 if hopper else 64) and k <= 256 else 0
+    elif term == "projection":
+        bc = 64 * 128 // k if hopper or k == 64 else 0
+    else:
+        bc = (64 * 256 if hopper else 64 * 128) // k
+    bc = min(bc, c)
+    if itemsize == 4 or bc < 64 or not geometry.pointwise or max(geometry.C, geometry.K) > 512:
+        return None
+    small = k * bc == 64 * 64
+    warps, stages = (4 if small else 8), (3 if small or not hopper else 2)
+    columns, blocks = -(-geometry.C // bc), -(-geometry.positions // 64)
+    # Two programs of four warps, or one of eight, for each processor.
+    splits = max(min(processors * (2 if small else 1) // columns, blocks // FEWEST_BLOCKS), 1)
+    return SingleTile(k, bc, 64 if hopper else 32, splits, warps, stages)
 
 
 def _block(size: int, smallest: int, most: int) -> int:

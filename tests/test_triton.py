@@ -1,14 +1,12 @@
 """The Triton kernels against float64. COVERED says which case takes which path."""
 
-import random
-
 import pytest
 import torch
 import triton_cases
 from pyfeedback.kernels import dgrad, launch, wgrad
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
-from triton_cases import DEVICE, DTYPES, GPU, Case, assert_near, fresh, inner, layer, products
+from triton_cases import DEVICE, DTYPES, Case, assert_near, fresh, inner, layer, products, shuffled_programs
 
 pytestmark = triton_cases.MARKS
 
@@ -160,26 +158,11 @@ def test_second_moment_alone(channels, splits):
 
 @pytest.mark.parametrize("splits", [3, 5])
 def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
-    if GPU:
-        pytest.skip("the order is the scheduler's")
     case = CASES["3x3 stride 2"]._replace(splits=splits)
-    from triton.runtime.interpreter import interpreter_builder
-
     straight, *_ = run_pair(case, **TERMS)
-    place = interpreter_builder.set_grid_idx
     for seed in range(2):
-        orders = {}
-
-        def shuffled(x, y, z, orders=orders, seed=seed):
-            size = tuple(interpreter_builder.grid_dim)
-            cells = [(i, j, 0) for i in range(size[0]) for j in range(size[1])]
-            order = orders.setdefault(size, random.Random(seed).sample(cells, len(cells)))
-            place(*order[cells.index((x, y, z))])
-
-        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
-        permuted, *_ = run_pair(case, **TERMS)
-        monkeypatch.setattr(interpreter_builder, "set_grid_idx", place)
-        assert orders
+        with shuffled_programs(monkeypatch, seed):
+            permuted, *_ = run_pair(case, **TERMS)
         assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
 
 

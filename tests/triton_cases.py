@@ -4,6 +4,8 @@ The interpreter multiplies the raw bits of bfloat16, so there only float32 and f
 layers are tiny.
 """
 
+import random
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ DEVICE = "cuda" if GPU else "cpu"
 with pytest.MonkeyPatch.context() as _patch:
     if not GPU:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
-    from pyfeedback.kernels import dgrad_kernel, wgrad_kernel  # noqa: F401
+    from pyfeedback.kernels import dgrad_kernel, single_kernel, wgrad_kernel  # noqa: F401
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
 
 # Triton 3.6's interpreter makes a loop bound of an array of one element: NumPy warns before 2.4, and raises from there.
@@ -100,3 +102,24 @@ def fill_memory_with_nan(monkeypatch):
     """Whatever is allocated and not written shows."""
     monkeypatch.setattr(torch, "empty", lambda *a, **k: torch.full(a, float("nan"), **k))
     monkeypatch.setattr(torch, "empty_like", lambda t, **k: torch.full_like(t, float("nan"), **k))
+
+
+@contextmanager
+def shuffled_programs(monkeypatch, seed: int):
+    """The programs of every launch in a random order; one at least must be launched."""
+    if GPU:
+        pytest.skip("the order is the scheduler's")
+    from triton.runtime.interpreter import interpreter_builder
+
+    place, orders = interpreter_builder.set_grid_idx, {}
+
+    def shuffled(x, y, z):
+        size = tuple(interpreter_builder.grid_dim)
+        cells = [(i, j, 0) for i in range(size[0]) for j in range(size[1])]
+        order = orders.setdefault(size, random.Random(seed).sample(cells, len(cells)))
+        place(*order[cells.index((x, y, z))])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+        yield
+    assert orders
