@@ -53,11 +53,10 @@ struct AdamWOptions {
 
 template <typename Wide>
 PYFEEDBACK_HOST_DEVICE AdamWStep<Wide> make_step(const AdamWTensor& tensor, const AdamWOptions& options) {
-  return {static_cast<Wide>(tensor.decay),      static_cast<Wide>(tensor.self),
-          static_cast<Wide>(tensor.tie),        static_cast<Wide>(1 - options.beta1),
-          static_cast<Wide>(options.beta2),     static_cast<Wide>(1 - options.beta2),
-          static_cast<Wide>(options.eps),       static_cast<Wide>(tensor.kept),
-          static_cast<Wide>(tensor.step_size),  static_cast<Wide>(tensor.root_scale)};
+  return {static_cast<Wide>(tensor.decay),      static_cast<Wide>(tensor.self),   static_cast<Wide>(tensor.tie),
+          static_cast<Wide>(1 - options.beta1), static_cast<Wide>(options.beta2), static_cast<Wide>(1 - options.beta2),
+          static_cast<Wide>(options.eps),       static_cast<Wide>(tensor.kept),   static_cast<Wide>(tensor.step_size),
+          static_cast<Wide>(tensor.root_scale)};
 }
 
 }  // namespace pyfeedback

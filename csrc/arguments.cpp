@@ -37,14 +37,17 @@ class StepPlanner {
  public:
   using Operands = std::array<AtenTensorHandle, kOperands>;
 
-  explicit StepPlanner(const char* names) : names_(names) {}
+  StepPlanner(const char* names, size_t count) : names_(names) {
+    plan_.rows.reserve(count);
+    operands_.reserve(count);
+  }
 
   // `row_major` wants that order even of operands that share another one.
   void add(Row row, const Operands& operands, size_t index, bool row_major) {
     const Shape shape = shape_of(operands[0]);
     if (shape.numel == 0) return;
     const Device device = device_of(operands[0]);
-    STD_TORCH_CHECK(plan.rows.empty() || device == device_, names_, " ", index, " are not on the device of the first");
+    STD_TORCH_CHECK(plan_.rows.empty() || device == device_, names_, " ", index, " are not on the device of the first");
     device_ = device;
     row.numel = shape.numel;
     row.index = static_cast<uint32_t>(index);
@@ -52,39 +55,66 @@ class StepPlanner {
     row.layout = -1;
     const bool alike = check_alike(operands, names_, index);
     if (!alike || (row_major && !shape.contiguous)) place(row, operands);
-    row.with_previous = !plan.rows.empty() &&
-                        (same_tensor(previous_[1], operands[0]) || same_tensor(previous_[1], operands[1]) ||
-                         same_tensor(previous_[2], operands[2]));
-    if (row.with_previous) {  // both dense, and then in the order of what they share, or both row-major
-      if (plan.rows.back().layout >= 0 && row.layout < 0) place(row, operands);
-      if (plan.rows.back().layout < 0 && row.layout >= 0) place(plan.rows.back(), previous_);
+    if (!plan_.rows.empty()) {
+      const Operands& previous = operands_.back();
+      row.with_previous = same_tensor(previous[1], operands[0]) || same_tensor(previous[1], operands[1]) ||
+                          same_tensor(previous[2], operands[2]);
     }
-    plan.rows.push_back(row);
-    previous_ = operands;
+    plan_.rows.push_back(row);
+    operands_.push_back(operands);
   }
 
-  Plan<Row, kOperands> plan;
+  // Rows that share memory are all dense, and then in the order of what they share, or all row-major.
+  Plan<Row, kOperands> finish() {
+    std::vector<Row>& rows = plan_.rows;
+    for (size_t first = 0, last; first < rows.size(); first = last) {
+      last = first + 1;
+      while (last < rows.size() && rows[last].with_previous) ++last;
+      const auto placed = [](const Row& row) { return row.layout >= 0; };
+      if (std::none_of(rows.begin() + first, rows.begin() + last, placed)) continue;
+      for (size_t i = first; i < last; ++i) {
+        if (!placed(rows[i])) place(rows[i], operands_[i]);
+      }
+    }
+    return std::move(plan_);
+  }
 
  private:
   void place(Row& row, const Operands& operands) {
     for (size_t k = 0; k < kOperands; ++k) {
       if (operands[k] && k != 1 && k != 2) check_writable(operands[k], names_, row.index);
     }
-    row.layout = static_cast<int32_t>(plan.layouts.size());
-    plan.layouts.push_back(strided_layout(operands, names_));
+    row.layout = static_cast<int32_t>(plan_.layouts.size());
+    plan_.layouts.push_back(strided_layout(operands, names_));
   }
 
   const char* names_;
   Device device_;
-  Operands previous_{};
+  Plan<Row, kOperands> plan_;
+  std::vector<Operands> operands_;  // of each row
 };
+
+void check_dynamic(const StepArguments& a) {
+  if (!a.dynamic || a.feedback.size() == 0) return;
+  const AtenTensorHandle dynamic = a.dynamic->get();
+  const Shape shape = shape_of(dynamic);
+  STD_TORCH_CHECK(dtype_of(dynamic) == Dtype::kFloat64 && shape.numel == kDynamics && shape.contiguous &&
+                      device_of(dynamic) == device_of(a.feedback[0]),
+                  "expected of dynamic ", int{kDynamics}, " contiguous float64 on the device of feedback");
+}
 
 }  // namespace
 
+StepOptions step_options(double lr, double momentum, bool nesterov, double noise, int64_t seed,
+                         const std::optional<torch::stable::Tensor>& dynamic) {
+  const void* data = dynamic ? dynamic->const_data_ptr() : nullptr;
+  return {lr, momentum, noise, static_cast<uint64_t>(seed), nesterov, static_cast<const double*>(data)};
+}
+
 StepPlan plan_step(const StepArguments& a) {
   check_lengths(a);
-  StepPlanner<StepTensor, kStepOperands> planner("feedback, weight, grad and momentum_buffer");
-  planner.plan.rows.reserve(a.feedback.size());
+  check_dynamic(a);
+  StepPlanner<StepTensor, kStepOperands> planner("feedback, weight, grad and momentum_buffer", a.feedback.size());
   for (size_t i = 0; i < a.feedback.size(); ++i) {
     const bool reads_weight = a.self[i] != 0, reads_grad = a.tie[i] != 0;
     STD_TORCH_CHECK(!reads_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
@@ -102,7 +132,7 @@ StepPlan plan_step(const StepArguments& a) {
     tensor.tie = a.tie[i];
     planner.add(tensor, operands, i, a.options.noise != 0);
   }
-  return std::move(planner.plan);
+  return planner.finish();
 }
 
 AdamWPlan plan_adamw(const AdamWArguments& a) {
@@ -113,12 +143,11 @@ AdamWPlan plan_adamw(const AdamWArguments& a) {
   for (const std::vector<double>* values : {&a.step, &a.decay, &a.self, &a.tie, &a.weight_decay}) {
     STD_TORCH_CHECK(values->size() == count, "a list has ", values->size(), " numbers; expected ", count);
   }
-  StepPlanner<AdamWTensor, kAdamWOperands> planner("param, weight, grad, exp_avg and exp_avg_sq");
-  planner.plan.rows.reserve(count);
+  StepPlanner<AdamWTensor, kAdamWOperands> planner("param, weight, grad, exp_avg and exp_avg_sq", count);
   for (size_t i = 0; i < count; ++i) {
-    const std::array<AtenTensorHandle, kAdamWOperands> operands = {
-        a.param[i], a.self[i] != 0 ? a.weight[i] : nullptr, a.tie[i] != 0 ? a.grad[i] : nullptr, a.exp_avg[i],
-        a.exp_avg_sq[i]};
+    const std::array<AtenTensorHandle, kAdamWOperands> operands = {a.param[i], a.self[i] != 0 ? a.weight[i] : nullptr,
+                                                                   a.tie[i] != 0 ? a.grad[i] : nullptr, a.exp_avg[i],
+                                                                   a.exp_avg_sq[i]};
     AdamWTensor tensor{};
     for (int k = 0; k < kAdamWOperands; ++k) {
       if (operands[k] == nullptr) continue;
@@ -133,7 +162,7 @@ AdamWPlan plan_adamw(const AdamWArguments& a) {
     tensor.root_scale = std::sqrt(1 - std::pow(a.options.beta2, a.step[i]));
     planner.add(tensor, operands, i, false);
   }
-  return std::move(planner.plan);
+  return planner.finish();
 }
 
 AlignmentPlan plan_alignment(const TensorList& feedback, const TensorList& weight) {

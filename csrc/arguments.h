@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -19,8 +20,12 @@ namespace pyfeedback {
 struct StepArguments {
   TensorList feedback, weight, grad, momentum_buffer;
   const std::vector<double>&decay, &self, &tie;
+  const std::optional<torch::stable::Tensor>& dynamic;
   StepOptions options;
 };
+
+StepOptions step_options(double lr, double momentum, bool nesterov, double noise, int64_t seed,
+                         const std::optional<torch::stable::Tensor>& dynamic);
 
 using StepPlan = Plan<StepTensor, kStepOperands>;
 

@@ -43,22 +43,33 @@ struct StepTensor {
   uint32_t index;  // place in the list, which the noise is drawn for
   Dtype dtype;
   int32_t layout;  // place in the list of layouts, or -1: element i of every operand is at i
-  bool with_previous;  // reads what the row before it reads, or is it: element i of both is one thread's, in their order
+  bool
+      with_previous;  // reads what the row before it reads, or is it: element i of both is one thread's, in their order
 };
+
+// What may change between replays of a captured step, read when it runs: factors, and what is added to the seed.
+enum Dynamic { kLrFactor, kDecayFactor, kSelfFactor, kTieFactor, kSeedAddend, kDynamics };
 
 struct StepOptions {
   double lr, momentum, noise;
   uint64_t seed;
   bool nesterov;
+  const double* dynamic;  // null, or [kDynamics] on the device of the tensors
+
+  PYFEEDBACK_HOST_DEVICE double factor(Dynamic which) const { return dynamic ? dynamic[which] : 1; }
+
+  PYFEEDBACK_HOST_DEVICE uint64_t current_seed() const {
+    return dynamic ? seed + static_cast<uint64_t>(static_cast<int64_t>(dynamic[kSeedAddend])) : seed;
+  }
 };
 
 template <typename Wide>
 PYFEEDBACK_HOST_DEVICE FeedbackStep<Wide> make_step(const StepTensor& tensor, const StepOptions& options) {
-  return {static_cast<Wide>(tensor.decay),
-          static_cast<Wide>(tensor.self),
-          static_cast<Wide>(tensor.tie),
+  return {static_cast<Wide>(tensor.decay * options.factor(kDecayFactor)),
+          static_cast<Wide>(tensor.self * options.factor(kSelfFactor)),
+          static_cast<Wide>(tensor.tie * options.factor(kTieFactor)),
           static_cast<Wide>(options.noise),
-          static_cast<Wide>(options.lr),
+          static_cast<Wide>(options.lr * options.factor(kLrFactor)),
           static_cast<Wide>(options.momentum),
           options.nesterov};
 }

@@ -96,6 +96,7 @@ def check_step_tensors(
     momentum_buffer: Sequence[Tensor],
     coefficients: dict[str, Sequence[float]],
     scalars: dict[str, float],
+    dynamic: Tensor | None,
 ) -> None:
     """Raise where the tensors of a feedback step do not fit together."""
     count = len(feedback)
@@ -120,6 +121,10 @@ def check_step_tensors(
             raise ValueError(f"feedback[{i}] is expanded, several elements at one place, expected one of its own each")
         if tensor.device != feedback[0].device:
             raise ValueError(f"feedback[{i}] is on {tensor.device}, expected the device of all, {feedback[0].device}")
+    if dynamic is not None and feedback:
+        expected = f"(5,) torch.float64 on {feedback[0].device}"
+        if _describe(dynamic) != expected or not dynamic.is_contiguous():
+            raise ValueError(f"dynamic is {_describe(dynamic)}, expected contiguous {expected}")
 
 
 def check_step_numbers(count: int, coefficients: dict[str, Sequence[float]], scalars: dict[str, float]) -> None:

@@ -160,6 +160,7 @@ def feedback_step_(
     noise: float = 0.0,
     seed: int = 0,
     skip_nonfinite: bool = False,
+    dynamic: Tensor | None = None,
 ) -> None:
     """One step of SGD for the feedback weights of a whole model, in place, in one pass over memory.
 
@@ -177,6 +178,8 @@ def feedback_step_(
         momentum_buffer: likewise; may be empty where ``momentum`` is 0.
         noise: standard deviation of Gaussian noise added to g, the same for the same ``seed`` and backend.
         skip_nonfinite: write nothing at all if an element that is read of grad or weight is infinite or nan.
+        dynamic: [5] float64 on the device of feedback: factors of ``lr``, ``decay``, ``self_`` and ``tie``, and a whole
+            number to add to ``seed``. Read there when the step runs, so that a captured CUDA graph follows it.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is written.
@@ -188,6 +191,7 @@ def feedback_step_(
         step(
             feedback, weight, grad, momentum_buffer, decay=decay, self_=self_, tie=tie, lr=lr, momentum=momentum,
             nesterov=nesterov, noise=noise, seed=seed, skip_nonfinite=skip_nonfinite,
+            dynamic=dynamic,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def _native_center(input: Tensor, samples: int) -> Tensor:
 
 
 def _aten_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -> None:
-    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options)
+    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options, options["dynamic"])
     aten.feedback_step_(feedback, weight, grad, momentum_buffer, **options)
 
 
@@ -43,7 +43,7 @@ def _native_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -
     try:
         _ops.native_feedback_step_.default(feedback, weight, grad, momentum_buffer, **options)
     except (RuntimeError, NotImplementedError):
-        arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options)
+        arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options, options["dynamic"])
         raise
 
 

@@ -115,7 +115,7 @@ def fa_linear_backward(
 
 
 def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
-                    noise=0.0, seed=0, skip_nonfinite=False) -> None:  # fmt: skip
+                    noise=0.0, seed=0, skip_nonfinite=False, dynamic=None) -> None:  # fmt: skip
     """The op's implementation; eager callers come here at once, since a dispatch costs more than a small step."""
     coefficients = {"decay": decay, "self_": self_, "tie": tie}
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
@@ -123,7 +123,7 @@ def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie
     if feedback:
         provide("feedback_step_", feedback[0].device.type)(
             feedback, weight, grad, momentum_buffer, **coefficients, **scalars,
-            nesterov=nesterov, seed=seed, skip_nonfinite=skip_nonfinite,
+            nesterov=nesterov, seed=seed, skip_nonfinite=skip_nonfinite, dynamic=dynamic,
         )  # fmt: skip
 
 
@@ -162,11 +162,13 @@ def fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(Tru
     return (*grads, weight.new_empty(channels) if output_mask[3] else None)
 
 
-def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, noise=0.0, **_) -> None:
+def _fake_step(
+    feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, noise=0.0, dynamic=None, **_
+) -> None:
     coefficients = {"decay": decay, "self_": self_, "tie": tie}
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
     arguments.check_step_numbers(len(feedback), coefficients, scalars)
-    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars)
+    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars, dynamic)
 
 
 def _fake_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tensor:

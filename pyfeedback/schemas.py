@@ -26,7 +26,7 @@ _GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_feedback, Tensor g
 _STEP = (
     "Tensor(a!)[] feedback, Tensor[] weight, Tensor[] grad, Tensor(b!)[] momentum_buffer, *, "
     "float[] decay, float[] self_, float[] tie, float lr, float momentum=0.0, bool nesterov=False, "
-    "float noise=0.0, int seed=0, bool skip_nonfinite=False"
+    "float noise=0.0, int seed=0, bool skip_nonfinite=False, Tensor? dynamic=None"
 )
 _ADAMW = (
     "Tensor(a!)[] param, Tensor[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, *, "

@@ -13,9 +13,11 @@ class OnDevice:
     """Copies the operands to the device, and back what was written."""
 
     @staticmethod
-    def native_feedback_step_(feedback, weight, grad, momentum_buffer, **options):
-        there = [[_to_device(t) for t in tensors] for tensors in (feedback, weight, grad, momentum_buffer)]
-        torch.ops.pyfeedback.native_feedback_step_(*there, **options)
+    def native_feedback_step_(feedback, weight, grad, momentum_buffer, *, dynamic=None, **options):
+        copies = {id(t): _to_device(t) for t in (*feedback, *weight, *grad, *momentum_buffer)}  # one of what is shared
+        there = [[copies[id(t)] for t in tensors] for tensors in (feedback, weight, grad, momentum_buffer)]
+        dynamic = None if dynamic is None else dynamic.cuda()
+        torch.ops.pyfeedback.native_feedback_step_(*there, **options, dynamic=dynamic)
         for tensor, stepped in zip((*feedback, *momentum_buffer), (*there[0], *there[3]), strict=True):
             tensor.copy_(stepped)
 

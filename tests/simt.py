@@ -92,6 +92,7 @@ class StepOptions(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("lr", "momentum", "noise")),
         ("seed", ctypes.c_uint64),
         ("nesterov", ctypes.c_bool),
+        ("dynamic", ctypes.c_void_p),
     )
 
 
@@ -122,22 +123,30 @@ def layout_of(operands: int) -> type[ctypes.Structure]:
     return type("Layout", (ctypes.Structure,), {"_fields_": fields})
 
 
-def _layouts(operands: list[list], by_element: bool) -> tuple[list[int], ctypes.Array]:
-    """Of each row its place in the list of layouts, or -1 where element i of every operand is at i; and that list."""
+def _layouts(operands: list[list], by_element: bool, together: list[bool]) -> tuple[list[int], ctypes.Array]:
+    """Of each row its place in the list of layouts, or -1 where element i of every operand is at i; and that list.
+
+    Rows that are together with the one before all have one or all have none.
+    """
+    groups: list[list[list]] = []
+    for row, with_previous in zip(operands, together, strict=True):
+        groups[-1].append(row) if with_previous else groups.append([row])
     Layout = layout_of(len(operands[0]) if operands else 1)
     places, layouts = [], []
-    for row in operands:
-        there = [t for t in row if t is not None]
-        alike = all(t.stride() == there[0].stride() and _is_dense(t) for t in there)
-        if alike and (there[0].is_contiguous() or not by_element):
-            places.append(-1)
-            continue
-        places.append(len(layouts))
-        layout = Layout(dims=there[0].dim(), size=tuple(there[0].shape))
-        for k, tensor in enumerate(row):
-            layout.stride[k] = tuple(tensor.stride()) if tensor is not None else ()
-        layouts.append(layout)
+    for group in groups:
+        dense = all(map(_alike, group)) and (group[0][0].is_contiguous() or not by_element)
+        for row in group:
+            places.append(-1 if dense else len(layouts))
+            if not dense:
+                layouts.append(Layout(dims=row[0].dim(), size=tuple(row[0].shape)))
+                for k, tensor in enumerate(row):
+                    layouts[-1].stride[k] = () if tensor is None else tuple(tensor.stride())
     return places, (Layout * len(layouts))(*layouts)
+
+
+def _alike(row: list) -> bool:
+    there = [tensor for tensor in row if tensor is not None]
+    return all(tensor.stride() == there[0].stride() and _is_dense(tensor) for tensor in there)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -158,7 +167,7 @@ def _pointer(tensor):
 
 def native_feedback_step_(
     feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False, noise=0.0, seed=0,
-    skip_nonfinite=False,
+    skip_nonfinite=False, dynamic=None,
 ):  # fmt: skip
     """The kernels of the op of this name."""
     here = [i for i, tensor in enumerate(feedback) if tensor.numel()]
@@ -171,15 +180,16 @@ def native_feedback_step_(
         ]
         for i in here
     ]
-    places, layouts = _layouts(operands, by_element=noise != 0)
+    together = [_goes_with(before, row) for before, row in zip([None, *operands], operands, strict=False)]
+    places, layouts = _layouts(operands, noise != 0, together)
     rows = [
         StepTensor(
             *map(_pointer, row), row[0].numel(), decay[i], self_[i], tie[i], i, DTYPES.index(row[0].dtype), place,
-            _goes_with(before, row),
+            with_previous,
         )
-        for i, row, place, before in zip(here, operands, places, [None, *operands], strict=False)
+        for i, row, place, with_previous in zip(here, operands, places, together, strict=True)
     ]  # fmt: skip
-    options = StepOptions(lr, momentum, noise, seed % 2**64, nesterov)
+    options = StepOptions(lr, momentum, noise, seed % 2**64, nesterov, _pointer(dynamic))
     flag = ctypes.byref(ctypes.c_int(0)) if skip_nonfinite else None
     table = (StepTensor * len(rows))(*rows)
     _check(_library().simt_step(table, len(rows), layouts, len(layouts), ctypes.byref(options), flag))
@@ -189,7 +199,7 @@ def native_alignment_products(feedback, weight):
     """The kernel of the op of this name."""
     here = [i for i, tensor in enumerate(feedback) if tensor.numel()]
     operands = [[feedback[i], weight[i]] for i in here]
-    places, layouts = _layouts(operands, by_element=False)
+    places, layouts = _layouts(operands, False, [False] * len(operands))
     rows = [
         AlignmentPair(*map(_pointer, row), row[0].numel(), i, place, DTYPES.index(row[0].dtype))
         for i, row, place in zip(here, operands, places, strict=True)

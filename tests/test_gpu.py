@@ -85,10 +85,11 @@ def test_native_step_skips_what_is_not_finite_and_draws_the_cpus_noise():
 
 @pytest.mark.parametrize("count", [3, 160, 1000])
 def test_native_step_is_captured_in_a_cuda_graph(count):
-    """With its table, its noise and the flag of a nonfinite gradient: a replay reads the tensors of its time."""
+    """With its table, its flag and its noise: a replay reads the gradients and the learning rate of its time."""
     feedback, grad = ([torch.randn(7 + i % 50, device="cuda") for i in range(count)] for _ in range(2))
     expected = [t.clone() for t in feedback]
     options = {"decay": [0.1] * count, "self_": [0.0] * count, "tie": [1.0] * count, "lr": 0.5, "noise": 0.1, "seed": 3}
+    options["dynamic"] = torch.ones(5, dtype=torch.float64, device="cuda")
 
     def step(tensors):
         torch.ops.pyfeedback.native_feedback_step_(tensors, [], grad, [], **options, skip_nonfinite=True)
@@ -98,6 +99,8 @@ def test_native_step_is_captured_in_a_cuda_graph(count):
         step(feedback)
     for value in (0.3, float("inf"), 0.7):
         grad[count // 2].fill_(value)
+        options["dynamic"][0] /= 2
+        options["dynamic"][4] += 1
         graph.replay()
         step(expected)
     assert all(torch.equal(a, b) for a, b in zip(feedback, expected, strict=True))

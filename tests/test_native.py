@@ -11,7 +11,8 @@ import simt
 import torch
 from native_ops import IMPLEMENTATIONS, PARAMETERS
 
-from pyfeedback import native
+import pyfeedback
+from pyfeedback import functional, native
 
 cpu = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 
@@ -251,6 +252,88 @@ class TestFeedbackStep:
         # Torch before 2.13 loses the text of an error from a library; Python has told the user before.
         with pytest.raises(RuntimeError):
             torch.ops.pyfeedback.native_feedback_step_(feedback, **(arguments | change))
+        assert torch.equal(feedback[0], torch.ones(4))
+
+    @pytest.mark.parametrize("layout", ["dense", "strided", "mixed"])
+    @pytest.mark.parametrize("count", [1, 15, 16, 130])
+    def test_what_shares_memory_with_the_row_before_is_stepped_after_it(self, ops, count, layout):
+        """Two feedbacks read a weight, which steps behind them; a model larger than one launch is cut between such."""
+        shapes = [(1 + 37 * i % 211, 1 + i % 5) if i else (70, 90) for i in range(count)]
+        weight, grad, *others = (random_like_model(shapes, torch.float64, seed) for seed in range(7))
+        if layout == "strided" or (layout == "mixed" and count > 1):
+            others[3][-1] = others[3][-1].t().contiguous().t()
+        if layout == "strided":
+            weight = [tensor.t().contiguous().t() for tensor in weight]
+        rows = [
+            (stepped, w, g, buffer, *terms)
+            for i, (w, g) in enumerate(zip(weight, grad, strict=True))
+            for stepped, buffer, *terms in [
+                (others[0][i], others[1][i], 0.1, 0.2, 0.3),
+                (others[2][i], others[3][i], 0.2, 0.4, 0.0),
+                (w, others[4][i], 0.3, 0.0, 1.0),
+            ]
+        ]
+        expected = []
+        now = {id(w): w for w in weight}
+        for stepped, w, g, buffer, decay, self_, tie in rows:
+            terms = {"decay": decay, "self_": self_, "tie": tie, "lr": 0.5, "momentum": 0.9}
+            expected.append(step_formula(now.get(id(stepped), stepped), now[id(w)], g, buffer, **terms))
+            if id(stepped) in now:
+                now[id(stepped)] = expected[-1][0]
+        stepped, weights, grads, buffers, decay, self_, tie = map(list, zip(*rows, strict=True))
+        ops.native_feedback_step_(
+            stepped, weights, grads, buffers, decay=decay, self_=self_, tie=tie, lr=0.5, momentum=0.9
+        )
+        for found, found_buffer, (one, buffer) in zip(stepped, buffers, expected, strict=True):
+            torch.testing.assert_close(found, one, rtol=1e-14, atol=1e-14)
+            torch.testing.assert_close(found_buffer, buffer, rtol=1e-14, atol=1e-14)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("layout", ["dense", "strided"])
+    def test_dynamic_factors_multiply_the_coefficients(self, ops, dtype, layout):
+        model = [random_like_model([(50, 41), (3,)], dtype, seed) for seed in range(4)]
+        if layout == "strided":
+            model[1][0] = model[1][0].t().contiguous().t()
+        coefficients = {"decay": [0.1, 0.2], "self_": [0.2, 0.3], "tie": [0.3, 0.4], "momentum": 0.9}
+        dynamic = torch.tensor([0.5, 2.0, 0.25, 4.0, 7.0], dtype=torch.float64)
+        found = native_step(ops, *model, **coefficients, lr=0.5, noise=0.1, seed=3, dynamic=dynamic)
+        scaled = {"decay": [0.2, 0.4], "self_": [0.05, 0.075], "tie": [1.2, 1.6], "momentum": 0.9}
+        expected = native_step(ops, *model, **scaled, lr=0.25, noise=0.1, seed=10)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    def test_dynamic_factors_mean_the_same_composed(self):
+        model = [random_like_model([(50, 41), (3,)], torch.float64, seed) for seed in range(4)]
+        dynamic = torch.tensor([0.5, 2.0, 0.25, 4.0, 7.0], dtype=torch.float64)
+        changing = {
+            "decay": [0.1, 0.2],
+            "self_": [0.2, 0.3],
+            "tie": [0.3, 0.4],
+            "lr": 0.5,
+            "seed": 3,
+            "dynamic": dynamic,
+        }
+        fixed = {"decay": [0.2, 0.4], "self_": [0.05, 0.075], "tie": [1.2, 1.6], "lr": 0.25, "seed": 10}
+        results = []
+        for options in (changing, fixed):
+            copies = [[tensor.clone() for tensor in tensors] for tensors in model]
+            with pyfeedback.backend("aten"):
+                functional.feedback_step_(*copies, **options, momentum=0.9, nesterov=True, noise=0.1)
+            results.append(copies[0] + copies[3])
+        torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=1e-14)
+
+    @cpu
+    @pytest.mark.parametrize(
+        "dynamic",
+        [torch.ones(4, dtype=torch.float64), torch.ones(5), torch.ones(10, dtype=torch.float64)[::2]],
+        ids=["short", "float32", "strided"],
+    )
+    def test_a_dynamic_that_cannot_be_read_raises_and_writes_nothing(self, dynamic):
+        feedback = [torch.ones(4)]
+        with pytest.raises(RuntimeError):
+            native_step(torch.ops.pyfeedback, feedback, [], [], [], decay=0.1, lr=0.5, dynamic=dynamic)
+        with pytest.raises(ValueError, match="dynamic is"):
+            functional.feedback_step_(feedback, [], [], decay=[0.1], self_=[0.0], tie=[0.0], lr=0.5, dynamic=dynamic)
         assert torch.equal(feedback[0], torch.ones(4))
 
 

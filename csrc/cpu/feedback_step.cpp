@@ -9,7 +9,7 @@ namespace pyfeedback::cpu {
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,
                     StableListHandle momentum_buffer, const std::vector<double>& decay, const std::vector<double>& self,
                     const std::vector<double>& tie, double lr, double momentum, bool nesterov, double noise,
-                    int64_t seed, bool skip_nonfinite) {
+                    int64_t seed, bool skip_nonfinite, const std::optional<torch::stable::Tensor>& dynamic) {
   const StepArguments arguments{TensorList(feedback),
                                 TensorList(weight),
                                 TensorList(grad),
@@ -17,7 +17,8 @@ void feedback_step_(StableListHandle feedback, StableListHandle weight, StableLi
                                 decay,
                                 self,
                                 tie,
-                                StepOptions{lr, momentum, noise, static_cast<uint64_t>(seed), nesterov}};
+                                dynamic,
+                                step_options(lr, momentum, nesterov, noise, seed, dynamic)};
   const StepPlan plan = plan_step(arguments);
   const Kernels& kernel = kernels();
   if (skip_nonfinite) {

@@ -66,6 +66,7 @@ template <typename Scalar, typename Offsets>
 void step_each(const StepTensor& tensor, const StepOptions& options, const FeedbackStep<Wide<Scalar>>& step, Offsets at,
                int64_t begin, int64_t end) {
   using T = Wide<Scalar>;
+  const uint64_t seed = options.current_seed();
   Normals normal = {};
   for (int64_t i = begin; i < end; ++i, at.next()) {
     Scalar& feedback = static_cast<Scalar*>(tensor.feedback)[at.offset(0)];
@@ -74,7 +75,7 @@ void step_each(const StepTensor& tensor, const StepOptions& options, const Feedb
     const T grad = tensor.grad ? widen(static_cast<const Scalar*>(tensor.grad)[at.offset(2)]) : T(0);
     T gradient = step.gradient(old, weight, grad);
     if (options.noise != 0) {
-      if (i == begin || i % 4 == 0) normal = normals(options.seed, tensor.index, static_cast<uint64_t>(i) / 4);
+      if (i == begin || i % 4 == 0) normal = normals(seed, tensor.index, static_cast<uint64_t>(i) / 4);
       gradient += step.noise * normal.value[i % 4];
     }
     T direction = gradient;

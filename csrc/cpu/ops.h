@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -25,6 +26,6 @@ torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,
                     StableListHandle momentum_buffer, const std::vector<double>& decay, const std::vector<double>& self,
                     const std::vector<double>& tie, double lr, double momentum, bool nesterov, double noise,
-                    int64_t seed, bool skip_nonfinite);
+                    int64_t seed, bool skip_nonfinite, const std::optional<torch::stable::Tensor>& dynamic);
 
 }  // namespace pyfeedback::cpu

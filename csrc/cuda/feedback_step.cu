@@ -30,20 +30,23 @@ __device__ __forceinline__ void step_block(const StepTensor& tensor, const StepO
   const auto step = make_step<Wide<Scalar>>(tensor, options);
   const bool aligned = is_aligned(tensor.feedback, tensor.weight, tensor.grad, tensor.momentum);
   for_each_pack<kWidth>(tensor.numel, block, [&](int64_t first, int count) {
+    // Drawn before anything is loaded: what lives across the logarithm, sine and cosine is spilled.
+    float noise[kWidth] = {};
+#pragma unroll
+    for (int draw = 0; options.noise != 0 && draw < kWidth; draw += 4) {
+      const Normals drawn = normals(options.current_seed(), tensor.index, static_cast<uint64_t>(first + draw) / 4);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) noise[draw + j] = drawn.value[j];
+    }
     const bool whole = aligned && count == kWidth;
     Pack<Scalar> feedback = load<Scalar>(tensor.feedback, first, count, whole);
     const Pack<Scalar> weight = load<Scalar>(tensor.weight, first, count, whole);
     const Pack<Scalar> grad = load<Scalar>(tensor.grad, first, count, whole);
     Pack<Scalar> momentum = load<Scalar>(tensor.momentum, first, count, whole);
 #pragma unroll
-    for (int draw = 0; draw < kWidth; draw += 4) {
-      Normals noise{};
-      if (options.noise != 0) noise = normals(options.seed, tensor.index, static_cast<uint64_t>(first + draw) / 4);
-#pragma unroll
-      for (int j = draw; j < draw + 4; ++j) {
-        step_element(step, feedback.value[j], weight.value[j], grad.value[j], momentum.value[j],
-                     tensor.momentum != nullptr, noise.value[j - draw]);
-      }
+    for (int j = 0; j < kWidth; ++j) {
+      step_element(step, feedback.value[j], weight.value[j], grad.value[j], momentum.value[j],
+                   tensor.momentum != nullptr, noise[j]);
     }
     store(feedback, tensor.feedback, first, count, whole);
     if (tensor.momentum) store(momentum, tensor.momentum, first, count, whole);
@@ -52,16 +55,16 @@ __device__ __forceinline__ void step_block(const StepTensor& tensor, const StepO
 
 template <typename Scalar>
 __device__ __forceinline__ void step_block(const StridedTensor& tensor, const StepOptions& options, int64_t block) {
-  const auto step = make_step<Wide<Scalar>>(tensor, options);
   for_each_element(tensor.numel, block, [&](int64_t i) {
     float normal = 0;
     if (options.noise != 0) {
-      const Normals draws = normals(options.seed, tensor.index, static_cast<uint64_t>(i) / 4);
+      const Normals draws = normals(options.current_seed(), tensor.index, static_cast<uint64_t>(i) / 4);
 #pragma unroll
       for (int j = 0; j < 4; ++j) normal = i % 4 == j ? draws.value[j] : normal;
     }
     int64_t at[kStepOperands];
     find_offsets(tensor.place, i, at);
+    const auto step = make_step<Wide<Scalar>>(tensor, options);
     Scalar momentum = read<Scalar>(tensor.momentum, at[3]);
     step_element(step, static_cast<Scalar*>(tensor.feedback)[at[0]], read<Scalar>(tensor.weight, at[1]),
                  read<Scalar>(tensor.grad, at[2]), momentum, tensor.momentum != nullptr, normal);
@@ -69,13 +72,25 @@ __device__ __forceinline__ void step_block(const StridedTensor& tensor, const St
   });
 }
 
+// visit(tensor, Scalar{}, block) for the tensors of this block: one, or several that share memory and whose elements
+// the same threads step one after the other, in the order of the model.
+template <typename Table, typename Visitor>
+__device__ __forceinline__ void for_each_row(const Table& table, const Visitor& visit) {
+  int index = table.find(blockIdx.x);
+  const int64_t block = int64_t{blockIdx.x} - table.first_block[index];
+  visit_dtype(table.row[index].dtype, [&](auto scalar) {
+    do {
+      visit(table.row[index], scalar, block);
+    } while (++index < table.count && table.row[index].with_previous);
+  });
+}
+
 template <typename Table>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Table table, const StepOptions options, const int* nonfinite) {
   if (nonfinite != nullptr && *nonfinite != 0) return;
-  const int index = table.find(blockIdx.x);
-  visit_dtype(table.row[index].dtype, [&](auto scalar) {
-    step_block<decltype(scalar)>(table.row[index], options, int64_t{blockIdx.x} - table.first_block[index]);
+  for_each_row(table, [&](const auto& tensor, auto scalar, int64_t block) {
+    step_block<decltype(scalar)>(tensor, options, block);
   });
 }
 
@@ -111,11 +126,9 @@ __device__ __forceinline__ bool any_nonfinite(const StridedTensor& tensor, int64
 
 template <typename Table>
 __global__ void __launch_bounds__(kThreads) find_nonfinite_kernel(const __grid_constant__ Table table, int* nonfinite) {
-  const int index = table.find(blockIdx.x);
-  visit_dtype(table.row[index].dtype, [&](auto scalar) {
-    const int64_t block = int64_t{blockIdx.x} - table.first_block[index];
+  for_each_row(table, [&](const auto& tensor, auto scalar, int64_t block) {
     // Every writer writes the same value, so no atomic is needed.
-    if (any_nonfinite<decltype(scalar)>(table.row[index], block)) *nonfinite = 1;
+    if (any_nonfinite<decltype(scalar)>(tensor, block)) *nonfinite = 1;
   });
 }
 
@@ -129,14 +142,9 @@ cudaError_t launch_step(const std::vector<StepTensor>& tensors, const std::vecto
     });
     if (error) return error;
   }
-  // What shares memory with the row before it takes a launch behind that row's.
-  std::vector<StepTensor> first, second;
-  for (const StepTensor& tensor : tensors) (tensor.with_previous ? second : first).push_back(tensor);
-  const auto step = [&](const auto& table) {
+  return for_each_table(tensors, layouts, [&](const auto& table) {
     return launch(step_kernel<std::decay_t<decltype(table)>>, table.blocks(), stream, table, options, nonfinite);
-  };
-  if (const cudaError_t error = for_each_table(first, layouts, step)) return error;
-  return for_each_table(second, layouts, step);
+  });
 }
 
 }  // namespace pyfeedback::cuda

@@ -65,7 +65,7 @@ torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples
 void feedback_step_(StableListHandle feedback, StableListHandle weight, StableListHandle grad,
                     StableListHandle momentum_buffer, const std::vector<double>& decay, const std::vector<double>& self,
                     const std::vector<double>& tie, double lr, double momentum, bool nesterov, double noise,
-                    int64_t seed, bool skip_nonfinite) {
+                    int64_t seed, bool skip_nonfinite, const std::optional<torch::stable::Tensor>& dynamic) {
   const StepArguments arguments{TensorList(feedback),
                                 TensorList(weight),
                                 TensorList(grad),
@@ -73,7 +73,8 @@ void feedback_step_(StableListHandle feedback, StableListHandle weight, StableLi
                                 decay,
                                 self,
                                 tie,
-                                StepOptions{lr, momentum, noise, static_cast<uint64_t>(seed), nesterov}};
+                                dynamic,
+                                step_options(lr, momentum, nesterov, noise, seed, dynamic)};
   const StepPlan plan = plan_step(arguments);
   if (plan.rows.empty()) return;
   const int32_t device = device_of(arguments.feedback[0]).index;

@@ -17,6 +17,14 @@ inline int64_t blocks_of(int64_t numel) {
   return (numel + kBlockElements - 1) / kBlockElements;
 }
 
+// Blocks that a row has of its own: none where those of the row before it step its elements too.
+inline int64_t blocks_of(const StepTensor& tensor) {
+  return tensor.with_previous ? 0 : blocks_of(tensor.numel);
+}
+inline int64_t blocks_of(const AlignmentPair& pair) {
+  return blocks_of(pair.numel);
+}
+
 // What the arguments of a launch may take: 32764 bytes on sm_70 and later since CUDA 12.1, of which few tensors are
 // spared the copying. A model beyond that takes another launch.
 constexpr int kSmallTable = 4096, kLargeTable = 32764;
@@ -42,18 +50,22 @@ struct Table {
   int64_t blocks() const { return first_block[count]; }
 };
 
-// visit(table) for as few tables as hold all rows; `Row` has `numel`, which is above zero.
+// visit(table) for as few tables as hold all rows, each with those that share its blocks; no row is empty.
 template <int kBytes, typename Row, typename Visitor>
 cudaError_t visit_tables(const std::vector<Row>& rows, const Visitor& visit) {
   constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
   Table<Row, kBytes> table;
   for (size_t next = 0; next < rows.size();) {
     table.count = table.first_block[0] = 0;
-    for (; next < rows.size() && table.count < table.kCapacity; ++next) {
-      const int64_t end = table.blocks() + blocks_of(rows[next].numel);
-      if (end > kMaxBlocks) break;
-      table.row[table.count++] = rows[next];
-      table.first_block[table.count] = static_cast<int32_t>(end);
+    while (next < rows.size()) {
+      const int64_t end = table.blocks() + blocks_of(rows[next]);
+      size_t last = next + 1;
+      while (last < rows.size() && blocks_of(rows[last]) == 0) ++last;
+      if (end > kMaxBlocks || table.count + (last - next) > table.kCapacity) break;
+      for (; next < last; ++next) {
+        table.row[table.count++] = rows[next];
+        table.first_block[table.count] = static_cast<int32_t>(end);
+      }
     }
     if (table.count == 0) return cudaErrorInvalidValue;  // one tensor of more than 2^43 elements
     if (const cudaError_t error = visit(table)) return error;

@@ -25,6 +25,7 @@ def feedback_step_(
     noise: float = 0.0,
     seed: int = 0,
     skip_nonfinite: bool = False,
+    dynamic: Tensor | None = None,
 ) -> None:
     """See ``pyfeedback.functional.feedback_step_``. The noise is torch's own normal stream for ``seed``."""
     feedback, buffers = list(feedback), list(momentum_buffer) if momentum else []
@@ -33,8 +34,10 @@ def feedback_step_(
     written, backup = [*feedback, *buffers], []
     if skip_nonfinite:
         backup = [t.clone() for t in written]
-    direction = _rule_gradients(feedback, weight, grad, decay, self_, tie)
+    factors: Sequence[Tensor | None] = [None] * 4 if dynamic is None else dynamic[:4].unbind()
+    direction = _rule_gradients(feedback, weight, grad, decay, self_, tie, factors[1:])
     if noise:
+        seed += 0 if dynamic is None else int(dynamic[4])
         generator = torch.Generator(feedback[0].device).manual_seed(seed)
         for d in direction:
             d.add_(torch.randn(d.shape, dtype=d.dtype, device=d.device, generator=generator), alpha=noise)
@@ -45,7 +48,7 @@ def feedback_step_(
             torch._foreach_add_(direction, buffers, alpha=momentum)
         else:
             direction = buffers
-    torch._foreach_add_(feedback, direction, alpha=-lr)
+    torch._foreach_add_(feedback, _scaled(direction, factors[0]), alpha=-lr)
     read = [w for w, a in zip(weight, self_, strict=False) if a] + [g for g, a in zip(grad, tie, strict=False) if a]
     if skip_nonfinite and read:
         keep = torch.stack([t.isfinite().all() for t in read]).all()  # decided on the device
@@ -106,12 +109,17 @@ def _rule_gradients(
     decay: Sequence[float],
     self_: Sequence[float],
     tie: Sequence[float],
+    factors: Sequence[Tensor | None] = (None, None, None),
 ) -> list[Tensor]:
-    """decay * param - self_ * weight + tie * grad."""
-    gradient = list(torch._foreach_mul(list(param), list(decay)))
-    _add_(gradient, weight, [-a for a in self_])
-    _add_(gradient, grad, tie)
+    """decay * param - self_ * weight + tie * grad, each term times its factor."""
+    gradient = _scaled(torch._foreach_mul(list(param), list(decay)), factors[0])
+    _add_(gradient, _scaled(weight, factors[1]), [-a for a in self_])
+    _add_(gradient, _scaled(grad, factors[2]), tie)
     return gradient
+
+
+def _scaled(tensors: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
+    return list(tensors) if factor is None or not tensors else list(torch._foreach_mul(list(tensors), factor))
 
 
 def _add_(direction: list[Tensor], tensors: Sequence[Tensor], scale: Sequence[float]) -> None:
