@@ -19,7 +19,7 @@ class Setting:
     cosine: bool = False  # the learning rate of the feedback falls as that of the forward weights does
     noise: float = 0.0  # standard deviation, added to each gradient of the feedback
     weight_decay: float = 0.002  # of the forward weights
-    init: pyfeedback.Init = pyfeedback.Init()  # of the feedback
+    init: pyfeedback.Init | None = None  # of the feedback
 
 
 # Data rules average over map positions ("mean") and see centred activations, so that one coefficient fits every layer.
