@@ -3,7 +3,8 @@
 "aten" composes PyTorch's own kernels and always exists; "native" is the compiled library (csrc); "triton" are the fused
 kernels of a whole backward (kernels). Left to "auto" an op takes the first provider of its row that is there. A row
 names only providers that were measured faster on that device than those after it; "measured" is triton for the layers
-in the device's own table, which `kernels/measured.py` keeps.
+in the device's own table, which `kernels/measured.py` keeps, and "depthwise" is native for the layers that
+`pyfeedback/depthwise.py` names.
 """
 
 import os
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from pyfeedback import arguments, aten, native
+from pyfeedback import arguments, aten, depthwise, native
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.kernels import measured
 
@@ -70,6 +71,8 @@ def _center(input: Tensor, samples: int) -> Tensor:
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("conv2d_backward", "aten"): aten.conv2d_backward,
     ("convolution_backward", "aten"): aten.convolution_backward,
+    ("conv2d_backward", "native"): depthwise.conv2d_backward,
+    ("conv2d_backward", "depthwise"): partial(depthwise.conv2d_backward, only_faster=True),
     ("conv2d_backward", "triton"): partial(_fused, "conv2d_backward", False),
     ("conv2d_backward", "measured"): partial(_fused, "conv2d_backward", True),
     ("linear_backward", "aten"): aten.linear_backward,
@@ -89,6 +92,7 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("adamw_step_", "cpu"): ("native", "aten"),
     ("alignment_products", "cpu"): ("native", "aten"),
     ("center", "cpu"): ("native", "aten"),
+    ("conv2d_backward", "cpu"): ("depthwise", "aten"),
     ("feedback_step_", "cpu"): ("native", "aten"),
     ("conv2d_backward", "cuda"): ("measured", "aten"),
     ("linear_backward", "cuda"): ("measured", "aten"),
@@ -116,6 +120,10 @@ def saves_response(
         return aten.linear_saves_response(input, weight, bias, rule)
     if isinstance(window, WindowNd):
         return aten.convolution_saves_response(input, weight, bias, window, rule)
+    if window.groups > 1:
+        chosen = _choose("conv2d_backward", input.device.type)
+        if chosen in ("native", "depthwise") and depthwise.takes(input, weight, window, chosen == "depthwise"):
+            return False  # the kernel computes the response again, in the cache
     return aten.conv2d_saves_response(input, weight, bias, window, rule)
 
 
@@ -166,7 +174,7 @@ def _choose(op: str, device_type: str) -> str:
 
 
 def _is_there(provider: str, device_type: str) -> bool:
-    if provider == "native":
+    if provider in ("native", "depthwise"):
         return {"cpu": native.has_cpu, "cuda": native.has_cuda}.get(device_type, lambda: False)()
     if provider == "measured":
         return bool(measured.devices()) and find_spec("triton") is not None

@@ -175,6 +175,14 @@ def _fake_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tens
     return torch.empty(len(feedback), 3, dtype=torch.float64, device=feedback[0].device)
 
 
+def _fake_depthwise(grad_output, input, weight, feedback, mean, stride, padding, dilation, groups, coefficients,
+                    samples, *mask) -> tuple[Tensor, ...]:  # fmt: skip
+    grads = [
+        torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((input, weight, weight), mask, strict=False)
+    ]
+    return (*grads, weight.new_empty(weight.shape[0] if mask[3] else 0))
+
+
 def _fake_center(input: Tensor, samples: int) -> Tensor:
     return torch.empty_like(input[:samples])
 
@@ -188,6 +196,7 @@ torch.library.register_fake("pyfeedback::fa_linear_backward", fake_gradients, li
 torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::mix", mix, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::native_depthwise_backward", _fake_depthwise, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_alignment_products", _fake_products, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRARY)

@@ -34,6 +34,11 @@ _ADAMW = (
     "float lr, float beta1, float beta2, float eps"
 )
 
+_DEPTHWISE = (
+    f"Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? mean, {_PLACE}, float[] coefficients, "
+    "int samples, bool need_input, bool need_weight, bool need_feedback, bool need_bias"
+)
+
 SCHEMAS = {
     "fa_conv2d": f"(Tensor input, Tensor weight, Tensor feedback, Tensor? bias=None, {_WINDOW}, *, {_RULE}) -> Tensor",
     "fa_convolution": f"({_LAYER}, {_WINDOW_ND}, *, {_RULE}) -> Tensor",
@@ -49,6 +54,7 @@ SCHEMAS = {
     "scheduled_linear_backward": f"({_SAVED}, *, {_SCHEDULED}, bool[4] output_mask) -> {_GRADS}",
     "feedback_step_": f"({_STEP}) -> ()",
     "native_adamw_step_": f"({_ADAMW}) -> ()",
+    "native_depthwise_backward": f"({_DEPTHWISE}) -> {_GRADS}",
     "native_feedback_step_": f"({_STEP}) -> ()",
     "native_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
     "mix": "(Tensor mixing, Tensor feedback, float decay) -> Tensor",

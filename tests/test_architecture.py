@@ -23,7 +23,8 @@ SEEN_ONLY_BY = {
     "pyfeedback.native": {"pyfeedback", PROVIDERS},
     "pyfeedback.kernels": {PROVIDERS, "pyfeedback.fused"},
     "pyfeedback.fused": {PROVIDERS},
-    "pyfeedback.aten": {PROVIDERS, "pyfeedback.fused"},
+    "pyfeedback.aten": {PROVIDERS, "pyfeedback.fused", "pyfeedback.depthwise"},
+    "pyfeedback.depthwise": {PROVIDERS},
     "pyfeedback.reference": {"pyfeedback", SHARED},
     SHARED: set(),
 }

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
@@ -10,6 +11,7 @@
 
 #include <torch/headeronly/util/Half.h>
 
+#include "../depthwise.h"
 #include "../philox.h"
 #include "kernels.h"
 
@@ -24,6 +26,7 @@
 #include "adamw_step_loops.h"
 #include "alignment_loops.h"
 #include "center_loops.h"
+#include "depthwise_loops.h"
 #include "feedback_step_loops.h"
 
 #if defined(__clang__)
@@ -34,7 +37,8 @@
 
 namespace pyfeedback::cpu {
 
-const Kernels kAvx2Kernels = {step, any_nonfinite, adamw_step, alignment_products, center};
+const Kernels kAvx2Kernels = {step, any_nonfinite, adamw_step, alignment_products,
+                              center, depthwise_bytes, depthwise, depthwise_finish};
 
 }  // namespace pyfeedback::cpu
 

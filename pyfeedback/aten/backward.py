@@ -69,9 +69,9 @@ def conv2d_backward(
         _read_positions(spread, whole).copy_(grad_input)
         grad_input = spread
     return (
-        _laid_out_like(grad_input, input),
-        _laid_out_like(grad_weight, weight) if need_weight else None,
-        _laid_out_like(grad_feedback, weight),
+        laid_out_like(grad_input, input),
+        laid_out_like(grad_weight, weight) if need_weight else None,
+        laid_out_like(grad_feedback, weight),
         grad_bias,
     )
 
@@ -95,9 +95,9 @@ def linear_backward(
     if need_feedback:
         grad_feedback = _feedback_gradient(layer, input, response, weight, feedback, grad_weight, rule)
     return (
-        _laid_out_like(layer.project(grad_output, feedback, input), input) if need_input else None,
-        _laid_out_like(grad_weight, weight) if need_weight else None,
-        _laid_out_like(grad_feedback, weight),
+        laid_out_like(layer.project(grad_output, feedback, input), input) if need_input else None,
+        laid_out_like(grad_weight, weight) if need_weight else None,
+        laid_out_like(grad_feedback, weight),
         grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if need_bias else None,
     )
 
@@ -125,9 +125,9 @@ def convolution_backward(
         layer = _Convolution(weight, window)
         grad_feedback = _feedback_gradient(layer, input, response, weight, feedback, grad_weight, rule)
     return (
-        _laid_out_like(grad_input, input),
-        _laid_out_like(grad_weight, weight) if need_weight else None,
-        _laid_out_like(grad_feedback, weight),
+        laid_out_like(grad_input, input),
+        laid_out_like(grad_weight, weight) if need_weight else None,
+        laid_out_like(grad_feedback, weight),
         grad_bias,
     )
 
@@ -351,7 +351,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _laid_out_like(grad: Tensor | None, like: Tensor) -> Tensor | None:
+def laid_out_like(grad: Tensor | None, like: Tensor) -> Tensor | None:
     """grad with the strides of ``like``: the same tensor where it has them already."""
     if grad is None or grad.stride() == like.stride():
         return grad

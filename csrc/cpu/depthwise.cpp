@@ -1,0 +1,64 @@
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../depthwise_arguments.h"
+#include "kernels.h"
+#include "ops.h"
+
+namespace pyfeedback::cpu {
+
+namespace {
+
+// Sums kept apart until the end, so that the result is the same on any number of threads.
+constexpr int64_t kUnits = 64;
+// Blocks handled together share cache lines in channels_last, and a second-level cache.
+constexpr int64_t kBlocks = 8, kCacheBytes = 256 * 1024;
+
+}  // namespace
+
+DepthwiseGradients depthwise_backward(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
+                                      const torch::stable::Tensor& weight, const torch::stable::Tensor& feedback,
+                                      const std::optional<torch::stable::Tensor>& mean,
+                                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                      const std::vector<int64_t>& dilation, int64_t groups,
+                                      const std::vector<double>& coefficients, int64_t samples, bool need_input,
+                                      bool need_weight, bool need_feedback, bool need_bias) {
+  DepthwiseCall call = plan_depthwise(grad_output, input, weight, feedback, mean, {stride, padding, dilation, groups},
+                                      coefficients, samples, {need_input, need_weight, need_feedback, need_bias});
+  const DepthwiseLayer& layer = call.layer;
+  const Kernels& kernel = kernels();
+  const int64_t lanes = layer.dtype == Dtype::kFloat64 ? 4 : 8;
+  const int64_t size = (2 * layer.J * layer.I * layer.R * layer.S + layer.J) * lanes;
+  const int64_t blocks = (layer.G + lanes - 1) / lanes;
+  const int64_t fitting = kCacheBytes / kernel.depthwise_bytes(layer, 1);
+  const int64_t most = std::clamp<int64_t>(fitting, 1, std::min(blocks, kBlocks));
+  const int64_t bytes = kernel.depthwise_bytes(layer, most);
+  const int64_t strips = (blocks + most - 1) / most;
+  const int64_t chunk = (layer.N * strips + kUnits - 1) / kUnits;
+  const int64_t chunks = (layer.N + chunk - 1) / chunk;
+  std::vector<double> sums(chunks * blocks * size);
+  torch::stable::parallel_for(0, chunks * strips, 1, [&](int64_t begin, int64_t end) {
+    constexpr size_t kAlignment = 64;
+    size_t space = bytes + kAlignment;
+    const std::unique_ptr<char[]> memory(new char[space]);
+    void* aligned = memory.get();
+    std::align(kAlignment, bytes, aligned, space);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t block = unit % strips * most, first = unit / strips * chunk;
+      const DepthwiseWork work{block, std::min(most, blocks - block), first, std::min(first + chunk, layer.N)};
+      kernel.depthwise(layer, work, aligned, &sums[(unit / strips * blocks + block) * size]);
+    }
+  });
+  torch::stable::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      kernel.depthwise_finish(layer, block, &sums[block * size], chunks, blocks * size);
+    }
+  });
+  return call.gradients;
+}
+
+}  // namespace pyfeedback::cpu

@@ -1,0 +1,342 @@
+// The backward of a strip of groups: blocks of as many groups as a vector has lanes. A sample streams through row by
+// row: what a window can reach stays in rings in the cache, and every row of the input and of the output's gradient is
+// read once. In an unnamed namespace, see scalar.h.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "../depthwise.h"
+#include "depthwise_rows.h"
+#include "kernels.h"
+#include "scalar.h"
+
+namespace pyfeedback::cpu {
+namespace {
+
+// Hands out pieces of one block of memory; without a block it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename Item>
+  Item* take(int64_t count) {
+    const int64_t offset = used_;
+    used_ += (count * static_cast<int64_t>(sizeof(Item)) + 63) / 64 * 64;
+    return memory_ ? reinterpret_cast<Item*>(memory_ + offset) : nullptr;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+template <typename Scalar>
+class DepthwiseStrip {
+  using T = Wide<Scalar>;
+  using Vector = LanesVector<T>;
+  static constexpr int kLanes = kLanesOf<T>;
+
+  // Kernel column s spreads output column c over input column first + stride * (c - column), first < stride.
+  struct Reaching {
+    int64_t first, s, column;
+  };
+
+ public:
+  DepthwiseStrip(const DepthwiseLayer& layer, int64_t block, int64_t blocks, void* memory)
+      : a_(layer),
+        rule_(make_rule<T>(layer)),
+        block_(block),
+        blocks_(blocks),
+        weights_(layer.J * layer.I * layer.R * layer.S) {
+    const int64_t height = a_.dilation[0] * (a_.R - 1), width = a_.dilation[1] * (a_.S - 1);
+    // Columns that a tap reaches before the first and behind the last, of the input and of the output.
+    const int64_t in_left = a_.padding[1], in_right = a_.stride[1] * (a_.Q - 1) + width - a_.padding[1] + 1;
+    const int64_t out_left = std::max<int64_t>(0, (width - a_.padding[1] + a_.stride[1] - 1) / a_.stride[1]);
+    const int64_t out_right = (a_.W - 1 + a_.padding[1]) / a_.stride[1] + 1;
+    const int64_t out_height = height / a_.stride[0] + 1;
+    Arena arena(memory);
+    taps_ = arena.take<Tap<T>>(std::max(a_.I, a_.J) * a_.R * a_.S);
+    reaching_ = arena.take<Reaching>(a_.S);
+    shared_ = arena.used();
+    const auto ring = [&](bool needed, int64_t channels, int64_t rows, int64_t left, int64_t right) {
+      const int64_t columns = needed ? left + right : 0;
+      rows = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(rows)));
+      return Ring<T>{arena.take<Vector>(channels * rows * columns), rows, columns, left};
+    };
+    x_ = ring(true, a_.I, height + 1, in_left, std::max(a_.W, in_right));
+    centered_ = x_;
+    if (a_.mean.data) centered_ = ring(rule_.reads_data(), a_.I, height + 1, in_left, std::max(a_.W, in_right));
+    dy_ = ring(true, a_.J, out_height, out_left, std::max(a_.Q, out_right));
+    y_ = ring(rule_.null != 0, a_.J, out_height, out_left, std::max(a_.Q, out_right));
+    weight_ = arena.take<Vector>(weights_);
+    feedback_ = arena.take<Vector>(weights_);
+    combined_ = arena.take<Vector>(weights_);
+    sums_ = arena.take<Vector>(2 * weights_ + a_.J);
+    row_ = arena.take<Vector>(std::max(a_.W, a_.Q));
+    step_ = (arena.used() - shared_) / static_cast<int64_t>(sizeof(Vector));
+  }
+
+  int64_t bytes() const { return shared_ + blocks_ * step_ * static_cast<int64_t>(sizeof(Vector)); }
+
+  // sums: of each block [weight, data][J, I, R, S, lanes] and [J, lanes] of the bias; added to.
+  void run(int64_t first, int64_t last, double* sums) {
+    load_weights();
+    for (int64_t n = first; n < last; ++n) {
+      run_sample(n, n < a_.samples && rule_.reads_data());
+      const int64_t size = (2 * weights_ + a_.J) * kLanes;
+      for (int64_t b = 0; b < blocks_; ++b) {
+        T* sum = reinterpret_cast<T*>(sums_ + b * step_);
+        for (int64_t i = 0; i < size; ++i) sums[b * size + i] += sum[i];
+        std::fill_n(sum, size, T(0));
+      }
+    }
+  }
+
+ private:
+  void load_weights() {
+    std::memset(static_cast<void*>(x_.data), 0, blocks_ * step_ * sizeof(Vector));
+    for (int64_t b = 0; b < blocks_; ++b) {
+      for (int64_t l = 0; l < lanes(b); ++l) {
+        const int64_t first = (group(b) + l) * weights_;
+        for (int64_t k = 0; k < weights_; ++k) {
+          const T weight = widen(static_cast<const Scalar*>(a_.weight)[first + k]);
+          const T feedback = widen(static_cast<const Scalar*>(a_.feedback)[first + k]);
+          lane(weight_ + b * step_ + k, l) = weight;
+          lane(feedback_ + b * step_ + k, l) = feedback;
+          lane(combined_ + b * step_ + k, l) = rule_.combined(feedback, weight);
+        }
+      }
+    }
+    Reaching* reaching = reaching_;
+    for (int64_t first = 0; first < a_.stride[1]; ++first) {
+      for (int64_t s = 0; s < a_.S; ++s) {
+        const int64_t column = first + a_.padding[1] - a_.dilation[1] * s;
+        if (column % a_.stride[1] == 0) *reaching++ = {first, s, column / a_.stride[1]};
+      }
+    }
+  }
+
+  // An input row is done with as soon as the last output row that reaches it is there.
+  void run_sample(int64_t n, bool learns) {
+    int64_t loaded = 0, done = 0;
+    for (int64_t p = 0; p < a_.P; ++p) {
+      const int64_t top = a_.stride[0] * p - a_.padding[0], bottom = top + a_.dilation[0] * (a_.R - 1);
+      for (loaded = std::max(loaded, top); loaded < a_.H && loaded <= bottom; ++loaded) load_input(n, loaded, learns);
+      load_output(n, p);
+      output_row(p, learns);
+      for (; done < a_.H && (done < top + a_.stride[0] || p + 1 == a_.P); ++done) input_row(n, done, learns);
+    }
+  }
+
+  void load_input(int64_t n, int64_t h, bool learns) {
+    for (int64_t i = 0; i < a_.I; ++i) {
+      for (int64_t b = 0; b < blocks_; ++b) {
+        Vector* x = x_.row(i, h) + b * step_;
+        load_row<Scalar>(row<const Scalar>(a_.input, n, b, i, a_.I, h), x, a_.W, lanes(b));
+        if (!learns || !a_.mean.data) continue;
+        Vector* centered = centered_.row(i, h) + b * step_;
+        load_row<T>(row<const T>(a_.mean, 0, b, i, a_.I, h), centered, a_.W, lanes(b));
+        for (int64_t w = 0; w < a_.W; ++w) centered[w] = x[w] - centered[w];
+      }
+    }
+  }
+
+  void load_output(int64_t n, int64_t p) {
+    for (int64_t j = 0; j < a_.J; ++j) {
+      for (int64_t b = 0; b < blocks_; ++b) {
+        Vector* dy = dy_.row(j, p) + b * step_;
+        load_row<Scalar>(row<const Scalar>(a_.grad_output, n, b, j, a_.J, p), dy, a_.Q, lanes(b));
+        if (!a_.grad_bias) continue;
+        Vector sum = dy[0];
+        for (int64_t q = 1; q < a_.Q; ++q) sum += dy[q];
+        sums_[b * step_ + 2 * weights_ + j] += sum;
+      }
+    }
+  }
+
+  // What reads the input under the window: the weight's gradient, the response, and the combined term.
+  void output_row(int64_t p, bool learns) {
+    const int64_t step = a_.stride[1], length = a_.Q;
+    for (int64_t j = 0; j < a_.J; ++j) {
+      if (a_.grad_weight || rule_.tie != 0) {
+        const Taps<T> taps = window_taps(x_, p, j, weight_, sums_);
+        const Vector* dy = dy_.row(j, p);
+        for_each_block([&](int64_t at) { correlate(taps, at, step, dy + at, 1, length); });
+      }
+      if (learns && rule_.null != 0) {
+        const Taps<T> taps = window_taps(centered_, p, j, weight_, sums_);
+        Vector* y = y_.row(j, p);
+        for_each_block([&](int64_t at) { combine(taps, at, step, y + at, 1, length); });
+      }
+      if (learns && rule_.has_combined()) {
+        const Taps<T> taps = window_taps(centered_, p, j, combined_, sums_ + weights_);
+        for_each_block([&](int64_t at) {
+          combine(taps, at, step, row_, 1, length);
+          correlate(taps, at, step, row_, 1, length);
+        });
+      }
+    }
+  }
+
+  // What spreads the output back over the input: the input's gradient, and z = convT(y, B).
+  void input_row(int64_t n, int64_t h, bool learns) {
+    const bool spreads = learns && rule_.null != 0;
+    const T null = rule_.null, amp = rule_.carried_amp();
+    for (int64_t i = 0; i < a_.I; ++i) {
+      if (a_.grad_input.data) {
+        for_each_phase([&](int64_t first, int64_t step, int64_t length, int64_t begin, int64_t end) {
+          const Taps<T> taps = adjoint_taps(dy_, h, i, begin, end);
+          for_each_block([&](int64_t at) { combine(taps, at, 1, row_ + at + first, step, length); });
+        });
+        for (int64_t b = 0; b < blocks_; ++b) {
+          store_row<Scalar>(row_ + b * step_, row<Scalar>(a_.grad_input, n, b, i, a_.I, h), a_.W, lanes(b));
+        }
+      }
+      if (!spreads) continue;
+      const Vector* x = centered_.row(i, h);
+      for_each_phase([&](int64_t first, int64_t step, int64_t length, int64_t begin, int64_t end) {
+        const Taps<T> taps = adjoint_taps(y_, h, i, begin, end);
+        if (taps.count == 0) return;
+        for_each_block([&](int64_t at) {
+          combine(taps, at, 1, row_ + first, step, length);
+          for (int64_t w = first; w < a_.W; w += step) row_[w] = null * row_[w] - amp * x[at + w];
+          correlate(taps, at, 1, row_ + first, step, length);
+        });
+      });
+    }
+  }
+
+  // visit(shift) for the vectors between the first block and each.
+  template <typename Visitor>
+  void for_each_block(const Visitor& visit) const {
+    for (int64_t b = 0; b < blocks_; ++b) visit(b * step_);
+  }
+
+  // visit(first, step, length, begin, end) for the columns first, first + step, ..., which reaching_[begin .. end - 1]
+  // reach.
+  template <typename Visitor>
+  void for_each_phase(const Visitor& visit) const {
+    const int64_t step = a_.stride[1];
+    int64_t begin = 0;
+    for (int64_t first = 0; first < std::min(step, a_.W); ++first) {
+      int64_t end = begin;
+      while (end < a_.S && reaching_[end].first == first) ++end;
+      visit(first, step, (a_.W - first + step - 1) / step, begin, end);
+      begin = end;
+    }
+  }
+
+  // The taps of output channel j at output row p, over the input.
+  Taps<T> window_taps(const Ring<T>& ring, int64_t p, int64_t j, const Vector* weight, Vector* sum) const {
+    const int64_t R = a_.R, S = a_.S, H = a_.H, down = a_.dilation[0], right = a_.dilation[1];
+    const int64_t top = a_.stride[0] * p - a_.padding[0];
+    Tap<T>* tap = taps_;
+    int64_t k = j * a_.I * R * S;
+    for (int64_t i = 0; i < a_.I; ++i) {
+      for (int64_t r = 0; r < R; ++r, k += S) {
+        const int64_t h = top + down * r;
+        if (h < 0 || h >= H) continue;
+        const Vector* in = ring.row(i, h) - a_.padding[1];
+        for (int64_t s = 0; s < S; ++s) *tap++ = {in + right * s, weight + k + s, sum + k + s};
+      }
+    }
+    return {taps_, tap - taps_};
+  }
+
+  // The taps that spread the output over row h of input channel i, at columns that reaching_[begin .. end - 1] reach.
+  Taps<T> adjoint_taps(const Ring<T>& ring, int64_t h, int64_t i, int64_t begin, int64_t end) const {
+    const int64_t step = a_.stride[0];
+    Tap<T>* tap = taps_;
+    for (int64_t r = 0; r < a_.R; ++r) {
+      const int64_t above = h + a_.padding[0] - a_.dilation[0] * r, p = step == 1 ? above : above / step;
+      if (above < 0 || p >= a_.P || p * step != above) continue;
+      for (int64_t j = 0; j < a_.J; ++j) {
+        const int64_t k = ((j * a_.I + i) * a_.R + r) * a_.S;
+        const Vector* in = ring.row(j, p);
+        for (const Reaching* to = reaching_ + begin; to < reaching_ + end; ++to) {
+          *tap++ = {in + to->column, feedback_ + k + to->s, sums_ + weights_ + k + to->s};
+        }
+      }
+    }
+    return {taps_, tap - taps_};
+  }
+
+  int64_t group(int64_t b) const { return (block_ + b) * kLanes; }
+  int64_t lanes(int64_t b) const { return std::min<int64_t>(kLanes, a_.G - group(b)); }
+
+  // Row `row` of the channels that are `member` of their groups, which have `members`.
+  template <typename Item>
+  Row<Item> row(const Map& map, int64_t n, int64_t b, int64_t member, int64_t members, int64_t row) const {
+    const int64_t channel = group(b) * members + member;
+    Item* data = static_cast<Item*>(map.data) + n * map.sample + channel * map.channel + row * map.row;
+    return {data, members * map.channel, map.column};
+  }
+
+  static T& lane(Vector* vector, int64_t l) { return reinterpret_cast<T*>(vector)[l]; }
+
+  const DepthwiseLayer& a_;
+  const DepthwiseRule<T> rule_;
+  const int64_t block_, blocks_, weights_;
+  // Of the first block; those of the others lie step_ vectors further on each.
+  Ring<T> x_, centered_, dy_, y_;
+  Vector *weight_, *feedback_, *combined_, *sums_, *row_;
+  int64_t step_;
+  // Of all blocks.
+  Tap<T>* taps_;
+  Reaching* reaching_;  // one of each kernel column, in the order of first
+  int64_t shared_;      // bytes of both
+};
+
+int64_t depthwise_bytes(const DepthwiseLayer& layer, int64_t blocks) {
+  return visit_dtype(layer.dtype, [&](auto scalar) {
+    return DepthwiseStrip<decltype(scalar)>(layer, 0, blocks, nullptr).bytes();
+  });
+}
+
+void depthwise(const DepthwiseLayer& layer, const DepthwiseWork& work, void* memory, double* sums) {
+  visit_dtype(layer.dtype, [&](auto scalar) {
+    DepthwiseStrip<decltype(scalar)>(layer, work.block, work.blocks, memory).run(work.first, work.last, sums);
+  });
+}
+
+// The gradients of one block's weights; sums are those of its chunks, `step` apart.
+template <typename Scalar>
+void finish(const DepthwiseLayer& layer, int64_t block, const double* sums, int64_t chunks, int64_t step) {
+  constexpr int64_t kLanes = kLanesOf<Wide<Scalar>>;
+  const auto rule = make_rule<double>(layer);
+  const int64_t weights = layer.J * layer.I * layer.R * layer.S, group = block * kLanes;
+  const auto sum = [&](int64_t index) {
+    double total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += sums[chunk * step + index];
+    return total;
+  };
+  const auto set = [](void* to, int64_t index, double value) {
+    if (to) narrow(static_cast<Wide<Scalar>>(value), static_cast<Scalar*>(to)[index]);
+  };
+  for (int64_t l = 0; l < std::min(kLanes, layer.G - group); ++l) {
+    for (int64_t k = 0; k < weights; ++k) {
+      const int64_t index = (group + l) * weights + k;
+      const double grad_weight = sum(k * kLanes + l), data = sum((weights + k) * kLanes + l);
+      const double weight = widen(static_cast<const Scalar*>(layer.weight)[index]);
+      const double feedback = widen(static_cast<const Scalar*>(layer.feedback)[index]);
+      const double samples = static_cast<double>(layer.samples);
+      set(layer.grad_weight, index, grad_weight);
+      set(layer.grad_feedback, index, rule.gradient(data, samples, feedback, weight, grad_weight));
+    }
+    for (int64_t j = 0; j < layer.J; ++j) {
+      set(layer.grad_bias, (group + l) * layer.J + j, sum((2 * weights + j) * kLanes + l));
+    }
+  }
+}
+
+void depthwise_finish(const DepthwiseLayer& layer, int64_t block, const double* sums, int64_t chunks, int64_t step) {
+  visit_dtype(layer.dtype, [&](auto scalar) { finish<decltype(scalar)>(layer, block, sums, chunks, step); });
+}
+
+}  // namespace
+}  // namespace pyfeedback::cpu

@@ -1,0 +1,249 @@
+"""Depthwise and grouped layers by the compiled kernels, against the paper's regularisers in float64."""
+
+import itertools
+
+import pytest
+import torch
+from cases import RULES, Conv, conv_tensors, fresh, gradients, largest_error, random_conv
+
+import pyfeedback
+from pyfeedback import depthwise, functional, native, reference
+from pyfeedback.forms import Coefficients, Window
+
+pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+
+# Two units in the last place of the largest element, and in float64, the oracle's own dtype, what test_ops asks for.
+FLOOR = {torch.float64: 1e-12, torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+DTYPES = list(FLOOR)
+
+
+def layer(channels, size, kernel, stride=1, dilation=1, padding=None, multiplier=1, group=1, batch=3, layout=0):
+    """A layer of groups of ``group`` input channels and ``multiplier`` output channels each."""
+    pair = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = tuple(dilation * (k // 2) for k in pair) if padding is None else (padding, padding)
+    groups = channels // group
+    shape = (batch, channels, *size), (groups * multiplier, group, *pair)
+    names = ("contiguous", "channels_last")
+    return Conv(*shape, True, (stride, stride), padding, (dilation, dilation), groups, names[layout])
+
+
+LAYERS = {
+    "3x3": layer(8, (7, 9), 3, layout=1),
+    "3x3 stride 2": layer(11, (9, 7), 3, stride=2),
+    "5x5": layer(17, (6, 11), 5, layout=1),
+    "5x5 stride 2": layer(9, (11, 10), 5, stride=2, layout=1),
+    "7x7": layer(16, (8, 8), 7),
+    "7x7 on a smaller map": layer(24, (5, 3), 7, layout=1),
+    "dilated": layer(10, (11, 9), 3, dilation=2),
+    "dilated, strided": layer(10, (13, 12), 3, stride=2, dilation=3, layout=1),
+    "stride beyond the kernel": layer(9, (10, 8), 2, stride=3, padding=0),
+    "uneven kernel": layer(9, (6, 5), (1, 4), layout=1),
+    "wide padding": layer(9, (3, 4), 3, padding=5),
+    "multiplier 2": layer(9, (7, 6), 3, multiplier=2, layout=1),
+    "multiplier 3, stride 2": layer(5, (7, 6), 5, stride=2, multiplier=3),
+    "grouped": layer(12, (6, 7), 3, group=4, multiplier=2),
+    "grouped, pointwise": layer(20, (5, 6), 1, group=2, multiplier=2, layout=1),
+    "one position": layer(33, (3, 3), 3, padding=0, batch=5),
+    "a row": layer(16, (1, 40), (1, 3), batch=2, layout=1),
+}
+
+
+def step(op, case, tensors, rule, dtype):
+    """Gradients of one step, for the same output gradient in every dtype."""
+    output = op(*tensors, *case.window, **rule)
+    output, penalty = output if isinstance(output, tuple) else (output, None)
+    torch.manual_seed(1)
+    output.backward(torch.randn(output.shape).to(dtype).to(output.dtype))
+    if penalty is not None and penalty.requires_grad:
+        penalty.backward()
+    return gradients(tensors)
+
+
+def assert_as_accurate(case, rule, dtype, number=0):
+    """Every gradient at most twice as far from float64 as plain PyTorch in the same dtype."""
+    rounded = conv_tensors(case, number, dtype)
+    with pyfeedback.backend("native"):
+        ours = step(functional.fa_conv2d, case, fresh(rounded), rule, dtype)
+    plain = step(reference.conv2d, case, fresh(rounded), rule, dtype)
+    exact = step(reference.conv2d, case, fresh(rounded, torch.float64), rule, dtype)
+    for name, a, b, c in zip(("input", "weight", "feedback", "bias"), ours, plain, exact, strict=True):
+        bound = 2 * largest_error([b], [c]) + FLOOR[dtype]
+        assert largest_error([a], [c]) <= bound, (name, case, rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_rule_in_float64(name, rule):
+    for samples in (0, 2):
+        assert_as_accurate(LAYERS[name], {**RULES[rule], "samples": samples}, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_dtype(name, dtype):
+    for rule in ("wm", "ia-centered", "aa", "kp", "everything"):
+        assert_as_accurate(LAYERS[name], RULES[rule], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_size_of_a_layer(dtype):
+    """Half-normal inputs, as behind a ReLU, where centring has something to cancel; more units than one chunk holds."""
+    case = layer(72, (28, 28), 3, batch=12, layout=1)
+    for rule in ("wm-centered", "ia-centered", "aa"):
+        rounded = conv_tensors(case, 0, dtype)
+        rounded[0] = rounded[0].detach().relu()
+        results = []
+        for op, backend, working in (
+            (functional.fa_conv2d, "native", dtype),
+            (reference.conv2d, "auto", dtype),
+            (reference.conv2d, "auto", torch.float64),
+        ):
+            with pyfeedback.backend(backend):
+                results.append(step(op, case, fresh(rounded, working), RULES[rule], dtype))
+        for ours, plain, exact in zip(*results, strict=True):
+            assert largest_error([ours], [exact]) <= 2 * largest_error([plain], [exact]) + FLOOR[dtype]
+
+
+@pytest.mark.parametrize("number", [n for n in range(200) if random_conv(n).groups > 1])
+def test_random_layers(number):
+    case, rule = random_conv(number), dict(RULES[list(RULES)[number % len(RULES)]])
+    if number % 4 == 1 and case.input[0] > 1:
+        rule["samples"] = case.input[0] - 1
+    tensors = conv_tensors(case, number)
+    with pyfeedback.backend("native"):
+        ours = step(functional.fa_conv2d, case, fresh(tensors), rule, torch.float64)
+    oracle = step(reference.conv2d, case, fresh(tensors), rule, torch.float64)
+    assert largest_error(ours, oracle) < 1e-12
+
+
+def arguments(case, rule=None):
+    x, w, b, _ = (t if t is None else t.detach() for t in conv_tensors(case, 0, torch.float32))
+    window = Window(*case.window)
+    grad_output = torch.randn(window.output_shape(x.shape, w.shape))
+    return grad_output, x, w, b, None, window, Coefficients(**(rule or RULES["everything"]))
+
+
+def test_every_mask():
+    args = arguments(LAYERS["5x5 stride 2"])
+    whole = depthwise.conv2d_backward(*args, (True,) * 4)
+    for mask in itertools.product((True, False), repeat=4):
+        for needed, part, full in zip(mask, depthwise.conv2d_backward(*args, mask), whole, strict=True):
+            assert (part is not None) == needed
+            assert not needed or torch.equal(part, full)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "grouped"])
+def test_the_same_on_any_number_of_threads(name):
+    args = arguments(LAYERS[name])
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(depthwise.conv2d_backward(*args, (True,) * 4))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3 stride 2", "multiplier 2", "grouped"])
+def test_gradients_have_the_layout_of_their_tensors(name):
+    args = arguments(LAYERS[name])
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        laid_out = [t.contiguous(memory_format=memory_format) for t in args[:4]]
+        grads = depthwise.conv2d_backward(*laid_out, *args[4:], (True,) * 4)
+        for grad, tensor in zip(grads, (laid_out[1], laid_out[2], laid_out[2]), strict=False):
+            assert grad.stride() == tensor.stride()
+
+
+def test_an_output_gradient_may_be_a_view():
+    case = LAYERS["3x3"]
+    args = arguments(case)
+    expanded = torch.ones(()).expand(args[0].shape)
+    views = (expanded, args[0].transpose(2, 3).contiguous().transpose(2, 3), args[0][:, :, :, :1].expand_as(args[0]))
+    for view in views:
+        for a, b in zip(
+            *(depthwise.conv2d_backward(g, *args[1:], (True,) * 4) for g in (view, view.clone())), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_what_the_kernels_do_not_take_is_composed(monkeypatch):
+    def never(*args):
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", type("Op", (), {"default": never}))
+    dense, empty = layer(6, (5, 5), 3, group=6), layer(6, (5, 5), 3, batch=0)
+    for case in (dense, empty):
+        args = arguments(case)
+        assert depthwise.conv2d_backward(*args, (True,) * 4)[2].shape == case.weight
+    args = list(arguments(LAYERS["3x3"]))
+    args[1] = args[1].repeat_interleave(2, 3)[..., ::2]
+    assert depthwise.conv2d_backward(*args, (True,) * 4)[0].shape == args[1].shape
+
+
+def test_bad_arguments_are_refused_before_anything_is_read():
+    op = torch.ops.pyfeedback.native_depthwise_backward.default
+    grad_output, x, w, b, _, window, rule = arguments(LAYERS["3x3"])
+
+    def call(**changed):
+        given = {"grad_output": grad_output, "input": x, "weight": w, "feedback": b, "mean": None, **window._asdict()}
+        given |= {"coefficients": list(rule[:6]), "samples": 3}
+        masks = dict.fromkeys(("need_input", "need_weight", "need_feedback", "need_bias"), True)
+        return op(**{**given, **masks, **changed})
+
+    assert len(call()) == 4
+    for changed in (
+        {"grad_output": grad_output[..., 1:]}, {"feedback": b.double()}, {"weight": w[1:]}, {"samples": 0},
+        {"samples": 4}, {"groups": 3}, {"stride": (0, 1)}, {"padding": (-1, 0)}, {"dilation": (9, 9)},
+        {"coefficients": [1.0]}, {"mean": x}, {"input": x[..., ::2]},
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            call(**changed)
+
+
+def columns(x, kernel, places):
+    """[n, channels, taps, positions] of x, where ``places(r, s)`` maps positions to places of x, negative for none."""
+    rows = [places(r, s) for r, s in itertools.product(*map(range, kernel))]
+    flat = torch.nn.functional.pad(x.flatten(2), (0, 1))  # the last place holds zero
+    return torch.stack([flat[:, :, row] for row in rows], 2)
+
+
+def places(outer, inner, window, r, s):
+    """Of each position of the output map, the place in the input map under the tap (r, s), or -1."""
+    axes = [
+        torch.arange(o) * stride + tap * dilation - padding
+        for o, tap, stride, padding, dilation in zip(outer, (r, s), *window[:3], strict=True)
+    ]
+    inside = [(a >= 0) & (a < size) for a, size in zip(axes, inner, strict=True)]
+    return torch.where(inside[0][:, None] & inside[1], axes[0][:, None] * inner[1] + axes[1], -1).flatten()
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["plain", "centered"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_two_moments_hold_every_rule(name, center):
+    """docs/depthwise.md: the gradient is (sparse B - amp W) G + null H B, by definition of both moments."""
+    case, rule = LAYERS[name], {"amp": 0.4, "null": 0.5, "sparse": 0.6, "center": center}
+    x, w, b, _ = conv_tensors(case, 0)
+    reference.conv2d(x, w, b, None, *case.window, **rule)[1].backward()
+    (n, _, *size), (k, i, *kernel), groups = case.input, case.weight, case.groups
+    x, w, exact, b = x.detach(), w.detach(), b.grad, b.detach()
+    x = x - x.mean(0) if center else x
+    y = torch.conv2d(x, w, None, *case.window)
+
+    def under(r, s):
+        return places(y.shape[2:], size, case.window, r, s)
+
+    def over(r, s):  # the inverse map
+        found = torch.full((size[0] * size[1] + 1,), -1)
+        found[under(r, s)] = torch.arange(y[0, 0].numel())
+        return found[:-1]
+
+    g_columns, h_columns = (columns(t, kernel, f).reshape(n, groups, -1, m) for t, f, m in (
+        (x, under, y[0, 0].numel()), (y, over, x[0, 0].numel())))  # fmt: skip
+    g, h = (torch.einsum("ngap,ngbp->gab", c, c) / n for c in (g_columns, h_columns))
+    by_input = (rule["sparse"] * b - rule["amp"] * w).reshape(groups, k // groups, -1) @ g
+    by_tap = b.reshape(groups, k // groups, i, -1).transpose(2, 3).reshape(groups, -1, i)
+    spread = (h @ by_tap).reshape(groups, k // groups, -1, i).transpose(2, 3)
+    moments = by_input.reshape(b.shape) + rule["null"] * spread.reshape(b.shape)
+    assert largest_error([moments], [exact]) < 1e-12
