@@ -135,12 +135,19 @@ StepPlan plan_step(const StepArguments& a) {
   return planner.finish();
 }
 
+float* step_count(AtenTensorHandle step) {
+  STD_TORCH_CHECK(shape_of(step).numel == 1 && dtype_of(step) == Dtype::kFloat32 &&
+                      device_of(step).type == aoti_torch_device_type_cpu(),
+                  "step is not one float32 on the CPU");
+  return static_cast<float*>(write_pointer(step));
+}
+
 AdamWPlan plan_adamw(const AdamWArguments& a) {
   const size_t count = a.param.size();
-  for (const TensorList* list : {&a.weight, &a.grad, &a.exp_avg, &a.exp_avg_sq}) {
+  for (const TensorList* list : {&a.weight, &a.grad, &a.exp_avg, &a.exp_avg_sq, &a.step}) {
     STD_TORCH_CHECK(list->size() == count, "a list has ", list->size(), " tensors; expected the ", count, " of param");
   }
-  for (const std::vector<double>* values : {&a.step, &a.decay, &a.self, &a.tie, &a.weight_decay}) {
+  for (const std::vector<double>* values : {&a.decay, &a.self, &a.tie, &a.weight_decay}) {
     STD_TORCH_CHECK(values->size() == count, "a list has ", values->size(), " numbers; expected ", count);
   }
   StepPlanner<AdamWTensor, kAdamWOperands> planner("param, weight, grad, exp_avg and exp_avg_sq", count);
@@ -158,8 +165,9 @@ AdamWPlan plan_adamw(const AdamWArguments& a) {
     tensor.self = a.self[i];
     tensor.tie = a.tie[i];
     tensor.kept = 1 - a.options.lr * a.weight_decay[i];
-    tensor.step_size = a.options.lr / (1 - std::pow(a.options.beta1, a.step[i]));
-    tensor.root_scale = std::sqrt(1 - std::pow(a.options.beta2, a.step[i]));
+    const double steps = *step_count(a.step[i]) + 1;
+    tensor.step_size = a.options.lr / (1 - std::pow(a.options.beta1, steps));
+    tensor.root_scale = std::sqrt(1 - std::pow(a.options.beta2, steps));
     planner.add(tensor, operands, i, false);
   }
   return planner.finish();

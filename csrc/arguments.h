@@ -33,14 +33,17 @@ StepPlan plan_step(const StepArguments& arguments);
 
 // The arguments of native_adamw_step_.
 struct AdamWArguments {
-  TensorList param, weight, grad, exp_avg, exp_avg_sq;
-  const std::vector<double>&step, &decay, &self, &tie, &weight_decay;
+  TensorList param, weight, grad, exp_avg, exp_avg_sq, step;
+  const std::vector<double>&decay, &self, &tie, &weight_decay;
   AdamWOptions options;
 };
 
 using AdamWPlan = Plan<AdamWTensor, kAdamWOperands>;
 
 AdamWPlan plan_adamw(const AdamWArguments& arguments);
+
+// Where the count of steps stands: one float32 on the CPU.
+float* step_count(AtenTensorHandle step);
 
 using AlignmentPlan = Plan<AlignmentPair, 2>;
 

@@ -70,23 +70,24 @@ class _RowOptimizer(torch.optim.Optimizer):
         A rule reads W before it moves, as autograd did: W comes right behind its B where both have the same options,
         and every other forward parameter after all feedback weights.
         """
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        readers: dict[Tensor, list[nn.Parameter]] = {}
+        places: dict[nn.Parameter, tuple[dict, tuple]] = {}
+        for group in self.param_groups:
+            options = self._options(group)
+            places |= {p: (group, (p.device, options)) for p in group["params"]}
+        readers: dict[Any, list[nn.Parameter]] = {}  # by the weight they read
         for b, layer in self._layers.items():
             readers.setdefault(layer.weight, []).append(b)
-        in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in groups]
+        in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in places]
         calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
-        for p in dict.fromkeys([*in_turn, *groups]):
-            row = self._row(p, groups[p])
-            if row is None:
-                continue
-            options = p.device, self._options(groups[p])
-            beside = [(b.device, self._options(groups[b])) for b in readers.get(p, ())]
-            late = p not in self._layers and (not beside or any(other != options for other in beside))
-            calls[late].setdefault(options, []).append(self._unscaled(row))
+        for p in dict.fromkeys([*in_turn, *places]):
+            group, shared = places[p]
+            row = self._row(p, group)
+            if row is not None:
+                late = p not in self._layers and {places[b][1] for b in readers.get(p, ())} != {shared}
+                calls[late].setdefault(shared, []).append(self._unscaled(row))
         for of_time in calls.values():
-            for (_, shared), rows in of_time.items():
-                yield shared, rows
+            for (_, options), rows in of_time.items():
+                yield options, rows
 
     def _unscaled(self, row: Row) -> Row:
         """The row without the loss scale of torch.amp.GradScaler, which a rule's own gradient never had."""
@@ -153,7 +154,7 @@ class FeedbackSGD(_RowOptimizer):
         super().add_param_group(param_group)
 
     def _options(self, group: dict[str, Any]) -> tuple:
-        return tuple(group[name] for name in ("lr", "momentum", "nesterov", "noise", "skip_nonfinite"))
+        return group["lr"], group["momentum"], group["nesterov"], group["noise"], group["skip_nonfinite"]
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer = self._layers[p]

@@ -53,9 +53,7 @@ def _native_adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq
     if max_exp_avg_sq:
         aten.adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **options)
         return
-    counts = (torch.stack(step) + 1).tolist()
-    _ops.native_adamw_step_.default(param, weight, grad, exp_avg, exp_avg_sq, step=counts, **options)
-    torch._foreach_add_(step, 1)
+    _ops.native_adamw_step_.default(param, weight, grad, exp_avg, exp_avg_sq, step, **options)
 
 
 def _fused(op: str, only_measured: bool, *args):

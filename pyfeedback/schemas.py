@@ -29,8 +29,8 @@ _STEP = (
     "float noise=0.0, int seed=0, bool skip_nonfinite=False, Tensor? dynamic=None"
 )
 _ADAMW = (
-    "Tensor(a!)[] param, Tensor[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, *, "
-    "float[] step, float[] decay, float[] self_, float[] tie, float[] weight_decay, "
+    "Tensor(a!)[] param, Tensor[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+    "Tensor(d!)[] step, *, float[] decay, float[] self_, float[] tie, float[] weight_decay, "
     "float lr, float beta1, float beta2, float eps"
 )
 

@@ -193,20 +193,28 @@ def test_adamw_of_a_weight_right_behind_its_feedback(adamw_step_):
 @pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 @pytest.mark.parametrize(
     "change",
-    [{"grad": [torch.zeros(5)]}, {"exp_avg": []}, {"tie": []}, {"exp_avg_sq": [torch.zeros(1).expand(4)]}],
-    ids=["shape", "no-state", "coefficients", "expanded"],
+    [
+        {"grad": [torch.zeros(5)]},
+        {"exp_avg": []},
+        {"tie": []},
+        {"exp_avg_sq": [torch.zeros(1).expand(4)]},
+        {"step": [torch.tensor(0)]},
+    ],
+    ids=["shape", "no-state", "coefficients", "expanded", "step"],
 )
 def test_contradictory_arguments_raise_and_write_nothing(change):
     tensors = {name: [torch.ones(4)] for name in ("param", "weight", "grad", "exp_avg", "exp_avg_sq")}
-    numbers = {"step": [1.0], "decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}
+    tensors["step"] = [torch.tensor(0.0)]
+    numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}
     with pytest.raises(RuntimeError):
         torch.ops.pyfeedback.native_adamw_step_(**(tensors | numbers | ADAMW | change))
     assert torch.equal(tensors["param"][0], torch.ones(4))
+    assert tensors["step"][0] == 0
 
 
 @pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 def test_the_op_passes_opcheck_on_its_schema():
-    ones = ([torch.ones(4)] for _ in range(5))
-    numbers = {"step": [1.0], "decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}
+    tensors = [*([torch.ones(4)] for _ in range(5)), [torch.tensor(0.0)]]
+    numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}
     op = torch.ops.pyfeedback.native_adamw_step_.default
-    torch.library.opcheck(op, tuple(ones), numbers | ADAMW, test_utils="test_schema")
+    torch.library.opcheck(op, tuple(tensors), numbers | ADAMW, test_utils="test_schema")

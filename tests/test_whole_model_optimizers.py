@@ -120,6 +120,19 @@ def test_kolen_pollack_contracts_the_difference(make):
         assert largest_error([(layer.weight - layer.feedback).detach()], [shrunk * difference]) < 1e-10
 
 
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_kolen_pollack_reads_the_clipped_gradient(make):
+    model = network("kp")
+    lr, (_, layer) = 0.05, next(pyfeedback.feedback_layers(model))
+    optimizer = make(model, lr=lr, weight_decay=RULES["kp"].decay)
+    before = (layer.weight - layer.feedback).detach()
+    loss(model, 0, 1000.0).backward()
+    assert nn.utils.clip_grad_norm_(pyfeedback.forward_parameters(model), 0.1) > 100
+    optimizer.step()
+    found = (layer.weight - layer.feedback).detach()
+    assert largest_error([found], [(1 - lr * RULES["kp"].decay) * before]) < 1e-12
+
+
 @pytest.mark.parametrize(("make", "options"), [(SGD, {"momentum": 0.9}), (AdamW, {})])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_saved_state_goes_on(rule, make, options, tmp_path):

@@ -5,7 +5,7 @@
 namespace pyfeedback::cpu {
 
 void adamw_step_(StableListHandle param, StableListHandle weight, StableListHandle grad, StableListHandle exp_avg,
-                 StableListHandle exp_avg_sq, const std::vector<double>& step, const std::vector<double>& decay,
+                 StableListHandle exp_avg_sq, StableListHandle step, const std::vector<double>& decay,
                  const std::vector<double>& self, const std::vector<double>& tie,
                  const std::vector<double>& weight_decay, double lr, double beta1, double beta2, double eps) {
   const AdamWArguments arguments{TensorList(param),
@@ -13,17 +13,18 @@ void adamw_step_(StableListHandle param, StableListHandle weight, StableListHand
                                  TensorList(grad),
                                  TensorList(exp_avg),
                                  TensorList(exp_avg_sq),
-                                 step,
+                                 TensorList(step),
                                  decay,
                                  self,
                                  tie,
                                  weight_decay,
                                  AdamWOptions{lr, beta1, beta2, eps}};
+  const AdamWPlan plan = plan_adamw(arguments);
+  for (size_t i = 0; i < arguments.step.size(); ++i) ++*step_count(arguments.step[i]);
   const Kernels& kernel = kernels();
-  for_each_stretch(plan_adamw(arguments),
-                   [&](const AdamWTensor& tensor, const AdamWLayout* layout, int64_t begin, int64_t end) {
-                     kernel.adamw_step(tensor, layout, arguments.options, begin, end);
-                   });
+  for_each_stretch(plan, [&](const AdamWTensor& tensor, const AdamWLayout* layout, int64_t begin, int64_t end) {
+    kernel.adamw_step(tensor, layout, arguments.options, begin, end);
+  });
 }
 
 }  // namespace pyfeedback::cpu

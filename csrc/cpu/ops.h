@@ -16,7 +16,7 @@ namespace pyfeedback::cpu {
 constexpr int64_t kGrain = 16384;
 
 void adamw_step_(StableListHandle param, StableListHandle weight, StableListHandle grad, StableListHandle exp_avg,
-                 StableListHandle exp_avg_sq, const std::vector<double>& step, const std::vector<double>& decay,
+                 StableListHandle exp_avg_sq, StableListHandle step, const std::vector<double>& decay,
                  const std::vector<double>& self, const std::vector<double>& tie,
                  const std::vector<double>& weight_decay, double lr, double beta1, double beta2, double eps);
 
