@@ -206,7 +206,7 @@ def conv2d(
         return transforms.conv2d(input, weight, feedback, bias, window, rule)
     if torch.compiler.is_compiling():
         return torch.ops.pyfeedback.fa_conv2d.default(input, weight, feedback, bias, *window, **rule._asdict())
-    return _Conv2d.apply(input, weight, feedback, bias, (window, rule))
+    return _Convolution.apply(input, weight, feedback, bias, (window, rule))
 
 
 def convolution(
@@ -275,26 +275,12 @@ def _cast(input: Tensor, *tensors: Tensor | None) -> tuple:
     return tuple(registration.cast_to(t, dtype, device_type) for t in (input, *tensors))
 
 
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, weight, feedback, bias, options):
-        window, rule = options
-        output = torch.conv2d(input, weight, bias, *window)
-        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, window, rule)
-        ctx.save_for_backward(input, weight, feedback, output if keep else None)
-        ctx.options = options
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return *_backward("conv2d_backward", ctx, grad_output), None
-
-
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, feedback, bias, options):
         window, rule = options
-        output = torch.convolution(input, weight, bias, *window)
+        convolve = torch.conv2d if isinstance(window, Window) else torch.convolution
+        output = convolve(input, weight, bias, *window)
         keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, window, rule)
         ctx.save_for_backward(input, weight, feedback, output if keep else None)
         ctx.options = options
@@ -302,7 +288,8 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *_backward("convolution_backward", ctx, grad_output), None
+        op = "conv2d_backward" if isinstance(ctx.options[0], Window) else "convolution_backward"
+        return *_backward(op, ctx, grad_output), None
 
 
 class _Linear(torch.autograd.Function):
