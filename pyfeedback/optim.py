@@ -113,7 +113,8 @@ class FeedbackSGD(_RowOptimizer):
 
     Args:
         model: a model with feedback layers; the rule each has at the time of a step is followed.
-        lr: learning rate.
+        lr: learning rate. A tensor on the parameters' device is read there by each step, so that a captured CUDA graph
+            follows it, and draws its noise from the device's generator.
         momentum, nesterov: as torch.optim.SGD.
         noise: standard deviation of Gaussian noise added to each gradient element before momentum; it follows
             ``torch.manual_seed``.
@@ -128,7 +129,7 @@ class FeedbackSGD(_RowOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.0,
         nesterov: bool = False,
         noise: float = 0.0,
@@ -164,10 +165,12 @@ class FeedbackSGD(_RowOptimizer):
         lr, momentum, nesterov, noise, skip_nonfinite = options
         param, weight, grad, decay, self_, tie, _ = zip(*rows, strict=True)
         buffers = [self._buffer(p) for p in param] if momentum else []
+        on_device = isinstance(lr, Tensor)
         functional.feedback_step_(
-            *map(_local, (param, weight, grad, buffers)), decay=decay, self_=self_, tie=tie, lr=float(lr),
-            momentum=momentum, nesterov=nesterov, noise=noise, skip_nonfinite=skip_nonfinite,
-            seed=int(torch.randint(2**62, ())) if noise else 0,
+            *map(_local, (param, weight, grad, buffers)), decay=decay, self_=self_, tie=tie,
+            lr=1.0 if on_device else float(lr), momentum=momentum, nesterov=nesterov, noise=noise,
+            skip_nonfinite=skip_nonfinite, seed=int(torch.randint(2**62, ())) if noise and not on_device else 0,
+            dynamic=_dynamic(lr, noise, param[0].device) if on_device else None,
         )  # fmt: skip
 
     def _buffer(self, p: Tensor) -> Tensor:
@@ -205,7 +208,7 @@ class SGD(FeedbackSGD):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
@@ -343,6 +346,14 @@ def _forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | No
 
 def _is_tied(rule: Rule) -> bool:
     return rule.tie != 0 and not rule.reads_data and not rule.self_
+
+
+def _dynamic(lr: Tensor, noise: float, device: torch.device) -> Tensor:
+    """The factors and the seed that ``feedback_step_`` reads when it runs."""
+    factors = torch.ones(5, dtype=torch.float64, device=device)
+    factors[0] = lr
+    factors[4] = torch.randint(2**53, (), device=device) if noise else 0
+    return factors
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -106,6 +106,27 @@ def test_native_step_is_captured_in_a_cuda_graph(count):
     assert all(torch.equal(a, b) for a, b in zip(feedback, expected, strict=True))
 
 
+@pytest.mark.parametrize("optimizer", [pyfeedback.optim.FeedbackSGD, pyfeedback.optim.SGD])
+def test_an_optimizer_in_a_cuda_graph_follows_its_learning_rate_and_draws_fresh_noise(optimizer):
+    torch.manual_seed(0)
+    model = pyfeedback.convert(torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 5)), "sa").cuda()
+    rate = torch.tensor(0.0, device="cuda")
+    with pyfeedback.backend("native"):
+        steps = optimizer(model, lr=rate, noise=0.5)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            steps.step()
+    (feedback, _), moves = pyfeedback.feedback_parameters(model), []
+    for value in (0.0, 1.0, 1.0):
+        rate.fill_(value)
+        before = feedback.detach().clone()
+        graph.replay()
+        moves.append(feedback.detach() - before)
+    assert not moves[0].any()
+    assert moves[1].any()
+    assert not torch.allclose(moves[1], moves[2], atol=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_native_center_equals_the_cpus(dtype):
     x = (torch.randn(6, 5, 7, 9) + 3).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -191,6 +191,42 @@ def test_a_scheduler_sets_the_learning_rate():
     assert_trajectories([feedback_of(model)], [feedback_of(twin)])
 
 
+@pytest.mark.parametrize("optimizer", [FeedbackSGD, pyfeedback.optim.SGD])
+@pytest.mark.parametrize("rule", ["kp", "sa", "ia"])
+def test_a_learning_rate_that_is_a_tensor_is_read_at_each_step(rule, optimizer):
+    models = [network(rule) for _ in range(2)]
+    rates = [0.05, torch.tensor(0.05, dtype=torch.float64)]
+    optimizers = [optimizer(model, lr=lr, momentum=0.9) for model, lr in zip(models, rates, strict=True)]
+    for step, (x, target) in enumerate(batches(4)):
+        optimizers[0].param_groups[0]["lr"] = 0.05 / (1 + step)
+        if optimizer is pyfeedback.optim.SGD:
+            optimizers[0].param_groups[1]["lr"] = 0.05 / (1 + step)
+        rates[1].fill_(0.05 / (1 + step))
+        for model, each in zip(models, optimizers, strict=True):
+            backward(model, x, target)
+            each.step()
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_noise_under_a_tensor_learning_rate_follows_the_seed_and_is_fresh_at_every_step():
+    def steps():
+        model = network("sa")
+        optimizer = FeedbackSGD(model, lr=torch.tensor(1.0), noise=0.1)
+        torch.manual_seed(5)
+        trajectory = [feedback_of(model)]
+        for _ in range(2):
+            optimizer.step()
+            trajectory.append(feedback_of(model))
+        return trajectory
+
+    first, second = steps(), steps()
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    moves = [[b - a for a, b in zip(*pair, strict=True)] for pair in (first[:2], first[1:])]
+    assert not torch.allclose(moves[0][0], moves[1][0], atol=0.05)
+
+
 def test_step_takes_a_closure():
     model = network("ia")
     x, target = next(batches(1))
