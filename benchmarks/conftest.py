@@ -18,8 +18,9 @@
 Machines are noisy, so the implementations take turns within one benchmark, A B C A B C, and what is reported is the
 median over the rounds of the ratio within a round. pytest-benchmark's own statistics are those of pyfeedback in that
 race; ratios and times of the others stand in ``extra_info``. Nothing is timed before its gradients agree with float64.
-Threads are those of torch (OMP_NUM_THREADS). On a GPU, times come from CUDA events behind a flushed L2, with
-cudnn.benchmark on and the launches hidden where a layer's kernels are measured.
+Threads are those of torch (OMP_NUM_THREADS); on a machine that others use, take one thread and --processor-time. On a
+GPU, times come from CUDA events behind a flushed L2, with cudnn.benchmark on and the launches hidden where a layer's
+kernels are measured.
 """
 
 import sys
@@ -52,6 +53,7 @@ def pytest_addoption(parser):
     group.addoption("--against", action="append", choices=list(BASELINES), help="this baseline alone")
     group.addoption("--compile", action="store_true", help="torch.compile of the reference, and of whole networks, too")
     group.addoption("--backward-only", action="store_true", help="time a layer's backward without its forward")
+    group.addoption("--processor-time", action="store_true", help="the process's own seconds, on a shared machine")
     group.addoption(
         "--budget", type=float, default=0.0, help="seconds for the rounds of one benchmark, a minimum apart"
     )
@@ -67,6 +69,7 @@ def pytest_configure(config):
         timed=option("benchmark_only"),
         compiled=option("compile"),
         backward_only=option("backward_only"),
+        processor_time=option("processor_time"),
         batch=option("batch"),
         networks=option("network") or [],
         rules=option("rule") or [],
@@ -111,7 +114,7 @@ def race(request, benchmark, selection):
     """``race(kind, steps, **info)``: time the steps in turn, record the medians and the ratios to pyfeedback's."""
 
     def run(kind: str, steps: dict[str, Step], timer=None, hide_launches: bool = True, group: str = "", **info) -> None:
-        timer = timer or timer_for(selection.device, hide_launches)
+        timer = timer or timer_for(selection.device, hide_launches, selection.processor_time)
         contest = Race(steps, SUBJECT, timer, CLOCK)
         benchmark.group = group or kind
         if not selection.timed:

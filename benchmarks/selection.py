@@ -40,6 +40,7 @@ class Selection:
     timed: bool = True
     compiled: bool = False
     backward_only: bool = False
+    processor_time: bool = False
     batch: int = 0
     networks: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)

@@ -24,17 +24,17 @@ class Step(NamedTuple):
 
 
 class HostTimer:
-    """Seconds of one run by the monotonic clock, the mean of ``repeats`` runs."""
+    """Seconds of one run, the mean of ``repeats`` runs, by the monotonic clock or by another one."""
 
-    def __init__(self, repeats: int = 1):
-        self.repeats = repeats
+    def __init__(self, repeats: int = 1, clock: Callable[[], float] = time.perf_counter):
+        self.repeats, self._clock = repeats, clock
 
     def __call__(self, step: Step) -> float:
         step.prepare()
-        start = time.perf_counter()
+        start = self._clock()
         for _ in range(self.repeats):
             step.run()
-        return (time.perf_counter() - start) / self.repeats
+        return (self._clock() - start) / self.repeats
 
 
 class DeviceTimer:
@@ -66,9 +66,13 @@ class DeviceTimer:
         return self._start.elapsed_time(self._end) / 1e3
 
 
-def timer_for(device: torch.device, hide_launches: bool = True) -> HostTimer | DeviceTimer:
+def timer_for(
+    device: torch.device, hide_launches: bool = True, processor_time: bool = False
+) -> HostTimer | DeviceTimer:
     """The timer of one run on this device."""
-    return DeviceTimer(device, hide_launches) if device.type == "cuda" else HostTimer()
+    if device.type == "cuda":
+        return DeviceTimer(device, hide_launches)
+    return HostTimer(clock=time.process_time if processor_time else time.perf_counter)
 
 
 class Clock:
