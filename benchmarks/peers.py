@@ -49,6 +49,15 @@ class PyFeedback:
     def angle(layer: nn.Module) -> float:
         return pyfeedback.alignment(layer)[""].angle
 
+    @staticmethod
+    def change(layer: nn.Module) -> None:
+        """Give one layer other options."""
+        layer.rule = pyfeedback.rule(layer.rule, decay=0.1)
+
+    @staticmethod
+    def options(layer: nn.Module) -> str:
+        return str(layer.rule)
+
 
 class BioTorch:
     """The peer, whose conversion prints."""
@@ -73,6 +82,15 @@ class BioTorch:
     @staticmethod
     def angle(layer: nn.Module) -> float:
         return float(layer.compute_alignment())
+
+    @staticmethod
+    def change(layer: nn.Module) -> None:
+        """Give one layer other options."""
+        layer.options["constrain_weights"] = True
+
+    @staticmethod
+    def options(layer: nn.Module) -> str:
+        return str(layer.options)
 
 
 Package = type[PyFeedback] | type[BioTorch]
@@ -191,6 +209,14 @@ def _(package):
     layer = nn.Linear(4, 4)
     model = package.convert(nn.Sequential(layer, nn.ReLU(), layer))
     assert model[0] is model[2], "two layers now"
+
+
+@check("a layer's options are its own", "test_rules_may_differ_between_parts_of_a_model")
+def _(package):
+    first, second = package.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    before = package.options(second)
+    package.change(first)
+    assert package.options(second) == before, "all layers changed with one"
 
 
 @check("a subclass with a forward of its own keeps it", "test_layers_without_a_counterpart_are_left_and_reported")
