@@ -2,8 +2,8 @@
 
     pip install '.[peers]' && python benchmarks/peers.py        # prints the table of docs/peers.md
 
-Both convert to feedback alignment, the rule they share. A check passes where it returns, and the table names what it
-raised otherwise.
+Both convert to feedback alignment or, where that is said, to frsf, feedback of the signs of W. A check passes where it
+returns, and the table names what it raised otherwise.
 """
 
 import contextlib
@@ -29,13 +29,8 @@ class PyFeedback:
     """This package."""
 
     @staticmethod
-    def convert(model: nn.Module) -> nn.Module:
-        return pyfeedback.convert(model, "fa")
-
-    @staticmethod
-    def concordant(model: nn.Module) -> nn.Module:
-        """With the signs of W in the feedback."""
-        return pyfeedback.convert(model, "fa", init=pyfeedback.Init(signs="weight"))
+    def convert(model: nn.Module, rule: str = "fa") -> nn.Module:
+        return pyfeedback.convert(model, rule)
 
     @staticmethod
     def constrained(model: nn.Module) -> nn.Module:
@@ -63,17 +58,13 @@ class BioTorch:
     """The peer, whose conversion prints."""
 
     @staticmethod
-    def convert(model: nn.Module, mode: str = "fa", **options) -> nn.Module:
+    def convert(model: nn.Module, rule: str = "fa", **options) -> nn.Module:
         from biotorch.module.biomodule import BioModule
 
-        config = {"type": mode, "options": {"constrain_weights": False, "gradient_clip": False, "init": "xavier"}}
+        config = {"type": rule, "options": {"constrain_weights": False, "gradient_clip": False, "init": "xavier"}}
         config["options"].update(options)
         with contextlib.redirect_stdout(io.StringIO()):
-            return BioModule(model, mode, copy_weights=True, layer_config=config).module
-
-    @staticmethod
-    def concordant(model: nn.Module) -> nn.Module:
-        return BioTorch.convert(model, "frsf")
+            return BioModule(model, rule, copy_weights=True, layer_config=config).module
 
     @staticmethod
     def constrained(model: nn.Module) -> nn.Module:
@@ -280,15 +271,15 @@ def _(package):
 # What goes with a rule
 
 
-@check("feedback of the signs of W, compiled whole", "test_sign_concordant_feedback")
+@check("frsf, compiled whole", "test_every_rule_compiles_whole")
 def _(package):
     torch._dynamo.reset()
-    learns(torch.compile(package.concordant(conv()), fullgraph=True, backend="aot_eager"), images())
+    learns(torch.compile(package.convert(conv(), "frsf"), fullgraph=True, backend="aot_eager"), images())
 
 
-@check("the angle reported is that of the feedback used", "test_alignment_of_weights")
+@check("under frsf the angle reported is that of the feedback used", "test_signs_align")
 def _(package):
-    layer = package.concordant(linear())[0]
+    layer = package.convert(linear(), "frsf")[0]
     x = torch.zeros(5, 6, requires_grad=True)
     layer(x).backward(torch.eye(5))  # the gradient of x is the feedback
     cosine = nn.functional.cosine_similarity(x.grad.flatten(), layer.weight.flatten(), dim=0)

@@ -113,14 +113,14 @@ def _network_steps(records: list[Record]) -> list[str]:
 def _peers(records: list[Record]) -> list[str]:
     if not records:
         return []
-    lines = ["a step under feedback alignment by pyfeedback relative to BioTorch's, and to backprop"]
-    lines.append(f"  {'':38}{'BioTorch':>17}{'backprop':>17}")
-    lines.append(f"  {'':38}{2 * f'{chr(32):4}time  memory'}")
+    lines = ["a training step by pyfeedback relative to BioTorch's, and to backprop"]
+    lines.append(f"  {'':44}{'BioTorch':>17}{'backprop':>17}")
+    lines.append(f"  {'':44}{2 * f'{chr(32):4}time  memory'}")
     for r in records:
-        title = f"{r['network']}, batch {r['batch']}, {r['layout']}"
+        title = f"{r['network']}, {r['rule']}, batch {r['batch']}, {r['layout']}"
         cells = [c for o in ("biotorch", "plain") for c in (r[f"ratio_to_{o}"], _ratio(r["peak_bytes"], o))]
         milliseconds = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in r["seconds"].items())
-        lines.append(f"  {title:38}" + "".join(f"{c:8.2f}" for c in cells) + f"   ms: {milliseconds}")
+        lines.append(f"  {title:44}" + "".join(f"{c:8.2f}" for c in cells) + f"   ms: {milliseconds}")
     return [*lines, ""]
 
 
