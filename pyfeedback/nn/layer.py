@@ -64,19 +64,21 @@ class FeedbackLayer(torch.nn.Module):
 
     def path(self) -> Tensor | None:
         """What errors travel back by in this pass: the feedback weight, with what the rule does to it."""
-        if self.feedback is not None and self.rule.signs == "batch" and torch.is_grad_enabled():
-            magnitude = self.feedback * torch.randn_like(self.feedback)
-            return torch.copysign(magnitude, self.weight.detach())
+        feedback, rule = self.feedback, self.rule
+        if feedback is None or (rule.signs == "free" and not rule.expansion):
+            return feedback
+        if rule.signs == "batch" and torch.is_grad_enabled():
+            return torch.copysign(feedback * torch.randn_like(feedback), self.weight.detach())
         return self.standing_path()
 
     def standing_path(self) -> Tensor | None:
         """:meth:`path` without anything drawn."""
         feedback, rule = self.feedback, self.rule
-        if feedback is None:
-            return None
+        if feedback is None or (rule.signs == "free" and not rule.expansion):
+            return feedback
         if rule.expansion:
             return torch.ops.pyfeedback.mix.default(self.mixing, feedback, rule.decay)
-        return feedback if rule.signs == "free" else torch.copysign(feedback, self.weight.detach())
+        return torch.copysign(feedback, self.weight.detach())
 
     def respond(self, input: Tensor) -> Tensor:
         """What the layer makes of an input, with no hook called."""
