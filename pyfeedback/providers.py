@@ -168,12 +168,14 @@ def backend(name: str) -> Iterator[None]:
 
 def _choose(op: str, device_type: str) -> str:
     preferred = _TABLE.get((op, device_type), ("aten",)) if _forced == "auto" else (_forced, "aten")
-    return next(p for p in preferred if (op, p) in _IMPLEMENTATIONS and _is_there(p, device_type))
+    return next(p for p in preferred if (op, p) in _IMPLEMENTATIONS and _is_there(p, op, device_type))
 
 
-def _is_there(provider: str, device_type: str) -> bool:
+def _is_there(provider: str, op: str, device_type: str) -> bool:
     if provider in ("native", "depthwise"):
-        return {"cpu": native.has_cpu, "cuda": native.has_cuda}.get(device_type, lambda: False)()
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+        leaf = "pyfeedback::native_" + ("depthwise_backward" if op == "conv2d_backward" else op)
+        return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(leaf, key)
     if provider == "measured":
         return bool(measured.devices()) and find_spec("triton") is not None
     return True

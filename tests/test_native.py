@@ -12,7 +12,7 @@ import torch
 from native_ops import IMPLEMENTATIONS, PARAMETERS
 
 import pyfeedback
-from pyfeedback import functional, native
+from pyfeedback import functional, native, providers
 
 cpu = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 
@@ -599,6 +599,15 @@ class TestCenter:
     def test_samples_out_of_range_raises(self, samples):
         with pytest.raises(RuntimeError):
             torch.ops.pyfeedback.native_center(torch.zeros(4, 6), samples)
+
+
+@cpu
+def test_a_forced_backend_takes_the_kernels_that_there_are_and_composes_the_rest():
+    with pyfeedback.backend("native"):
+        on_cuda = "native" if native.has_cuda() else "aten"
+        for op in ("feedback_step_", "alignment_products", "center"):
+            assert [providers._choose(op, device) for device in ("cpu", "cuda", "meta")] == ["native", on_cuda, "aten"]
+        assert [providers._choose("adamw_step_", device) for device in ("cpu", "cuda")] == ["native", "aten"]
 
 
 @cpu
