@@ -63,6 +63,9 @@ def _recorded() -> dict[str, Any]:
 
 def _load(library: Path) -> bool:
     """Load one library that the build made; ImportError when it does not load, never less than was built."""
+    changed = newer_source(library, PACKAGE.parent / "csrc")
+    if changed is not None:  # in a source tree: a kernel of another schema would return wrong values without a word
+        raise ImportError(f"{changed} is newer than {library.name}: build it again with `pip install -e .`")
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -71,6 +74,14 @@ def _load(library: Path) -> bool:
             "Reinstall pyfeedback, or set PYFEEDBACK_NATIVE=0 to do without."
         ) from error
     return True
+
+
+def newer_source(library: Path, sources: Path) -> Path | None:
+    """A C++ or CUDA source that has changed since ``library`` was built, if there is one."""
+    built = library.stat().st_mtime
+    kinds = {".cpp", ".h", ".cu", ".cuh"}
+    parts = (path for path in sources.rglob("*") if path.suffix in kinds and "simt" not in path.parts)
+    return next((path for path in parts if path.stat().st_mtime > built), None)
 
 
 def _load_all() -> BuildInfo:

@@ -211,3 +211,18 @@ class TestCudaPlan:
         monkeypatch.setattr(setup_script, "find_compiler", lambda: None)
         with pytest.raises(SystemExit, match="no C\\+\\+ compiler"):
             setup_script.plan()
+
+
+def test_a_source_newer_than_the_library_is_found(tmp_path):
+    library, csrc = tmp_path / "_C.abi3.so", tmp_path / "csrc"
+    (csrc / "cpu").mkdir(parents=True)
+    (csrc / "simt").mkdir()
+    for path in (library, csrc / "a.cpp", csrc / "cpu" / "b.h", csrc / "simt" / "c.cpp", csrc / "notes.md"):
+        path.touch()
+        os.utime(path, (1000, 1000))
+    for path in (csrc / "simt" / "c.cpp", csrc / "notes.md"):  # no part of the library
+        os.utime(path, (2000, 2000))
+    assert native.newer_source(library, csrc) is None
+    os.utime(csrc / "cpu" / "b.h", (2000, 2000))
+    assert native.newer_source(library, csrc) == csrc / "cpu" / "b.h"
+    assert native.newer_source(library, tmp_path / "nowhere") is None
