@@ -68,7 +68,7 @@ class _RowOptimizer(torch.optim.Optimizer):
         """Options and rows of each call.
 
         A rule reads W before it moves, as autograd did: W comes right behind its B where both have the same options,
-        and every other forward parameter after all feedback weights.
+        and in a later call otherwise, as everything does that a W which is no parameter may have been made of.
         """
         places: dict[nn.Parameter, tuple[dict, tuple]] = {}
         for group in self.param_groups:
@@ -78,12 +78,14 @@ class _RowOptimizer(torch.optim.Optimizer):
         for b, layer in self._layers.items():
             readers.setdefault(layer.weight, []).append(b)
         in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in places]
+        unmade = all(w in places for w in readers)
         calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
         for p in dict.fromkeys([*in_turn, *places]):
             group, shared = places[p]
             row = self._row(p, group)
             if row is not None:
-                late = p not in self._layers and {places[b][1] for b in readers.get(p, ())} != {shared}
+                beside = {places[b][1] for b in readers.get(p, ())}
+                late = p not in self._layers and (beside != {shared} if beside else not unmade)
                 calls[late].setdefault(shared, []).append(self._unscaled(row))
         for of_time in calls.values():
             for (_, options), rows in of_time.items():

@@ -238,6 +238,33 @@ def test_layers_that_share_a_weight_share_none_of_their_feedback(make):
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
+def test_a_weight_made_of_parameters_is_read_before_they_move(make):
+    def parametrized():
+        model = network("sa")
+        nn.utils.parametrizations.weight_norm(model[4])
+        return model
+
+    found, expected = parametrized(), parametrized()
+    train(found, make(found, lr=0.05), steps=1)
+    for group in (frozen := make(expected, lr=0.05)).param_groups:
+        group["lr"] *= group["params"][0] in set(pyfeedback.feedback_parameters(expected))
+    train(expected, frozen, steps=1)
+    pairs = zip(*map(pyfeedback.feedback_parameters, (found, expected)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("nonfinite", ["weight", "bias"])
+def test_a_nonfinite_gradient_skips_the_whole_step(nonfinite):
+    model = network("kp")
+    optimizer = SGD(model, lr=0.05, skip_nonfinite=True)
+    before = copy.deepcopy(model.state_dict())
+    loss(model, 0).backward()
+    getattr(model[5], nonfinite).grad.view(-1)[0] = float("nan")
+    optimizer.step()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
 def test_forward_parameters_in_groups(make):
     """No weight decay for biases and norms, as most training programs want it; the first layer frozen."""
 
