@@ -79,6 +79,8 @@ class _RowOptimizer(torch.optim.Optimizer):
             readers.setdefault(layer.weight, []).append(b)
         in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in places]
         unmade = all(w in places for w in readers)
+        scale = getattr(self, "grad_scale", None)
+        factor = None if scale is None else 1 / float(scale)
         calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
         for p in dict.fromkeys([*in_turn, *places]):
             group, shared = places[p]
@@ -86,21 +88,20 @@ class _RowOptimizer(torch.optim.Optimizer):
             if row is not None:
                 beside = {places[b][1] for b in readers.get(p, ())}
                 late = p not in self._layers and (beside != {shared} if beside else not unmade)
-                calls[late].setdefault(shared, []).append(self._unscaled(row))
+                calls[late].setdefault(shared, []).append(self._unscaled(row, factor))
         for of_time in calls.values():
             for (_, options), rows in of_time.items():
                 yield options, rows
 
-    def _unscaled(self, row: Row) -> Row:
+    def _unscaled(self, row: Row, factor: float | None) -> Row:
         """The row without the loss scale of torch.amp.GradScaler, which a rule's own gradient never had."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is None:
+        if getattr(self, "found_inf", None) is None:
             return row
         if row.param in self._layers and row.grad is row.param.grad:
-            if scale is None:
+            if factor is None:
                 raise RuntimeError("scaler.unscale_ divided the rules' own gradients, expected scaler.step alone")
             return row
-        return row if scale is None else row._replace(tie=row.tie / float(scale))
+        return row if factor is None else row._replace(tie=row.tie * factor)
 
 
 class FeedbackSGD(_RowOptimizer):
