@@ -14,23 +14,34 @@ SIZES = [(1,), (3,), (64,), (257,), (1023,), (5, 7), (16, 3, 3, 3), (8, 5, 1, 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def draw(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Tensors of every size, one of them in channels_last, one not dense, and one that starts at an odd element."""
+    tensors = [torch.randn(size, device=device).to(dtype) for size in SIZES]
+    tensors.append(torch.randn(4, 6, 3, 3, device=device).to(dtype, memory_format=torch.channels_last))
+    tensors.append(torch.randn(9, 14, device=device).to(dtype)[:, ::2])
+    tensors.append(torch.randn(5001, device=device).to(dtype)[1:])
+    return tensors
+
+
 def step(dtype: torch.dtype, device: torch.device, momentum: float, noise: float, skip_nonfinite: bool) -> None:
-    """One update of tensors of every size, one of them in channels_last and one not dense."""
-
-    def draw() -> list[torch.Tensor]:
-        tensors = [torch.randn(size, device=device).to(dtype) for size in SIZES]
-        tensors.append(torch.randn(4, 6, 3, 3, device=device).to(dtype, memory_format=torch.channels_last))
-        tensors.append(torch.randn(9, 14, device=device).to(dtype)[:, ::2])
-        return tensors
-
-    feedback = draw()
+    """One update of such tensors."""
+    feedback, weight, grad, buffers = (draw(dtype, device) for _ in range(4))
     count = len(feedback)
     pyfeedback.functional.feedback_step_(
-        feedback, draw(), draw(), draw() if momentum else [],
+        feedback, weight, grad, buffers if momentum else [],
         decay=[0.1] * count, self_=[0.2] * count, tie=[0.3] * count,
         lr=0.1, momentum=momentum, nesterov=bool(momentum), noise=noise, seed=7, skip_nonfinite=skip_nonfinite,
     )  # fmt: skip
     assert all(t.isfinite().all() for t in feedback)
+
+
+def alignment(dtype: torch.dtype, device: torch.device) -> None:
+    """The products of such pairs, some of them in unlike layouts, against torch's own."""
+    feedback, weight = draw(dtype, device), draw(dtype, device)
+    weight[5] = weight[5].t().contiguous().t()
+    found = torch.ops.pyfeedback.native_alignment_products(feedback, weight)
+    expected = [(b.double() * w.double()).sum() for b, w in zip(feedback, weight, strict=True)]
+    torch.testing.assert_close(found[:, 2], torch.stack(expected), rtol=1e-9, atol=1e-9)
 
 
 def center(dtype: torch.dtype, device: torch.device) -> None:
@@ -71,6 +82,7 @@ def main() -> None:
     device = torch.device(parser.parse_args().device)
     with pyfeedback.backend("native"):
         for dtype in DTYPES:
+            alignment(dtype, device)
             center(dtype, device)
             for momentum, noise, skip in itertools.product((0.0, 0.9), (0.0, 0.01), (False, True)):
                 step(dtype, device, momentum, noise, skip)

@@ -12,6 +12,7 @@ from pyfeedback.testing import RESNET50
 TENSORS = 160
 CHECKED = 20  # tensors of each case
 CASES = {str(size): [(size,)] * TENSORS for size in (64, 1024, 65536)}
+CASES["1000"] = [(1000,)] * 300
 CASES["ResNet-50"] = [
     *((s.out_channels, s.in_channels, s.kernel, s.kernel) for s in RESNET50 for _ in range(s.repeats)),
     (1000, 2048),
