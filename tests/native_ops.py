@@ -9,6 +9,9 @@ import torch
 from pyfeedback import native
 
 
+DEVICE = "cuda"
+
+
 class OnDevice:
     """Copies the operands to the device, and back what was written."""
 
@@ -16,7 +19,7 @@ class OnDevice:
     def native_feedback_step_(feedback, weight, grad, momentum_buffer, *, dynamic=None, **options):
         copies = {id(t): _to_device(t) for t in (*feedback, *weight, *grad, *momentum_buffer)}  # one of what is shared
         there = [[copies[id(t)] for t in tensors] for tensors in (feedback, weight, grad, momentum_buffer)]
-        dynamic = None if dynamic is None else dynamic.cuda()
+        dynamic = None if dynamic is None else dynamic.to(DEVICE)
         torch.ops.pyfeedback.native_feedback_step_(*there, **options, dynamic=dynamic)
         for tensor, stepped in zip((*feedback, *momentum_buffer), (*there[0], *there[3]), strict=True):
             tensor.copy_(stepped)
@@ -33,10 +36,13 @@ class OnDevice:
 
 def _to_device(tensor):
     """With the strides, and the place within sixteen bytes, that it has here."""
-    reach = 1 + sum((s - 1) * stride for s, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0:
+        return tensor.to(DEVICE)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr() % 16 // tensor.element_size()
-    storage = torch.empty(start + max(reach, 0), dtype=tensor.dtype, device="cuda")
-    return storage.as_strided(tensor.shape, tensor.stride(), start).copy_(tensor)
+    storage = torch.empty(start + reach, dtype=tensor.dtype, device=DEVICE)
+    storage[start:].copy_(tensor.as_strided((reach,), (1,)))
+    return storage.as_strided(tensor.shape, tensor.stride(), start)
 
 
 IMPLEMENTATIONS = {"cpu": torch.ops.pyfeedback, "simt": simt, "cuda": OnDevice}
