@@ -8,7 +8,6 @@ import torch
 
 from pyfeedback import native
 
-
 DEVICE = "cuda"
 
 

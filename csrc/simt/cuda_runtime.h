@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 #include <math.h>
 #include <string>
@@ -86,10 +85,6 @@ T atomicCAS(T* address, T expected, T value) {
 }
 
 template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
-template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
@@ -110,11 +105,6 @@ struct cudaLaunchConfig_t {
   size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
-
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
 
 namespace simt {
 

@@ -155,8 +155,9 @@ void run_block(Order order, unsigned seed) {
 
 std::string run_grid(Index grid, Index block, Order order, const std::function<void()>& thread) {
   const size_t blocks = size_t{grid.x} * grid.y * grid.z, threads = size_t{block.x} * block.y * block.z;
-  if (blocks == 0 || threads == 0 || threads > 1024)
+  if (blocks == 0 || threads == 0 || threads > 1024) {
     return "a grid without blocks, or a block of 0 or above 1024 threads";
+  }
   static thread_local Block state;
   if (!state.error.empty()) state.threads.clear();  // its fibers stand where they were given up
   state.error.clear();
