@@ -102,7 +102,7 @@ def cuda_extension(include: list[str], library: list[str], home: Path) -> Extens
     """The runtime is linked statically: the library then asks for no particular libcudart beside torch's own."""
     return Extension(
         "pyfeedback._C_cuda",
-        sources("arguments.cpp", "tensors.cpp", "cuda/*.cpp", "cuda/*.cu"),
+        sources("arguments.cpp", "depthwise_arguments.cpp", "tensors.cpp", "cuda/*.cpp", "cuda/*.cu"),
         include_dirs=[*include, os.path.abspath("csrc"), str(home / "include")],
         library_dirs=[*library, str(home / "lib64"), str(home / "lib")],
         libraries=["cudart_static", "dl", "pthread", "rt"],

@@ -17,18 +17,31 @@ Map map_of(const Tensor& tensor) {
   return {const_cast<void*>(read_pointer(tensor.get())), stride[0], stride[1], stride[2], stride[3]};
 }
 
-void check_shape(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size, const Tensor& like) {
+void check_size(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size) {
   const Shape shape = shape_of(tensor.get());
   STD_TORCH_CHECK(shape.dims == 4 && std::equal(size.begin(), size.end(), shape.size), name,
                   " has another shape than the layer asks for: ", size[0], ", ", size[1], ", ", size[2], ", ", size[3]);
+}
+
+void check_shape(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size, const Tensor& like) {
+  check_size(tensor, name, size);
   STD_TORCH_CHECK(dtype_of(tensor.get()) == dtype_of(like.get()) && device_of(tensor.get()) == device_of(like.get()),
                   name, " differs from input in dtype or device");
+}
+
+// In the type of the arithmetic.
+Map map_of_mean(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size, const Tensor& like) {
+  check_size(tensor, name, size);
+  const Dtype wide = dtype_of(like.get()) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  STD_TORCH_CHECK(dtype_of(tensor.get()) == wide && device_of(tensor.get()) == device_of(like.get()), name,
+                  " is expected on the device of input and in float32, or float64 where input is");
+  return map_of(tensor);
 }
 
 }  // namespace
 
 DepthwiseCall plan_depthwise(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                             const Tensor& feedback, const std::optional<Tensor>& mean, const DepthwiseWindow& window,
+                             const Tensor& feedback, const DepthwiseOptional& optional, const DepthwiseWindow& window,
                              const std::vector<double>& coefficients, int64_t samples,
                              const std::array<bool, 4>& mask) {
   const Shape x = shape_of(input.get()), w = shape_of(weight.get());
@@ -62,13 +75,13 @@ DepthwiseCall plan_depthwise(const Tensor& grad_output, const Tensor& input, con
   STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "expected input dense");
   a.input = map_of(input);
   a.grad_output = map_of(grad_output);
-  if (mean) {
-    const Shape m = shape_of(mean->get());
-    const Dtype wide = a.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-    STD_TORCH_CHECK(m.dims == 4 && m.size[0] == 1 && std::equal(m.size + 1, m.size + 4, x.size + 1) &&
-                        dtype_of(mean->get()) == wide && device_of(mean->get()) == device_of(input.get()),
-                    "expected mean [1, C, H, W] in float32, or float64 where input is");
-    a.mean = map_of(*mean);
+  if (optional.response) {
+    check_shape(*optional.response, "response", {a.N, w.size[0], a.P, a.Q}, input);
+    a.response = map_of(*optional.response);
+  }
+  if (optional.mean) a.mean = map_of_mean(*optional.mean, "mean", {1, x.size[1], a.H, a.W}, input);
+  if (optional.response_mean) {
+    a.response_mean = map_of_mean(*optional.response_mean, "response_mean", {1, w.size[0], a.P, a.Q}, input);
   }
   a.weight = read_pointer(weight.get());
   a.feedback = read_pointer(feedback.get());

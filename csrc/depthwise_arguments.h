@@ -21,6 +21,11 @@ struct DepthwiseWindow {
   int64_t groups;
 };
 
+// What the kernels of CUDA read beside the operands; the mean is read on CPUs too.
+struct DepthwiseOptional {
+  const std::optional<torch::stable::Tensor>&mean, &response, &response_mean;
+};
+
 // The layer as the kernels see it, and the gradients that it points into, not yet written.
 struct DepthwiseCall {
   DepthwiseLayer layer;
@@ -30,7 +35,7 @@ struct DepthwiseCall {
 // coefficients: decay, amp, null, sparse, self, tie. mask: of input, weight, feedback and bias.
 DepthwiseCall plan_depthwise(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
                              const torch::stable::Tensor& weight, const torch::stable::Tensor& feedback,
-                             const std::optional<torch::stable::Tensor>& mean, const DepthwiseWindow& window,
+                             const DepthwiseOptional& optional, const DepthwiseWindow& window,
                              const std::vector<double>& coefficients, int64_t samples,
                              const std::array<bool, 4>& mask);
 

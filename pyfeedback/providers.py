@@ -121,7 +121,7 @@ def saves_response(
     if window.groups > 1:
         chosen = _choose("conv2d_backward", input.device.type)
         if chosen in ("native", "depthwise") and depthwise.takes(input, weight, window, chosen == "depthwise"):
-            return False  # the kernel computes the response again, in the cache
+            return depthwise.saves_response(input, bias, rule)
     return aten.conv2d_saves_response(input, weight, bias, window, rule)
 
 

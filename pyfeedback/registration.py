@@ -175,12 +175,9 @@ def _fake_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tens
     return torch.empty(len(feedback), 3, dtype=torch.float64, device=feedback[0].device)
 
 
-def _fake_depthwise(grad_output, input, weight, feedback, mean, stride, padding, dilation, groups, coefficients,
-                    samples, *mask) -> tuple[Tensor, ...]:  # fmt: skip
-    grads = [
-        torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((input, weight, weight), mask, strict=False)
-    ]
-    return (*grads, weight.new_empty(weight.shape[0] if mask[3] else 0))
+def _fake_depthwise(grad_output, input, weight, feedback, *args) -> tuple[Tensor, ...]:
+    like = (input, weight, weight, weight.new_empty(weight.shape[0]))
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(like, args[-4:], strict=True))
 
 
 def _fake_center(input: Tensor, samples: int) -> Tensor:

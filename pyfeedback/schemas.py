@@ -35,8 +35,9 @@ _ADAMW = (
 )
 
 _DEPTHWISE = (
-    f"Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? mean, {_PLACE}, float[] coefficients, "
-    "int samples, bool need_input, bool need_weight, bool need_feedback, bool need_bias"
+    "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, "
+    f"Tensor? mean, Tensor? response, Tensor? response_mean, {_PLACE}, float[] coefficients, int samples, "
+    "bool need_input, bool need_weight, bool need_feedback, bool need_bias"
 )
 
 SCHEMAS = {

@@ -119,6 +119,29 @@ class Center(ctypes.Structure):
     )
 
 
+class Map(ctypes.Structure):
+    """As csrc/depthwise.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("sample", "channel", "row", "column")),
+    )
+
+
+class DepthwiseLayer(ctypes.Structure):
+    """As csrc/depthwise.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in "NGIJHWPQRS"),
+        *((name, ctypes.c_int64 * 2) for name in ("stride", "padding", "dilation")),
+        ("samples", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        *((name, Map) for name in ("input", "mean", "grad_output", "grad_input", "response", "response_mean")),
+        *((name, ctypes.c_void_p) for name in ("weight", "feedback", "grad_weight", "grad_feedback", "grad_bias")),
+        *((name, ctypes.c_double) for name in ("decay", "amp", "null", "sparse", "self", "tie")),
+    )
+
+
 def layout_of(operands: int) -> type[ctypes.Structure]:
     """Layout<operands> of csrc/layout.h."""
     sizes = ctypes.c_int64 * MAX_DIMS
@@ -228,3 +251,25 @@ def native_center(input: torch.Tensor, samples: int) -> torch.Tensor:
         )
         _check(_library().simt_center(ctypes.byref(launch)))
     return output
+
+
+def native_depthwise_backward(
+    grad_output, input, weight, feedback, mean, response, response_mean, stride, padding, dilation, groups,
+    coefficients, samples, *mask,
+):  # fmt: skip
+    """The kernels of the op of this name."""
+    like = (input, weight, weight, weight[:, 0, 0, 0].contiguous())
+    grads = [torch.full_like(t, float("nan")) if needed else None for t, needed in zip(like, mask, strict=True)]
+    (n, _, *size), (k, per_group, *kernel) = input.shape, weight.shape
+    sizes = (n, groups, per_group, k // groups, *size, *grad_output.shape[2:], *kernel)
+    maps = (input, mean, grad_output, grads[0], response, response_mean)
+    maps = [Map() if t is None else Map(_pointer(t), *t.stride()) for t in maps]
+    pointers = map(_pointer, (weight, feedback, *grads[1:]))
+    layer = DepthwiseLayer(
+        *sizes, tuple(stride), tuple(padding), tuple(dilation), samples, DTYPES.index(input.dtype), *maps, *pointers,
+        *(coefficients if mask[2] else [0.0] * 6),
+    )  # fmt: skip
+    _library().simt_depthwise_partial.restype = ctypes.c_int64
+    partial = torch.full((_library().simt_depthwise_partial(ctypes.byref(layer)),), float("nan"), dtype=torch.float64)
+    _check(_library().simt_depthwise(ctypes.byref(layer), ctypes.c_void_p(partial.data_ptr())))
+    return grads

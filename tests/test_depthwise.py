@@ -1,8 +1,11 @@
 """Depthwise and grouped layers by the compiled kernels, against the paper's regularisers in float64."""
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
+import simt
 import torch
 from cases import RULES, Conv, conv_tensors, fresh, gradients, largest_error, random_conv
 
@@ -53,15 +56,15 @@ def step(op, case, tensors, rule, dtype):
     output = op(*tensors, *case.window, **rule)
     output, penalty = output if isinstance(output, tuple) else (output, None)
     torch.manual_seed(1)
-    output.backward(torch.randn(output.shape).to(dtype).to(output.dtype))
+    output.backward(torch.randn(output.shape).to(dtype).to(output))
     if penalty is not None and penalty.requires_grad:
         penalty.backward()
     return gradients(tensors)
 
 
-def assert_as_accurate(case, rule, dtype, number=0):
+def assert_as_accurate(case, rule, dtype, device="cpu"):
     """Every gradient at most twice as far from float64 as plain PyTorch in the same dtype."""
-    rounded = conv_tensors(case, number, dtype)
+    rounded = [t.detach().to(device) for t in conv_tensors(case, 0, dtype)]
     with pyfeedback.backend("native"):
         ours = step(functional.fa_conv2d, case, fresh(rounded), rule, dtype)
     plain = step(reference.conv2d, case, fresh(rounded), rule, dtype)
@@ -168,11 +171,17 @@ def test_an_output_gradient_may_be_a_view():
             assert torch.equal(a, b)
 
 
+class Op(NamedTuple):
+    """In the place of an op of torch.ops."""
+
+    default: Callable
+
+
 def test_what_the_kernels_do_not_take_is_composed(monkeypatch):
     def never(*args):
         raise AssertionError("the kernel was called")
 
-    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", type("Op", (), {"default": never}))
+    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(never))
     dense, empty = layer(6, (5, 5), 3, group=6), layer(6, (5, 5), 3, batch=0)
     for case in (dense, empty):
         args = arguments(case)
@@ -187,7 +196,8 @@ def test_bad_arguments_are_refused_before_anything_is_read():
     grad_output, x, w, b, _, window, rule = arguments(LAYERS["3x3"])
 
     def call(**changed):
-        given = {"grad_output": grad_output, "input": x, "weight": w, "feedback": b, "mean": None, **window._asdict()}
+        given = {"grad_output": grad_output, "input": x, "weight": w, "feedback": b, "mean": None, "response": None}
+        given |= {"response_mean": None, **window._asdict()}
         given |= {"coefficients": list(rule[:6]), "samples": 3}
         masks = dict.fromkeys(("need_input", "need_weight", "need_feedback", "need_bias"), True)
         return op(**{**given, **masks, **changed})
@@ -200,6 +210,54 @@ def test_bad_arguments_are_refused_before_anything_is_read():
     ):  # fmt: skip
         with pytest.raises(RuntimeError):
             call(**changed)
+
+
+# The CUDA kernel, on the CPU. A layer is some 10^6 turns of a thread, so maps are as small as they come.
+
+SMALL = {
+    "3x3": layer(3, (4, 5), 3, layout=1),
+    "3x3 stride 2": layer(2, (5, 4), 3, stride=2),
+    "5x5 dilated": layer(2, (6, 5), 5, dilation=2, layout=1),
+    "7x7": layer(2, (4, 3), 7),
+    "uneven kernel, strided": layer(3, (5, 6), (1, 4), stride=3, layout=1),
+    "multiplier 2": layer(3, (4, 4), 3, multiplier=2, layout=1),
+    "grouped": layer(4, (3, 4), 3, group=2, multiplier=2),
+    "more groups than a warp": layer(35, (2, 2), 3, batch=2, layout=1),
+}
+
+
+@pytest.fixture
+def on_simt(monkeypatch):
+    """depthwise.conv2d_backward as on a CUDA device."""
+    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(simt.native_depthwise_backward))
+    monkeypatch.setattr(depthwise, "_reads_response", lambda input, rule: rule.null != 0)
+
+
+@pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", SMALL)
+def test_the_cuda_kernel(on_simt, name, dtype):
+    for rule in ("wm", "ia-centered", "aa", "kp", "everything") if dtype is DTYPES[0] else ("kp", "everything"):
+        assert_as_accurate(SMALL[name], {**RULES[rule], "samples": SMALL[name].input[0] - 1}, dtype)
+
+
+@pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
+def test_the_cuda_kernel_in_any_order(on_simt):
+    args = arguments(SMALL["3x3"])
+    results = []
+    for order in simt.ORDERS:
+        with simt.order(order):
+            results.append(depthwise.conv2d_backward(*args, (True,) * 4))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not native.has_cuda(), reason="the CUDA library is not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_cuda_kernel_on_a_device(name, dtype):
+    for rule in ("ia-centered", "aa", "everything"):
+        assert_as_accurate(LAYERS[name], RULES[rule], dtype, device="cuda")
 
 
 def columns(x, kernel, places):

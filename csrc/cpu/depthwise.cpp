@@ -23,12 +23,15 @@ constexpr int64_t kBlocks = 8, kCacheBytes = 256 * 1024;
 DepthwiseGradients depthwise_backward(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
                                       const torch::stable::Tensor& weight, const torch::stable::Tensor& feedback,
                                       const std::optional<torch::stable::Tensor>& mean,
+                                      const std::optional<torch::stable::Tensor>& response,
+                                      const std::optional<torch::stable::Tensor>& response_mean,
                                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                       const std::vector<int64_t>& dilation, int64_t groups,
                                       const std::vector<double>& coefficients, int64_t samples, bool need_input,
                                       bool need_weight, bool need_feedback, bool need_bias) {
-  DepthwiseCall call = plan_depthwise(grad_output, input, weight, feedback, mean, {stride, padding, dilation, groups},
-                                      coefficients, samples, {need_input, need_weight, need_feedback, need_bias});
+  DepthwiseCall call = plan_depthwise(grad_output, input, weight, feedback, {mean, response, response_mean},
+                                      {stride, padding, dilation, groups}, coefficients, samples,
+                                      {need_input, need_weight, need_feedback, need_bias});
   const DepthwiseLayer& layer = call.layer;
   const Kernels& kernel = kernels();
   const int64_t lanes = layer.dtype == Dtype::kFloat64 ? 4 : 8;

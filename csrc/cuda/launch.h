@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../alignment.h"
+#include "../depthwise.h"
 #include "../feedback_step.h"
 
 namespace pyfeedback::cuda {
@@ -36,5 +37,10 @@ struct CenterLaunch {
 };
 
 cudaError_t launch_center(const CenterLaunch& launch, cudaStream_t stream);
+
+// The backward of a depthwise or grouped convolution. `partial` is room for [depthwise_partial(layer)] on the device.
+cudaError_t launch_depthwise(const DepthwiseLayer& layer, double* partial, cudaStream_t stream);
+
+int64_t depthwise_partial(const DepthwiseLayer& layer);
 
 }  // namespace pyfeedback::cuda

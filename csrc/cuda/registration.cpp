@@ -6,5 +6,6 @@
 STABLE_TORCH_LIBRARY_IMPL(pyfeedback, CUDA, m) {
   m.impl("native_alignment_products", TORCH_BOX(&pyfeedback::cuda::alignment_products));
   m.impl("native_center", TORCH_BOX(&pyfeedback::cuda::center));
+  m.impl("native_depthwise_backward", TORCH_BOX(&pyfeedback::cuda::depthwise_backward));
   m.impl("native_feedback_step_", TORCH_BOX(&pyfeedback::cuda::feedback_step_));
 }

@@ -33,4 +33,12 @@ cudaError_t simt_center(const cuda::CenterLaunch* launch) {
   return cuda::launch_center(*launch, nullptr);
 }
 
+int64_t simt_depthwise_partial(const DepthwiseLayer* layer) {
+  return cuda::depthwise_partial(*layer);
+}
+
+cudaError_t simt_depthwise(const DepthwiseLayer* layer, double* partial) {
+  return cuda::launch_depthwise(*layer, partial, nullptr);
+}
+
 }  // extern "C"

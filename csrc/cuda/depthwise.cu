@@ -1,0 +1,301 @@
+// One block takes a few neighbouring groups and some samples. A thread keeps to one group and holds the sums of its
+// taps in registers while it goes over positions; what windows share is left to the caches. Neighbouring threads read
+// neighbouring groups in channels_last and neighbouring positions otherwise.
+#include "../depthwise.h"
+
+#include <algorithm>
+
+#include "launch.cuh"
+#include "scalar.cuh"
+
+namespace pyfeedback::cuda {
+
+namespace {
+
+constexpr int64_t kBlocks = 2048;  // about so many, several for every processor of any GPU
+constexpr int kTapsAtOnce = 8;     // of a kernel that has no code of its own
+
+// Groups that neighbouring threads take, a power of two.
+int lanes_of(const DepthwiseLayer& a) {
+  int lanes = 1;
+  while (a.input.channel == 1 && lanes < 32 && lanes < a.G) lanes *= 2;
+  return lanes;
+}
+
+int64_t tiles_of(const DepthwiseLayer& a) {
+  return (a.G + lanes_of(a) - 1) / lanes_of(a);
+}
+
+__host__ __device__ __forceinline__ int64_t weights_of(const DepthwiseLayer& a) {
+  return a.G * a.J * a.I * a.R * a.S;
+}
+
+// Parts that the samples are cut into.
+int64_t chunks_of(const DepthwiseLayer& a) {
+  return std::clamp<int64_t>(kBlocks / tiles_of(a), 1, a.N);
+}
+
+// Sums of one chunk: of grad_weight, of the rule's data terms, of the bias.
+__host__ __device__ __forceinline__ int64_t sums_of(const DepthwiseLayer& a) {
+  return 2 * weights_of(a) + a.G * a.J;
+}
+
+// A thread's group. kSide is the side of a square kernel with one input channel a group, or 0 for any.
+template <typename Scalar, int kSide>
+struct DepthwiseThread {
+  using T = Wide<Scalar>;
+  static constexpr int kTaps = kSide ? kSide * kSide : kTapsAtOnce;
+
+  const DepthwiseLayer& a;
+  const DepthwiseRule<T> rule;
+  const int64_t group;
+  const int worker, workers;  // of those that share the group's positions
+
+  __device__ __forceinline__ int kernel_columns() const { return kSide ? kSide : static_cast<int>(a.S); }
+  __device__ __forceinline__ int taps() const { return kSide ? kSide * kSide : static_cast<int>(a.R * a.S); }
+
+  __device__ __forceinline__ int64_t weight_index(int64_t j, int64_t i, int tap) const {
+    return ((group * a.J + j) * a.I + i) * taps() + tap;
+  }
+  __device__ __forceinline__ T weight(const void* weights, int64_t index) const {
+    return widen(static_cast<const Scalar*>(weights)[index]);
+  }
+
+  template <typename Item>
+  static __device__ __forceinline__ auto read(const Map& map, int64_t n, int64_t channel, int row, int column) {
+    return widen(static_cast<const Item*>(
+        map.data)[n * map.sample + channel * map.channel + row * map.row + column * map.column]);
+  }
+
+  // The input under a tap of output position (p, q); zero outside the map.
+  __device__ __forceinline__ T under(const Map& map, int64_t n, int64_t i, int tap, int p, int q,
+                                     bool is_mean = false) const {
+    const int h = static_cast<int>(a.stride[0]) * p + static_cast<int>(a.dilation[0]) * (tap / kernel_columns()) -
+                  static_cast<int>(a.padding[0]);
+    const int w = static_cast<int>(a.stride[1]) * q + static_cast<int>(a.dilation[1]) * (tap % kernel_columns()) -
+                  static_cast<int>(a.padding[1]);
+    if (h < 0 || h >= a.H || w < 0 || w >= a.W) return T(0);
+    return is_mean ? read<T>(map, 0, group * a.I + i, h, w) : read<Scalar>(map, n, group * a.I + i, h, w);
+  }
+
+  // The output that a tap spreads over input position (h, w), minus its mean if there is one; zero where there is none.
+  __device__ __forceinline__ T over(const Map& map, const Map& mean, int64_t n, int64_t j, int tap, int h,
+                                    int w) const {
+    const int down = static_cast<int>(a.stride[0]), right = static_cast<int>(a.stride[1]);
+    const int above = h + static_cast<int>(a.padding[0]) - static_cast<int>(a.dilation[0]) * (tap / kernel_columns());
+    const int left = w + static_cast<int>(a.padding[1]) - static_cast<int>(a.dilation[1]) * (tap % kernel_columns());
+    const int p = above / down, q = left / right;
+    if (above < 0 || left < 0 || p >= a.P || q >= a.Q || p * down != above || q * right != left) return T(0);
+    const T value = read<Scalar>(map, n, group * a.J + j, p, q);
+    return mean.data ? value - read<T>(mean, 0, group * a.J + j, p, q) : value;
+  }
+
+  // visit(n, row, column) for this thread's positions of a map, in samples first .. last - 1.
+  template <typename Visitor>
+  __device__ __forceinline__ void for_each_position(int64_t first, int64_t last, int64_t rows, int64_t columns,
+                                                    const Visitor& visit) const {
+    const int count = static_cast<int>(rows * columns), width = static_cast<int>(columns);
+    for (int64_t n = first; n < last; ++n) {
+      for (int position = worker; position < count; position += workers) visit(n, position / width, position % width);
+    }
+  }
+
+  // convT(map, B) of input channel i at (h, w).
+  __device__ __forceinline__ T project(const Map& map, const Map& mean, int64_t n, int64_t i, int h, int w) const {
+    T total = 0;
+    for (int64_t j = 0; j < a.J; ++j) {
+      for (int tap = 0; tap < taps(); ++tap) {
+        total += weight(a.feedback, weight_index(j, i, tap)) * over(map, mean, n, j, tap, h, w);
+      }
+    }
+    return total;
+  }
+
+  __device__ __forceinline__ void write_grad_input(int64_t first, int64_t last) const {
+    for (int64_t i = 0; i < a.I; ++i) {
+      for_each_position(first, last, a.H, a.W, [&](int64_t n, int h, int w) {
+        const Map& to = a.grad_input;
+        const int64_t at = n * to.sample + (group * a.I + i) * to.channel + h * to.row + w * to.column;
+        narrow(project(a.grad_output, Map{}, n, i, h, w), static_cast<Scalar*>(to.data)[at]);
+      });
+    }
+  }
+
+  // Sums of taps begin .. begin + count - 1 that read the input: of grad_weight, and of corr(x, conv(x, combined)).
+  __device__ __forceinline__ void add_windows(int64_t first, int64_t last, int64_t j, int64_t i, int begin, int count,
+                                              T (&of_weight)[kTaps], T (&of_data)[kTaps]) const {
+    for_each_position(first, last, a.P, a.Q, [&](int64_t n, int p, int q) {
+      T value[kTaps];
+      const T dy = read<Scalar>(a.grad_output, n, group * a.J + j, p, q);
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        value[t] = t < count ? under(a.input, n, i, begin + t, p, q) : T(0);
+        of_weight[t] += value[t] * dy;
+      }
+      if (n >= a.samples || !rule.has_combined()) return;
+      if (a.mean.data) {
+#pragma unroll
+        for (int t = 0; t < kTaps; ++t) {
+          if (t < count) value[t] -= under(a.mean, n, i, begin + t, p, q, true);
+        }
+      }
+      const T response = respond(n, j, p, q, value);
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) of_data[t] += value[t] * response;
+    });
+  }
+
+  // conv(x, combined) of output channel j; `value` is the window where a thread holds all of it.
+  __device__ __forceinline__ T respond(int64_t n, int64_t j, int p, int q, const T (&value)[kTaps]) const {
+    T total = 0;
+    if constexpr (kSide > 0) {
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) total += combined(weight_index(j, 0, t)) * value[t];
+    } else {
+      for (int64_t i = 0; i < a.I; ++i) {
+        for (int tap = 0; tap < taps(); ++tap) {
+          T x = under(a.input, n, i, tap, p, q);
+          if (a.mean.data) x -= under(a.mean, n, i, tap, p, q, true);
+          total += combined(weight_index(j, i, tap)) * x;
+        }
+      }
+    }
+    return total;
+  }
+  __device__ __forceinline__ T combined(int64_t index) const {
+    return rule.combined(weight(a.feedback, index), weight(a.weight, index));
+  }
+
+  // Sums of the same taps of corr(null convT(y, B) - amp x, y).
+  __device__ __forceinline__ void add_spread(int64_t first, int64_t last, int64_t j, int64_t i, int begin, int count,
+                                             T (&of_data)[kTaps]) const {
+    for_each_position(first, last, a.H, a.W, [&](int64_t n, int h, int w) {
+      const int64_t channel = group * a.I + i;
+      T x = read<Scalar>(a.input, n, channel, h, w);
+      if (a.mean.data) x -= read<T>(a.mean, 0, channel, h, w);
+      const T z = rule.null * project(a.response, a.response_mean, n, i, h, w) - rule.carried_amp() * x;
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        if (t < count) of_data[t] += z * over(a.response, a.response_mean, n, j, begin + t, h, w);
+      }
+    });
+  }
+};
+
+// The sum over the workers of a group, in its first one: threads t, t + lanes, ...
+template <typename T>
+__device__ __forceinline__ T add_workers(T value, int lanes) {
+  __shared__ T of_thread[kThreads];
+  of_thread[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half >= lanes; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) of_thread[threadIdx.x] += of_thread[threadIdx.x + half];
+    __syncthreads();
+  }
+  const T total = of_thread[threadIdx.x];
+  __syncthreads();
+  return total;
+}
+
+// partial: the sums of each chunk.
+template <typename Scalar, int kSide>
+__global__ void __launch_bounds__(kThreads, 1)  // one block a processor, so that 7x7 kernels have registers enough
+    depthwise_kernel(const __grid_constant__ DepthwiseLayer a, int lanes, int64_t tiles, int64_t chunks,
+                     double* partial) {
+  using Thread = DepthwiseThread<Scalar, kSide>;
+  using T = Wide<Scalar>;
+  const int64_t tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, worker = static_cast<int>(threadIdx.x) / lanes;
+  const Thread thread{a, make_rule<T>(a), tile * lanes + lane, worker, kThreads / lanes};
+  const bool works = thread.group < a.G, writes = works && worker == 0;
+  const int64_t first = chunk * a.N / chunks, last = (chunk + 1) * a.N / chunks;
+  const int64_t seen = last < a.samples ? last : a.samples;  // by the rule
+  double* sums = partial + chunk * sums_of(a);
+
+  if (works && a.grad_input.data) thread.write_grad_input(first, last);
+  for (int64_t j = 0; j < a.J; ++j) {
+    for (int64_t i = 0; i < a.I; ++i) {
+      for (int begin = 0; begin < thread.taps(); begin += Thread::kTaps) {
+        const int left = thread.taps() - begin, count = left < Thread::kTaps ? left : Thread::kTaps;
+        T of_weight[Thread::kTaps] = {}, of_data[Thread::kTaps] = {};
+        if (works) thread.add_windows(first, last, j, i, begin, count, of_weight, of_data);
+        if (works && thread.rule.null != 0) thread.add_spread(first, seen, j, i, begin, count, of_data);
+        const int64_t index = thread.weight_index(j, i, begin);
+#pragma unroll
+        for (int t = 0; t < Thread::kTaps; ++t) {
+          if (t >= count) break;
+          const T weight_sum = add_workers(of_weight[t], lanes), data_sum = add_workers(of_data[t], lanes);
+          if (writes) {
+            sums[index + t] = weight_sum;
+            sums[weights_of(a) + index + t] = data_sum;
+          }
+        }
+      }
+    }
+    if (a.grad_bias == nullptr) continue;
+    T bias = 0;
+    if (works) {
+      thread.for_each_position(first, last, a.P, a.Q, [&](int64_t n, int p, int q) {
+        bias += Thread::template read<Scalar>(a.grad_output, n, thread.group * a.J + j, p, q);
+      });
+    }
+    bias = add_workers(bias, lanes);
+    if (writes) sums[2 * weights_of(a) + thread.group * a.J + j] = bias;
+  }
+}
+
+// A thread takes one weight, or one bias, and adds up the chunks in their order.
+template <typename Scalar>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const __grid_constant__ DepthwiseLayer a, int64_t chunks, const double* partial) {
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, weights = weights_of(a);
+  const auto sum = [&](int64_t at) {
+    double total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * sums_of(a) + at];
+    return total;
+  };
+  const auto set = [](void* to, int64_t at, double value) {
+    if (to) narrow(static_cast<Wide<Scalar>>(value), static_cast<Scalar*>(to)[at]);
+  };
+  if (index < weights) {
+    const double grad_weight = sum(index), data = sum(weights + index);
+    const double weight = widen(static_cast<const Scalar*>(a.weight)[index]);
+    const double feedback = widen(static_cast<const Scalar*>(a.feedback)[index]);
+    const auto rule = make_rule<double>(a);
+    set(a.grad_weight, index, grad_weight);
+    set(a.grad_feedback, index, rule.gradient(data, static_cast<double>(a.samples), feedback, weight, grad_weight));
+  } else if (index < weights + a.G * a.J && a.grad_bias != nullptr) {
+    set(a.grad_bias, index - weights, sum(weights + index));
+  }
+}
+
+}  // namespace
+
+int64_t depthwise_partial(const DepthwiseLayer& a) {
+  return chunks_of(a) * sums_of(a);
+}
+
+cudaError_t launch_depthwise(const DepthwiseLayer& a, double* partial, cudaStream_t stream) {
+  const int lanes = lanes_of(a);
+  const int64_t tiles = tiles_of(a), chunks = chunks_of(a);
+  const auto run = [&](auto kernel) {
+    return launch(kernel, tiles * chunks, stream, a, lanes, tiles, chunks, partial);
+  };
+  const cudaError_t error = visit_dtype(a.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    const int64_t side = a.I == 1 && a.R == a.S ? a.R : 0;
+    if constexpr (!std::is_same_v<Scalar, double>) {
+      if (side == 3) return run(depthwise_kernel<Scalar, 3>);
+      if (side == 5) return run(depthwise_kernel<Scalar, 5>);
+      if (side == 7) return run(depthwise_kernel<Scalar, 7>);
+    }
+    return run(depthwise_kernel<Scalar, 0>);
+  });
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = (weights_of(a) + a.G * a.J + kThreads - 1) / kThreads;
+  return visit_dtype(a.dtype, [&](auto scalar) {
+    return launch(finish_kernel<decltype(scalar)>, blocks, stream, a, chunks, static_cast<const double*>(partial));
+  });
+}
+
+}  // namespace pyfeedback::cuda
