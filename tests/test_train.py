@@ -30,7 +30,13 @@ PROGRAM = EXAMPLES / "train.py"
 
 @pytest.fixture(autouse=True)
 def example_folder(monkeypatch):
+    """Where the program is found; one thread is enough for networks as small as these, here and in its processes."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def part(name):
@@ -126,9 +132,12 @@ def test_so_it_does_under_every_rule(tmp_path, rule):
     assert_same(interrupted(chosen, few_digits(), 6, tmp_path / "checkpoint.pt"), unbroken)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_so_it_does_with_another_optimizer(tmp_path, optimizer):
-    chosen = settings("digits-kp", optimizer=optimizer, lr=1e-3)
+OPTIMIZERS = [{"optimizer": "adam"}, {"optimizer": "adamw"}, {"noise": 0.1}, {"noise": 0.1, "feedback_lr": 0.01}]
+
+
+@pytest.mark.parametrize("changes", OPTIMIZERS, ids=str)
+def test_so_it_does_with_another_optimizer(tmp_path, changes):
+    chosen = settings("digits-kp", lr=1e-3, **changes)
     unbroken = new_run(chosen)
     unbroken.train(nothing, nothing)
     assert_same(interrupted(chosen, few_digits(), 6, tmp_path / "checkpoint.pt"), unbroken)
@@ -224,7 +233,7 @@ def _within_an_epoch(path):
 
 
 def test_ranks_share_each_batch_and_an_epoch_has_every_image_once():
-    Order = part("data").Order
+    Order = part("order").Order
     orders = [list(Order(24, 8, 0, rank, 2)) for rank in range(2)]
     assert [len(batch) for order in orders for batch in order] == [4] * 6
     seen = [index for order in orders for batch in order for _, index in batch]
@@ -235,7 +244,7 @@ def test_ranks_share_each_batch_and_an_epoch_has_every_image_once():
 
 def test_the_order_is_that_of_seed_and_epoch_wherever_it_starts():
     def order(seed=0, epoch=0, start=0):
-        made = part("data").Order(30, 8, seed, 0, 1)
+        made = part("order").Order(30, 8, seed, 0, 1)
         made.epoch, made.start = epoch, start
         assert len(made) == 3 - start
         return [[index for _, index in batch] for batch in made]
@@ -252,7 +261,7 @@ def test_an_image_is_augmented_alike_by_whoever_loads_it():
     place = part("place").Place(torch.device("cpu"))
 
     def epoch(number, start=0, seed=0, workers=0):
-        return list(data.Loader(images, 4, seed, place, workers).epoch(number, start))
+        return list(part("order").Loader(images, 4, seed, place, workers).epoch(number, start))
 
     state = torch.get_rng_state()
     first = epoch(0)
@@ -269,7 +278,7 @@ def test_an_image_is_augmented_alike_by_whoever_loads_it():
 def test_a_batch_that_does_not_fit_is_named(batch, ranks, named):
     place = part("place").Place(torch.device("cpu"), 0, ranks)
     with pytest.raises(ValueError, match=f"batch is {batch}, expected .*{named}"):
-        part("data").Loader(few_digits(), batch, 0, place)
+        part("order").Loader(few_digits(), batch, 0, place)
 
 
 # Recipes
@@ -324,6 +333,21 @@ def test_what_learns_is_stepped_by_one_optimizer(rule, changes, expected):
     before = [p.clone() for p in run.network.parameters()]
     run.train(nothing, nothing)
     assert not any(torch.equal(a, b) for a, b in zip(before, run.network.parameters(), strict=True))
+
+
+def test_feedback_is_drawn_to_scale():
+    one, tenth = (new_run(settings("digits-fa", feedback_scale=scale)) for scale in (1.0, 0.1))
+    for a, b in zip(one.monitor.latest.values(), tenth.monitor.latest.values(), strict=True):
+        assert b.norm_ratio == pytest.approx(0.1 * a.norm_ratio)
+
+
+def test_noise_keeps_feedback_from_the_weight():
+    angles = {}
+    for noise in (0.0, 1.0):
+        run = new_run(settings("digits-sa", noise=noise, epochs=4), few_digits(1024))
+        run.train(nothing, nothing)
+        angles[noise] = run.rows[-1]["angle"]
+    assert angles[1.0] > angles[0.0] + 10
 
 
 def test_kolen_pollack_aligns():
@@ -440,7 +464,7 @@ def test_torchvision_reads_the_files_it_expects(folder):
     tolerance = 0.05 if name == "imagenet" else 1e-5  # JPEG changes a colour a little
     assert torch.allclose(images.test[0][0], expected, atol=tolerance)
     assert images.classes == {"mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 2}[name]
-    augmented = [image for image, _ in data.Drawn(images.training, 0).images]
+    augmented = [image for image, _ in part("order").Drawn(images.training, 0).images]
     assert {image.shape for image in augmented} == {expected.shape}
 
 
@@ -606,25 +630,14 @@ def test_a_configuration_is_what_it_was(monkeypatch, name):
         (["digits-bp", "--data", "fashion"], "data is 'fashion', expected one of digits"),
         (["digits-bp", "--epochs", "0"], "epochs is 0, expected 1 or more"),
         (["digits-bp", "--lr", "-1"], "lr is -1.0, expected a finite number, 0 or more"),
+        (["digits-kp", "--noise", "1", "--optimizer", "adam"], "noise is 1.0 with adam, expected sgd"),
         (["digits-bp", "--optimizer", "lion"], "optimizer is 'lion', expected one of sgd"),
         (["digits-bp", "--device", "abacus"], "device is 'abacus'"),
         (["cifar10", "--root", "nowhere"], "cifar10"),
     ],
-    ids=[
-        "configuration",
-        "rule",
-        "mixture",
-        "file",
-        "json",
-        "coefficients",
-        "data",
-        "epochs",
-        "lr",
-        "optimizer",
-        "device",
-        "root",
-    ],
-)
+    ids=["configuration", "rule", "mixture", "file", "json", "coefficients", "data", "epochs", "lr", "noise",
+         "optimizer", "device", "root"],
+)  # fmt: skip
 def test_bad_input_is_one_line(monkeypatch, tmp_path, arguments, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text("{}")

@@ -54,7 +54,10 @@ def of_demo() -> Iterator[tuple[str, Configuration]]:
     )  # fmt: skip
     for data, epochs in (("digits", 30), ("cluttered", 12)):
         for name, tune in tuned.SETTINGS.items():
-            found = replace(demo, data=data, epochs=epochs, rule=tune.rule, weight_decay=tune.weight_decay)
+            found = replace(
+                demo, data=data, epochs=epochs, rule=tune.rule, weight_decay=tune.weight_decay, noise=tune.noise,
+                feedback_scale=tune.init.scale if tune.init else 1.0,
+            )  # fmt: skip
             if tune.rule.learns and not tune.cosine:
                 found = replace(found, feedback_lr=tune.lr, feedback_momentum=tune.momentum)
             yield f"{data}-{name}", Configuration(found, "examples/two_routes.py")

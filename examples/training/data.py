@@ -1,25 +1,19 @@
-"""Images, and the order in which a run sees them.
+"""Data sets by name."""
 
-The order of an epoch and the augmentation of an image in it are functions of the seed, the epoch and the image alone:
-they do not depend on workers, ranks, or on where a run was interrupted.
-"""
-
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import cluttered_digits
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
+# Mean and standard deviation of each channel of the training images.
 CHANNELS = {
     "mnist": ([0.1307], [0.3081]),
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
     "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-}  # mean and standard deviation of each channel of the training images
+}
 
 
 class Images(NamedTuple):
@@ -39,119 +33,37 @@ def load(name: str, root: Path, download: bool = False) -> Images:
     """The data set of this name; those of torchvision lie in the folder ``root``, as torchvision lays them out.
 
     Raises:
-        ValueError: torchvision is needed and does not import, or finds no data set there.
+        ValueError: torchvision is needed and does not import, or does not find the data set.
     """
     if name in cluttered_digits.NAMES:
         return Images(*(TensorDataset(side.images, side.labels) for side in cluttered_digits.load(name)), 10)
-    datasets, transforms = _torchvision(name)
-    if name == "imagenet":
-        augmentation = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
-        crop = [transforms.Resize(256), transforms.CenterCrop(224)]
-    else:
-        augmentation = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        augmentation, crop = [] if name == "mnist" else augmentation, []
-    normalized = [transforms.ToTensor(), transforms.Normalize(*CHANNELS[name])]
-    sides = []
-    for folder, steps in (("train", augmentation), ("val", crop)):
-        transform = transforms.Compose([*steps, *normalized])
-        try:
-            if name == "imagenet":
-                sides.append(datasets.ImageFolder(root / folder, transform))
-            else:
-                kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-                sides.append(kind(root, folder == "train", transform, download=download))
-        except (RuntimeError, FileNotFoundError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"root is {root}, expected a folder with {name} for torchvision: {why}") from None
-    return Images(*sides, len(sides[0].classes))
-
-
-def _torchvision(name: str):
     try:
         from torchvision import datasets, transforms
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
         raise ValueError(f"data is {name!r}, which needs torchvision: {str(error).splitlines()[0]}") from None
-    return datasets, transforms
 
+    shifted = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    cut_out = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    middle = [transforms.Resize(256), transforms.CenterCrop(224)]
+    augmented, plain = {
+        "mnist": ([], []),
+        "cifar10": (shifted, []),
+        "cifar100": (shifted, []),
+        "imagenet": (cut_out, middle),
+    }[name]
 
-def seed_of(*parts: int) -> int:
-    """A seed of its own for each tuple of numbers."""
-    return crc32(repr(parts).encode())
+    def side(training: bool, steps: list) -> Dataset:
+        transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(*CHANNELS[name])])
+        if name == "imagenet":
+            return datasets.ImageFolder(root / ("train" if training else "val"), transform)
+        kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        return kind(root, training, transform, download=download)
 
-
-class Drawn(Dataset):
-    """Images by (epoch, index), augmented by a random stream that these two and the seed alone decide."""
-
-    def __init__(self, images: Dataset, seed: int):
-        self.images, self.seed = images, seed
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        generator = torch.default_generator  # what torchvision draws from
-        state = generator.get_state()
-        generator.manual_seed(seed_of(self.seed, epoch, index))
-        try:
-            return self.images[index]
-        finally:
-            generator.set_state(state)
-
-
-class Order(Sampler):
-    """The batches of one epoch from batch ``start`` on, this rank's part of each, as keys of :class:`Drawn`."""
-
-    def __init__(self, length: int, batch: int, seed: int, rank: int, ranks: int):
-        self.length, self.batch, self.seed, self.rank, self.ranks = length, batch, seed, rank, ranks
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.length // self.batch - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)[: self.length // self.batch * self.batch]
-        for chosen in order.split(self.batch)[self.start :]:
-            yield [(self.epoch, index) for index in chosen[self.rank :: self.ranks].tolist()]
-
-
-class Loader:
-    """Batches (images, labels) on the device of a place, of the training images by epoch or of all test images.
-
-    Raises:
-        ValueError: a batch that the ranks cannot share equally, or larger than the data set.
-    """
-
-    def __init__(self, images: Images, batch: int, seed: int, place, workers: int = 0, channels_last: bool = False):
-        length = len(images.training)
-        if batch % place.ranks:
-            raise ValueError(f"batch is {batch}, expected a multiple of the {place.ranks} ranks")
-        if batch > length:
-            raise ValueError(f"batch is {batch}, expected at most the {length} training images")
-        self.steps = length // batch
-        self.device = place.device
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self._order = Order(length, batch, seed, place.rank, place.ranks)
-        options = {
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": place.device.type == "cuda",
-            "generator": torch.Generator(),  # its own, or every epoch would draw from the run's
-        }
-        self._training = DataLoader(Drawn(images.training, seed), batch_sampler=self._order, **options)
-        mine = range(place.rank, len(images.test), place.ranks)
-        self._test = DataLoader(images.test, batch_size=batch // place.ranks, sampler=mine, **options)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches of an epoch, from number ``start`` on."""
-        self._order.epoch, self._order.start = epoch, start
-        return self._moved(self._training)
-
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of the test images."""
-        return self._moved(self._test)
-
-    def _moved(self, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in loader:
-            yield (
-                images.to(self.device, non_blocking=True, memory_format=self.format),
-                labels.to(self.device, non_blocking=True),
-            )
+    try:
+        training, test = side(True, augmented), side(False, plain)
+    except (RuntimeError, FileNotFoundError) as error:
+        what = f"root is {root}, expected a folder with {name} for torchvision"
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from None
+    if training.classes != test.classes:
+        raise ValueError(f"root is {root}, expected the same classes in training and test")
+    return Images(training, test, len(training.classes))

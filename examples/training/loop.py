@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import pyfeedback
 from training import models, recipe
-from training.data import Images, Loader
+from training.data import Images
+from training.order import Loader
 from training.place import Place
 from training.settings import Settings
 
@@ -48,7 +49,7 @@ class Run:
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)
         self.frozen = models.frozen_features(network) if settings.frozen else None
-        self.network = models.convert(network, settings.rule)
+        self.network = models.convert(network, settings.rule, settings.feedback_scale)
         self.optimizers = recipe.optimizers(settings, self.network)
         self.frozen_optimizers = recipe.optimizers(settings, self.frozen) if self.frozen else []
 

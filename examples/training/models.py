@@ -71,10 +71,10 @@ def build(name: str, classes: int, shape: torch.Size) -> nn.Module:
         raise ValueError(f"model is {name!r}, expected demo, resnet20 or a name of torchvision.models") from None
 
 
-def convert(network: nn.Module, rule: pyfeedback.Rule | dict[str, pyfeedback.Rule]) -> nn.Module:
+def convert(network: nn.Module, rule: pyfeedback.Rule | dict[str, pyfeedback.Rule], scale: float = 1.0) -> nn.Module:
     """Feedback paths for every layer but the first, which has no layer before it to hand a gradient to."""
     first = next(m for m in network.modules() if type(m) in pyfeedback.nn.LAYERS)
-    pyfeedback.convert(network, rule)
+    pyfeedback.convert(network, rule, init=pyfeedback.Init(scale=scale))
     if isinstance(first, pyfeedback.nn.FeedbackLayer):
         pyfeedback.unconvert(first)
     return network

@@ -31,11 +31,12 @@ def optimizers(settings: Settings, model: nn.Module) -> list[Optimizer]:
     if not feedback:
         return [_optimizer(settings, forward)]
     if settings.feedback_lr is not None:
-        own = pyfeedback.optim.FeedbackSGD(model, settings.feedback_lr, settings.feedback_momentum)
+        lr, momentum = settings.feedback_lr, settings.feedback_momentum
+        own = pyfeedback.optim.FeedbackSGD(model, lr, momentum, noise=settings.noise)
         return [_optimizer(settings, forward), own]
     if settings.optimizer == "sgd":
-        sgd = pyfeedback.optim.SGD(model, settings.lr, settings.momentum, settings.weight_decay, settings.nesterov)
-        return [sgd]
+        options = settings.lr, settings.momentum, settings.weight_decay, settings.nesterov
+        return [pyfeedback.optim.SGD(model, *options, noise=settings.noise)]
     if settings.optimizer == "adamw":
         return [pyfeedback.optim.AdamW(model, settings.lr, weight_decay=settings.weight_decay)]
     adam = _optimizer(settings, forward)

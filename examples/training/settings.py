@@ -38,6 +38,8 @@ class Settings:
     cosine: bool = option(False, "the learning rate falls along a cosine instead")
     feedback_lr: float | None = option(None, "a constant learning rate of the feedback's own SGD; else as the weights'")
     feedback_momentum: float = option(0.9, "of the feedback's own SGD")
+    feedback_scale: float = option(1.0, "multiplies the feedback as it is drawn")
+    noise: float = option(0.0, "standard deviation of noise in the feedback's gradients, under sgd")
 
     autocast: bool = option(False, "compute in bfloat16 where that is safe")
     compile: bool = option(False, "torch.compile the model")
@@ -56,10 +58,13 @@ class Settings:
         for name, lowest in {"epochs": 1, "batch": 1, "every": 1, "probe": 0}.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {lowest} or more")
-        for name in ("lr", "momentum", "weight_decay", "warmup", "feedback_lr", "feedback_momentum"):
+        numbers = ("lr", "momentum", "weight_decay", "warmup", "noise")
+        for name in (*numbers, "feedback_lr", "feedback_momentum", "feedback_scale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}, expected a finite number, 0 or more")
+        if self.noise and self.optimizer != "sgd" and self.feedback_lr is None:
+            raise ValueError(f"noise is {self.noise} with {self.optimizer}, expected sgd or a feedback_lr")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing is {self.smoothing}, expected a number from 0 to below 1")
 
