@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine
 import tables
 from implementations import BASELINES, SUBJECT
-from selection import DTYPES, RULES, WHOLE_NETWORKS, Selection
+from selection import DEPTHWISE, DTYPES, RULES, WHOLE_NETWORKS, Selection
 from timing import Clock, Race, Step, timer_for
 
 CLOCK = Clock()
@@ -47,7 +47,7 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="a few layers, a small batch, few rounds")
     group.addoption("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     group.addoption("--batch", type=int, default=0, help="batch of the layers (default: 16, cuda 128, --quick 8)")
-    group.addoption("--network", action="append", choices=list(WHOLE_NETWORKS), help="this network alone")
+    group.addoption("--network", action="append", choices=[*WHOLE_NETWORKS, *DEPTHWISE], help="this network alone")
     group.addoption("--rule", action="append", choices=list(RULES), help="this rule alone")
     group.addoption("--dtype", action="append", choices=list(DTYPES), help="default: float32, on cuda bfloat16 too")
     group.addoption("--against", action="append", choices=list(BASELINES), help="this baseline alone")

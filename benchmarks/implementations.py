@@ -15,7 +15,8 @@ from pyfeedback import Rule, reference
 from pyfeedback.testing import ConvInputs, ConvShape, conv_inputs
 
 SUBJECT = "pyfeedback"
-BASELINES = ("plain", "reference", "composed", "compiled", "triton")  # triton: pyfeedback with its kernels forced
+FORCED = ("triton", "native")  # pyfeedback with these kernels forced
+BASELINES = ("plain", "reference", "composed", "compiled", *FORCED)
 
 CHECKED_BATCH = 4
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # float32: TF32
@@ -70,7 +71,7 @@ def layer_step(name: str, shape: ConvShape, rule: Rule, inputs: ConvInputs) -> L
     b = b.detach().requires_grad_(rule.learns)
     leaves = {"input": x, "weight": w, "feedback": b}
     coefficients, window = rule.coefficients(x.shape[0], 1), shape.window
-    if name in (SUBJECT, "triton"):
+    if name in (SUBJECT, *FORCED):
         layer = pyfeedback.nn.Conv2d(
             shape.in_channels, shape.out_channels, shape.kernel, *window, bias=False, device=x.device, dtype=x.dtype,
             rule=rule,
@@ -80,7 +81,7 @@ def layer_step(name: str, shape: ConvShape, rule: Rule, inputs: ConvInputs) -> L
             del leaves["feedback"]
         else:
             leaves["feedback"] = layer.feedback = torch.nn.Parameter(b.detach(), rule.learns)
-        return LayerStep(lambda: [layer(x)], leaves, grad_output, "triton" if name == "triton" else "auto")
+        return LayerStep(lambda: [layer(x)], leaves, grad_output, name if name in FORCED else "auto")
     if name == "plain":
         return LayerStep(lambda: [F.conv2d(x, w, None, *window)], {"input": x, "weight": w}, grad_output)
     if name == "composed":

@@ -10,11 +10,21 @@ from implementations import BASELINES, SUBJECT
 
 from pyfeedback import Rule
 from pyfeedback import rule as as_rule
-from pyfeedback.testing import RESNET18, RESNET20_CIFAR, RESNET50, ConvShape
+from pyfeedback.testing import (
+    CONVNEXT_T,
+    EFFICIENTNET_B0,
+    MOBILENET_V2,
+    RESNET18,
+    RESNET20_CIFAR,
+    RESNET50,
+    ConvShape,
+)
 
-NETWORKS = {"resnet18": RESNET18, "resnet50": RESNET50, "resnet20": RESNET20_CIFAR}
+RESNETS = {"resnet18": RESNET18, "resnet50": RESNET50, "resnet20": RESNET20_CIFAR}
+DEPTHWISE = {"mobilenet_v2": MOBILENET_V2, "efficientnet_b0": EFFICIENTNET_B0, "convnext_t": CONVNEXT_T}
+NETWORKS = RESNETS | DEPTHWISE  # their layers; of the second, the depthwise ones, measured where they are named
 
-WHOLE_NETWORKS = (*NETWORKS, "resnet18-cifar")
+WHOLE_NETWORKS = (*RESNETS, "resnet18-cifar")
 
 # One of each kind: pointwise up, down and strided, 3x3 dense and strided, large and small maps.
 QUICK_LAYERS = {
@@ -65,7 +75,7 @@ class Selection:
         chosen = {}
         for network in self.networks:
             for shape in NETWORKS.get(network, ()):
-                if not self.quick or shape.name in QUICK_LAYERS[network]:
+                if not self.quick or shape.name in QUICK_LAYERS.get(network, (shape.name,)):
                     chosen.setdefault(shape.name, shape)
         return list(chosen.values())
 

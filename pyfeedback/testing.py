@@ -91,6 +91,48 @@ RESNET20_CIFAR = (
     _conv(64, 64, 3, 1, 8, 5),
 )
 
+# Every distinct depthwise layer of MobileNetV2, EfficientNet-B0 and ConvNeXt-T.
+
+
+def _depthwise(c: int, kernel: int, stride: int, map_size: int, repeats: int = 1) -> ConvShape:
+    return ConvShape(f"{c}-dw-{kernel}x{kernel}s{stride}@{map_size}", c, c, kernel, stride, map_size, repeats, c)
+
+
+MOBILENET_V2 = (
+    _depthwise(32, 3, 1, 112),
+    _depthwise(96, 3, 2, 112),
+    _depthwise(144, 3, 1, 56),
+    _depthwise(144, 3, 2, 56),
+    _depthwise(192, 3, 1, 28, 2),
+    _depthwise(192, 3, 2, 28),
+    _depthwise(384, 3, 1, 14, 4),
+    _depthwise(576, 3, 1, 14, 2),
+    _depthwise(576, 3, 2, 14),
+    _depthwise(960, 3, 1, 7, 3),
+)
+
+EFFICIENTNET_B0 = (
+    _depthwise(32, 3, 1, 112),
+    _depthwise(96, 3, 2, 112),
+    _depthwise(144, 3, 1, 56),
+    _depthwise(144, 5, 2, 56),
+    _depthwise(240, 5, 1, 28),
+    _depthwise(240, 3, 2, 28),
+    _depthwise(480, 3, 1, 14, 2),
+    _depthwise(480, 5, 1, 14),
+    _depthwise(672, 5, 1, 14, 2),
+    _depthwise(672, 5, 2, 14),
+    _depthwise(1152, 5, 1, 7, 3),
+    _depthwise(1152, 3, 1, 7),
+)
+
+CONVNEXT_T = (
+    _depthwise(96, 7, 1, 56, 3),
+    _depthwise(192, 7, 1, 28, 3),
+    _depthwise(384, 7, 1, 14, 9),
+    _depthwise(768, 7, 1, 7, 3),
+)
+
 
 class ConvInputs(NamedTuple):
     """Leaf tensors of one layer call, and the gradient of its output."""
