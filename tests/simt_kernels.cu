@@ -38,6 +38,23 @@ __global__ void shuffles(int* out) {
   out[4 * threadIdx.x + 3] = fifth;
 }
 
+// The sum of what the first lanes of all warps have after a shuffle, which is no barrier of the block.
+template <bool kBarrier>
+__global__ void sum_of_warps(int* out) {
+  __shared__ int of_warp[8];
+  const int value = __shfl_sync(~0u, out[threadIdx.x], 0);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  if (kBarrier) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  if (threadIdx.x != 0 && threadIdx.x != 255) return;
+  int sum = 0;
+  for (int warp = 0; warp < 8; ++warp) sum += of_warp[warp];
+  out[256 + threadIdx.x / 255] = sum;
+}
+
 // Even and odd lanes apart, each as often as its own lanes ask.
 __global__ void halves(int* out) {
   const unsigned mask = threadIdx.x % 2 ? 0xaaaaaaaau : 0x55555555u;
@@ -119,8 +136,9 @@ __global__ void wide_load(int* out) {
 }
 
 constexpr decltype(&indices) kKernels[] = {
-    indices,      reverse<true>,   reverse<false>, shuffles,         halves,      last_block, votes,     atomics,
-    early_return, divergent_warps, absent_lane,    outside_its_mask, to_bfloat16, to_float16, wide_load,
+    indices,     reverse<true>,    reverse<false>, shuffles,   sum_of_warps<true>, sum_of_warps<false>,
+    halves,      last_block,       votes,          atomics,    early_return,       divergent_warps,
+    absent_lane, outside_its_mask, to_bfloat16,    to_float16, wide_load,
 };
 
 }  // namespace

@@ -11,8 +11,9 @@ import torch
 
 pytestmark = pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
 KERNELS = [
-    "indices", "reverse", "reverse_without_barrier", "shuffles", "halves", "last_block", "votes", "atomics",
-    "early_return", "divergent_warps", "absent_lane", "outside_its_mask", "to_bfloat16", "to_float16", "wide_load",
+    "indices", "reverse", "reverse_without_barrier", "shuffles", "sum_of_warps", "sum_of_warps_without_barrier",
+    "halves", "last_block", "votes", "atomics", "early_return", "divergent_warps", "absent_lane", "outside_its_mask",
+    "to_bfloat16", "to_float16", "wide_load",
 ]  # fmt: skip
 
 
@@ -79,6 +80,14 @@ def test_shuffles(run):
         assert torch.equal(below, warp.cumsum(0).int())
         assert torch.equal(following, torch.cat([warp[1:], warp[-1:]]))
         assert (fifth == warp[5]).all()
+
+
+def test_a_shuffle_is_no_barrier_of_the_block(run):
+    for kernel, right in (("sum_of_warps", True), ("sum_of_warps_without_barrier", False)):
+        out = torch.cat([torch.arange(256, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)])
+        assert run(kernel, out, block=(256,)) == ""
+        assert (out[256:].tolist() == [32 * 28] * 2) == right
+        run(kernel, torch.zeros(258, dtype=torch.int32), block=(256,))  # nothing is left in shared memory for the next
 
 
 def test_lanes_of_a_mask_meet_without_the_others(run):

@@ -94,28 +94,22 @@ bool release_block() {
   return true;
 }
 
-// Wakes the lanes of every complete exchange; false where none is.
-bool release_lanes() {
-  auto& threads = current->threads;
+// Wakes the lanes of every complete exchange of a warp; false where none is.
+bool release_lanes(Thread* warp, size_t count) {
   bool any = false;
-  for (size_t first = 0; first < threads.size(); first += kWarp) {
-    const size_t count = std::min<size_t>(kWarp, threads.size() - first);
-    for (size_t i = 0; i < count; ++i) {
-      if (threads[first + i].state != State::kWaitsForLanes) continue;
-      const unsigned mask = threads[first + i].mask;
-      unsigned waiting = 0;
-      for (size_t j = 0; j < count; ++j) {
-        const Thread& other = threads[first + j];
-        waiting |= unsigned{other.state == State::kWaitsForLanes && other.mask == mask} << j;
-      }
-      if ((waiting & mask) != mask) continue;
-      any = true;
-      for (size_t j = 0; j < count; ++j) {
-        if (!(mask >> j & 1)) continue;
-        Thread& thread = threads[first + j];
-        std::memcpy(thread.received, threads[first + thread.source].value, kMostBytes);
-        thread.state = State::kReady;
-      }
+  for (size_t i = 0; i < count; ++i) {
+    if (warp[i].state != State::kWaitsForLanes) continue;
+    const unsigned mask = warp[i].mask;
+    unsigned waiting = 0;
+    for (size_t j = 0; j < count; ++j) {
+      waiting |= unsigned{warp[j].state == State::kWaitsForLanes && warp[j].mask == mask} << j;
+    }
+    if ((waiting & mask) != mask) continue;
+    any = true;
+    for (size_t j = 0; j < count; ++j) {
+      if (!(mask >> j & 1)) continue;
+      std::memcpy(warp[j].received, warp[warp[j].source].value, kMostBytes);
+      warp[j].state = State::kReady;
     }
   }
   return any;
@@ -129,6 +123,17 @@ std::vector<size_t> turns(size_t count, Order order, unsigned seed) {
   return turn;
 }
 
+// Until every thread of the warp has returned or waits for the other warps.
+void run_warp(Thread* warp, size_t count, Order order, unsigned seed) {
+  const std::vector<size_t> turn = turns(count, order, seed);
+  do {
+    for (size_t i : turn) {
+      if (warp[i].state == State::kReady) resume(warp[i]);
+      if (!current->error.empty()) return;
+    }
+  } while (release_lanes(warp, count));
+}
+
 void run_block(Order order, unsigned seed) {
   auto& threads = current->threads;
   for (size_t i = 0; i < threads.size(); ++i) {
@@ -136,15 +141,15 @@ void run_block(Order order, unsigned seed) {
     threads[i].index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
     threads[i].state = State::kReady;
   }
-  const std::vector<size_t> turn = turns(threads.size(), order, seed);
-  for (;;) {
-    for (size_t i : turn) {
-      if (threads[i].state == State::kReady) resume(threads[i]);
+  const std::vector<size_t> turn = turns((threads.size() + kWarp - 1) / kWarp, order, seed);
+  const auto returned = [](const Thread& thread) { return thread.state == State::kReturned; };
+  while (!std::all_of(threads.begin(), threads.end(), returned)) {
+    for (size_t warp : turn) {
+      const size_t first = warp * kWarp;
+      run_warp(&threads[first], std::min<size_t>(kWarp, threads.size() - first), order, seed);
       if (!current->error.empty()) return;
     }
-    const auto returned = [](const Thread& thread) { return thread.state == State::kReturned; };
-    if (std::all_of(threads.begin(), threads.end(), returned)) return;
-    if (!release_lanes() && !release_block()) {
+    if (!release_block()) {
       current->error = "threads wait at a barrier or a shuffle that the others never reach";
       return;
     }

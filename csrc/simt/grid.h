@@ -1,6 +1,6 @@
-// Runs a CUDA grid on one CPU thread: blocks one after another, every thread of a block a fiber that runs until it
-// waits. What a GPU would leave undefined and a fiber can see, such as a barrier that some threads never reach, ends
-// the launch with an error.
+// Runs a CUDA grid on one CPU thread: blocks one after another, the warps of a block one after another as far as they
+// get without the others, every thread a fiber that runs until it waits. What a GPU would leave undefined and a fiber
+// can see, such as a barrier that some threads never reach, ends the launch with an error.
 #pragma once
 
 #include <functional>
@@ -14,7 +14,7 @@ struct Index {
 
 constexpr unsigned kWarp = 32;
 
-// The order in which blocks, and the ready threads of a block, take their turn. A kernel without races gives the same
+// The order in which blocks, warps and the threads of a warp take their turn. A kernel without races gives the same
 // bits under all of them.
 enum class Order { kForward, kBackward, kShuffled };
 
