@@ -65,6 +65,16 @@ def test_no_rule_saves_more_than_backprop(rule):
     assert saved_bytes(converted(rule)) == saved_bytes(network())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rule", ["wm", "ia"])
+def test_without_batch_norm_the_response_is_saved_or_computed_again(rule, bias):
+    """With a bias the output is not the response."""
+    layers = nn.Conv2d(3, WIDTH, 3, padding=1, bias=bias), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
+    before = saved_bytes(model)
+    assert saved_bytes(pyfeedback.convert(model, rule)) - before == (0 if bias else ACTIVATION)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_peak_is_that_of_backprop(rule, layout):
