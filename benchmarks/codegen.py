@@ -22,16 +22,18 @@ import triton
 from pyfeedback.kernels.dgrad import dgrad_constants
 from pyfeedback.kernels.dgrad_kernel import dgrad_kernel
 from pyfeedback.kernels.geometry import Geometry, conv_geometry
+from pyfeedback.kernels.joint import RENAMED
+from pyfeedback.kernels.joint_kernel import joint_kernel
 from pyfeedback.kernels.launch import options
 from pyfeedback.kernels.single import single_constants
 from pyfeedback.kernels.single_kernel import single_kernel
-from pyfeedback.kernels.tiles import choose_dgrad, choose_single, choose_wgrad
+from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_joint, choose_single, choose_wgrad
 from pyfeedback.kernels.wgrad import wgrad_constants
 from pyfeedback.kernels.wgrad_kernel import wgrad_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyfeedback.testing import RESNET50
+from pyfeedback.testing import RESNET20_CIFAR, RESNET50
 
 BATCH = 32
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -46,6 +48,7 @@ LAYERS = (
 )
 SINGLE_LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "256-64-1x1s1@56", "256-128-1x1s1@56", "512-128-1x1s1@28",
                  "512-256-1x1s1@28")  # fmt: skip
+SMALL_LAYERS = ("512-512-3x3s1@7", "512-2048-1x1s1@7", "64-64-3x3s1@8")
 FULL_PRECISION = ("64-256-1x1s1@56", "128-128-3x3s2@56")
 TYPES = {"bf16": 2, "fp32": 4, "tf32": 4}
 
@@ -86,8 +89,11 @@ WGRADS = {
     "moment": {"HAS_U", "HAS_F", "SYMMETRIC"},
 }
 DGRADS = {"dgrad": {"HAS_DX"}, "dgrad z": {"HAS_Z", "USE_X"}, "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"}}
-
-
+JOINTS = {
+    "joint kp": ("wgrad+kp", "dgrad"),
+    "joint pair": ("wgrad pair", "dgrad"),
+    "joint dual": ("wgrad", "dgrad dual"),
+}
 SINGLES = {  # the term, and what its epilogue reads
     "single none": {"HAS_F", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE"},
     "single response": {"HAS_F", "USE_FEEDBACK"},
@@ -106,26 +112,28 @@ def jobs(architectures: list[int | str]) -> list[Job]:
                 # What is launched alone differs from its pair in nothing but one product.
                 ops = ops if dtype == "bf16" else ["wgrad pair", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
+        for layer in SMALL_LAYERS:
+            found += [Job(op, layer, dtype, capability) for op in JOINTS for dtype in TYPES]
         for layer in SINGLE_LAYERS:
             found += [job for op in SINGLES if single_tile(job := Job(op, layer, "bf16", capability))]
     return found
 
 
 def layer_geometry(name: str) -> Geometry:
-    """The layer of ResNet-50 of this name, as a linear layer where it is one."""
-    shape = next(s for s in RESNET50 if s.name == name)
+    """The layer of ResNet-50 or ResNet-20 of this name, as a linear layer where it is one."""
+    shape = next(s for s in (*RESNET50, *RESNET20_CIFAR) if s.name == name)
     input = (BATCH, shape.in_channels, shape.map_size, shape.map_size)
     weight = (shape.out_channels, shape.in_channels, shape.kernel, shape.kernel)
     return conv_geometry(input, weight, *shape.window[:3]).flat()
 
 
-def wgrad_source(job: Job) -> tuple[object, dict, dict, object]:
+def wgrad_source(job: Job, tile: WgradTile | None = None) -> tuple[object, dict, dict, object]:
     """Kernel, compile-time arguments, run-time integers, tile."""
     g, on = layer_geometry(job.layer), WGRADS[job.op]
     flags = {f: f in on for f in ("HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE", "SYMMETRIC")}
     u = g.C if "moment" in job.op else g.K
     rows = (g.K if "HAS_A" in on else 0, u if "HAS_U" in on else 0)
-    tile = choose_wgrad(g, rows, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of], flags["SYMMETRIC"])
+    tile = tile or choose_wgrad(g, rows, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of], flags["SYMMETRIC"])
     constants = wgrad_constants(g, u, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
     strides = {"k": g.R * g.S * g.C, "r": g.S * g.C, "s": g.C, "c": 1}
     written = {"w": "HAS_A" in on, "f": "HAS_F" in on}
@@ -138,15 +146,27 @@ def wgrad_source(job: Job) -> tuple[object, dict, dict, object]:
     return wgrad_kernel, constants, integers, tile
 
 
-def dgrad_source(job: Job) -> tuple[object, dict, dict, object]:
+def dgrad_source(job: Job, tile: DgradTile | None = None) -> tuple[object, dict, dict, object]:
     """Kernel, compile-time arguments, run-time integers, tile."""
     g, on = layer_geometry(job.layer), DGRADS[job.op]
     flags = {f: f in on for f in ("HAS_DX", "HAS_Z", "USE_X")}
-    tile = choose_dgrad(g, len(on) == 3, TYPES[job.dtype], job.tiles_of)
+    tile = tile or choose_dgrad(g, len(on) == 3, TYPES[job.dtype], job.tiles_of)
     constants = dgrad_constants(g, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
     absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X"}
     constants |= {name: None for name, flag in absent.items() if flag not in on}
     return dgrad_kernel, constants, {}, tile
+
+
+def joint_source(job: Job) -> tuple[object, dict, dict, object]:
+    """Kernel, compile-time arguments, run-time integers, tile."""
+    g, (wgrad, dgrad) = layer_geometry(job.layer), JOINTS[job.op]
+    rows = (g.K, g.K if "HAS_U" in WGRADS[wgrad] else 0)
+    device = (job.tiles_of, PROCESSORS[job.tiles_of])
+    tiles = choose_joint(g, rows, len(DGRADS[dgrad]) == 3, TYPES[job.dtype], *device)
+    _, constants, integers, tile = wgrad_source(job._replace(op=wgrad), tiles[0])
+    _, others, *_ = dgrad_source(job._replace(op=dgrad), tiles[1])
+    sizes = dict.fromkeys(("n", "wgrad_tiles", "dgrad_tiles", "dgrad_classes"), 17)
+    return joint_kernel, {RENAMED.get(k, k): v for k, v in others.items()} | constants, integers | sizes, tile
 
 
 def single_tile(job: Job) -> object:
@@ -163,14 +183,16 @@ def single_source(job: Job) -> tuple[object, dict, dict, object]:
     constants = single_constants(g, term, flags, False, "ieee", tile)
     absent = {"p_y": term in ("response", "projection"), "p_weight": "USE_WEIGHT" in on}
     constants |= {name: None for name, there in absent.items() if not there}
-    return single_kernel, constants, {"positions": 1, "used": 1}, tile
+    return single_kernel, constants, {"positions": 17, "used": 17}, tile
 
 
 def compile_job(job: Job) -> Code:
     """Compile as a launch with 16-byte aligned tensors would, and read the machine code."""
-    source_of = {**dict.fromkeys(WGRADS, wgrad_source), **dict.fromkeys(DGRADS, dgrad_source)}
+    source_of = {**dict.fromkeys(WGRADS, wgrad_source), **dict.fromkeys(DGRADS, dgrad_source),
+                 **dict.fromkeys(JOINTS, joint_source)}  # fmt: skip
     kernel, constants, integers, tile = source_of.get(job.op, single_source)(job)
     constants |= {name: 1 for name, value in integers.items() if value == 1}
+    constants |= {name: None for name in kernel.arg_names if name.startswith("i_")}
     element = {"p_arrived": "i32", "p_partial": "fp32"}
     if "moment" in job.op:
         element["p_f"] = "fp32"

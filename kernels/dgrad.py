@@ -1,15 +1,19 @@
-"""Launches the input gradients: checks and one kernel."""
+"""Plans and launches the input gradients: checks and one kernel."""
 
-import torch
 from torch import Tensor
 
 from .dgrad_kernel import dgrad_kernel
 from .geometry import Geometry
-from .launch import architecture, options, precision, require, wide
+from .launch import Plan, architecture, precision, require, wide
 from .tiles import DgradTile, choose_dgrad
 
 
-def launch_dgrad(
+def launch_dgrad(feedback: Tensor, geometry: Geometry, **terms) -> None:
+    """Launch what :func:`plan_dgrad` plans, whose arguments these are."""
+    plan_dgrad(feedback, geometry, **terms).launch(dgrad_kernel, feedback.device)
+
+
+def plan_dgrad(
     feedback: Tensor,
     geometry: Geometry,
     *,
@@ -22,7 +26,7 @@ def launch_dgrad(
     x_scale: float = 0.0,
     tf32: bool = False,
     tile: DgradTile | None = None,
-) -> None:
+) -> Plan:
     """dx = convT(dy, feedback), and z = z_scale * convT(y, feedback) - x_scale * x, in one launch.
 
     Args:
@@ -36,21 +40,19 @@ def launch_dgrad(
     flags = {"HAS_DX": dy is not None, "HAS_Z": y is not None, "USE_X": y is not None and x_scale != 0}
     require(geometry, dy=dy, y=y, x=x, dx=dx, z=z)
     tile = tile or choose_dgrad(geometry, dual, feedback.element_size(), architecture(feedback.device)[0])
-    tiles, classes = dgrad_grid(geometry, tile)
-    with torch.cuda.device_of(feedback):  # Triton launches on the current device
-        dgrad_kernel[tiles, classes](
-            p_dy=dy,
-            p_y=y,
-            p_feedback=feedback,
-            p_x=x if flags["USE_X"] else None,
-            p_dx=dx,
-            p_z=z,
-            N=geometry.N,
-            z_scale=z_scale,
-            x_scale=x_scale,
-            **dgrad_constants(geometry, flags, wide(geometry), precision(feedback.dtype, tf32), tile),
-            **options(tile),
-        )
+    arguments = {
+        "p_dy": dy,
+        "p_y": y,
+        "p_feedback": feedback,
+        "p_x": x if flags["USE_X"] else None,
+        "p_dx": dx,
+        "p_z": z,
+        "N": geometry.N,
+        "z_scale": z_scale,
+        "x_scale": x_scale,
+    }
+    constants = dgrad_constants(geometry, flags, wide(geometry), precision(feedback.dtype, tf32), tile)
+    return Plan(dgrad_grid(geometry, tile), arguments, constants, tile)
 
 
 def dgrad_grid(geometry: Geometry, tile: DgradTile) -> tuple[int, int]:

@@ -61,15 +61,19 @@ def dgrad_kernel(
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
+    i_tile=None,  # where the programs of another kernel come to this one
+    i_class=None,
 ):
     CHANNEL_BLOCKS: tl.constexpr = (C + BC - 1) // BC
     K_BLOCKS: tl.constexpr = (K + BK - 1) // BK
     # The rows of every class, as many as the largest class has; the others mask what they lack.
     ROWS: tl.constexpr = (H + STRIDE_H - 1) // STRIDE_H
     COLUMNS: tl.constexpr = (W + STRIDE_W - 1) // STRIDE_W
-    i_tile = tl.program_id(0)
-    i_class_h = tl.program_id(1) // STRIDE_W
-    i_class_w = tl.program_id(1) % STRIDE_W
+    if i_tile is None:
+        i_tile = tl.program_id(0)
+        i_class = tl.program_id(1)
+    i_class_h = i_class // STRIDE_W
+    i_class_w = i_class % STRIDE_W
     # Channel tiles run fastest: the programs of one wave then read the same output positions.
     o_c = (i_tile % CHANNEL_BLOCKS) * BC + tl.arange(0, BC)
     o_m = (i_tile // CHANNEL_BLOCKS) * BM + tl.arange(0, BM)

@@ -1,6 +1,8 @@
 """What the launchers share: the device's facts, and the checks of what the kernels read."""
 
+from contextlib import nullcontext
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +33,20 @@ def precision(dtype: torch.dtype, tf32: bool) -> str:
 def options(tile: DgradTile | SingleTile | WgradTile) -> dict[str, int | bool]:
     """Launch options; multiply-add fusion is named since Triton is about to change its default (3.10)."""
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+class Plan(NamedTuple):
+    """One launch: its grid, and the arguments of the kernel by name."""
+
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+    constants: dict[str, int | bool | str]
+    tile: DgradTile | SingleTile | WgradTile
+
+    def launch(self, kernel, device: torch.device) -> None:
+        """Launch it on the device, since Triton launches on the current one."""
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[self.grid](**self.arguments, **self.constants, **options(self.tile))
 
 
 def wide(geometry: Geometry) -> bool:

@@ -9,7 +9,8 @@ What is launched, by the form that computes the rule's data terms:
     response_moment  Y = y'y; dW and y'x in one launch, then products of K x C; or as direct, where one pass can
 
 A pointwise layer whose sums fit one processor has all of it, dx, dW and y'x or wgrad(z, y) or G, in a single pass.
-A rule that reads fewer samples than the batch has, or centred inputs, launches apart what then reads other memory.
+Of a small layer dx is in one launch with the first weight gradient, or dW with the first input gradient. A rule that
+reads fewer samples than the batch has, or centred inputs, launches apart what then reads other memory.
 """
 
 from collections.abc import Sequence

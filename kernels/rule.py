@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .dgrad import launch_dgrad
 from .geometry import Geometry
+from .joint import launch_joint
 from .launch import architecture
 from .single import launch_single
-from .tiles import SingleTile, choose_single
+from .tiles import DgradTile, SingleTile, WgradTile, choose_joint, choose_single
 from .wgrad import launch_wgrad
 
 Center = Callable[[Tensor, int], Tensor]
@@ -48,15 +49,46 @@ class Backward:
     def finish_weight(self) -> None:
         """Launch dW if it still waits, and dx with it where one pass can."""
         if self.weight_waits and not self.single("none", self.x):
-            launch_wgrad(self.x, self.layer.geometry, **self.weight_waits, tf32=self.layer.tf32)
-            self.weight_waits = {}
+            waits, self.weight_waits = self.weight_waits, {}
+            self.launch_wgrad(self.x, **waits)
 
     def finish_input(self) -> None:
         """Launch dx if it still waits."""
         if self.input_waits:
-            kernel = channels_last(self.feedback).contiguous()
-            launch_dgrad(kernel, self.layer.geometry, **self.input_waits, tf32=self.layer.tf32)
+            waits, self.input_waits = self.input_waits, {}
+            self.launch_dgrad(self.layer.geometry.N, **waits)
+
+    def launch_wgrad(self, x: Tensor, **terms) -> None:
+        """A weight gradient; of a small layer dx goes with it if it still waits."""
+        wgrad = {"x": x, "geometry": self.layer.geometry._replace(N=x.shape[0]), **terms}
+        rows = tuple(t.shape[-1] if t is not None else 0 for t in (terms.get("a"), terms.get("u")))
+        tiles = self.joint_tiles(rows, False) if self.input_waits else None
+        if tiles is None:
+            launch_wgrad(**wgrad, tf32=self.layer.tf32)
+        else:
+            self.launch_joint(wgrad, {"geometry": self.layer.geometry, **self.input_waits}, tiles)
             self.input_waits = {}
+
+    def launch_dgrad(self, n: int, **terms) -> None:
+        """An input gradient of n; of a small layer dW goes with it if it still waits."""
+        dgrad = {"geometry": self.layer.geometry._replace(N=n), **terms}
+        tiles = self.joint_tiles((self.dy.shape[-1], 0), len(terms) > 2) if self.weight_waits else None
+        if tiles is None:
+            launch_dgrad(channels_last(self.feedback).contiguous(), **dgrad, tf32=self.layer.tf32)
+        else:
+            self.launch_joint({"x": self.x, "geometry": self.layer.geometry, **self.weight_waits}, dgrad, tiles)
+            self.weight_waits = {}
+
+    def joint_tiles(self, rows: tuple[int, int], dual: bool) -> tuple[WgradTile, DgradTile] | None:
+        """The tiles of a joint launch, if the layer is small."""
+        device = architecture(self.x.device)
+        return choose_joint(self.layer.geometry, rows, dual, self.x.element_size(), *device)
+
+    def launch_joint(self, wgrad: dict, dgrad: dict, tiles: tuple[WgradTile, DgradTile]) -> None:
+        """Both in one launch, arguments as in launch_wgrad and launch_dgrad."""
+        tf32 = {"tf32": self.layer.tf32}
+        kernel = channels_last(self.feedback).contiguous()
+        launch_joint(wgrad | tf32, {"feedback": kernel} | dgrad | tf32, tiles, self.x.device)
 
     def single_tile(self, term: str) -> SingleTile | None:
         """The tile of a single pass, if one can compute all that waits: dx, dW and the term."""
@@ -89,10 +121,7 @@ class Backward:
         for name in ("weight", "feedback"):
             if name in epilogue:
                 epilogue[name] = channels_last(strided_like(epilogue[name], out))
-        geometry = self.layer.geometry._replace(N=x.shape[0])
-        launch_wgrad(
-            x, geometry, u=u, f=channels_last(out), tie=tie, **epilogue, **along, tf32=self.layer.tf32
-        )  # fmt: skip
+        self.launch_wgrad(x, u=u, f=channels_last(out), tie=tie, **epilogue, **along)
         return out
 
     def moment(self, t: Tensor) -> Tensor:
@@ -119,10 +148,7 @@ class Backward:
         z, along = torch.empty_like(x), {}
         if y.shape[0] == self.dy.shape[0]:
             along, self.input_waits = self.input_waits, {}
-        launch_dgrad(
-            channels_last(self.feedback).contiguous(), self.layer.geometry._replace(N=y.shape[0]),
-            y=y, x=x, z=z, z_scale=z_scale, x_scale=x_scale, **along, tf32=self.layer.tf32,
-        )  # fmt: skip
+        self.launch_dgrad(y.shape[0], y=y, x=x, z=z, z_scale=z_scale, x_scale=x_scale, **along)
         return z
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .launch import architecture, arrivals, options, precision, require, wide
+from .launch import Plan, architecture, arrivals, precision, require, wide
 from .single_kernel import single_kernel
 from .tiles import SingleTile, choose_single
 
@@ -64,29 +64,28 @@ def launch_single(
         slot = (tile.BK + single_rows(term, tile)) * tile.BC
         partial = torch.empty(columns * tile.splits * slot, dtype=torch.float32, device=x.device)
         arrived = arrivals(columns * tile.splits, x.device)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        single_kernel[columns, tile.splits](
-            p_x=x,
-            p_dy=dy,
-            p_y=y,
-            p_feedback=feedback,
-            p_weight=weight if flags["USE_WEIGHT"] else None,
-            p_dx=dx,
-            p_dw=dw,
-            p_f=f,
-            p_partial=partial,
-            p_arrived=arrived,
-            positions=geometry.positions,
-            used=0 if y is None else y.shape[0],
-            z_scale=z_scale,
-            x_scale=x_scale,
-            scale=scale,
-            decay=decay,
-            self_=self_,
-            tie=tie,
-            **single_constants(geometry, term, flags, wide(geometry), precision(x.dtype, tf32), tile),
-            **options(tile),
-        )
+    arguments = {
+        "p_x": x,
+        "p_dy": dy,
+        "p_y": y,
+        "p_feedback": feedback,
+        "p_weight": weight if flags["USE_WEIGHT"] else None,
+        "p_dx": dx,
+        "p_dw": dw,
+        "p_f": f,
+        "p_partial": partial,
+        "p_arrived": arrived,
+        "positions": geometry.positions,
+        "used": 0 if y is None else y.shape[0],
+        "z_scale": z_scale,
+        "x_scale": x_scale,
+        "scale": scale,
+        "decay": decay,
+        "self_": self_,
+        "tie": tie,
+    }
+    constants = single_constants(geometry, term, flags, wide(geometry), precision(x.dtype, tf32), tile)
+    Plan((columns, tile.splits), arguments, constants, tile).launch(single_kernel, x.device)
 
 
 def single_rows(term: str, tile: SingleTile) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from .geometry import Geometry
 
+RESIDENT = 2  # programs of a joint launch for each processor
+MOST_WAVES = 4  # of small blocks of dx: a layer with more fills the processors by itself
 FEWEST_BLOCKS = 4  # of positions per split, so that the pipeline fills
 
 
@@ -54,9 +56,10 @@ def choose_wgrad(
     capability: int,
     processors: int,
     symmetric: bool = False,
+    small: bool = False,
 ) -> WgradTile:
     """``rows`` are the channels of the operands a and u, 0 where one is absent; ``capability`` is 80, 90, ...;
-    ``symmetric`` where half of the blocks are computed."""
+    ``symmetric`` where half of the blocks are computed; ``small`` for blocks that a joint launch takes."""
     dual = 0 not in rows
     if itemsize == 4:
         # Without wgmma on float32 (K-major operands only) and with FMA in full precision: small blocks.
@@ -66,6 +69,8 @@ def choose_wgrad(
     else:
         # Dual 128x128 spills on sm_80; so do steps of 32 positions where the epilogue is long (Triton 3.6).
         most, columns, depth, stages = (64 if dual else 128), (64 if dual else 128), 64, 3
+    if small:
+        most, columns, stages = 64, 64, 3
     smallest = 64 if capability >= 90 and itemsize == 2 else 16
     bk, bu = (_block(r, smallest, most) if r else 16 for r in rows)
     bc = _block(geometry.C, 16, columns)
@@ -87,8 +92,10 @@ def row_tiles(rows: tuple[int, int], blocks: tuple[int, int]) -> int:
     return max(-(-r // b) for r, b in zip(rows, blocks, strict=True) if r)
 
 
-def choose_dgrad(geometry: Geometry, dual: bool, itemsize: int, capability: int) -> DgradTile:
-    """``dual`` where both products are computed; ``capability`` is 80, 90, ..."""
+def choose_dgrad(
+    geometry: Geometry, dual: bool, itemsize: int, capability: int, small: bool = False
+) -> DgradTile:  # fmt: skip
+    """``dual`` where both products are computed; ``capability`` is 80, 90, ...; ``small`` as in choose_wgrad."""
     if itemsize == 4:
         most, columns, depth, stages = 64, 64, 16, 3
     elif capability >= 90:
@@ -96,9 +103,23 @@ def choose_dgrad(geometry: Geometry, dual: bool, itemsize: int, capability: int)
     else:
         # 128x128 spills on sm_80, dual or not.
         most, columns, depth, stages = (64 if dual else 128), 64, 32, 3
+    if small:
+        most, columns, stages = 64, 64, 3
     bc = _block(geometry.C, 16, columns)
     bk = _block(geometry.K, 16, depth)
     return DgradTile(most, bc, bk, 8 if most * bc >= 128 * 128 else 4, stages)
+
+
+def choose_joint(
+    geometry: Geometry, rows: tuple[int, int], dual: bool, itemsize: int, capability: int, processors: int
+) -> tuple[WgradTile, DgradTile] | None:
+    """Both tiles of a joint launch, of as many warps and stages; None where the layer is not small."""
+    if MOST_WAVES * processors < -(-geometry.N * geometry.H * geometry.W // 64) * -(-geometry.C // 64):
+        return None
+    return (
+        choose_wgrad(geometry, rows, itemsize, capability, processors, small=True),
+        choose_dgrad(geometry, dual, itemsize, capability, small=True),
+    )
 
 
 def choose_single(geometry: Geometry, term: str, itemsize: int, capability: int, processors: int) -> SingleTile | None:

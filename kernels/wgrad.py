@@ -1,15 +1,20 @@
-"""Launches the weight gradients: checks, layouts, workspace, one kernel."""
+"""Plans and launches the weight gradients: checks, layouts, workspace, one kernel."""
 
 import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .launch import architecture, arrivals, options, precision, require, wide
+from .launch import Plan, architecture, arrivals, precision, require, wide
 from .tiles import WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 from .wgrad_kernel import wgrad_kernel
 
 
-def launch_wgrad(
+def launch_wgrad(x: Tensor, geometry: Geometry, **terms) -> None:
+    """Launch what :func:`plan_wgrad` plans, whose arguments these are."""
+    plan_wgrad(x, geometry, **terms).launch(wgrad_kernel, x.device)
+
+
+def plan_wgrad(
     x: Tensor,
     geometry: Geometry,
     *,
@@ -25,7 +30,7 @@ def launch_wgrad(
     tie: float = 0.0,
     tf32: bool = False,
     tile: WgradTile | None = None,
-) -> None:
+) -> Plan:
     """dw = wgrad(x, a), and f = scale * wgrad(x, u) + decay * feedback - self_ * weight + tie * dw, in one launch.
 
     Args:
@@ -66,27 +71,25 @@ def launch_wgrad(
     if tile.splits > 1:
         partial = torch.empty(tiles * tile.splits * (tile.BK + tile.BU) * tile.BC, dtype=torch.float32, device=x.device)
         arrived = arrivals(tiles * tile.splits, x.device)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        wgrad_kernel[tiles, tile.splits](
-            p_x=x,
-            p_a=a,
-            p_u=u,
-            p_dw=dw if flags["HAS_A"] or flags["USE_TIE"] else None,
-            p_f=f,
-            p_weight=weight if flags["USE_WEIGHT"] else None,
-            p_feedback=feedback if flags["USE_FEEDBACK"] else None,
-            p_partial=partial,
-            p_arrived=arrived,
-            N=geometry.N,
-            scale=scale,
-            decay=decay,
-            self_=self_,
-            tie=tie,
-            **_strides("w", dw),
-            **_strides("f", f),
-            **constants,
-            **options(tile),
-        )
+    arguments = {
+        "p_x": x,
+        "p_a": a,
+        "p_u": u,
+        "p_dw": dw if flags["HAS_A"] or flags["USE_TIE"] else None,
+        "p_f": f,
+        "p_weight": weight if flags["USE_WEIGHT"] else None,
+        "p_feedback": feedback if flags["USE_FEEDBACK"] else None,
+        "p_partial": partial,
+        "p_arrived": arrived,
+        "N": geometry.N,
+        "scale": scale,
+        "decay": decay,
+        "self_": self_,
+        "tie": tie,
+        **_strides("w", dw),
+        **_strides("f", f),
+    }
+    return Plan((tiles, tile.splits), arguments, constants, tile)
 
 
 def wgrad_constants(

@@ -66,10 +66,13 @@ def wgrad_kernel(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     LEVELS: tl.constexpr,
+    i_tile=None,  # where the programs of another kernel come to this one
+    i_split=None,
 ):
     CHANNEL_BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    i_tile = tl.program_id(0)
-    i_split = tl.program_id(1)
+    if i_tile is None:
+        i_tile = tl.program_id(0)
+        i_split = tl.program_id(1)
     if SYMMETRIC:
         # Row i has i + 1 tiles; 4 in the place of 1 keeps the root of a square clear of rounding.
         i_row = ((tl.sqrt(8.0 * i_tile + 4) - 1) / 2).to(tl.int32)

@@ -1,0 +1,145 @@
+"""Both gradients of a small layer in one launch, against float64. COVERED says which case takes which path."""
+
+import pytest
+import torch
+import triton_cases
+from cases import RULES
+from pyfeedback.kernels import joint, wgrad
+from pyfeedback.kernels import rule as kernel_rule
+from pyfeedback.kernels.geometry import Geometry
+from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_joint
+from test_triton_backward import LAYERS, assert_all_near, run_conv2d
+from triton_cases import DEVICE, DTYPES, Case, assert_near, fresh, inner, layer, products, shuffled_programs
+
+from pyfeedback.forms import Form
+
+pytestmark = triton_cases.MARKS
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(monkeypatch):
+    triton_cases.fill_memory_with_nan(monkeypatch)
+
+
+CASES = {
+    "1x1": Case((1, 16, 4, 5), (17, 16, 1, 1), splits=3),
+    "3x3 stride 2": Case((2, 17, 7, 5), (16, 17, 3, 3), (2, 2), (1, 1)),
+    "5x5 stride 3 dilation 2": Case((1, 4, 11, 9), (5, 4, 5, 5), (3, 3), (2, 2), (2, 2), splits=5),
+}
+
+# Path of the kernel: the cases that take it.
+COVERED = {
+    "splits of one tile in different programs": ["1x1", "5x5 stride 3 dilation 2"],
+    "one split": ["3x3 stride 2"],
+    "a program has tiles of both gradients": ["1x1"],
+    "several classes of input positions": ["3x3 stride 2", "5x5 stride 3 dilation 2"],
+}
+
+
+def test_every_case_covers_a_path():
+    assert {name for names in COVERED.values() for name in names} == CASES.keys()
+
+
+def run(case: Case, dtype=torch.float32, programs=None):
+    """dW, the feedback's gradient, dx and z; what they are beside, composed and in float64."""
+    t, g = layer(case, dtype), case.geometry
+    x, y, dy, kernel = (inner(v) for v in (t.x, t.other, t.dy, t.feedback))
+    dw, f, dx, z = fresh(kernel), fresh(kernel), fresh(x), fresh(x)
+    joint.launch_joint(
+        {"x": x, "geometry": g, "a": dy, "u": y, "dw": dw, "f": f, "scale": 0.5, "feedback": kernel, "decay": 0.3},
+        {"feedback": kernel, "geometry": g, "dy": dy, "dx": dx, "y": y, "z": z, "x": x, "x_scale": 1.5},
+        (WgradTile(16, 16, 16, 16, case.splits, 4, 2), DgradTile(16, 16, 16, 4, 2)),
+        x.device,
+        programs,
+    )
+    expected = []
+    for wide in (dtype, torch.float64):
+        (dx_, dw_), (z_, f_) = (products(t.x, t.feedback, v, case, wide) for v in (t.dy, t.other))
+        rest = [dw_, 0.5 * f_ + 0.3 * t.feedback.to(wide), dx_, z_ - 1.5 * t.x.to(wide)]
+        expected.append([inner(v) for v in rest])
+    return (dw, f, dx, z), *expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("programs", [1, 3, None])
+@pytest.mark.parametrize("name", CASES)
+def test_both_gradients(name, programs, dtype):
+    for ours, composed, oracle in zip(*run(CASES[name], dtype, programs), strict=True):
+        assert_near(ours, composed, oracle)
+
+
+@pytest.mark.parametrize("programs", [4, None])
+def test_the_order_of_programs_changes_no_bit(programs, monkeypatch):
+    case = CASES["1x1"]
+    straight, *_ = run(case, programs=programs)
+    for seed in range(2):
+        with shuffled_programs(monkeypatch, seed):
+            permuted, *_ = run(case, programs=programs)
+        assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
+
+
+def test_arrivals_are_left_at_zero(monkeypatch):
+    arrived = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(wgrad, "arrivals", lambda count, device: arrived)
+    run(CASES["5x5 stride 3 dilation 2"], programs=7)
+    assert not arrived.any()
+
+
+# The backward of a layer
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the launches; every layer is small."""
+    names = []
+    for name in ("launch_wgrad", "launch_dgrad", "launch_joint", "launch_single"):
+        real = getattr(kernel_rule, name)
+        monkeypatch.setattr(
+            kernel_rule, name, lambda *a, real=real, name=name, **k: (names.append(name), real(*a, **k))
+        )
+    return names
+
+
+@pytest.mark.parametrize(
+    ("rule", "form", "expected"),
+    [
+        ("fa", Form.NONE, ["joint"]),
+        ("kp", Form.NONE, ["joint"]),
+        ("wm-centered", Form.DIRECT, ["joint"]),
+        ("aa", Form.DIRECT, ["joint"]),
+        ("aa-centered", Form.DIRECT, ["joint", "wgrad"]),
+        ("ia", Form.DIRECT, ["joint", "wgrad"]),
+        ("ia", Form.INPUT_MOMENT, ["joint"]),
+        ("ia", Form.RESPONSE_MOMENT, ["wgrad", "joint"]),
+    ],
+)
+def test_launches(rule, form, expected, launches):
+    """dW and dx are in one launch, whatever the rule and the form."""
+    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], form))
+    assert launches == [f"launch_{name}" for name in expected]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_conv2d_backward_of_part_of_the_batch(rule, launches):
+    form = Form.DIRECT if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else Form.NONE
+    assert_all_near(*run_conv2d(LAYERS["3x3 stride 2"], {**RULES[rule], "samples": 2}, form))
+    assert "launch_joint" in launches
+
+
+def test_masks(launches):
+    """Without dx there is nothing to join; without dW dx joins the feedback's gradient."""
+    for mask, name in (((False, True, True, True), "launch_wgrad"), ((True, False, True, True), "launch_joint")):
+        launches.clear()
+        assert_all_near(*run_conv2d(LAYERS["3x3 stride 2"], RULES["wm"], Form.DIRECT, mask))
+        assert launches == [name]
+
+
+def test_small_layers():
+    """7x7 maps at a batch of 32, and those of CIFAR; with blocks of one size for both gradients."""
+    small = Geometry(32, 512, 512, 7, 7, 7, 7, 3, 3, (1, 1), (1, 1))
+    for capability in (80, 90):
+        for itemsize in (2, 4):
+            first, second = choose_joint(small, (512, 512), True, itemsize, capability, 132)
+            assert (first.warps, first.stages) == (second.warps, second.stages)
+    assert choose_joint(small._replace(N=256), (512, 512), True, 2, 90, 132) is None
+    assert choose_joint(Geometry(128, 64, 64, 8, 8, 8, 8, 3, 3), (64, 0), False, 2, 90, 132) is not None
