@@ -11,8 +11,8 @@
 
 namespace pyfeedback::cpu {
 
-// Elements of each operand that stay in the cache from one row to the next of its group.
-constexpr int64_t kBlock = 4096;
+// Elements of each operand that stay in the first-level cache from one row to the next of its group.
+constexpr int64_t kBlock = 1024;
 
 // Runs visit(row, layout, begin, end) over all rows, cut by element count and not by tensor. Rows that go with the one
 // before them are a group, of which each block is visited row after row: what they share is read from memory once.
@@ -39,9 +39,10 @@ void for_each_stretch(const Plan<Row, kOperands>& plan, const Visitor& visit) {
       const int64_t first = ends[group] - rows * head->numel;
       // The threads on both sides of a cut round it alike.
       const int64_t last = (std::min(end, ends[group]) - first) / rows;
-      for (int64_t at = (begin - first) / rows; at < last; at += kBlock) {
+      const int64_t block = rows == 1 ? last : kBlock;
+      for (int64_t at = (begin - first) / rows; at < last; at += block) {
         for (const Row* row = head; row != head + rows; ++row) {
-          visit(*row, plan.layout(*row), at, std::min(at + kBlock, last));
+          visit(*row, plan.layout(*row), at, std::min(at + block, last));
         }
       }
       begin = ends[group];
