@@ -43,10 +43,10 @@ BOXES: dict[str, dict[str, tuple[float, float]]] = {
     "aa": {"amp": (0.3, 3.0), "sparse": (0.3, 3.0)},
     "kp": {"decay": (0.001, 0.01)},
 }
-LOCAL, ESTIMATION = ("wm", "ia"), ("sa", "aa", "kp")
+LOCAL, ESTIMATION = ("wm", "ia", "oja"), ("sa", "aa", "kp")
 RULES = ("bp", "fa", *LOCAL, *ESTIMATION)
 WEIGHT_DECAYS = (0.002, 0.004, 0.008)  # of the forward weights, chosen for backprop
-KEPT = 3  # settings of a local rule that move on to deeper networks
+KEPT = 2  # settings of a local rule that move on to deeper networks
 SAMPLED = ("ia", "aa")  # one local rule and one of weight estimation that look at activations
 
 Settings = dict[str, list[Setting]]  # by rule, the best first
@@ -61,8 +61,8 @@ class Scale:
     epochs: int = 8
     width: int = 8
     repeats: tuple[int, ...] = (1, 2, 3)
-    noise: tuple[float, ...] = (0.01, 0.1, 1.0)
-    samples: tuple[int, ...] = (2, 8)
+    noise: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    samples: tuple[int, ...] = (2, 4, 8)
     demo_seeds: int = 5
     demo_epochs: int = EPOCHS["cluttered"]
     timed_steps: int = 40

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, NullLocator
 from picture import LOCAL
 from picture import STYLES as DEMO_STYLES
@@ -17,9 +18,9 @@ LOOK = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200,
     "lines.linewidth": 1.5, "lines.markersize": 5, "errorbar.capsize": 2, "legend.frameon": False,
 }  # fmt: skip
-CHANCE = 10
 ACCURACY, ANGLE = "test accuracy (%)", "angle of feedback to weight (degrees)"
 BEHIND = "behind backprop (points of accuracy)"
+SCALES = {ACCURACY: {"ylim": (0, 101)}, ANGLE: {"ylim": (-3, 93), "yticks": range(0, 91, 15)}}
 
 
 def search(reached: dict[str, Sequence[float]], fa: float, bp: float, layers: int, path: Path) -> None:
@@ -28,7 +29,8 @@ def search(reached: dict[str, Sequence[float]], fa: float, bp: float, layers: in
     def panel(axes: Axes) -> None:
         for name, values in reached.items():
             share = [100 * i / len(values) for i in range(1, len(values) + 1)]
-            axes.step([100, *values, 0], [0, *share, 100], where="post", **_line(name), markevery=(1, 3))
+            marks = list(range(1, len(values) + 1, 2))
+            axes.step([100, *values, 0], [0, *share, 100], where="post", markevery=marks, **_line(name))
         for value, name in ((fa, "fa"), (bp, "bp")):
             axes.axvline(value, color=STYLES[name][0], linestyle=STYLES[name][1], linewidth=1, zorder=0)
             axes.text(value, 101, name, ha="center", va="bottom", color=STYLES[name][0])
@@ -39,34 +41,39 @@ def search(reached: dict[str, Sequence[float]], fa: float, bp: float, layers: in
 
 
 def transfer(rows: list[dict], path: Path) -> None:
-    """Each of the best settings of the shallow network; their mean is the thick line."""
+    """A curve for each of the best settings of the shallow network, the thick one for the best."""
 
     def panel(axes: Axes) -> None:
-        for name in dict.fromkeys(row["rule"] for row in rows):
+        for name in _rules(rows):
             mine = [row for row in rows if row["rule"] == name]
-            depths = [row["layers"] for row in mine]
             ranks = [column for column in mine[0] if column.startswith("behind")]
-            for rank in ranks:
-                axes.plot(depths, [row[rank] for row in mine], **_line(name) | {"linewidth": 0.6, "markersize": 2.5})
-            axes.plot(depths, [row["over the ranks"] for row in mine], **_line(name) | {"linewidth": 2.5})
+            for width, rank in zip((2, *[0.8] * len(ranks)), ranks, strict=False):
+                line = _line(name) | {"linewidth": width, "markersize": 4 + width}
+                axes.plot([row["layers"] for row in mine], [row[rank] for row in mine], **line)
         axes.axhline(0, **_reference("bp"))
         axes.set(xlabel="layers with weights", ylabel=BEHIND)
-        _ticks(axes, sorted({row["layers"] for row in rows}))
+        _ticks(axes.xaxis, sorted({row["layers"] for row in rows}))
 
-    _save(path, [panel], list(dict.fromkeys(row["rule"] for row in rows)))
+    _save(path, [panel], _rules(rows))
 
 
 def depth(rows: list[dict], path: Path) -> None:
     def panel(column: str, label: str) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
-            _series(axes, rows, "layers", column, apart=0.15)
-            axes.set(xlabel="layers with weights", ylabel=label)
-            _ticks(axes, sorted({row["layers"] for row in rows}))
+            _series(axes, rows, "layers", column, apart=0.12)
+            axes.set(xlabel="layers with weights", ylabel=label, **SCALES.get(label, {}))
+            _ticks(axes.xaxis, sorted({row["layers"] for row in rows}))
 
         return draw
 
-    panels = [panel("accuracy (%)", ACCURACY), panel("behind bp (points)", BEHIND), panel("angle (degrees)", ANGLE)]
-    _save(path, panels, _rules(rows))
+    def gap(axes: Axes) -> None:
+        """Tenths of a point and tens of points in one panel: linear up to one point, logarithmic beyond."""
+        axes.axhline(0, **_reference("bp"))
+        axes.set_yscale("symlog", linthresh=1)
+        panel("behind bp (points)", BEHIND)(axes)
+        _ticks(axes.yaxis, [-1, 0, 1, 3, 10, 30, 90])
+
+    _save(path, [panel("accuracy (%)", ACCURACY), gap, panel("angle (degrees)", ANGLE)], _rules(rows))
 
 
 def noise(rows: list[dict], layers: int, path: Path) -> None:
@@ -79,9 +86,9 @@ def noise(rows: list[dict], layers: int, path: Path) -> None:
         def draw(axes: Axes) -> None:
             _levels(axes, rows, column)
             _series(axes, swept, "noise", column, factor=1.04)
-            axes.set(xscale="log", ylabel=label)
-            axes.set_xlabel(f"standard deviation of the noise, {layers} layers")
-            _ticks(axes, [none, *levels[1:]], ["0", *(f"{level:g}" for level in levels[1:])])
+            axes.set(xscale="log", ylabel=label, **SCALES.get(label, {}))
+            axes.set_xlabel(f"noise in each gradient of B (std), {layers} layers")
+            _ticks(axes.xaxis, [none, *levels[1:]], ["0", *(f"{level:g}" for level in levels[1:])])
 
         return draw
 
@@ -96,9 +103,9 @@ def samples(rows: list[dict], layers: int, path: Path) -> None:
         def draw(axes: Axes) -> None:
             _levels(axes, rows, column)
             _series(axes, swept, "samples", column, factor=1.02)
-            axes.set(xscale="log", ylabel=label)
-            axes.set_xlabel(f"images of a batch of {counts[-1]} that B learns from, {layers} layers")
-            _ticks(axes, counts)
+            axes.set(xscale="log", ylabel=label, **SCALES.get(label, {}))
+            axes.set_xlabel(f"images of {counts[-1]} that B learns from, {layers} layers")
+            _ticks(axes.xaxis, counts)
 
         return draw
 
@@ -139,6 +146,8 @@ def _series(axes: Axes, rows: list[dict], x: str, y: str, apart: float = 0, fact
     for i, name in enumerate(names):
         place = i - (len(names) - 1) / 2
         mine = [row for row in rows if row["rule"] == name and row[y] != ""]
+        if name == "bp" and y.startswith("behind"):
+            continue
         at = [row[x] * factor**place + apart * place for row in mine]
         axes.errorbar(at, [row[y] for row in mine], [row[f"{y} std"] for row in mine], elinewidth=1, **_line(name))
 
@@ -152,10 +161,10 @@ def _levels(axes: Axes, rows: list[dict], column: str) -> None:
             axes.axhspan(mean - deviation, mean + deviation, color=STYLES[row["rule"]][0], alpha=0.1, linewidth=0)
 
 
-def _ticks(axes: Axes, places: Sequence[float], labels: Sequence[str] | None = None) -> None:
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(FixedLocator(places))
-    axes.set_xticklabels(labels or [f"{place:g}" for place in places])
+def _ticks(axis: Axis, places: Sequence[float], labels: Sequence[str] | None = None) -> None:
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_ticklabels(labels or [f"{place:g}" for place in places])
 
 
 def _save(path: Path, panels: Sequence[Callable[[Axes], None]], rules: Sequence[str]) -> None:

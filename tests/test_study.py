@@ -104,3 +104,8 @@ def test_the_gap_to_backprop_is_taken_seed_by_seed(study):
 def test_markdown_joins_a_mean_and_its_deviation(study, tmp_path):
     study.write(tmp_path / "table", [{"rule": "ia", "x": 1.5, "x std": 0.25}, {"rule": "bp", "x": 2.0, "x std": ""}])
     assert (tmp_path / "table.md").read_text() == "| rule | x |\n| --- | --- |\n| ia | 1.5 ± 0.25 |\n| bp | 2.0 |\n"
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_the_tables_in_the_documentation_are_those_of_the_run(study, name):
+    assert study.markdown(ROOT / "docs" / "figures" / f"study_{name}.csv") in (ROOT / "docs" / "study.md").read_text()
