@@ -16,14 +16,16 @@ from selection import DTYPES, NETWORKS, RULES
 from pyfeedback.forms import Form, choose_form, conv2d_problem
 
 LEAST_GAIN = 1.03
+PATHS = {"joined": "triton", "apart": "triton-apart"}  # and what forces them
 
 
-def faster_layers(records: list[dict]) -> list[str]:
-    """The keys of the records in which pyfeedback, composed, took longer than with its kernels forced."""
+def faster_layers(records: list[dict]) -> dict[str, str]:
+    """The faster path, by key, of the records in which pyfeedback, composed, took longer than with its kernels."""
     shapes = {shape.name: shape for network in NETWORKS.values() for shape in network}
-    found = set()
+    found = {}
     for record in records:
-        if record.get("ratio_to_triton", 0.0) > LEAST_GAIN:
+        path = max(PATHS, key=lambda path: record.get(f"ratio_to_{PATHS[path]}", 0.0))
+        if record.get(f"ratio_to_{PATHS[path]}", 0.0) > LEAST_GAIN:
             shape, rule, dtype = shapes[record["layer"]], RULES[record["rule"]], DTYPES[record["dtype"]]
             batch = record["batch"]
             coefficients = rule.coefficients(batch, 1)
@@ -31,8 +33,8 @@ def faster_layers(records: list[dict]) -> list[str]:
             weight = (shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.kernel)
             problem = conv2d_problem(input, weight, shape.window, coefficients.samples)
             form = choose_form(problem, coefficients, True) if rule.learns else Form.NONE
-            found.add(measured.key(problem, form.value, dtype))
-    return sorted(found)
+            found[measured.key(problem, form.value, dtype)] = path
+    return dict(sorted(found.items()))
 
 
 def main(path: Path, folder: Path = Path(__file__).parents[1] / "kernels" / "measured") -> int:

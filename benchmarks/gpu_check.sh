@@ -34,7 +34,7 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
   }
   marked=(-m gpu) rates=(--network resnet50 --batch 128 --dtype bfloat16)
   layers=(--network resnet50 --batch 128 --dtype bfloat16 --budget 0.1 --against plain --against composed
-    --against triton)
+    --against triton --against triton-apart)
   for rule in fa wm ia aa kp; do layers+=(--rule "$rule"); done
   networks=(--network resnet18 --network resnet20 --dtype bfloat16 --budget 0.3 --against plain)
   for rule in wm ia aa kp; do networks+=(--rule "$rule"); done

@@ -1,8 +1,8 @@
 """Where the kernels were measured faster than the composition: what is taken without being asked for.
 
-One file for each device, `measured/<device name>.json`, a list of layers written by `benchmarks/choose_kernels.py`
-from the results of `benchmarks/gpu_check.sh`. A device without a file, or a layer that is not in it, gets PyTorch's
-own kernels.
+One file for each device, `measured/<device name>.json`, the path of each layer, "joined" or "apart", written by
+`benchmarks/choose_kernels.py` from the results of `benchmarks/gpu_check.sh`. A device without a file, or a layer that
+is not in it, gets PyTorch's own kernels.
 """
 
 import json
@@ -30,10 +30,10 @@ def devices() -> list[str]:
 
 
 @cache
-def load(device_name: str) -> frozenset[str]:
-    """The keys of the layers that the kernels are faster on; none for an unknown device."""
+def load(device_name: str) -> dict[str, str]:
+    """The faster path of each layer that the kernels are faster on, by its key; none for an unknown device."""
     path = FOLDER / f"{device_name}.json"
-    return frozenset(json.loads(path.read_text())) if path.exists() else frozenset()
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 @cache

@@ -51,6 +51,7 @@ def conv2d_backward(
     *,
     form: str,
     center: Center,
+    path: str = "joined",
 ) -> Gradients:
     """Gradients of input, weight, feedback and bias of a convolution that :func:`takes`; None where ``mask`` is False.
 
@@ -61,6 +62,7 @@ def conv2d_backward(
         rule: a named tuple with decay, amp, null, sparse, self_, tie, center and samples.
         form: what computes the data terms, by name, see above; the moments are those of a pointwise layer.
         center: center(t, n) is t[:n] minus its mean over dimension 0.
+        path: "joined", or "apart" without single passes and joint launches.
     """
     stride, padding, dilation, _ = window
     pointwise = weight.shape[2:] == (1, 1) and tuple(padding) == (0, 0)
@@ -83,6 +85,7 @@ def conv2d_backward(
         block_input=lambda t: block(read(t)),
         block_output=block,
         tf32=torch.backends.cudnn.conv.fp32_precision == "tf32",
+        joined=path == "joined",
     )
     dx, grad_weight, grad_feedback = _gradients(
         layer, grad_output, input, feedback, response, rule, mask, form, center
@@ -109,6 +112,7 @@ def linear_backward(
     *,
     form: str,
     center: Center,
+    path: str = "joined",
 ) -> Gradients:
     """The same for a linear layer: input [N, ..., C], grad_output and response [N, ..., K], weight [K, C]."""
     k, c = weight.shape
@@ -124,6 +128,7 @@ def linear_backward(
         block_input=block,
         block_output=block,
         tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
+        joined=path == "joined",
     )
     dx, grad_weight, grad_feedback = _gradients(
         layer, grad_output, input, feedback, response, rule, mask, form, center

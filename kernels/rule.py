@@ -35,6 +35,7 @@ class Layer(NamedTuple):
     block_input: Callable[[Tensor], Tensor]
     block_output: Callable[[Tensor], Tensor]
     tf32: bool
+    joined: bool  # a single pass, or a joint launch, where there is one
 
 
 class Backward:
@@ -80,7 +81,9 @@ class Backward:
             self.weight_waits = {}
 
     def joint_tiles(self, rows: tuple[int, int], dual: bool) -> tuple[WgradTile, DgradTile] | None:
-        """The tiles of a joint launch, if the layer is small."""
+        """The tiles of a joint launch, if the layer is small; None where dx and dW wait for a single pass."""
+        if not self.layer.joined or self.single_tile("none") is not None:
+            return None
         device = architecture(self.x.device)
         return choose_joint(self.layer.geometry, rows, dual, self.x.element_size(), *device)
 
@@ -92,7 +95,9 @@ class Backward:
 
     def single_tile(self, term: str) -> SingleTile | None:
         """The tile of a single pass, if one can compute all that waits: dx, dW and the term."""
-        if not (self.weight_waits and self.input_waits and channels_last(self.layer.weight).is_contiguous()):
+        if not (self.layer.joined and self.weight_waits and self.input_waits):
+            return None
+        if not channels_last(self.layer.weight).is_contiguous():
             return None
         return choose_single(self.layer.geometry, term, self.x.element_size(), *architecture(self.x.device))
 

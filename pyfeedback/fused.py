@@ -21,20 +21,32 @@ def conv2d_backward(
     mask,
     *,
     center,
-    only_measured: bool = False,
+    path: str | None = "joined",
 ):
     """As :func:`pyfeedback.aten.conv2d_backward`.
 
     Args:
         center: center(t, n) is t[:n] minus its mean over dimension 0.
-        only_measured: take the kernels only for layers they were measured faster on, on this device.
+        path: "joined" or "apart", as the kernels' own; None for the one that was measured faster on this device, where
+            the kernels were.
     """
     if ops.takes(input, weight, window.groups):
         problem = conv2d_problem(input.shape, weight.shape, window, rule.samples)
         form = choose_form(problem, rule, response is not None) if mask[2] else Form.NONE
-        if not only_measured or _is_faster(input, problem, form):
+        path = path or _faster_path(input, problem, form)
+        if path:
             return ops.conv2d_backward(
-                grad_output, input, weight, feedback, response, window, rule, mask, form=form.value, center=center
+                grad_output,
+                input,
+                weight,
+                feedback,
+                response,
+                window,
+                rule,
+                mask,
+                form=form.value,
+                center=center,
+                path=path,
             )
     return aten.conv2d_backward(grad_output, input, weight, feedback, response, window, rule, mask)
 
@@ -49,19 +61,20 @@ def linear_backward(
     mask,
     *,
     center,
-    only_measured: bool = False,
+    path: str | None = "joined",
 ):
     """As :func:`pyfeedback.aten.linear_backward`; the others as in :func:`conv2d_backward`."""
     if ops.takes(input, weight):
         problem = linear_problem(input.shape, weight.shape, rule.samples)
         form = choose_form(problem, rule, response is not None) if mask[2] else Form.NONE
-        if not only_measured or _is_faster(input, problem, form):
+        path = path or _faster_path(input, problem, form)
+        if path:
             return ops.linear_backward(
-                grad_output, input, weight, feedback, response, rule, mask, form=form.value, center=center
+                grad_output, input, weight, feedback, response, rule, mask, form=form.value, center=center, path=path
             )
     return aten.linear_backward(grad_output, input, weight, feedback, response, rule, mask)
 
 
-def _is_faster(input: Tensor, problem: Problem, form: Form) -> bool:
+def _faster_path(input: Tensor, problem: Problem, form: Form) -> str | None:
     table = measured.load(measured.device_name(input.device))
-    return measured.key(problem, form.value, input.dtype) in table
+    return table.get(measured.key(problem, form.value, input.dtype))

@@ -20,7 +20,7 @@ from pyfeedback import arguments, aten, depthwise, native
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.kernels import measured
 
-BACKENDS = ("auto", "aten", "native", "triton")
+BACKENDS = ("auto", "aten", "native", "triton", "triton-apart")
 
 _ops = torch.ops.pyfeedback
 
@@ -56,10 +56,10 @@ def _native_adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq
     _ops.native_adamw_step_.default(param, weight, grad, exp_avg, exp_avg_sq, step, **options)
 
 
-def _fused(op: str, only_measured: bool, *args):
+def _fused(op: str, path: str | None, *args):
     from pyfeedback import fused  # imports triton, which takes a second
 
-    return getattr(fused, op)(*args, center=_center, only_measured=only_measured)
+    return getattr(fused, op)(*args, center=_center, path=path)
 
 
 def _center(input: Tensor, samples: int) -> Tensor:
@@ -71,11 +71,13 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("convolution_backward", "aten"): aten.convolution_backward,
     ("conv2d_backward", "native"): depthwise.conv2d_backward,
     ("conv2d_backward", "depthwise"): partial(depthwise.conv2d_backward, only_faster=True),
-    ("conv2d_backward", "triton"): partial(_fused, "conv2d_backward", False),
-    ("conv2d_backward", "measured"): partial(_fused, "conv2d_backward", True),
+    ("conv2d_backward", "triton"): partial(_fused, "conv2d_backward", "joined"),
+    ("conv2d_backward", "triton-apart"): partial(_fused, "conv2d_backward", "apart"),
+    ("conv2d_backward", "measured"): partial(_fused, "conv2d_backward", None),
     ("linear_backward", "aten"): aten.linear_backward,
-    ("linear_backward", "triton"): partial(_fused, "linear_backward", False),
-    ("linear_backward", "measured"): partial(_fused, "linear_backward", True),
+    ("linear_backward", "triton"): partial(_fused, "linear_backward", "joined"),
+    ("linear_backward", "triton-apart"): partial(_fused, "linear_backward", "apart"),
+    ("linear_backward", "measured"): partial(_fused, "linear_backward", None),
     ("adamw_step_", "aten"): aten.adamw_step_,
     ("adamw_step_", "native"): _native_adamw_step_,
     ("alignment_products", "aten"): aten.alignment_products,
@@ -143,10 +145,11 @@ def set_backend(name: str) -> None:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name == "native" and not native.has_cpu():
         raise RuntimeError(f'backend is "native", expected a compiled library: {native.build_info().missing}')
-    if name == "triton" and not find_spec("triton"):
-        raise RuntimeError('backend is "triton", expected triton to be installed')
-    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError('backend is "triton", expected a GPU, or TRITON_INTERPRET=1 for Triton\'s interpreter')
+    triton = name.startswith("triton")
+    if triton and not find_spec("triton"):
+        raise RuntimeError(f'backend is "{name}", expected triton to be installed')
+    if triton and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f'backend is "{name}", expected a GPU, or TRITON_INTERPRET=1 for Triton\'s interpreter')
     _forced = name
     _chosen.clear()
 

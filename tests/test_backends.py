@@ -10,6 +10,7 @@ import torch
 import triton_cases
 from cases import RULES, conv_tensors, fresh, gradients, random_conv
 from pyfeedback.kernels import measured, ops
+from pyfeedback.kernels import rule as kernel_rule
 from triton_cases import DEVICE, assert_near, fill_memory_with_nan
 
 import pyfeedback
@@ -123,7 +124,24 @@ def test_compiled_without_a_graph_break(compiler):
 def test_no_device_is_known_until_it_was_measured():
     """Whoever commits a device's table takes its name in here."""
     assert measured.devices() == []
-    assert measured.load("a device nobody has") == frozenset()
+    assert measured.load("a device nobody has") == {}
+
+
+def test_apart_and_joined_launches_agree(monkeypatch):
+    """What backend("triton") joins in one launch, backend("triton-apart") launches apart."""
+    joined = []
+    for name in ("launch_joint", "launch_single"):
+        real = getattr(kernel_rule, name)
+        monkeypatch.setattr(kernel_rule, name, lambda *a, real=real, **k: (joined.append(real), real(*a, **k)))
+    case = CASES[next(number for number in CASES if number % len(RULES) == 0)]
+    tensors = conv_tensors(case, 0, torch.float32)
+    results = [backward(name, case, tensors, RULES["wm"]) for name in ("triton-apart", "aten")]
+    assert not joined
+    oracle = backward("aten", case, fresh(tensors, torch.float64), RULES["wm"])
+    for ours, composed, exact in zip(*results, oracle, strict=True):
+        assert_near(ours, composed, exact)
+    backward("triton", case, tensors, RULES["wm"])
+    assert joined
 
 
 def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
@@ -133,35 +151,44 @@ def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
     w, b = (torch.randn(16, 16, 1, 1, device=DEVICE) for _ in range(2))
     problem = Problem(18, 16, 16)
     form = choose_form(problem, Coefficients(amp=1.0), False)
-    layers = [measured.key(problem, form.value, torch.float32)]
+    layers = {measured.key(problem, form.value, torch.float32): "apart"}
     (tmp_path / f"{measured.device_name(x.device)}.json").write_text(json.dumps(layers))
     taken = []
-    monkeypatch.setattr(ops, "conv2d_backward", lambda *a, **k: taken.append(a[1].shape[0]))
+    monkeypatch.setattr(ops, "conv2d_backward", lambda *a, **k: taken.append((a[1].shape[0], k["path"])))
     monkeypatch.setattr(fused.aten, "conv2d_backward", lambda *a: None)
     for batch in (1, 2):
         for rule in (Coefficients(), Coefficients(amp=1.0)):
             window = functional.Window()
             args = (x[:batch], x[:batch], w, b, None, window, rule, (True,) * 4)
-            fused.conv2d_backward(*args, center=None, only_measured=True)
-    assert taken == [2]
+            fused.conv2d_backward(*args, center=None, path=None)
+    assert taken == [(2, "apart")]
     measured.load.cache_clear()
 
 
 def test_a_devices_table_is_written_from_its_results(tmp_path):
-    def record(layer, ratio, rule="wm"):
-        return {"extra_info": {"layer": layer, "rule": rule, "batch": 4, "dtype": "bfloat16", "ratio_to_triton": ratio}}
+    def record(layer, joined, apart):
+        ratios = {"ratio_to_triton": joined, "ratio_to_triton-apart": apart}
+        return {"extra_info": {"layer": layer, "rule": "wm", "batch": 4, "dtype": "bfloat16", **ratios}}
 
     results = {
         "machine_info": {"pyfeedback": {"gpu": "A GPU"}},
-        "benchmarks": [record("64-64-1x1s1@56", 1.4), record("64-64-3x3s1@56", 0.9), {"extra_info": {}}],
+        "benchmarks": [
+            record("64-64-1x1s1@56", 1.4, 1.2),
+            record("256-64-1x1s1@56", 1.1, 1.2),
+            record("64-64-3x3s1@56", 0.9, 0.8),
+            {"extra_info": {}},
+        ],
     }
     (tmp_path / "layers.json").write_text(json.dumps(results))
     script = Path(__file__).parents[1] / "benchmarks" / "choose_kernels.py"
     subprocess.run([sys.executable, script, tmp_path / "layers.json", tmp_path], check=True)
-    problem = Problem(4 * 56 * 56, 64, 64)
-    assert json.loads((tmp_path / "A GPU.json").read_text()) == [
-        measured.key(problem, choose_form(problem, Coefficients(amp=1.0, decay=1.0), True).value, torch.bfloat16)
-    ]
+
+    def key(channels):
+        problem = Problem(4 * 56 * 56, channels, 64)
+        form = choose_form(problem, Coefficients(amp=1.0, decay=1.0), True)
+        return measured.key(problem, form.value, torch.bfloat16)
+
+    assert json.loads((tmp_path / "A GPU.json").read_text()) == {key(64): "joined", key(256): "apart"}
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
