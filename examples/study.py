@@ -127,7 +127,7 @@ def search(scale: Scale, runs: Runs, out: Path) -> Settings:
 
 def candidates(name: str, count: int, weight_decay: float) -> list[Setting]:
     """The preset of two_routes.py with coefficients drawn from the rule's box, by a Sobol sequence."""
-    preset, box = SETTINGS["ia" if name == "oja" else name], BOXES[name]
+    preset, box = SETTINGS[name], BOXES[name]
     found = []
     for point in torch.quasirandom.SobolEngine(len(box), scramble=True, seed=0).draw(count).tolist():
         drawn = {c: low * (high / low) ** u for (c, (low, high)), u in zip(box.items(), point, strict=True)}

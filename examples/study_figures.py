@@ -7,12 +7,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, NullLocator
-from picture import LOCAL
-from picture import STYLES as DEMO_STYLES
-from two_routes import TITLES as DEMO_TITLES
+from picture import STYLES
+from two_routes import TITLES
 
-STYLES = DEMO_STYLES | {"oja": ("#56B4E9", LOCAL)}
-TITLES = DEMO_TITLES | {"oja": "Oja's rule"}
 MARKERS = {"bp": "o", "fa": "X", "wm": "v", "ia": "^", "oja": "<", "sa": "s", "aa": "D", "kp": "P"}
 LOOK = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200,
