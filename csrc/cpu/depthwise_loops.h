@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -53,26 +52,27 @@ class DepthwiseStrip {
         block_(block),
         blocks_(blocks),
         weights_(layer.J * layer.I * layer.R * layer.S) {
-    const int64_t height = a_.dilation[0] * (a_.R - 1), width = a_.dilation[1] * (a_.S - 1);
+    const int64_t reach = a_.dilation[0] * (a_.R - 1), width = a_.dilation[1] * (a_.S - 1);
     // Columns that a tap reaches before the first and behind the last, of the input and of the output.
     const int64_t in_left = a_.padding[1], in_right = a_.stride[1] * (a_.Q - 1) + width - a_.padding[1] + 1;
     const int64_t out_left = std::max<int64_t>(0, (width - a_.padding[1] + a_.stride[1] - 1) / a_.stride[1]);
     const int64_t out_right = (a_.W - 1 + a_.padding[1]) / a_.stride[1] + 1;
-    const int64_t out_height = height / a_.stride[0] + 1;
+    const int64_t out_rows = reach / a_.stride[0] + 1;
     Arena arena(memory);
     taps_ = arena.take<Tap<T>>(std::max(a_.I, a_.J) * a_.R * a_.S);
     reaching_ = arena.take<Reaching>(a_.S);
     shared_ = arena.used();
     const auto ring = [&](bool needed, int64_t channels, int64_t rows, int64_t left, int64_t right) {
       const int64_t columns = needed ? left + right : 0;
-      rows = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(rows)));
-      return Ring<T>{arena.take<Vector>(channels * rows * columns), rows, columns, left};
+      int64_t height = 1;
+      while (height < rows) height *= 2;
+      return Ring<T>{arena.take<Vector>(channels * height * columns), height, columns, left};
     };
-    x_ = ring(true, a_.I, height + 1, in_left, std::max(a_.W, in_right));
+    x_ = ring(true, a_.I, reach + 1, in_left, std::max(a_.W, in_right));
     centered_ = x_;
-    if (a_.mean.data) centered_ = ring(rule_.reads_data(), a_.I, height + 1, in_left, std::max(a_.W, in_right));
-    dy_ = ring(true, a_.J, out_height, out_left, std::max(a_.Q, out_right));
-    y_ = ring(rule_.null != 0, a_.J, out_height, out_left, std::max(a_.Q, out_right));
+    if (a_.mean.data) centered_ = ring(rule_.reads_data(), a_.I, reach + 1, in_left, std::max(a_.W, in_right));
+    dy_ = ring(true, a_.J, out_rows, out_left, std::max(a_.Q, out_right));
+    y_ = ring(rule_.null != 0, a_.J, out_rows, out_left, std::max(a_.Q, out_right));
     weight_ = arena.take<Vector>(weights_);
     feedback_ = arena.take<Vector>(weights_);
     combined_ = arena.take<Vector>(weights_);

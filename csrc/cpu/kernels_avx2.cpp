@@ -3,7 +3,6 @@
 #if defined(__x86_64__)
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>
