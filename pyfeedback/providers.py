@@ -49,8 +49,8 @@ def _native_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -
 
 
 def _native_adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
-    """The kernel knows no amsgrad."""
-    if max_exp_avg_sq:
+    """The kernel is the CPU's, and knows no amsgrad."""
+    if max_exp_avg_sq or param[0].device.type != "cpu":
         aten.adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **options)
         return
     _ops.native_adamw_step_.default(param, weight, grad, exp_avg, exp_avg_sq, step, **options)

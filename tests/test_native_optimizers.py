@@ -5,6 +5,7 @@ import torch
 from native_ops import IMPLEMENTATIONS, PARAMETERS
 from test_native import DTYPES, SIZES, assert_as_accurate, dtype_id, random_like_model, step_formula
 
+import pyfeedback
 from pyfeedback import aten, native
 from pyfeedback.providers import provide
 
@@ -218,3 +219,21 @@ def test_the_op_passes_opcheck_on_its_schema():
     numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}
     op = torch.ops.pyfeedback.native_adamw_step_.default
     torch.library.opcheck(op, tuple(tensors), numbers | ADAMW, test_utils="test_schema")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "native", "aten"])
+def test_adamw_on_a_device(backend):
+    def step(device):
+        operands = [
+            [t.abs().to(device) for t in random_like_model([(1,), (40000,)], torch.float64, i)] for i in range(5)
+        ]
+        counts = [torch.zeros((), device=device) for _ in range(2)]
+        numbers = {"decay": [0.1] * 2, "self_": [0.2] * 2, "tie": [0.3] * 2, "weight_decay": [0.0, WEIGHT_DECAY]}
+        provide("adamw_step_", device)(*operands, step=counts, **numbers, **ADAMW)
+        return [t.cpu() for tensors in operands for t in tensors]
+
+    expected = step("cpu")
+    with pyfeedback.backend(backend):
+        for found, value in zip(step("cuda"), expected, strict=True):
+            assert_as_accurate(found, value, value)
