@@ -87,8 +87,9 @@ def main() -> None:
             for momentum, noise, skip in itertools.product((0.0, 0.9), (0.0, 0.01), (False, True)):
                 step(dtype, device, momentum, noise, skip)
     if device.type == "cuda":
-        with pyfeedback.backend("triton"):
-            fused(device)
+        for name in ("triton", "triton-apart"):
+            with pyfeedback.backend(name):
+                fused(device)
         torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -1,10 +1,10 @@
 """The provider table: who computes an op on a device, chosen in this one place.
 
 "aten" composes PyTorch's own kernels and always exists; "native" is the compiled library (csrc); "triton" are the fused
-kernels of a whole backward (kernels). Left to "auto" an op takes the first provider of its row that is there. A row
-names only providers that were measured faster on that device than those after it; "measured" is triton for the layers
-in the device's own table, which `kernels/measured.py` keeps, and "depthwise" is native for the layers that
-`pyfeedback/depthwise.py` names.
+kernels of a whole backward (kernels), "triton-apart" the same without single passes and joint launches. Left to "auto"
+an op takes the first provider of its row that is there. A row names only providers that were measured faster on that
+device than those after it; "measured" is either triton for the layers in the device's own table, which
+`kernels/measured.py` keeps, and "depthwise" is native for the layers that `pyfeedback/depthwise.py` names.
 """
 
 import os
