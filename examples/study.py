@@ -78,7 +78,7 @@ class Scale:
 
 
 QUICK = Scale(
-    search=4, seeds=2, epochs=4, repeats=(1, 2), noise=(0.01, 1.0), samples=(2, 8), demo_seeds=2, demo_epochs=4,
+    search=4, seeds=2, epochs=3, repeats=(1, 2), noise=(0.01, 1.0), samples=(2, 8), demo_seeds=2, demo_epochs=3,
     timed_steps=10, train_size=3000, test_size=1000,
 )  # fmt: skip
 
