@@ -18,7 +18,7 @@ class LayerAlignment:
 
     Attributes:
         angle: between feedback and weight.
-        norm_ratio: |feedback| / |weight|.
+        norm_ratio: |feedback| / |weight|; nan without a feedback weight.
         weight_norm: |weight|.
         projection_angle: between the gradients that the layer hands to its input by way of feedback and of weight,
             for the output gradient of the same pass (local), all its calls together; nan where there is no feedback
@@ -58,7 +58,10 @@ def alignment(
         paths = [layer.standing_path() for layer in layers.values()]
         feedback = [torch.zeros_like(w.weight) if b is None else b for w, b in zip(layers.values(), paths, strict=True)]
     products = _products(feedback, [layer.weight for layer in layers.values()])
-    weights = {name: (_angle(*p), _norm_ratio(*p), math.sqrt(p[1])) for name, p in zip(layers, products, strict=True)}
+    weights = {
+        name: (_angle(*p), math.nan if b is None else _norm_ratio(*p), math.sqrt(p[1]))
+        for name, b, p in zip(layers, paths, products, strict=True)
+    }
     if batch is None:
         return {name: LayerAlignment(*found) for name, found in weights.items()}
     if loss is None:

@@ -1,6 +1,7 @@
 """The rules beside the paper's: sign-symmetry, product and direct feedback alignment, mixtures; each by its formula."""
 
 import copy
+import math
 import pickle
 import re
 from pathlib import Path
@@ -293,6 +294,8 @@ def test_direct_alignment_knows_the_gradients():
     found = pyfeedback.alignment(network("dfa"), batch(), F.mse_loss)
     assert found["5"].gradient_angle == pytest.approx(0.0, abs=1e-3)
     assert 30 < found["0"].gradient_angle < 150
+    assert math.isnan(found["0"].angle)
+    assert math.isnan(found["0"].norm_ratio)
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch's tracer itself does where the graph breaks
