@@ -23,8 +23,8 @@ struct DepthwiseLayer {
   Dtype dtype;
   Map input, mean, grad_output, grad_input;  // mean: of input over the samples, in the wide type, null without centring
   Map response, response_mean;               // conv(x, W) and its mean, read by CUDA alone, and where null is not zero
-  const void *weight, *feedback;                     // [K, I, R, S]
-  void *grad_weight, *grad_feedback, *grad_bias;     // [K, I, R, S] and [K], null where they are not asked for
+  const void *weight, *feedback;             // [K, I, R, S]
+  void *grad_weight, *grad_feedback, *grad_bias;  // [K, I, R, S] and [K], null where they are not asked for
   double decay, amp, null, sparse, self, tie;
 };
 

@@ -36,7 +36,6 @@ struct DepthwiseCall {
 DepthwiseCall plan_depthwise(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
                              const torch::stable::Tensor& weight, const torch::stable::Tensor& feedback,
                              const DepthwiseOptional& optional, const DepthwiseWindow& window,
-                             const std::vector<double>& coefficients, int64_t samples,
-                             const std::array<bool, 4>& mask);
+                             const std::vector<double>& coefficients, int64_t samples, const std::array<bool, 4>& mask);
 
 }  // namespace pyfeedback

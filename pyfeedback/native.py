@@ -80,7 +80,8 @@ def newer_source(library: Path, sources: Path) -> Path | None:
     """A C++ or CUDA source that has changed since ``library`` was built, if there is one."""
     built = library.stat().st_mtime
     kinds = {".cpp", ".h", ".cu", ".cuh"}
-    parts = (path for path in sources.rglob("*") if path.suffix in kinds and "simt" not in path.parts)
+    apart = {"simt", "cuda"} if library.name == CPU_LIBRARY.name else {"simt"}
+    parts = (path for path in sources.rglob("*") if path.suffix in kinds and not apart & set(path.parts))
     return next((path for path in parts if path.stat().st_mtime > built), None)
 
 

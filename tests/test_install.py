@@ -217,12 +217,16 @@ def test_a_source_newer_than_the_library_is_found(tmp_path):
     library, csrc = tmp_path / "_C.abi3.so", tmp_path / "csrc"
     (csrc / "cpu").mkdir(parents=True)
     (csrc / "simt").mkdir()
-    for path in (library, csrc / "a.cpp", csrc / "cpu" / "b.h", csrc / "simt" / "c.cpp", csrc / "notes.md"):
+    (csrc / "cuda").mkdir()
+    cuda = tmp_path / "_C_cuda.abi3.so"
+    elsewhere = [csrc / "simt" / "c.cpp", csrc / "notes.md", csrc / "cuda" / "d.cu"]
+    for path in (library, cuda, csrc / "a.cpp", csrc / "cpu" / "b.h", *elsewhere):
         path.touch()
         os.utime(path, (1000, 1000))
-    for path in (csrc / "simt" / "c.cpp", csrc / "notes.md"):  # no part of the library
+    for path in elsewhere:  # no part of the CPU library
         os.utime(path, (2000, 2000))
     assert native.newer_source(library, csrc) is None
+    assert native.newer_source(cuda, csrc) == csrc / "cuda" / "d.cu"
     os.utime(csrc / "cpu" / "b.h", (2000, 2000))
     assert native.newer_source(library, csrc) == csrc / "cpu" / "b.h"
     assert native.newer_source(library, tmp_path / "nowhere") is None

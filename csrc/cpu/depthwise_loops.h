@@ -293,9 +293,8 @@ class DepthwiseStrip {
 };
 
 int64_t depthwise_bytes(const DepthwiseLayer& layer, int64_t blocks) {
-  return visit_dtype(layer.dtype, [&](auto scalar) {
-    return DepthwiseStrip<decltype(scalar)>(layer, 0, blocks, nullptr).bytes();
-  });
+  return visit_dtype(layer.dtype,
+                     [&](auto scalar) { return DepthwiseStrip<decltype(scalar)>(layer, 0, blocks, nullptr).bytes(); });
 }
 
 void depthwise(const DepthwiseLayer& layer, const DepthwiseWork& work, void* memory, double* sums) {

@@ -1,10 +1,9 @@
 // One block takes a few neighbouring groups and some samples. A thread keeps to one group and holds the sums of its
 // taps in registers while it goes over positions; what windows share is left to the caches. Neighbouring threads read
 // neighbouring groups in channels_last and neighbouring positions otherwise.
-#include "../depthwise.h"
-
 #include <algorithm>
 
+#include "../depthwise.h"
 #include "launch.cuh"
 #include "scalar.cuh"
 

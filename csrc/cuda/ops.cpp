@@ -71,20 +71,18 @@ DepthwiseGradients depthwise_backward(const torch::stable::Tensor& grad_output, 
                                       const std::vector<int64_t>& dilation, int64_t groups,
                                       const std::vector<double>& coefficients, int64_t samples, bool need_input,
                                       bool need_weight, bool need_feedback, bool need_bias) {
-  const DepthwiseCall call =
-      plan_depthwise(grad_output, input, weight, feedback, {mean, response, response_mean},
-                     {stride, padding, dilation, groups}, coefficients, samples,
-                     {need_input, need_weight, need_feedback, need_bias});
+  const DepthwiseCall call = plan_depthwise(grad_output, input, weight, feedback, {mean, response, response_mean},
+                                            {stride, padding, dilation, groups}, coefficients, samples,
+                                            {need_input, need_weight, need_feedback, need_bias});
   const DepthwiseLayer& layer = call.layer;
   constexpr int64_t kMost = int64_t{1} << 31;  // positions of a map, which the kernel counts in an int
-  STD_TORCH_CHECK((layer.H + 2 * layer.padding[0]) * (layer.W + 2 * layer.padding[1]) < kMost,
-                  "input has a map of ", layer.H, " x ", layer.W, "; expected fewer than 2^31 positions, with padding");
+  STD_TORCH_CHECK((layer.H + 2 * layer.padding[0]) * (layer.W + 2 * layer.padding[1]) < kMost, "input has a map of ",
+                  layer.H, " x ", layer.W, "; expected fewer than 2^31 positions, with padding");
   STD_TORCH_CHECK(layer.null == 0 || layer.response.data, "null is ", layer.null, " but response is missing");
   const int32_t device = device_of(input.get()).index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   torch::stable::Tensor partial = empty_on(device, aoti_torch_dtype_float64(), depthwise_partial(layer));
-  STD_CUDA_CHECK(
-      launch_depthwise(layer, static_cast<double*>(partial.mutable_data_ptr()), current_stream(device)));
+  STD_CUDA_CHECK(launch_depthwise(layer, static_cast<double*>(partial.mutable_data_ptr()), current_stream(device)));
   return call.gradients;
 }
 
