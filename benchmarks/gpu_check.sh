@@ -4,7 +4,7 @@
 # Needs a CUDA device, nvcc, and python3 with torch, pytest and pytest-benchmark ($PYTHON names another); fetches
 # nothing. Builds the package, runs the GPU tests, checks the kernels' memory accesses and races, measures. Each stage has its
 # time limit; one that fails shows in the last table and in the exit code, and the others go on. OUTDIR gets
-# stages.tsv, log.txt, table.txt and rates.json, layers.json, update.json, networks.json.
+# stages.tsv, log.txt, table.txt and rates.json, layers.json, depthwise.json, update.json, networks.json.
 #
 # STAND_IN=1 goes through all of it on a CPU with tiny sizes: a test of this script, not of a GPU.
 set -uo pipefail
@@ -22,7 +22,9 @@ device=cuda
 if [[ -n "${STAND_IN:-}" ]]; then
   device=cpu
   marked=(-m "not slow" -k "forms") rates=(--network resnet20 --batch 2 --dtype float32 --rounds 3)
-  layers=(--network resnet20 --batch 2 --budget 0.01 --rule ia) networks=(--network resnet20 --quick --rule ia)
+  layers=(--network resnet20 --batch 2 --budget 0.01 --rule ia)
+  depthwise=(--network mobilenet_v2 --batch 1 --budget 0.01 --rule fa --against native)
+  networks=(--network resnet20 --quick --rule ia)
   export PYFEEDBACK_CUDA=0
 else
   architecture="$("$python" -c '
@@ -36,6 +38,8 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
   layers=(--network resnet50 --batch 128 --dtype bfloat16 --budget 0.1 --against plain --against composed
     --against triton --against triton-apart)
   for rule in fa wm ia aa kp; do layers+=(--rule "$rule"); done
+  depthwise=(--network convnext_t --batch 64 --dtype bfloat16 --budget 0.1 --rule fa --rule ia
+    --against plain --against composed --against native)
   networks=(--network resnet18 --network resnet20 --dtype bfloat16 --budget 0.3 --against plain)
   for rule in wm ia aa kp; do networks+=(--rule "$rule"); done
   export PYFEEDBACK_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}"
@@ -106,6 +110,7 @@ stage rates 60 "$python" "$root/benchmarks/cudnn_rates.py" --device "$device" --
   --time-limit 45 "${rates[@]}"
 measure update 35 test_feedback_step.py --budget 0.1
 measure layers 115 test_layer_steps.py --backward-only "${layers[@]}"
+measure depthwise 40 test_layer_steps.py --backward-only "${depthwise[@]}"
 measure networks 40 test_network_steps.py "${networks[@]}"
 
 printf '\n'

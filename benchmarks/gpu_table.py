@@ -19,11 +19,11 @@ def main(folder: Path) -> int:
         ceilings = found["ceilings"]
         print(f"copy {ceilings['copy_gb_s']:.0f} GB/s, matrix product {ceilings['product_tflop_s']:.1f} TFLOP/s")
         print("\n".join(cudnn_rates.table(found["rates"])), end="\n\n")
-    for name in ("layers", "update", "networks"):
+    for name in ("layers", "depthwise", "update", "networks"):
         path = folder / f"{name}.json"
         if path.exists():
             records = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"] if b["extra_info"]]
-            print("\n".join(tables.report(records, per_layer=name == "layers")))
+            print("\n".join(tables.report(records, per_layer=name in ("layers", "depthwise"))))
             if name == "layers" and ceilings:
                 print("\n".join(tables.floors(records, ceilings["copy_gb_s"], ceilings["product_tflop_s"])))
     stages = [line.split("\t") for line in (folder / "stages.tsv").read_text().splitlines()]
