@@ -31,9 +31,7 @@ def check_conv2d(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor |
     _check_window(map_shape, kernel_shape, window)
 
 
-def check_convolution(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd
-) -> None:  # fmt: skip
+def check_convolution(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd) -> None:
     """Raise where these are not the tensors of a convolution of any number of dimensions, or the window is none."""
     map_shape, kernel_shape, groups, transposed = input.shape, weight.shape, window.groups, window.transposed
     rank = len(kernel_shape)

@@ -25,6 +25,7 @@ class Conversion:
     """What :func:`convert` did: names of modules, as in ``model.named_modules()``; "" is the model itself.
 
     Attributes:
+        rules: the rule of each pattern of names; "*" is all.
         changed: layers that have a feedback path now.
         left: layers with weights that have none, and why.
         not_in_place: activations that no longer work in place, since the rule reads the response they would destroy.

@@ -69,7 +69,7 @@ def fa_conv2d(
     window = Window(_pair(stride), _pair(padding), _pair(dilation), groups)
     rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
     arguments.check_coefficients(rule, input.shape[0])
-    return conv2d(input, weight, feedback, bias, window, rule)
+    return convolution(input, weight, feedback, bias, window, rule)
 
 
 def fa_convolution(
@@ -195,31 +195,27 @@ def feedback_step_(
         )  # fmt: skip
 
 
-def conv2d(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
-) -> Tensor:
-    """:func:`fa_conv2d` for coefficients already checked: the layers' road."""
-    if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
-        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    arguments.check_conv2d(input, weight, feedback, bias, window)
-    if torch._C._are_functorch_transforms_active():
-        return transforms.conv2d(input, weight, feedback, bias, window, rule)
-    if torch.compiler.is_compiling():
-        return torch.ops.pyfeedback.fa_conv2d.default(input, weight, feedback, bias, *window, **rule._asdict())
-    return _Convolution.apply(input, weight, feedback, bias, (window, rule))
-
-
 def convolution(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd, rule: Coefficients
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None,
+    window: Window | WindowNd,
+    rule: Coefficients,
 ) -> Tensor:
-    """:func:`fa_convolution` for coefficients already checked: the layers' road."""
+    """:func:`fa_conv2d`, or :func:`fa_convolution`, for coefficients already checked: the layers' road."""
     if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    arguments.check_convolution(input, weight, feedback, bias, window)
+    if isinstance(window, Window):
+        arguments.check_conv2d(input, weight, feedback, bias, window)
+        op = torch.ops.pyfeedback.fa_conv2d
+    else:
+        arguments.check_convolution(input, weight, feedback, bias, window)
+        op = torch.ops.pyfeedback.fa_convolution
     if torch._C._are_functorch_transforms_active():
         return transforms.convolution(input, weight, feedback, bias, window, rule)
     if torch.compiler.is_compiling():
-        return torch.ops.pyfeedback.fa_convolution.default(input, weight, feedback, bias, *window, **rule._asdict())
+        return op.default(input, weight, feedback, bias, *window, **rule._asdict())
     return _Convolution.apply(input, weight, feedback, bias, (window, rule))
 
 
@@ -235,23 +231,21 @@ def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None,
     return _Linear.apply(input, weight, feedback, bias, (rule,))
 
 
-def scheduled_conv2d(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, coefficients: Tensor, window: Window, **rule
-) -> Tensor:
-    """:func:`conv2d` with the coefficients as a tensor of six on the CPU: a compiled layer's road under a schedule."""
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    return torch.ops.pyfeedback.scheduled_conv2d.default(input, weight, feedback, bias, coefficients, *window, **rule)
-
-
 def scheduled_convolution(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, coefficients: Tensor, window: WindowNd, **rule
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    window: Window | WindowNd,
+    **rule,
 ) -> Tensor:
-    """:func:`convolution` likewise."""
+    """:func:`convolution` with a tensor of six coefficients, on the CPU: a compiled layer's road under a schedule."""
     if torch.is_autocast_enabled(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    op = torch.ops.pyfeedback.scheduled_convolution.default
-    return op(input, weight, feedback, bias, coefficients, *window, **rule)
+    ops = torch.ops.pyfeedback
+    op = ops.scheduled_conv2d if isinstance(window, Window) else ops.scheduled_convolution
+    return op.default(input, weight, feedback, bias, coefficients, *window, **rule)
 
 
 def scheduled_linear(

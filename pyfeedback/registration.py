@@ -36,9 +36,7 @@ def fa_conv2d(
     return torch.conv2d(input, weight, bias, *window)
 
 
-def fa_convolution(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *window, **rule
-) -> Tensor:  # fmt: skip
+def fa_convolution(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *window, **rule) -> Tensor:
     """The op's implementation: arguments are checked, the forward is torch's."""
     arguments.check_convolution(input, weight, feedback, bias, _window_nd(*window))
     arguments.check_coefficients(Coefficients(**rule), input.shape[0])

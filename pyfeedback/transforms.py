@@ -12,18 +12,17 @@ from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import provide
 
 
-def conv2d(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window, rule: Coefficients
-) -> Tensor:
-    """:func:`pyfeedback.functional.conv2d`, transformable."""
-    return _Layer.apply(input, weight, feedback, bias, "conv2d_backward", (window, rule))
-
-
 def convolution(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd, rule: Coefficients
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None,
+    window: Window | WindowNd,
+    rule: Coefficients,
 ) -> Tensor:
     """:func:`pyfeedback.functional.convolution`, transformable."""
-    return _Layer.apply(input, weight, feedback, bias, "convolution_backward", (window, rule))
+    op = "conv2d_backward" if isinstance(window, Window) else "convolution_backward"
+    return _Layer.apply(input, weight, feedback, bias, op, (window, rule))
 
 
 def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:

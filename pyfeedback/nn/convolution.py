@@ -15,11 +15,63 @@ from pyfeedback.nn.layer import FeedbackLayer
 from pyfeedback.rules import Rule
 
 
-class Conv2d(FeedbackLayer, torch.nn.Conv2d):
+class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
+    """What the convolutions share; beside a layer of torch.nn, whose arguments it takes."""
+
+    def __init__(
+        self, *args, rule: str | Rule = "fa", init: Init | Callable[[Tensor], object] | None = None, **options
+    ):
+        super().__init__(*args, **options)
+        self.attach_feedback(rule, init)
+
+    def _convolve(self, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
+        window = self._window(padding, output_padding)
+        positions = 1
+        if self.rule.reduction == "mean":
+            positions = math.prod(window.output_shape(input.shape, self.weight.shape)[2:])
+        weight, feedback, bias = self.weight, self.path(), self.bias
+        assert feedback is not None
+        if self.scheduled is not None and torch.compiler.is_compiling():
+            moving = self._moving(input, positions)
+            return functional.scheduled_convolution(input, weight, feedback, bias, self.scheduled, window, **moving)
+        coefficients = self.rule.coefficients(input.shape[0], positions)
+        return functional.convolution(input, weight, feedback, bias, window, coefficients)
+
+    def _window(self, padding, output_padding) -> Window | WindowNd:
+        return WindowNd(self.stride, padding, self.dilation, self.transposed, output_padding, self.groups)
+
+
+class _Conv(_ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        if self.feedback is None:
+            return super().forward(self.receive(input))
+        if input.dim() == self.weight.dim() - 1:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        padding = self.padding
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
+        return self._convolve(input, padding, self.output_padding)
+
+
+class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
+    padding: tuple[int, ...]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if self.feedback is None:
+            return super().forward(self.receive(input), output_size)
+        spatial = len(self.stride)
+        window = self.stride, self.padding, self.kernel_size
+        extra = self._output_padding(input, output_size, *window, spatial, self.dilation)  # type: ignore[arg-type]
+        if input.dim() == spatial + 1:
+            return self._convolve(input.unsqueeze(0), self.padding, tuple(extra)).squeeze(0)
+        return self._convolve(input, self.padding, tuple(extra))
+
+
+class Conv2d(_Conv, torch.nn.Conv2d):
     """``torch.nn.Conv2d`` with a feedback path.
 
     Args:
-        rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        rule: a name of :func:`pyfeedback.rule`, or a :class:`pyfeedback.Rule`.
         init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
         others: as torch.nn.Conv2d, every padding mode included.
 
@@ -49,77 +101,12 @@ class Conv2d(FeedbackLayer, torch.nn.Conv2d):
         init: Init | Callable[[Tensor], object] | None = None,
     ):
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        self.attach_feedback(rule, init)
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype, rule=rule, init=init,
+        )  # fmt: skip
 
-    def forward(self, input: Tensor) -> Tensor:
-        feedback = self.path()
-        if feedback is None:
-            return super().forward(self.receive(input))
-        if input.dim() == 3:
-            return self.forward(input.unsqueeze(0)).squeeze(0)
-        weight, padding, rule = self.weight, self.padding, self.rule
-        if isinstance(padding, str) or self.padding_mode != "zeros":
-            input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
-        window = Window(self.stride, padding, self.dilation, self.groups)
-        positions = 1
-        if rule.reduction == "mean":
-            positions = math.prod(window.output_shape(input.shape, weight.shape)[2:])
-        if self.scheduled is not None and torch.compiler.is_compiling():
-            moving = self._moving(input, positions)
-            return functional.scheduled_conv2d(input, weight, feedback, self.bias, self.scheduled, window, **moving)
-        coefficients = rule.coefficients(input.shape[0], positions)
-        return functional.conv2d(input, weight, feedback, self.bias, window, coefficients)
-
-
-class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
-    """What the convolutions but Conv2d share; beside a layer of torch.nn, whose arguments it takes."""
-
-    def __init__(
-        self, *args, rule: str | Rule = "fa", init: Init | Callable[[Tensor], object] | None = None, **options
-    ):
-        super().__init__(*args, **options)
-        self.attach_feedback(rule, init)
-
-    def _convolve(self, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
-        window = WindowNd(self.stride, padding, self.dilation, self.transposed, output_padding, self.groups)
-        positions = 1
-        if self.rule.reduction == "mean":
-            positions = math.prod(window.output_shape(input.shape, self.weight.shape)[2:])
-        weight, feedback, bias = self.weight, self.path(), self.bias
-        assert feedback is not None
-        if self.scheduled is not None and torch.compiler.is_compiling():
-            moving = self._moving(input, positions)
-            return functional.scheduled_convolution(input, weight, feedback, bias, self.scheduled, window, **moving)
-        coefficients = self.rule.coefficients(input.shape[0], positions)
-        return functional.convolution(input, weight, feedback, bias, window, coefficients)
-
-
-class _Conv(_ConvNd):
-    def forward(self, input: Tensor) -> Tensor:
-        if self.feedback is None:
-            return super().forward(self.receive(input))
-        if input.dim() == self.weight.dim() - 1:
-            return self.forward(input.unsqueeze(0)).squeeze(0)
-        padding = self.padding
-        if isinstance(padding, str) or self.padding_mode != "zeros":
-            input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
-        return self._convolve(input, padding, self.output_padding)
-
-
-class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
-    padding: tuple[int, ...]
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if self.feedback is None:
-            return super().forward(self.receive(input), output_size)
-        spatial = len(self.stride)
-        window = self.stride, self.padding, self.kernel_size
-        extra = self._output_padding(input, output_size, *window, spatial, self.dilation)  # type: ignore[arg-type]
-        if input.dim() == spatial + 1:
-            return self._convolve(input.unsqueeze(0), self.padding, tuple(extra)).squeeze(0)
-        return self._convolve(input, self.padding, tuple(extra))
+    def _window(self, padding: tuple[int, int], output_padding: tuple[int, int]) -> Window:
+        return Window(self.stride, padding, self.dilation, self.groups)
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):

@@ -16,7 +16,7 @@ class Linear(FeedbackLayer, torch.nn.Linear):
     """``torch.nn.Linear`` with a feedback path.
 
     Args:
-        rule: a name ("bp", "fa", "wm", "ia", "sa", "aa", "kp") or a :class:`pyfeedback.Rule`.
+        rule: a name of :func:`pyfeedback.rule`, or a :class:`pyfeedback.Rule`.
         init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
         others: as torch.nn.Linear.
 
