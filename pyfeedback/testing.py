@@ -175,17 +175,18 @@ def by_reference() -> Iterator[list[Tensor]]:
     """
     penalties: list[Tensor] = []
 
-    def layers(op):
-        def compute(input, weight, feedback, bias, *window_and_rule):
-            *window, rule = window_and_rule
-            y, penalty = op(input, weight, feedback, bias, *sum(window, ()), **rule._asdict())
-            penalties.append(penalty)
-            return y
+    def keep(found: tuple[Tensor, Tensor]) -> Tensor:
+        penalties.append(found[1])
+        return found[0]
 
-        return compute
+    def convolution(input, weight, feedback, bias, window, rule):
+        op = reference.conv2d if isinstance(window, Window) else reference.convolution
+        return keep(op(input, weight, feedback, bias, *window, **rule._asdict()))
 
-    ops = {name: layers(getattr(reference, name)) for name in ("conv2d", "convolution", "linear")}
-    with mock.patch.multiple(functional, **ops):
+    def linear(input, weight, feedback, bias, rule):
+        return keep(reference.linear(input, weight, feedback, bias, **rule._asdict()))
+
+    with mock.patch.multiple(functional, convolution=convolution, linear=linear):
         yield penalties
 
 
