@@ -222,6 +222,19 @@ SampleBlocks sample_blocks(const torch::stable::Tensor& input, int64_t samples) 
   return {samples, positions, shape.stride[0], dtype_of(input.get())};
 }
 
+SampleBlocks sample_blocks_like(const torch::stable::Tensor& self, const torch::stable::Tensor& input) {
+  check_alike<2>({input.get(), self.get()}, "input and self", 0);
+  const Shape shape = shape_of(input.get()), written = shape_of(self.get());
+  const int64_t samples = shape.dims ? shape.size[0] : 0;
+  const SampleBlocks blocks = sample_blocks(input, samples);
+  bool alike = samples <= 1 || blocks.positions == 0 || written.stride[0] == blocks.positions;
+  for (int64_t d = 1; d < shape.dims; ++d) {
+    alike = alike && (shape.size[d] == 1 || shape.stride[d] == written.stride[d]);
+  }
+  STD_TORCH_CHECK(alike, "self is no dense block with the strides of input");
+  return blocks;
+}
+
 torch::stable::Tensor empty_samples(const torch::stable::Tensor& input, const SampleBlocks& blocks) {
   const Shape shape = shape_of(input.get());
   std::array<int64_t, kMaxDims> size, stride;

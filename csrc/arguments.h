@@ -60,6 +60,10 @@ struct SampleBlocks {
 
 SampleBlocks sample_blocks(const torch::stable::Tensor& input, int64_t samples);
 
+// The blocks of input, of which self has as many in the same order. Raises where the two differ in shape, strides
+// within a sample, dtype or device, or where the samples of self are apart.
+SampleBlocks sample_blocks_like(const torch::stable::Tensor& self, const torch::stable::Tensor& input);
+
 // Uninitialised, shaped and strided like input[:samples] with the samples one after the other.
 torch::stable::Tensor empty_samples(const torch::stable::Tensor& input, const SampleBlocks& blocks);
 

@@ -6,6 +6,7 @@
 
 STABLE_TORCH_LIBRARY_IMPL(pyfeedback, CPU, m) {
   m.impl("native_adamw_step_", TORCH_BOX(&pyfeedback::cpu::adamw_step_));
+  m.impl("native_add_centered_", TORCH_BOX(&pyfeedback::cpu::add_centered_));
   m.impl("native_alignment_products", TORCH_BOX(&pyfeedback::cpu::alignment_products));
   m.impl("native_center", TORCH_BOX(&pyfeedback::cpu::center));
   m.impl("native_depthwise_backward", TORCH_BOX(&pyfeedback::cpu::depthwise_backward));

@@ -146,6 +146,13 @@ def check_center(input: Tensor, samples: int) -> None:
         raise ValueError(f"samples is {samples}, expected 1 to {input.shape[0]}, the size of the batch")
 
 
+def check_add_centered(self: Tensor, input: Tensor) -> None:
+    """Raise where the two do not have one shape, dtype and device."""
+    check_center(input, input.shape[0] if input.dim() else 0)
+    if _describe(self) != _describe(input):
+        raise ValueError(f"self is {_describe(self)}, expected that of input, {_describe(input)}")
+
+
 def _consistent(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> bool:
     dtype, device = input.dtype, input.device
     return (

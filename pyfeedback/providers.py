@@ -32,6 +32,15 @@ def _native_center(input: Tensor, samples: int) -> Tensor:
     return aten.center(input, samples)
 
 
+def _native_add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
+    """The compiled kernel wants the samples of both to be dense blocks that agree in their strides."""
+    alike = self.stride() == input.stride()
+    if alike and (self.is_contiguous() or (self.dim() == 4 and self.is_contiguous(memory_format=torch.channels_last))):
+        _ops.native_add_centered_.default(self, input, beta, alpha)
+    else:
+        aten.add_centered_(self, input, beta, alpha)
+
+
 def _aten_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -> None:
     arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options, options["dynamic"])
     aten.feedback_step_(feedback, weight, grad, momentum_buffer, **options)
@@ -80,6 +89,8 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("linear_backward", "measured"): partial(_fused, "linear_backward", None),
     ("adamw_step_", "aten"): aten.adamw_step_,
     ("adamw_step_", "native"): _native_adamw_step_,
+    ("add_centered_", "aten"): aten.add_centered_,
+    ("add_centered_", "native"): _native_add_centered_,
     ("alignment_products", "aten"): aten.alignment_products,
     ("alignment_products", "native"): _ops.native_alignment_products.default,
     ("center", "aten"): aten.center,
@@ -90,6 +101,7 @@ _IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
 
 _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("adamw_step_", "cpu"): ("native", "aten"),
+    ("add_centered_", "cpu"): ("native", "aten"),
     ("alignment_products", "cpu"): ("native", "aten"),
     ("center", "cpu"): ("native", "aten"),
     ("conv2d_backward", "cpu"): ("depthwise", "aten"),

@@ -130,6 +130,11 @@ def _center(input: Tensor, samples: int) -> Tensor:
     return provide("center", input.device.type)(input, samples)
 
 
+def _add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
+    arguments.check_add_centered(self, input)
+    provide("add_centered_", input.device.type)(self, input, beta, alpha)
+
+
 def mix(mixing: Tensor, feedback: Tensor, decay: float) -> Tensor:
     """A feedback that is a product, [K, M] times [M, ...]; ``decay`` acts on the second factor, in its gradient."""
     return (mixing @ feedback.flatten(1)).view(mixing.shape[0], *feedback.shape[1:])
@@ -145,6 +150,7 @@ for _name, _implementation in {
     "feedback_step_": feedback_step_,
     "mix": mix,
     "center": _center,
+    "add_centered_": _add_centered_,
 }.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -178,6 +184,10 @@ def _fake_depthwise(grad_output, input, weight, feedback, *args) -> tuple[Tensor
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(like, args[-4:], strict=True))
 
 
+def _fake_add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
+    arguments.check_add_centered(self, input)
+
+
 def _fake_center(input: Tensor, samples: int) -> Tensor:
     return torch.empty_like(input[:samples])
 
@@ -193,6 +203,8 @@ torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib
 torch.library.register_fake("pyfeedback::mix", mix, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_depthwise_backward", _fake_depthwise, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::add_centered_", _fake_add_centered_, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::native_add_centered_", _fake_add_centered_, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_alignment_products", _fake_products, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRARY)
 

@@ -1,7 +1,7 @@
 """The schema of every op, once.
 
-`fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`; `center` is a step of their
-backward; `mix` makes the feedback of pfa; `scheduled_*` take the coefficients as a tensor
+`fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`; `center` and `add_centered_` are
+steps of their backward; `mix` makes the feedback of pfa; `scheduled_*` take the coefficients as a tensor
 (:mod:`pyfeedback.scheduled`); `native_*` are the leaves that the compiled library implements and that only the provider
 table calls.
 """
@@ -34,6 +34,8 @@ _ADAMW = (
     "float lr, float beta1, float beta2, float eps"
 )
 
+_ADD_CENTERED = "(Tensor(a!) self, Tensor input, float beta, float alpha) -> ()"
+
 _DEPTHWISE = (
     "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, "
     f"Tensor? mean, Tensor? response, Tensor? response_mean, {_PLACE}, float[] coefficients, int samples, "
@@ -60,7 +62,9 @@ SCHEMAS = {
     "native_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
     "mix": "(Tensor mixing, Tensor feedback, float decay) -> Tensor",
     "center": "(Tensor input, SymInt samples) -> Tensor",
+    "add_centered_": _ADD_CENTERED,
     "native_center": "(Tensor input, SymInt samples) -> Tensor",
+    "native_add_centered_": _ADD_CENTERED,
 }
 
 LIBRARY = torch.library.Library("pyfeedback", "DEF")

@@ -32,6 +32,12 @@ class OnDevice:
     def native_center(input, samples):
         return torch.ops.pyfeedback.native_center(_to_device(input), samples).cpu()
 
+    @staticmethod
+    def native_add_centered_(self, input, beta, alpha):
+        there = _to_device(self)
+        torch.ops.pyfeedback.native_add_centered_(there, _to_device(input), beta, alpha)
+        self.copy_(there)
+
 
 def _to_device(tensor):
     """With the strides, and the place within sixteen bytes, that it has here."""

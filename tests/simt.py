@@ -253,6 +253,14 @@ def native_center(input: torch.Tensor, samples: int) -> torch.Tensor:
     return output
 
 
+def native_add_centered_(self: torch.Tensor, input: torch.Tensor, beta: float, alpha: float) -> None:
+    """The kernel of the op of this name."""
+    if input.numel():
+        samples, positions = input.shape[0], input[0].numel()
+        launch = Center(_pointer(input), _pointer(self), samples, positions, input.stride(0), DTYPES.index(input.dtype))
+        _check(_library().simt_add_centered(ctypes.byref(launch), ctypes.c_double(beta), ctypes.c_double(alpha)))
+
+
 def native_depthwise_backward(
     grad_output, input, weight, feedback, mean, response, response_mean, stride, padding, dilation, groups,
     coefficients, samples, *mask,

@@ -601,11 +601,54 @@ class TestCenter:
             torch.ops.pyfeedback.native_center(torch.zeros(4, 6), samples)
 
 
+class TestAddCentered:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("shape", [(1, 3), (7, 1, 3, 3), (8, 16, 9, 11), (300, 5), (4, 70001)], ids=str)
+    @pytest.mark.parametrize(("beta", "alpha"), [(1.0, -0.7), (-0.3, 1.0)])
+    def test_matches_the_formula(self, ops, dtype, shape, beta, alpha):
+        generator = torch.Generator().manual_seed(0)
+        total, tensor = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+        tensor = tensor + 30
+        plain, exact = (
+            beta * total.to(wide) + alpha * center_formula(tensor.to(wide), shape[0]) for wide in (dtype, torch.float64)
+        )
+        ops.native_add_centered_(total, tensor, beta, alpha)
+        assert_as_accurate(total, plain, exact, scale=tensor)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    def test_layouts(self, ops, dtype):
+        plain, start = (torch.randn(6, 5, 7, 3, dtype=torch.float64).to(dtype) for _ in range(2))
+        spread = torch.full((12, *plain.shape[1:]), float("nan"), dtype=dtype).contiguous(
+            memory_format=torch.channels_last
+        )
+        spread[::2] = plain
+        total = start.clone(memory_format=torch.channels_last)
+        ops.native_add_centered_(total, spread[::2], 0.5, 2.0)
+        exact = 0.5 * start.double() + 2.0 * center_formula(plain.double(), 6)
+        assert_as_accurate(total, exact.to(dtype), exact, scale=exact)
+
+    @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 2)], ids=str)
+    def test_nothing_to_center(self, ops, shape):
+        ops.native_add_centered_(torch.zeros(shape), torch.zeros(shape), 1.0, 1.0)
+
+    @cpu
+    @pytest.mark.parametrize(
+        "total",
+        [torch.zeros(4, 5), torch.zeros(4, 6).double(), torch.zeros(6, 4).t(), torch.zeros(8, 6)[::2], torch.zeros(24)],
+        ids=["shape", "dtype", "strides", "apart", "rank"],
+    )
+    def test_what_does_not_fit_raises(self, total):
+        before = total.clone()
+        with pytest.raises(RuntimeError):
+            torch.ops.pyfeedback.native_add_centered_(total, torch.ones(4, 6), 1.0, 1.0)
+        assert torch.equal(total, before)
+
+
 @cpu
 def test_a_forced_backend_takes_the_kernels_that_there_are_and_composes_the_rest():
     with pyfeedback.backend("native"):
         on_cuda = "native" if native.has_cuda() else "aten"
-        for op in ("feedback_step_", "alignment_products", "center"):
+        for op in ("feedback_step_", "alignment_products", "center", "add_centered_"):
             assert [providers._choose(op, device) for device in ("cpu", "cuda", "meta")] == ["native", on_cuda, "aten"]
         assert [providers._choose("adamw_step_", device) for device in ("cpu", "cuda")] == ["native", "aten"]
 

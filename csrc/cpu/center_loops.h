@@ -1,4 +1,5 @@
-// The loop of native_center over one stretch of positions. In an unnamed namespace, see scalar.h.
+// The loops of native_center and native_add_centered_ over one stretch of positions. In an unnamed namespace, see
+// scalar.h.
 #pragma once
 
 #include <algorithm>
@@ -27,10 +28,12 @@ const Wide<Scalar>* wide_row(const Scalar* row, Wide<Scalar>* scratch, int64_t c
   }
 }
 
+// The mean over the samples of each position.
 template <typename Scalar>
-void center_stretch(const Scalar* input, Scalar* output, const SampleBlocks& blocks, int64_t width) {
+void mean_of_stretch(const Scalar* input, Wide<Scalar>* mean, const SampleBlocks& blocks, int64_t width) {
   using T = Wide<Scalar>;
-  T mean[kMaxStretch] = {}, sum[kMaxStretch], scratch[kMaxStretch];
+  T sum[kMaxStretch], scratch[kMaxStretch];
+  std::fill_n(mean, width, T(0));
   for (int64_t group = 0; group < blocks.samples; group += kGroup) {
     std::fill_n(sum, width, T(0));
     const int64_t last = std::min(group + kGroup, blocks.samples);
@@ -41,6 +44,13 @@ void center_stretch(const Scalar* input, Scalar* output, const SampleBlocks& blo
     for (int64_t p = 0; p < width; ++p) mean[p] += sum[p];
   }
   for (int64_t p = 0; p < width; ++p) mean[p] /= static_cast<T>(blocks.samples);
+}
+
+template <typename Scalar>
+void center_stretch(const Scalar* input, Scalar* output, const SampleBlocks& blocks, int64_t width) {
+  using T = Wide<Scalar>;
+  T mean[kMaxStretch], scratch[kMaxStretch];
+  mean_of_stretch(input, mean, blocks, width);
   for (int64_t n = 0; n < blocks.samples; ++n) {
     const T* row = wide_row(input + n * blocks.stride, scratch, width);
     Scalar* __restrict centered = output + n * blocks.positions;
@@ -58,6 +68,37 @@ void center(const void* input, void* output, const SampleBlocks& blocks, int64_t
     using Scalar = decltype(scalar);
     center_stretch(static_cast<const Scalar*>(input) + begin, static_cast<Scalar*>(output) + begin, blocks,
                    end - begin);
+  });
+}
+
+// self = beta * self + alpha * (input - mean)
+template <typename Scalar>
+void add_centered_stretch(Scalar* self, const Scalar* input, const SampleBlocks& blocks, int64_t width,
+                          Wide<Scalar> beta, Wide<Scalar> alpha) {
+  using T = Wide<Scalar>;
+  T mean[kMaxStretch], scratch[kMaxStretch], sum[kMaxStretch];
+  mean_of_stretch(input, mean, blocks, width);
+  for (int64_t n = 0; n < blocks.samples; ++n) {
+    const T* row = wide_row(input + n * blocks.stride, scratch, width);
+    Scalar* total = self + n * blocks.positions;
+    if constexpr (std::is_same_v<Scalar, T>) {
+      T* __restrict wide = total;
+      for (int64_t p = 0; p < width; ++p) wide[p] = beta * wide[p] + alpha * (row[p] - mean[p]);
+    } else {
+      widen_row(total, sum, width);
+      for (int64_t p = 0; p < width; ++p) sum[p] = beta * sum[p] + alpha * (row[p] - mean[p]);
+      narrow_row(sum, total, width);
+    }
+  }
+}
+
+void add_centered(void* self, const void* input, const SampleBlocks& blocks, int64_t begin, int64_t end, double beta,
+                  double alpha) {
+  visit_dtype(blocks.dtype, [&](auto scalar) {
+    using Scalar = decltype(scalar);
+    using T = Wide<Scalar>;
+    add_centered_stretch(static_cast<Scalar*>(self) + begin, static_cast<const Scalar*>(input) + begin, blocks,
+                         end - begin, static_cast<T>(beta), static_cast<T>(alpha));
   });
 }
 

@@ -28,6 +28,9 @@ struct Kernels {
                              double* sums);
   // output[:, begin:end] = input[:, begin:end] minus its mean over the samples.
   void (*center)(const void* input, void* output, const SampleBlocks& blocks, int64_t begin, int64_t end);
+  // self[:, begin:end] = beta * self[:, begin:end] + alpha * (input[:, begin:end] minus its mean over the samples).
+  void (*add_centered)(void* self, const void* input, const SampleBlocks& blocks, int64_t begin, int64_t end,
+                       double beta, double alpha);
   // Bytes of memory that the backward of so many blocks works in.
   int64_t (*depthwise_bytes)(const DepthwiseLayer& layer, int64_t blocks);
   // Adds to the sums of each block: [weight, data][J, I, R, S, lanes], then [J, lanes] of the bias.

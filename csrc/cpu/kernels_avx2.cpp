@@ -36,8 +36,8 @@
 
 namespace pyfeedback::cpu {
 
-const Kernels kAvx2Kernels = {step,   any_nonfinite,   adamw_step, alignment_products,
-                              center, depthwise_bytes, depthwise,  depthwise_finish};
+const Kernels kAvx2Kernels = {step,         any_nonfinite,   adamw_step, alignment_products, center,
+                              add_centered, depthwise_bytes, depthwise,  depthwise_finish};
 
 }  // namespace pyfeedback::cpu
 

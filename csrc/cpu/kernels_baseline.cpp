@@ -7,7 +7,7 @@
 
 namespace pyfeedback::cpu {
 
-const Kernels kBaselineKernels = {step,   any_nonfinite,   adamw_step, alignment_products,
-                                  center, depthwise_bytes, depthwise,  depthwise_finish};
+const Kernels kBaselineKernels = {step,         any_nonfinite,   adamw_step, alignment_products, center,
+                                  add_centered, depthwise_bytes, depthwise,  depthwise_finish};
 
 }  // namespace pyfeedback::cpu

@@ -10,9 +10,10 @@ namespace {
 // Samples added up before the sum is passed on, as on the CPU.
 constexpr int64_t kGroup = 16;
 
-// A thread owns a position: neighbours read neighbouring elements of every sample.
-template <typename Scalar>
-__global__ void __launch_bounds__(kThreads) center_kernel(CenterLaunch p) {
+// A thread owns a position: neighbours read neighbouring elements of every sample. write(value, output) takes each
+// value minus the mean of its position.
+template <typename Scalar, typename Write>
+__device__ __forceinline__ void for_each_centered(const CenterLaunch& p, const Write& write) {
   using T = Wide<Scalar>;
   const Scalar* input = static_cast<const Scalar*>(p.input);
   Scalar* output = static_cast<Scalar*>(p.output);
@@ -27,17 +28,40 @@ __global__ void __launch_bounds__(kThreads) center_kernel(CenterLaunch p) {
     }
     mean /= static_cast<T>(p.samples);
     for (int64_t n = 0; n < p.samples; ++n) {
-      narrow(widen(input[n * p.stride + position]) - mean, output[n * p.positions + position]);
+      write(widen(input[n * p.stride + position]) - mean, output[n * p.positions + position]);
     }
   }
+}
+
+template <typename Scalar>
+__global__ void __launch_bounds__(kThreads) center_kernel(CenterLaunch p) {
+  for_each_centered<Scalar>(p, [](Wide<Scalar> centered, Scalar& output) { narrow(centered, output); });
+}
+
+template <typename Scalar>
+__global__ void __launch_bounds__(kThreads) add_centered_kernel(CenterLaunch p, double beta, double alpha) {
+  using T = Wide<Scalar>;
+  const T of_output = static_cast<T>(beta), of_input = static_cast<T>(alpha);
+  for_each_centered<Scalar>(
+      p, [=](T centered, Scalar& output) { narrow(of_output * widen(output) + of_input * centered, output); });
+}
+
+int64_t blocks_of(const CenterLaunch& p) {
+  constexpr int64_t kMaxBlocks = 65535;
+  return std::min((p.positions + kThreads - 1) / kThreads, kMaxBlocks);
 }
 
 }  // namespace
 
 cudaError_t launch_center(const CenterLaunch& p, cudaStream_t stream) {
-  constexpr int64_t kMaxBlocks = 65535;
-  const int64_t blocks = std::min((p.positions + kThreads - 1) / kThreads, kMaxBlocks);
-  return visit_dtype(p.dtype, [&](auto scalar) { return launch(center_kernel<decltype(scalar)>, blocks, stream, p); });
+  return visit_dtype(p.dtype,
+                     [&](auto scalar) { return launch(center_kernel<decltype(scalar)>, blocks_of(p), stream, p); });
+}
+
+cudaError_t launch_add_centered(const CenterLaunch& p, double beta, double alpha, cudaStream_t stream) {
+  return visit_dtype(p.dtype, [&](auto scalar) {
+    return launch(add_centered_kernel<decltype(scalar)>, blocks_of(p), stream, p, beta, alpha);
+  });
 }
 
 }  // namespace pyfeedback::cuda

@@ -38,6 +38,9 @@ struct CenterLaunch {
 
 cudaError_t launch_center(const CenterLaunch& launch, cudaStream_t stream);
 
+// output = beta * output + alpha * (input minus its mean over the samples)
+cudaError_t launch_add_centered(const CenterLaunch& launch, double beta, double alpha, cudaStream_t stream);
+
 // The backward of a depthwise or grouped convolution. `partial` is room for [depthwise_partial(layer)] on the device.
 cudaError_t launch_depthwise(const DepthwiseLayer& layer, double* partial, cudaStream_t stream);
 

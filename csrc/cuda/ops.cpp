@@ -62,6 +62,16 @@ torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples
   return output;
 }
 
+void add_centered_(const torch::stable::Tensor& self, const torch::stable::Tensor& input, double beta, double alpha) {
+  const SampleBlocks blocks = sample_blocks_like(self, input);
+  if (blocks.samples == 0 || blocks.positions == 0) return;
+  const int32_t device = device_of(input.get()).index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const CenterLaunch launch{input.const_data_ptr(), self.mutable_data_ptr(), blocks.samples,
+                            blocks.positions,       blocks.stride,           blocks.dtype};
+  STD_CUDA_CHECK(launch_add_centered(launch, beta, alpha, current_stream(device)));
+}
+
 DepthwiseGradients depthwise_backward(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
                                       const torch::stable::Tensor& weight, const torch::stable::Tensor& feedback,
                                       const std::optional<torch::stable::Tensor>& mean,

@@ -16,6 +16,8 @@ torch::stable::Tensor alignment_products(StableListHandle feedback, StableListHa
 
 torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples);
 
+void add_centered_(const torch::stable::Tensor& self, const torch::stable::Tensor& input, double beta, double alpha);
+
 DepthwiseGradients depthwise_backward(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
                                       const torch::stable::Tensor& weight, const torch::stable::Tensor& feedback,
                                       const std::optional<torch::stable::Tensor>& mean,

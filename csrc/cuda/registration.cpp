@@ -4,6 +4,7 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(pyfeedback, CUDA, m) {
+  m.impl("native_add_centered_", TORCH_BOX(&pyfeedback::cuda::add_centered_));
   m.impl("native_alignment_products", TORCH_BOX(&pyfeedback::cuda::alignment_products));
   m.impl("native_center", TORCH_BOX(&pyfeedback::cuda::center));
   m.impl("native_depthwise_backward", TORCH_BOX(&pyfeedback::cuda::depthwise_backward));

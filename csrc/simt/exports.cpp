@@ -33,6 +33,10 @@ cudaError_t simt_center(const cuda::CenterLaunch* launch) {
   return cuda::launch_center(*launch, nullptr);
 }
 
+cudaError_t simt_add_centered(const cuda::CenterLaunch* launch, double beta, double alpha) {
+  return cuda::launch_add_centered(*launch, beta, alpha, nullptr);
+}
+
 int64_t simt_depthwise_partial(const DepthwiseLayer* layer) {
   return cuda::depthwise_partial(*layer);
 }

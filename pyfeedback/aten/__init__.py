@@ -9,11 +9,12 @@ from pyfeedback.aten.backward import (
     linear_backward,
     linear_saves_response,
 )
-from pyfeedback.aten.center import center
+from pyfeedback.aten.center import add_centered_, center
 from pyfeedback.aten.step import adamw_step_, feedback_step_
 
 __all__ = [
     "adamw_step_",
+    "add_centered_",
     "alignment_products",
     "center",
     "conv2d_backward",

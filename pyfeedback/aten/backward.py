@@ -5,6 +5,7 @@ the contract of the ops: x the input, y = conv(x, W) the response without bias, 
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,11 +152,11 @@ def linear_saves_response(input: Tensor, weight: Tensor, bias: Tensor | None, ru
     return _saves_response(_Linear(weight), input, bias, rule)
 
 
-class _Conv2d:
+class _Conv2d(NamedTuple):
     """The products of a convolution: activations [n, C, H, W], kernels [K, C/g, R, S]."""
 
-    def __init__(self, weight: Tensor, window: Window):
-        self.weight, self.window = weight, window
+    weight: Tensor
+    window: Window
 
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
         return conv2d_problem(input_shape, self.weight.shape, self.window, samples)
@@ -183,11 +184,11 @@ class _Conv2d:
         return _convolution_backward(y, x, kernel, None, stride, padding, dilation, False, (0, 0), groups, mask)
 
 
-class _Convolution:
+class _Convolution(NamedTuple):
     """The products of a convolution of any number of dimensions, which never is taken for a pointwise one."""
 
-    def __init__(self, weight: Tensor, window: WindowNd):
-        self.weight, self.window = weight, window
+    weight: Tensor
+    window: WindowNd
 
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
         return convolution_problem(input_shape, self.weight.shape, self.window, samples)
@@ -202,11 +203,10 @@ class _Convolution:
         return _convolution_backward(y, x, self.weight, None, *self.window, (False, True, False))[1]
 
 
-class _Linear:
+class _Linear(NamedTuple):
     """The products of a linear layer: activations [n, ..., C], kernels [K, C]."""
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight
+    weight: Tensor
 
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
         return linear_problem(input_shape, self.weight.shape, samples)
@@ -252,10 +252,7 @@ def _feedback_gradient(
     if form is Form.NONE:
         grad = _blend(feedback, weight, rule.decay, rule.self_)
     else:
-        if y is None and needs_response(form, rule):
-            y = layer.respond(x, weight)
-        data, scale = _DATA_TERMS[form](layer, x, y, weight, feedback, rule)
-        grad = data.to(wide_dtype(data.dtype)).mul_(scale / n)
+        grad = _data_gradient(layer, form, x, y, weight, feedback, rule)
         if rule.self_:
             grad = grad.add_(_blend(feedback, weight, rule.decay, rule.self_))
         elif rule.decay:
@@ -265,28 +262,43 @@ def _feedback_gradient(
     return grad.to(weight.dtype)
 
 
+def _data_gradient(
+    layer: _Layer, form: Form, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, rule: Coefficients
+) -> Tensor:
+    """The amp, null and sparse terms of dR/dB, in float32 or wider.
+
+    float16 is computed in float32: sums over a batch exceed 65504, the largest float16, long before their mean does.
+    """
+    if x.dtype is torch.float16:
+        x, weight, feedback = x.float(), weight.float(), feedback.float()
+        y = y.float() if y is not None else None
+        layer = layer._replace(weight=weight)
+    if y is None and needs_response(form, rule):
+        y = layer.respond(x, weight)
+    data, scale = _DATA_TERMS[form](layer, x, y, weight, feedback, rule)
+    return data.to(wide_dtype(data.dtype)).mul_(scale / x.shape[0])
+
+
 def _direct(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """sparse: wgrad(x, conv(x, sparse B - amp W)), which stays exact where B nears W and the difference of two
     convolutions would cancel; null: wgrad(null z - amp x, y), folded into z in one pass. amp rides on either.
     """
-    total, scale = None, 1.0
     if rule.sparse:
-        centered, scale = _centered(x, rule), max(abs(rule.sparse), abs(rule.amp))
+        scale = max(abs(rule.sparse), abs(rule.amp))
         kernel = _blend(feedback, weight, rule.sparse / scale, rule.amp / scale).to(x.dtype)
-        total = layer.correlate(centered, layer.respond(centered, kernel))
-    if not rule.null and total is not None:
+        x = _centered(x, rule)
+        total = layer.correlate(x, layer.respond(x, kernel))
+        if rule.null:
+            y = _centered(y, rule)
+            total = total.add_(layer.correlate(layer.project(y, feedback, x), y), alpha=rule.null / scale)
         return total, scale
-    y = _centered(y, rule)  # centring one factor of wgrad(x, y) centres the product
+    y = _centered(y, rule)
     if not rule.null:
-        return layer.correlate(x, y), -rule.amp
+        return layer.correlate(_centered(x, rule), y), -rule.amp
     z = layer.project(y, feedback, x)
-    if total is not None:
-        return total.add_(layer.correlate(z, y), alpha=rule.null / scale), scale
     if abs(rule.amp) <= abs(rule.null):
-        z = torch.sub(z, x, alpha=rule.amp / rule.null, out=z) if rule.amp else z
-        return layer.correlate(z, y), rule.null
-    z = torch.sub(x, z, alpha=rule.null / rule.amp, out=z)
-    return layer.correlate(z, y), -rule.amp
+        return layer.correlate(_combined(z, 1.0, x, -rule.amp / rule.null, rule), y), rule.null
+    return layer.correlate(_combined(z, -rule.null / rule.amp, x, 1.0, rule), y), -rule.amp
 
 
 def _input_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
@@ -312,7 +324,8 @@ def _response_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tens
     y = _centered(y, rule)
     total = layer.moment(y).to(wide) @ feedback.reshape(feedback.shape[0], -1).to(wide)
     if rule.amp:
-        total = total.sub_(layer.correlate(x, y).reshape(total.shape), alpha=rule.amp / rule.null)
+        mixed = layer.correlate(_centered(x, rule), y)
+        total = total.sub_(mixed.reshape(total.shape), alpha=rule.amp / rule.null)
     return total.reshape(weight.shape), rule.null
 
 
@@ -325,7 +338,22 @@ _DATA_TERMS: dict[Form, Callable[..., Scaled]] = {
 
 
 def _centered(x: Tensor, rule: Coefficients) -> Tensor:
+    """x, or x minus its mean over the samples.
+
+    Both factors of a product are centred. With one alone the other's mean cancels in exact arithmetic, but not in
+    rounded: the error grows with the square of mean / standard deviation.
+    """
     return torch.ops.pyfeedback.center.default(x, x.shape[0]) if rule.center else x
+
+
+def _combined(z: Tensor, beta: float, x: Tensor, alpha: float, rule: Coefficients) -> Tensor:
+    """beta * z + alpha * x, with x centred where the rule asks for it, written to z; beta or alpha is 1."""
+    if not alpha:
+        return z
+    if rule.center:
+        torch.ops.pyfeedback.add_centered_.default(z, x, beta, alpha)
+        return z
+    return torch.add(z, x, alpha=alpha, out=z) if beta == 1.0 else torch.add(x, z, alpha=beta, out=z)
 
 
 def _blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:

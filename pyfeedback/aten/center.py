@@ -1,4 +1,4 @@
-"""Centring a batch, composed of PyTorch's own kernels."""
+"""Centring over the batch, composed of PyTorch's own kernels."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,18 @@ from torch import Tensor
 
 def center(input: Tensor, samples: int) -> Tensor:
     """input[:samples] minus its mean over dimension 0, the mean and the difference taken in float32 or wider."""
-    x = input[:samples]
+    return _minus_mean(input[:samples]).to(input.dtype)
+
+
+def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
+    """self = beta * self + alpha * (input minus its mean over dimension 0), in float32 or wider and rounded once."""
+    centered = _minus_mean(input)
+    self.copy_(self.to(centered.dtype).mul(beta).add_(centered, alpha=alpha))
+
+
+def _minus_mean(x: Tensor) -> Tensor:
     wide = x.to(wide_dtype(x.dtype))
-    return wide.sub(wide.mean(0, keepdim=True)).to(x.dtype)
+    return wide.sub(wide.mean(0, keepdim=True))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
