@@ -100,3 +100,14 @@ def largest_error(values: list[Tensor], oracle: list[Tensor]) -> float:
         if o.numel()
     ]
     return max(errors, default=0.0)
+
+
+def norm_error(value: Tensor, oracle: Tensor) -> float:
+    """|value - oracle| / |oracle|, Frobenius norms in float64."""
+    return ((value.double() - oracle.double()).norm() / oracle.double().norm().clamp_min(1e-300)).item()
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """The percentile of a sample; infinite where one of the values is not a number."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return float("inf") if numbers.isnan().any() else numbers.quantile(percent / 100).item()
