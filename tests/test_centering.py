@@ -7,6 +7,7 @@ from torch import nn
 
 import pyfeedback
 from pyfeedback import functional, reference
+from pyfeedback.aten.backward import LARGE
 
 RULES = {
     "wm": {"amp": 0.7},
@@ -86,6 +87,37 @@ def test_error_at_most_four_times_that_of_centring_both_factors(layer, rule, dty
             plain = norm_error(composed(x, w, b, options, **terms), exact.grad)
             ratios.append(norm_error(feedback.grad, exact.grad) / (plain + torch.finfo(dtype).eps / 4))
         assert percentile(ratios, 95) <= 4, (mean, ratios)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", ["wm", "ia"])
+@pytest.mark.parametrize(
+    ("shape", "kernel_shape"),
+    [((16, 150, 128), (24, 128)), ((8, 128, 18, 18), (24, 128, 1, 1)), ((4, 16, 72, 72), (16, 16, 3, 3))],
+    ids=["linear", "pointwise", "3x3"],
+)
+def test_error_of_a_large_input(shape, kernel_shape, rule, dtype):
+    """A large input is not copied where its mean is small; of one channel with a large mean all are centred."""
+    assert torch.Size(shape).numel() >= LARGE
+    terms, channel = RULES[rule], -1 if len(kernel_shape) == 2 else 1
+    for mean in (0.0, 1.0, 1.4, 1.6, 30.0, 1000.0, "one channel"):
+        ratios = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x = torch.randn(shape)
+            if mean == "one channel":
+                x.select(channel, 3).add_(1000)
+            else:
+                x.add_(mean)
+            x, w, b = x.to(dtype), *(torch.randn(kernel_shape).to(dtype) for _ in range(2))
+            op, _, exact_op = operations(w)
+            feedback = b.clone().requires_grad_()
+            op(x, w, feedback, **terms, center=True).float().sum().backward()
+            exact = b.double().requires_grad_()
+            exact_op(x.double(), w.double(), exact, **terms, center=True)[1].backward()
+            plain = norm_error(composed(x, w, b, {}, **terms), exact.grad)
+            ratios.append(norm_error(feedback.grad, exact.grad) / (plain + torch.finfo(dtype).eps / 4))
+        assert max(ratios) <= 4, (mean, ratios)
 
 
 @pytest.mark.parametrize("backend", ["native", "aten"])

@@ -26,6 +26,8 @@ from pyfeedback.forms import (
     reads_data,
 )
 
+LARGE = 2**18  # elements of an input whose copy is worth avoiding
+
 Mask = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Scaled = tuple[Tensor, float]  # a product, and the factor it still wants
@@ -294,7 +296,7 @@ def _direct(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule:
         return total, scale
     y = _centered(y, rule)
     if not rule.null:
-        return layer.correlate(_centered(x, rule), y), -rule.amp
+        return layer.correlate(_centered_beside(layer, x, rule), y), -rule.amp
     z = layer.project(y, feedback, x)
     if abs(rule.amp) <= abs(rule.null):
         return layer.correlate(_combined(z, 1.0, x, -rule.amp / rule.null, rule), y), rule.null
@@ -324,7 +326,7 @@ def _response_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tens
     y = _centered(y, rule)
     total = layer.moment(y).to(wide) @ feedback.reshape(feedback.shape[0], -1).to(wide)
     if rule.amp:
-        mixed = layer.correlate(_centered(x, rule), y)
+        mixed = layer.correlate(_centered_beside(layer, x, rule), y)
         total = total.sub_(mixed.reshape(total.shape), alpha=rule.amp / rule.null)
     return total.reshape(weight.shape), rule.null
 
@@ -338,12 +340,35 @@ _DATA_TERMS: dict[Form, Callable[..., Scaled]] = {
 
 
 def _centered(x: Tensor, rule: Coefficients) -> Tensor:
-    """x, or x minus its mean over the samples.
-
-    Both factors of a product are centred. With one alone the other's mean cancels in exact arithmetic, but not in
-    rounded: the error grows with the square of mean / standard deviation.
-    """
+    """x, or x minus its mean over the samples."""
     return torch.ops.pyfeedback.center.default(x, x.shape[0]) if rule.center else x
+
+
+def _centered_beside(layer: _Layer, x: Tensor, rule: Coefficients) -> Tensor:
+    """x as a factor of wgrad(x, y) where y is centred already.
+
+    In exact arithmetic the mean of x then cancels. In rounded arithmetic it leaves an error of (mean / standard
+    deviation)^2 units in the last place, so x is centred too. A copy of the large input of a 1x1 layer costs as much as
+    half a pass of the layer on a CPU: there it is left out where the mean is small.
+    """
+    if rule.center and x.is_cpu and x.numel() >= LARGE and not _mean_is_large(layer, x):
+        return x
+    return _centered(x, rule)
+
+
+def _mean_is_large(layer: _Layer, x: Tensor) -> bool:
+    """Whether the mean over the samples exceeds 1.5 standard deviations in some channel, judged by two samples.
+
+    Where the two happen to differ more than most, the standard deviation of all n is large as well: the ratio is
+    underestimated by a factor of n ** 0.5 at most.
+    """
+    channel = x.dim() - 2 if isinstance(layer, _Linear) else 0
+    first, other = (x[i].to(wide_dtype(x.dtype)) for i in (0, x.shape[0] // 2))
+    power, spread = first.square(), (first - other).square_()
+    positions = [d for d in range(first.dim()) if d != channel]
+    if positions:
+        power, spread = power.sum(positions), spread.sum(positions)
+    return bool((power > (1 + 1.5**2) / 2 * spread).any())
 
 
 def _combined(z: Tensor, beta: float, x: Tensor, alpha: float, rule: Coefficients) -> Tensor:
