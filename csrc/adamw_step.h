@@ -34,7 +34,7 @@ enum AdamWOperand { kParam, kWeight, kGrad, kMean, kSquare, kAdamWOperands };
 
 using AdamWLayout = Layout<kAdamWOperands>;
 
-// One tensor of the model. kWeight and kGrad are null where they are not read.
+// One tensor of the model. kWeight and kGrad are read where their flags say so, whatever their pointers.
 struct AdamWTensor {
   void* operand[kAdamWOperands];
   int64_t numel;
@@ -43,8 +43,13 @@ struct AdamWTensor {
   double step_size, root_scale;  // corrected for moments that started at zero
   uint32_t index;                // place in the list
   Dtype dtype;
-  int32_t layout;      // place in the list of layouts, or -1: element i of every operand is at i
+  int32_t layout;  // place in the list of layouts, or -1: element i of every operand is at i
+  bool has_weight, has_grad;
   bool with_previous;  // as StepTensor's
+
+  PYFEEDBACK_HOST_DEVICE bool has(int operand) const {
+    return operand == kWeight ? has_weight : operand == kGrad ? has_grad : true;
+  }
 };
 
 struct AdamWOptions {

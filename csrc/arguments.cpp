@@ -7,6 +7,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "sharing.h"
+
 namespace pyfeedback {
 
 namespace {
@@ -24,48 +26,55 @@ void check_lengths(const StepArguments& a) {
                   " but momentum_buffer is empty");
 }
 
-bool same_tensor(AtenTensorHandle a, AtenTensorHandle b) {
-  if (a == nullptr || b == nullptr || read_pointer(a) != read_pointer(b)) return false;
-  const Shape first = shape_of(a), second = shape_of(b);
-  return first.dims == second.dims && std::equal(first.size, first.size + first.dims, second.size) &&
-         std::equal(first.stride, first.stride + first.dims, second.stride);
-}
-
 // Adds rows whose operands are what is stepped, weight, grad, and the states of what is stepped.
 template <typename Row, size_t kOperands>
 class StepPlanner {
  public:
-  using Operands = std::array<AtenTensorHandle, kOperands>;
+  using Views = std::array<View, kOperands>;
 
   StepPlanner(const char* names, size_t count) : names_(names) {
     plan_.rows.reserve(count);
-    operands_.reserve(count);
+    views_.reserve(count);
+    chain_.reserve(count);
+    spans_.reserve((kOperands + 1) * count + 1);
   }
 
   // `row_major` wants that order even of operands that share another one.
-  void add(Row row, const Operands& operands, size_t index, bool row_major) {
-    const Shape shape = shape_of(operands[0]);
-    if (shape.numel == 0) return;
-    const Device device = device_of(operands[0]);
-    STD_TORCH_CHECK(plan_.rows.empty() || device == device_, names_, " ", index, " are not on the device of the first");
-    device_ = device;
-    row.numel = shape.numel;
+  void add(Row row, const Views& views, size_t index, bool row_major) {
+    const View& stepped = views[0];
+    if (stepped.shape.numel == 0) {
+      check_alike(views, names_, index);
+      return;
+    }
+    STD_TORCH_CHECK(plan_.rows.empty() || stepped.device == views_[0][0].device, names_, " ", index,
+                    " are not on the device of the first");
+    row.numel = stepped.shape.numel;
     row.index = static_cast<uint32_t>(index);
-    row.dtype = dtype_of(operands[0]);
+    row.dtype = stepped.dtype;
     row.layout = -1;
-    const bool alike = check_alike(operands, names_, index);
-    if (!alike || (row_major && !shape.contiguous)) place(row, operands);
+    const bool alike = check_alike(views, names_, index);
+    if (!alike || (row_major && !stepped.shape.contiguous)) place(row, views);
     if (!plan_.rows.empty()) {
-      const Operands& previous = operands_.back();
-      row.with_previous = same_tensor(previous[1], operands[0]) || same_tensor(previous[1], operands[1]) ||
-                          same_tensor(previous[2], operands[2]);
+      const Views& before = views_.back();
+      row.with_previous = same_view(before[kWeight], stepped) || same_view(before[kWeight], views[kWeight]) ||
+                          same_view(before[kGrad], views[kGrad]);
+    }
+    const uint32_t place_in_plan = static_cast<uint32_t>(plan_.rows.size());
+    chain_.push_back(row.with_previous ? chain_.back() : place_in_plan);
+    for (size_t k = 0; k < kOperands; ++k) {
+      if (views[k].tensor) spans_.push_back(span_of(views[k], place_in_plan, k != kWeight && k != kGrad, k == 0));
     }
     plan_.rows.push_back(row);
-    operands_.push_back(operands);
+    views_.push_back(views);
   }
+
+  // What belongs to the row added last, or to no row.
+  void add_written(const View& view) { spans_.push_back(span_of(view, kNoRow, true, false)); }
+  void add_read(const View& view) { spans_.push_back(span_of(view, kNoRow, false, false)); }
 
   // Rows that share memory are all dense, and then in the order of what they share, or all row-major.
   Plan<Row, kOperands> finish() {
+    check_sharing(spans_, chain_);
     std::vector<Row>& rows = plan_.rows;
     for (size_t first = 0, last; first < rows.size(); first = last) {
       last = first + 1;
@@ -73,33 +82,41 @@ class StepPlanner {
       const auto placed = [](const Row& row) { return row.layout >= 0; };
       if (std::none_of(rows.begin() + first, rows.begin() + last, placed)) continue;
       for (size_t i = first; i < last; ++i) {
-        if (!placed(rows[i])) place(rows[i], operands_[i]);
+        if (!placed(rows[i])) place(rows[i], views_[i]);
       }
     }
     return std::move(plan_);
   }
 
  private:
-  void place(Row& row, const Operands& operands) {
+  static constexpr size_t kWeight = 1, kGrad = 2;
+
+  static Span span_of(const View& view, uint32_t row, bool written, bool stepped) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(view.data);
+    return {begin, begin + static_cast<uintptr_t>(view.bytes), view.tensor, row, written, stepped};
+  }
+
+  void place(Row& row, const Views& views) {
     for (size_t k = 0; k < kOperands; ++k) {
-      if (operands[k] && k != 1 && k != 2) check_writable(operands[k], names_, row.index);
+      STD_TORCH_CHECK(k == kWeight || k == kGrad || !views[k].tensor || !has_shared_places(views[k].shape), names_, " ",
+                      row.index, " have one with several elements at one place; expected a place for each");
     }
     row.layout = static_cast<int32_t>(plan_.layouts.size());
-    plan_.layouts.push_back(strided_layout(operands, names_));
+    plan_.layouts.push_back(strided_layout(views, names_));
   }
 
   const char* names_;
-  Device device_;
   Plan<Row, kOperands> plan_;
-  std::vector<Operands> operands_;  // of each row
+  std::vector<Views> views_;     // of each row
+  std::vector<uint32_t> chain_;  // the first row of those that each is stepped together with
+  std::vector<Span> spans_;
 };
 
 void check_dynamic(const StepArguments& a) {
   if (!a.dynamic || a.feedback.size() == 0) return;
-  const AtenTensorHandle dynamic = a.dynamic->get();
-  const Shape shape = shape_of(dynamic);
-  STD_TORCH_CHECK(dtype_of(dynamic) == Dtype::kFloat64 && shape.numel == kDynamics && shape.contiguous &&
-                      device_of(dynamic) == device_of(a.feedback[0]),
+  const View dynamic = read_view(a.dynamic->get(), "dynamic");
+  STD_TORCH_CHECK(dynamic.dtype == Dtype::kFloat64 && dynamic.shape.numel == kDynamics && dynamic.shape.contiguous &&
+                      dynamic.device == device_of(a.feedback[0]),
                   "expected of dynamic ", int{kDynamics}, " contiguous float64 on the device of feedback");
 }
 
@@ -114,61 +131,78 @@ StepOptions step_options(double lr, double momentum, bool nesterov, double noise
 StepPlan plan_step(const StepArguments& a) {
   check_lengths(a);
   check_dynamic(a);
-  StepPlanner<StepTensor, kStepOperands> planner("feedback, weight, grad and momentum_buffer", a.feedback.size());
+  constexpr const char* kNames = "feedback, weight, grad and momentum_buffer";
+  StepPlanner<StepTensor, kStepOperands> planner(kNames, a.feedback.size());
+  if (a.dynamic) planner.add_read(read_view(a.dynamic->get(), "dynamic"));
   for (size_t i = 0; i < a.feedback.size(); ++i) {
-    const bool reads_weight = a.self[i] != 0, reads_grad = a.tie[i] != 0;
-    STD_TORCH_CHECK(!reads_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
-    STD_TORCH_CHECK(!reads_grad || a.grad.size(), "tie[", i, "] is ", a.tie[i], " but grad is empty");
-    const std::array<AtenTensorHandle, kStepOperands> operands = {
-        a.feedback[i], reads_weight ? a.weight[i] : nullptr, reads_grad ? a.grad[i] : nullptr,
-        a.momentum_buffer.size() ? a.momentum_buffer[i] : nullptr};
     StepTensor tensor{};
-    tensor.feedback = write_pointer(operands[0]);
-    tensor.weight = operands[1] ? read_pointer(operands[1]) : nullptr;
-    tensor.grad = operands[2] ? read_pointer(operands[2]) : nullptr;
-    tensor.momentum = operands[3] ? write_pointer(operands[3]) : nullptr;
+    tensor.has_weight = a.self[i] != 0;
+    tensor.has_grad = a.tie[i] != 0;
+    tensor.has_momentum = a.options.momentum != 0;
+    STD_TORCH_CHECK(!tensor.has_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
+    STD_TORCH_CHECK(!tensor.has_grad || a.grad.size(), "tie[", i, "] is ", a.tie[i], " but grad is empty");
+    std::array<View, kStepOperands> views;
+    views[0] = write_view(a.feedback[i], kNames);
+    if (tensor.has_weight) views[1] = read_view(a.weight[i], kNames);
+    if (tensor.has_grad) views[2] = read_view(a.grad[i], kNames);
+    if (tensor.has_momentum) views[3] = write_view(a.momentum_buffer[i], kNames);
+    tensor.feedback = views[0].data;
+    tensor.weight = views[1].data;
+    tensor.grad = views[2].data;
+    tensor.momentum = views[3].data;
     tensor.decay = a.decay[i];
     tensor.self = a.self[i];
     tensor.tie = a.tie[i];
-    planner.add(tensor, operands, i, a.options.noise != 0);
+    planner.add(tensor, views, i, a.options.noise != 0);
   }
   return planner.finish();
 }
 
-float* step_count(AtenTensorHandle step) {
-  STD_TORCH_CHECK(shape_of(step).numel == 1 && dtype_of(step) == Dtype::kFloat32 &&
-                      device_of(step).type == aoti_torch_device_type_cpu(),
-                  "step is not one float32 on the CPU");
-  return static_cast<float*>(write_pointer(step));
+View step_count(AtenTensorHandle step) {
+  const View view = write_view(step, "step");
+  STD_TORCH_CHECK(
+      view.shape.numel == 1 && view.dtype == Dtype::kFloat32 && view.device.type == aoti_torch_device_type_cpu(),
+      "step is not one float32 on the CPU");
+  return view;
 }
 
 AdamWPlan plan_adamw(const AdamWArguments& a) {
   const size_t count = a.param.size();
-  for (const TensorList* list : {&a.weight, &a.grad, &a.exp_avg, &a.exp_avg_sq, &a.step}) {
+  for (const TensorList* list : {&a.exp_avg, &a.exp_avg_sq, &a.step}) {
     STD_TORCH_CHECK(list->size() == count, "a list has ", list->size(), " tensors; expected the ", count, " of param");
+  }
+  for (const TensorList* list : {&a.weight, &a.grad}) {
+    STD_TORCH_CHECK(list->size() == 0 || list->size() == count, "weight or grad has ", list->size(),
+                    " tensors; expected none or ", count);
   }
   for (const std::vector<double>* values : {&a.decay, &a.self, &a.tie, &a.weight_decay}) {
     STD_TORCH_CHECK(values->size() == count, "a list has ", values->size(), " numbers; expected ", count);
   }
-  StepPlanner<AdamWTensor, kAdamWOperands> planner("param, weight, grad, exp_avg and exp_avg_sq", count);
+  constexpr const char* kNames = "param, weight, grad, exp_avg and exp_avg_sq";
+  StepPlanner<AdamWTensor, kAdamWOperands> planner(kNames, count);
   for (size_t i = 0; i < count; ++i) {
-    const std::array<AtenTensorHandle, kAdamWOperands> operands = {a.param[i], a.self[i] != 0 ? a.weight[i] : nullptr,
-                                                                   a.tie[i] != 0 ? a.grad[i] : nullptr, a.exp_avg[i],
-                                                                   a.exp_avg_sq[i]};
     AdamWTensor tensor{};
-    for (int k = 0; k < kAdamWOperands; ++k) {
-      if (operands[k] == nullptr) continue;
-      const bool read_only = k == kWeight || k == kGrad;
-      tensor.operand[k] = read_only ? const_cast<void*>(read_pointer(operands[k])) : write_pointer(operands[k]);
-    }
+    tensor.has_weight = a.self[i] != 0;
+    tensor.has_grad = a.tie[i] != 0;
+    STD_TORCH_CHECK(!tensor.has_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
+    STD_TORCH_CHECK(!tensor.has_grad || a.grad.size(), "tie[", i, "] is ", a.tie[i], " but grad is empty");
+    std::array<View, kAdamWOperands> views;
+    views[kParam] = write_view(a.param[i], kNames);
+    if (tensor.has_weight) views[kWeight] = read_view(a.weight[i], kNames);
+    if (tensor.has_grad) views[kGrad] = read_view(a.grad[i], kNames);
+    views[kMean] = write_view(a.exp_avg[i], kNames);
+    views[kSquare] = write_view(a.exp_avg_sq[i], kNames);
+    for (int k = 0; k < kAdamWOperands; ++k) tensor.operand[k] = views[k].data;
+    const View counted = step_count(a.step[i]);
+    const double steps = *static_cast<const float*>(counted.data) + 1.0;
     tensor.decay = a.decay[i];
     tensor.self = a.self[i];
     tensor.tie = a.tie[i];
     tensor.kept = 1 - a.options.lr * a.weight_decay[i];
-    const double steps = *step_count(a.step[i]) + 1;
     tensor.step_size = a.options.lr / (1 - std::pow(a.options.beta1, steps));
     tensor.root_scale = std::sqrt(1 - std::pow(a.options.beta2, steps));
-    planner.add(tensor, operands, i, false);
+    planner.add_written(counted);
+    planner.add(tensor, views, i, false);
   }
   return planner.finish();
 }
@@ -180,14 +214,13 @@ AlignmentPlan plan_alignment(const TensorList& feedback, const TensorList& weigh
   plan.rows.reserve(feedback.size());
   constexpr const char* kNames = "feedback and weight";
   for (size_t i = 0; i < feedback.size(); ++i) {
-    const std::array<AtenTensorHandle, 2> operands = {feedback[i], weight[i]};
-    STD_TORCH_CHECK(device_of(feedback[i]) == device_of(feedback[0]), "feedback ", i,
+    const std::array<View, 2> operands = {read_view(feedback[i], kNames), read_view(weight[i], kNames)};
+    STD_TORCH_CHECK(operands[0].device == device_of(feedback[0]), "feedback ", i,
                     " is not on the device of feedback 0");
     const bool alike = check_alike(operands, kNames, i);
-    const int64_t numel = shape_of(feedback[i]).numel;
+    const int64_t numel = operands[0].shape.numel;
     if (numel == 0) continue;
-    AlignmentPair pair{read_pointer(feedback[i]), read_pointer(weight[i]), numel, static_cast<int32_t>(i), -1,
-                       dtype_of(feedback[i])};
+    AlignmentPair pair{operands[0].data, operands[1].data, numel, static_cast<int32_t>(i), -1, operands[0].dtype};
     if (!alike) {
       pair.layout = static_cast<int32_t>(plan.layouts.size());
       plan.layouts.push_back(strided_layout(operands, kNames));
@@ -209,7 +242,8 @@ torch::stable::Tensor zero_products(const TensorList& feedback) {
 }
 
 SampleBlocks sample_blocks(const torch::stable::Tensor& input, int64_t samples) {
-  const Shape shape = shape_of(input.get());
+  const View view = read_view(input.get(), "input");
+  const Shape& shape = view.shape;
   STD_TORCH_CHECK(shape.dims >= 1 && shape.dims <= kMaxDims, "input has ", shape.dims, " dimensions; expected 1 to ",
                   kMaxDims);
   STD_TORCH_CHECK(samples >= 0 && samples <= shape.size[0], "samples is ", samples, "; expected 0 to ", shape.size[0],
@@ -219,7 +253,7 @@ SampleBlocks sample_blocks(const torch::stable::Tensor& input, int64_t samples) 
   const bool dense = positions == 0 || is_dense(shape.dims - 1, shape.size + 1, shape.stride + 1);
   STD_TORCH_CHECK(dense && (samples <= 1 || shape.stride[0] >= positions),
                   "a sample of input is no dense block; expected contiguous or channels_last");
-  return {samples, positions, shape.stride[0], dtype_of(input.get())};
+  return {samples, positions, shape.stride[0], view.dtype};
 }
 
 SampleBlocks sample_blocks_like(const torch::stable::Tensor& self, const torch::stable::Tensor& input) {

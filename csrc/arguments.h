@@ -42,8 +42,8 @@ using AdamWPlan = Plan<AdamWTensor, kAdamWOperands>;
 
 AdamWPlan plan_adamw(const AdamWArguments& arguments);
 
-// Where the count of steps stands: one float32 on the CPU.
-float* step_count(AtenTensorHandle step);
+// The count of steps of one tensor: one float32 on the CPU.
+View step_count(AtenTensorHandle step);
 
 using AlignmentPlan = Plan<AlignmentPair, 2>;
 

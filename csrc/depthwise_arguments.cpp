@@ -12,9 +12,10 @@ namespace {
 
 using torch::stable::Tensor;
 
-Map map_of(const Tensor& tensor) {
-  const int64_t* stride = shape_of(tensor.get()).stride;
-  return {const_cast<void*>(read_pointer(tensor.get())), stride[0], stride[1], stride[2], stride[3]};
+Map map_of(const Tensor& tensor, const char* name) {
+  const View view = read_view(tensor.get(), name);
+  const int64_t* stride = view.shape.stride;
+  return {view.data, stride[0], stride[1], stride[2], stride[3]};
 }
 
 void check_size(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size) {
@@ -35,7 +36,7 @@ Map map_of_mean(const Tensor& tensor, const char* name, const std::array<int64_t
   const Dtype wide = dtype_of(like.get()) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   STD_TORCH_CHECK(dtype_of(tensor.get()) == wide && device_of(tensor.get()) == device_of(like.get()), name,
                   " is expected on the device of input and in float32, or float64 where input is");
-  return map_of(tensor);
+  return map_of(tensor, name);
 }
 
 }  // namespace
@@ -73,18 +74,18 @@ DepthwiseCall plan_depthwise(const Tensor& grad_output, const Tensor& input, con
   check_shape(feedback, "feedback", {w.size[0], a.I, a.R, a.S}, input);
   STD_TORCH_CHECK(w.contiguous && shape_of(feedback.get()).contiguous, "expected weight and feedback contiguous");
   STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "expected input dense");
-  a.input = map_of(input);
-  a.grad_output = map_of(grad_output);
+  a.input = map_of(input, "input");
+  a.grad_output = map_of(grad_output, "grad_output");
   if (optional.response) {
     check_shape(*optional.response, "response", {a.N, w.size[0], a.P, a.Q}, input);
-    a.response = map_of(*optional.response);
+    a.response = map_of(*optional.response, "response");
   }
   if (optional.mean) a.mean = map_of_mean(*optional.mean, "mean", {1, x.size[1], a.H, a.W}, input);
   if (optional.response_mean) {
     a.response_mean = map_of_mean(*optional.response_mean, "response_mean", {1, w.size[0], a.P, a.Q}, input);
   }
-  a.weight = read_pointer(weight.get());
-  a.feedback = read_pointer(feedback.get());
+  a.weight = read_pointer(weight.get(), "weight");
+  a.feedback = read_pointer(feedback.get(), "feedback");
   a.decay = coefficients[0], a.amp = coefficients[1], a.null = coefficients[2];
   a.sparse = coefficients[3], a.self = coefficients[4], a.tie = coefficients[5];
 
@@ -94,10 +95,10 @@ DepthwiseCall plan_depthwise(const Tensor& grad_output, const Tensor& input, con
   grad_weight = mask[1] ? empty_like(weight) : new_empty(input, {0});
   grad_feedback = mask[2] ? empty_like(weight) : new_empty(input, {0});
   grad_bias = new_empty(input, {mask[3] ? w.size[0] : 0});
-  if (mask[0]) a.grad_input = map_of(grad_input);
-  if (mask[1]) a.grad_weight = write_pointer(grad_weight.get());
-  if (mask[2]) a.grad_feedback = write_pointer(grad_feedback.get());
-  if (mask[3]) a.grad_bias = write_pointer(grad_bias.get());
+  if (mask[0]) a.grad_input = map_of(grad_input, "grad_input");
+  if (mask[1]) a.grad_weight = write_pointer(grad_weight.get(), "grad_weight");
+  if (mask[2]) a.grad_feedback = write_pointer(grad_feedback.get(), "grad_feedback");
+  if (mask[3]) a.grad_bias = write_pointer(grad_bias.get(), "grad_bias");
   if (!mask[2]) a.decay = a.amp = a.null = a.sparse = a.self = a.tie = 0;
   return call;
 }

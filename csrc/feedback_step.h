@@ -32,7 +32,7 @@ constexpr int kStepOperands = 4;
 // Of feedback, weight, grad and momentum, where they do not share one dense layout.
 using StepLayout = Layout<kStepOperands>;
 
-// One tensor of the model. weight, grad and momentum are null where they are not read.
+// One tensor of the model. An operand is read where its flag says so, whatever its pointer.
 struct StepTensor {
   void* feedback;
   const void* weight;
@@ -43,8 +43,9 @@ struct StepTensor {
   uint32_t index;  // place in the list, which the noise is drawn for
   Dtype dtype;
   int32_t layout;  // place in the list of layouts, or -1: element i of every operand is at i
-  bool
-      with_previous;  // reads what the row before it reads, or is it: element i of both is one thread's, in their order
+  bool has_weight, has_grad, has_momentum;
+  // Reads what the row before it reads, or is it: element i of both is one thread's, in their order.
+  bool with_previous;
 };
 
 // What may change between replays of a captured step, read when it runs: factors, and what is added to the seed.

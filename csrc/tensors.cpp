@@ -41,6 +41,13 @@ Shape shape_of(AtenTensorHandle tensor) {
   return shape;
 }
 
+int64_t extent_of(const Shape& shape) {
+  if (shape.contiguous || shape.numel == 0) return shape.numel;
+  int64_t extent = 1;
+  for (int64_t d = 0; d < shape.dims; ++d) extent += (shape.size[d] - 1) * shape.stride[d];
+  return extent;
+}
+
 bool is_dense(int64_t dims, const int64_t* size, const int64_t* stride) {
   std::array<bool, kMaxDims> placed{};
   int64_t block = 1;
@@ -68,24 +75,52 @@ Device device_of(AtenTensorHandle tensor) {
   return device;
 }
 
-const void* read_pointer(AtenTensorHandle tensor) {
+namespace {
+
+// Bytes from the first element in memory to the end of the last one.
+int64_t check_storage(AtenTensorHandle tensor, const Shape& shape, int64_t element, const char* name) {
+  const int64_t bytes = extent_of(shape) * element;
+  int64_t held, offset;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &held));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
+  STD_TORCH_CHECK(shape.numel == 0 || offset * element + bytes <= held, name, " has storage of ", held,
+                  " bytes; expected ", offset * element + bytes);
+  return bytes;
+}
+
+View view_of(AtenTensorHandle tensor, const char* name) {
+  View view{tensor, nullptr, 0, shape_of(tensor), device_of(tensor), dtype_of(tensor)};
+  view.bytes = check_storage(tensor, view.shape, element_size(view.dtype), name);
+  return view;
+}
+
+}  // namespace
+
+const void* read_pointer(AtenTensorHandle tensor, const char* name) {
+  return read_view(tensor, name).data;
+}
+
+void* write_pointer(AtenTensorHandle tensor, const char* name) {
+  return write_view(tensor, name).data;
+}
+
+View read_view(AtenTensorHandle tensor, const char* name) {
+  View view = view_of(tensor, name);
   const void* data;
   TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
-  return data;
+  view.data = const_cast<void*>(data);
+  return view;
 }
 
-void* write_pointer(AtenTensorHandle tensor) {
-  void* data;
-  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &data));
-  return data;
+View write_view(AtenTensorHandle tensor, const char* name) {
+  View view = view_of(tensor, name);
+  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &view.data));
+  return view;
 }
 
-void check_writable(AtenTensorHandle tensor, const char* name, size_t index) {
-  const Shape shape = shape_of(tensor);
-  for (int64_t d = 0; d < shape.dims; ++d) {
-    STD_TORCH_CHECK(shape.stride[d] != 0 || shape.size[d] <= 1, name, " ", index,
-                    " is expanded: several elements at one place; expected one that can be written");
-  }
+bool same_view(const View& a, const View& b) {
+  return a.tensor && b.tensor && a.data == b.data && a.dtype == b.dtype && a.shape.dims == b.shape.dims &&
+         std::equal(a.shape.size, a.shape.size + a.shape.dims, b.shape.size) && same_strides(a.shape, b.shape);
 }
 
 }  // namespace pyfeedback

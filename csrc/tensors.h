@@ -34,13 +34,18 @@ struct Shape {
 
 Shape shape_of(AtenTensorHandle tensor);
 
+// Elements from the first one in memory to the last one, both counted.
+int64_t extent_of(const Shape& shape);
+
 // Whether the dimensions, in some order, fill one block without holes. `dims` is at most kMaxDims.
 bool is_dense(int64_t dims, const int64_t* size, const int64_t* stride);
 
 bool same_strides(const Shape& a, const Shape& b);
 
-const void* read_pointer(AtenTensorHandle tensor);
-void* write_pointer(AtenTensorHandle tensor);
+// Where the first element is. Raises, by `name`, where the storage does not hold the tensor: that of a freed one is
+// empty, as FSDP leaves those of parameters.
+const void* read_pointer(AtenTensorHandle tensor, const char* name);
+void* write_pointer(AtenTensorHandle tensor, const char* name);
 
 // Owns the tensors of a `Tensor[]` argument. std::vector<torch::stable::Tensor> would put every handle into a
 // shared_ptr of its own, a third of the whole cost of a step over many small tensors.
@@ -59,19 +64,34 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// Whether element i of every operand is at i; null handles are not there. Raises where one of them differs from the
-// first in device, shape or dtype: `names` are those of all, `index` is their place in the lists they came in.
+// One operand of a row, looked at once; `tensor` is null where the row has no such operand.
+struct View {
+  AtenTensorHandle tensor = nullptr;
+  void* data = nullptr;
+  int64_t bytes = 0;  // from the first element in memory to the end of the last one
+  Shape shape{};
+  Device device{};
+  Dtype dtype{};
+};
+
+// Raise as the pointers do.
+View read_view(AtenTensorHandle tensor, const char* name);
+View write_view(AtenTensorHandle tensor, const char* name);
+
+// Whether both are there and are the same elements in the same order.
+bool same_view(const View& a, const View& b);
+
+// Whether element i of every operand that is there is at i. Raises where one of them differs from the first in device,
+// shape or dtype: `names` are those of all, `index` is their place in the lists they came in.
 template <size_t kOperands>
-bool check_alike(const std::array<AtenTensorHandle, kOperands>& operands, const char* names, size_t index) {
-  const Shape shape = shape_of(operands[0]);
-  const Device device = device_of(operands[0]);
-  const Dtype dtype = dtype_of(operands[0]);
+bool check_alike(const std::array<View, kOperands>& operands, const char* names, size_t index) {
+  const Shape& shape = operands[0].shape;
   bool alike = shape.contiguous || (shape.dims <= kMaxDims && is_dense(shape.dims, shape.size, shape.stride));
   for (size_t k = 1; k < kOperands; ++k) {
-    if (operands[k] == nullptr) continue;
-    const Shape other = shape_of(operands[k]);
-    STD_TORCH_CHECK(device_of(operands[k]) == device && other.dims == shape.dims &&
-                        std::equal(shape.size, shape.size + shape.dims, other.size) && dtype_of(operands[k]) == dtype,
+    if (operands[k].tensor == nullptr) continue;
+    const Shape& other = operands[k].shape;
+    STD_TORCH_CHECK(operands[k].device == operands[0].device && operands[k].dtype == operands[0].dtype &&
+                        other.dims == shape.dims && std::equal(shape.size, shape.size + shape.dims, other.size),
                     names, " ", index, " differ in device, shape or dtype");
     alike = alike && (shape.contiguous ? other.contiguous : same_strides(shape, other));
   }
@@ -80,13 +100,14 @@ bool check_alike(const std::array<AtenTensorHandle, kOperands>& operands, const 
 
 // A strided walk over the operands that are there.
 template <size_t kOperands>
-Layout<kOperands> strided_layout(const std::array<AtenTensorHandle, kOperands>& operands, const char* names) {
-  const Shape shape = shape_of(operands[0]);
-  STD_TORCH_CHECK(shape.dims <= kMaxDims, names, " have ", shape.dims, " dimensions; expected at most ", kMaxDims);
+Layout<kOperands> strided_layout(const std::array<View, kOperands>& operands, const char* names) {
+  const Shape& shape = operands[0].shape;
+  STD_TORCH_CHECK(shape.dims <= kMaxDims, names, " have ", shape.dims, " dimensions; expected at most ", kMaxDims,
+                  " where they lie in memory in unlike ways");
   Layout<kOperands> layout{shape.dims, {}, {}};
   std::copy_n(shape.size, shape.dims, layout.size);
   for (size_t k = 0; k < kOperands; ++k) {
-    if (operands[k] != nullptr) std::copy_n(shape_of(operands[k]).stride, shape.dims, layout.stride[k]);
+    if (operands[k].tensor) std::copy_n(operands[k].shape.stride, shape.dims, layout.stride[k]);
   }
   return layout;
 }
@@ -100,8 +121,5 @@ struct Plan {
 
   const Layout<kOperands>* layout(const Row& row) const { return row.layout < 0 ? nullptr : &layouts[row.layout]; }
 };
-
-// Raises where a tensor that will be written has several elements at one place, as an expanded one has.
-void check_writable(AtenTensorHandle tensor, const char* name, size_t index);
 
 }  // namespace pyfeedback

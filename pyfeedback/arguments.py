@@ -87,57 +87,6 @@ def check_backward(
         raise ValueError(f"output_mask has {len(mask)} entries, expected 4: input, weight, feedback, bias")
 
 
-def check_step_tensors(
-    feedback: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    momentum_buffer: Sequence[Tensor],
-    coefficients: dict[str, Sequence[float]],
-    scalars: dict[str, float],
-    dynamic: Tensor | None,
-) -> None:
-    """Raise where the tensors of a feedback step do not fit together."""
-    count = len(feedback)
-    needed = {
-        "weight": any(coefficients["self_"]),
-        "grad": any(coefficients["tie"]),
-        "momentum_buffer": scalars["momentum"] != 0,
-    }
-    for name, tensors in (("weight", weight), ("grad", grad), ("momentum_buffer", momentum_buffer)):
-        if len(tensors) != count and (len(tensors) != 0 or needed[name]):
-            empty = "" if needed[name] else " or 0"
-            raise ValueError(f"{name} has {len(tensors)} tensors, expected {count}{empty}: one for each feedback")
-        for i, (tensor, like) in enumerate(zip(tensors, feedback, strict=False)):
-            if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device:
-                raise ValueError(
-                    f"{name}[{i}] is {_describe(tensor)}, expected that of feedback[{i}], {_describe(like)}"
-                )
-    for i, tensor in enumerate(feedback):
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-            raise TypeError(f"feedback[{i}] is {tensor.dtype}, {tensor.layout}, expected a strided floating tensor")
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise ValueError(f"feedback[{i}] is expanded, several elements at one place, expected one of its own each")
-        if tensor.device != feedback[0].device:
-            raise ValueError(f"feedback[{i}] is on {tensor.device}, expected the device of all, {feedback[0].device}")
-    if dynamic is not None and feedback:
-        expected = f"(5,) torch.float64 on {feedback[0].device}"
-        if _describe(dynamic) != expected or not dynamic.is_contiguous():
-            raise ValueError(f"dynamic is {_describe(dynamic)}, expected contiguous {expected}")
-
-
-def check_step_numbers(count: int, coefficients: dict[str, Sequence[float]], scalars: dict[str, float]) -> None:
-    """Raise where a coefficient is missing, or a number is not finite."""
-    for name, values in coefficients.items():
-        if len(values) != count:
-            raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")
-        if not all(map(math.isfinite, values)):
-            i, value = next((i, v) for i, v in enumerate(values) if not math.isfinite(v))
-            raise ValueError(f"{name}[{i}] is {value}, expected a finite number")
-    for name, value in scalars.items():
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} is {value}, expected a finite number, 0 or more")
-
-
 def check_center(input: Tensor, samples: int) -> None:
     """Raise where there is no batch of ``samples`` to centre."""
     if input.dim() < 1 or input.dtype not in DTYPES:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from pyfeedback import arguments, registration, transforms
+from pyfeedback import arguments, registration, step_arguments, transforms
 from pyfeedback import scheduled as scheduled  # defines ops
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import provide, saves_response
@@ -170,29 +170,40 @@ def feedback_step_(
         momentum_buffer[i] = momentum * momentum_buffer[i] + g
         feedback[i] -= lr * (g + momentum * momentum_buffer[i] if nesterov else momentum_buffer[i])
 
+    weight and grad are constants: autograd follows nothing through a step, and as torch's own ops in place it is
+    refused where a tensor that it writes requires grad, outside ``torch.no_grad()``.
+
     Args:
         feedback: tensors of any shapes, floating dtypes and memory formats.
         weight: one for each, of the same shape, dtype and device; may be empty where every ``self_`` is 0.
         grad: likewise; may be empty where every ``tie`` is 0. weight[i] and grad[i] are not read where their
             coefficient is 0. ``tie`` 1 with the feedback's own gradient is plain SGD.
-        momentum_buffer: likewise; may be empty where ``momentum`` is 0.
+        momentum_buffer: likewise; may be empty where ``momentum`` is 0, and is left alone then.
         noise: standard deviation of Gaussian noise added to g, the same for the same ``seed`` and backend.
         skip_nonfinite: write nothing at all if an element that is read of grad or weight is infinite or nan.
         dynamic: [5] float64 on the device of feedback: factors of ``lr``, ``decay``, ``self_`` and ``tie``, and a whole
             number to add to ``seed``. Read there when the step runs, so that a captured CUDA graph follows it.
 
+    A tensor that is written has memory of its own. One exception: feedback[i] may be the weight or the gradient of its
+    own row, or of the rows right before it where each of them shares a weight or a gradient with the next. They read it
+    as it was, so that a layer's W can be stepped in the row behind its B.
+
     Raises:
         ValueError, TypeError: naming the argument, before anything is written.
+        RuntimeError: a tensor that is written requires grad, and grad mode is on.
     """
-    if not feedback:  # nothing to dispatch on
-        return
-    step = torch.ops.pyfeedback.feedback_step_.default if torch.compiler.is_compiling() else registration.feedback_step_
-    with torch.no_grad():
-        step(
-            feedback, weight, grad, momentum_buffer, decay=decay, self_=self_, tie=tie, lr=lr, momentum=momentum,
-            nesterov=nesterov, noise=noise, seed=seed, skip_nonfinite=skip_nonfinite,
-            dynamic=dynamic,
-        )  # fmt: skip
+    step = registration.feedback_step_
+    if torch.compiler.is_compiling():
+        if not feedback:  # nothing to dispatch on
+            return
+        if torch.is_grad_enabled():
+            written = {"feedback": feedback, "momentum_buffer": momentum_buffer if momentum else ()}
+            step_arguments.check_in_place(written)
+        step = torch.ops.pyfeedback.feedback_step_.default
+    step(
+        feedback, weight, grad, momentum_buffer, decay=decay, self_=self_, tie=tie, lr=lr, momentum=momentum,
+        nesterov=nesterov, noise=noise, seed=seed, skip_nonfinite=skip_nonfinite, dynamic=dynamic,
+    )  # fmt: skip
 
 
 def convolution(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyfeedback import step_arguments
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.providers import provide
 
@@ -106,7 +107,12 @@ def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tupl
         places.setdefault(b.device, []).append(i)
     found: dict[int, tuple[float, float, float]] = {}
     for device, here in places.items():
-        products = provide("alignment_products", device.type)([feedback[i] for i in here], [weight[i] for i in here])
+        pairs = [feedback[i] for i in here], [weight[i] for i in here]
+        try:
+            products = provide("alignment_products", device.type)(*pairs)
+        except RuntimeError as error:  # of the compiled kernel, which looks at each pair in a fraction of the time
+            step_arguments.check_pairs(*pairs)
+            raise RuntimeError(str(error).partition("\n")[0]) from None
         found |= zip(here, products.tolist(), strict=True)
     return [found[i] for i in range(len(feedback))]
 

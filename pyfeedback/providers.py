@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from pyfeedback import arguments, aten, depthwise, native
+from pyfeedback import aten, depthwise, native, step_arguments
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.kernels import measured
 
@@ -42,7 +42,6 @@ def _native_add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float
 
 
 def _aten_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -> None:
-    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options, options["dynamic"])
     aten.feedback_step_(feedback, weight, grad, momentum_buffer, **options)
 
 
@@ -50,19 +49,34 @@ def _native_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -
     """The kernel checks its tensors, in a fraction of the time, before it writes; what it refuses is looked at again
     for the one line that names it.
     """
+    # A list that is not read would cost as much to hand over as one that is.
+    weights = weight if any(options["self_"]) else []
+    grads = grad if any(options["tie"]) else []
+    buffers = momentum_buffer if options["momentum"] else []
     try:
-        _ops.native_feedback_step_.default(feedback, weight, grad, momentum_buffer, **options)
-    except (RuntimeError, NotImplementedError):
-        arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options, options["dynamic"])
-        raise
+        if not {len(weight), len(grad), len(momentum_buffer)} <= {0, len(feedback)}:
+            raise RuntimeError("lists differ in length")
+        _ops.native_feedback_step_.default(feedback, weights, grads, buffers, **options)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        step_arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options, options["dynamic"])
+        raise RuntimeError(str(error).partition("\n")[0]) from None
+    torch.autograd.graph.increment_version([*feedback, *buffers])  # of what no kernel of torch's has written
 
 
 def _native_adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
-    """The kernel is the CPU's, and knows no amsgrad."""
+    """The kernel is the CPU's, and has no amsgrad; its errors as those of :func:`_native_feedback_step_`."""
     if max_exp_avg_sq or param[0].device.type != "cpu":
         aten.adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **options)
         return
-    _ops.native_adamw_step_.default(param, weight, grad, exp_avg, exp_avg_sq, step, **options)
+    weights = weight if any(options["self_"]) else []
+    grads = grad if any(options["tie"]) else []
+    try:
+        _ops.native_adamw_step_.default(param, weights, grads, exp_avg, exp_avg_sq, step, **options)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        step_arguments.check_adamw_tensors(param, weight, grad, moments, step, options)
+        raise RuntimeError(str(error).partition("\n")[0]) from None
+    torch.autograd.graph.increment_version([*param, *exp_avg, *exp_avg_sq, *step])
 
 
 def _fused(op: str, path: str | None, *args):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfeedback import arguments
+from pyfeedback import arguments, step_arguments
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import provide, saves_response
 from pyfeedback.schemas import LIBRARY
@@ -115,18 +115,27 @@ def fa_linear_backward(
 def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
                     noise=0.0, seed=0, skip_nonfinite=False, dynamic=None) -> None:  # fmt: skip
     """The op's implementation; eager callers come here at once, since a dispatch costs more than a small step."""
+    if not isinstance(feedback, (list, tuple)) or not all(isinstance(t, Tensor) for t in feedback[:1]):
+        step_arguments.refuse_list("feedback", feedback)
     coefficients = {"decay": decay, "self_": self_, "tie": tie}
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
-    arguments.check_step_numbers(len(feedback), coefficients, scalars)
-    if feedback:
-        provide("feedback_step_", feedback[0].device.type)(
-            feedback, weight, grad, momentum_buffer, **coefficients, **scalars,
-            nesterov=nesterov, seed=seed, skip_nonfinite=skip_nonfinite, dynamic=dynamic,
-        )  # fmt: skip
+    switches = {"nesterov": nesterov, "skip_nonfinite": skip_nonfinite, "seed": seed}
+    step_arguments.check_step_numbers(len(feedback), coefficients, scalars, switches)
+    if not feedback:
+        return
+    step = provide("feedback_step_", feedback[0].device.type)
+    options = {**coefficients, **scalars, **switches, "dynamic": dynamic}
+    if not torch.is_grad_enabled():
+        step(feedback, weight, grad, momentum_buffer, **options)
+        return
+    step_arguments.check_in_place({"feedback": feedback, "momentum_buffer": momentum_buffer if momentum else ()})
+    with torch.no_grad():
+        step(feedback, weight, grad, momentum_buffer, **options)
 
 
 def _center(input: Tensor, samples: int) -> Tensor:
     arguments.check_center(input, samples)
+    step_arguments.check_storage("input", input)
     return provide("center", input.device.type)(input, samples)
 
 
@@ -166,13 +175,14 @@ def fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(Tru
     return (*grads, weight.new_empty(channels) if output_mask[3] else None)
 
 
-def _fake_step(
-    feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, noise=0.0, dynamic=None, **_
-) -> None:
+def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
+               noise=0.0, seed=0, skip_nonfinite=False, dynamic=None) -> None:  # fmt: skip
     coefficients = {"decay": decay, "self_": self_, "tie": tie}
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
-    arguments.check_step_numbers(len(feedback), coefficients, scalars)
-    arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars, dynamic)
+    switches = {"nesterov": nesterov, "skip_nonfinite": skip_nonfinite, "seed": seed}
+    step_arguments.check_step_numbers(len(feedback), coefficients, scalars, switches)
+    step_arguments.refuse_meta({"feedback": feedback, "weight": weight, "grad": grad})
+    step_arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars, dynamic, False)
 
 
 def _fake_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tensor:
@@ -180,6 +190,7 @@ def _fake_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tens
 
 
 def _fake_depthwise(grad_output, input, weight, feedback, *args) -> tuple[Tensor, ...]:
+    step_arguments.refuse_meta({"grad_output": grad_output, "input": input, "weight": weight, "feedback": feedback})
     like = (input, weight, weight, weight.new_empty(weight.shape[0]))
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(like, args[-4:], strict=True))
 

@@ -84,7 +84,7 @@ class StepTensor(ctypes.Structure):
         ("index", ctypes.c_uint32),
         ("dtype", ctypes.c_int32),
         ("layout", ctypes.c_int32),
-        ("with_previous", ctypes.c_bool),
+        *((name, ctypes.c_bool) for name in ("has_weight", "has_grad", "has_momentum", "with_previous")),
     )
 
 
@@ -202,7 +202,7 @@ def native_feedback_step_(
             feedback[i],
             weight[i] if self_[i] else None,
             grad[i] if tie[i] else None,
-            momentum_buffer[i] if momentum_buffer else None,
+            momentum_buffer[i] if momentum else None,
         ]
         for i in here
     ]
@@ -211,7 +211,7 @@ def native_feedback_step_(
     rows = [
         StepTensor(
             *map(_pointer, row), row[0].numel(), decay[i], self_[i], tie[i], i, DTYPES.index(row[0].dtype), place,
-            with_previous,
+            *(tensor is not None for tensor in row[1:]), with_previous,
         )
         for i, row, place, with_previous in zip(here, operands, places, together, strict=True)
     ]  # fmt: skip

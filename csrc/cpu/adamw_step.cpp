@@ -20,7 +20,7 @@ void adamw_step_(StableListHandle param, StableListHandle weight, StableListHand
                                  weight_decay,
                                  AdamWOptions{lr, beta1, beta2, eps}};
   const AdamWPlan plan = plan_adamw(arguments);
-  for (size_t i = 0; i < arguments.step.size(); ++i) ++*step_count(arguments.step[i]);
+  for (size_t i = 0; i < arguments.step.size(); ++i) ++*static_cast<float*>(step_count(arguments.step[i]).data);
   const Kernels& kernel = kernels();
   for_each_stretch(plan, [&](const AdamWTensor& tensor, const AdamWLayout* layout, int64_t begin, int64_t end) {
     kernel.adamw_step(tensor, layout, arguments.options, begin, end);

@@ -33,7 +33,7 @@ void adamw_dense(const AdamWTensor& tensor, const AdamWStep<T>& step, int64_t be
   constexpr decltype(&adamw_straight<T, false, false>) kLoops[] = {
       adamw_straight<T, false, false>, adamw_straight<T, false, true>, adamw_straight<T, true, false>,
       adamw_straight<T, true, true>};
-  kLoops[(tensor.operand[kWeight] ? 2 : 0) | (tensor.operand[kGrad] ? 1 : 0)](tensor, step, begin, end);
+  kLoops[(tensor.has_weight ? 2 : 0) | (tensor.has_grad ? 1 : 0)](tensor, step, begin, end);
 }
 
 // 16-bit tensors pass through float rows that stay in the first-level cache.
@@ -43,12 +43,12 @@ void adamw_rows(const AdamWTensor& tensor, const AdamWStep<float>& step, int64_t
   float values[kAdamWOperands][kRow];
   AdamWTensor row = tensor;
   for (int k = 0; k < kAdamWOperands; ++k) {
-    if (tensor.operand[k]) row.operand[k] = values[k];
+    if (tensor.has(k)) row.operand[k] = values[k];
   }
   for (int64_t i = begin; i < end; i += kRow) {
     const int64_t count = std::min(kRow, end - i);
     for (int k = 0; k < kAdamWOperands; ++k) {
-      if (tensor.operand[k]) widen_row(static_cast<const Scalar*>(tensor.operand[k]) + i, values[k], count);
+      if (tensor.has(k)) widen_row(static_cast<const Scalar*>(tensor.operand[k]) + i, values[k], count);
     }
     adamw_dense<float>(row, step, 0, count);
     for (int k : {kParam, kMean, kSquare}) {
@@ -64,7 +64,7 @@ void adamw_each(const AdamWTensor& tensor, const AdamWStep<Wide<Scalar>>& step, 
   for (int64_t i = begin; i < end; ++i, at.next()) {
     Wide<Scalar> value[kAdamWOperands] = {};
     for (int k = 0; k < kAdamWOperands; ++k) {
-      if (tensor.operand[k]) value[k] = widen(static_cast<const Scalar*>(tensor.operand[k])[at.offset(k)]);
+      if (tensor.has(k)) value[k] = widen(static_cast<const Scalar*>(tensor.operand[k])[at.offset(k)]);
     }
     const auto gradient = step.gradient(value[kParam], value[kWeight], value[kGrad]);
     value[kParam] = step.next(value[kParam], gradient, value[kMean], value[kSquare]);

@@ -36,7 +36,8 @@ void step_dense(const StepTensor& tensor, const FeedbackStep<T>& step, int64_t b
       step_straight<T, false, true, true>,   step_straight<T, true, false, false>, step_straight<T, true, false, true>,
       step_straight<T, true, true, false>,   step_straight<T, true, true, true>,
   };
-  kLoops[(tensor.weight ? 4 : 0) | (tensor.grad ? 2 : 0) | (tensor.momentum ? 1 : 0)](tensor, step, begin, end);
+  kLoops[(tensor.has_weight ? 4 : 0) | (tensor.has_grad ? 2 : 0) | (tensor.has_momentum ? 1 : 0)](tensor, step, begin,
+                                                                                                  end);
 }
 
 // 16-bit tensors pass through float rows that stay in the first-level cache.
@@ -46,18 +47,18 @@ void step_rows(const StepTensor& tensor, const FeedbackStep<float>& step, int64_
   float feedback[kRow], weight[kRow], grad[kRow], momentum[kRow];
   StepTensor row = tensor;
   row.feedback = feedback;
-  if (tensor.weight) row.weight = weight;
-  if (tensor.grad) row.grad = grad;
-  if (tensor.momentum) row.momentum = momentum;
+  if (tensor.has_weight) row.weight = weight;
+  if (tensor.has_grad) row.grad = grad;
+  if (tensor.has_momentum) row.momentum = momentum;
   for (int64_t i = begin; i < end; i += kRow) {
     const int64_t count = std::min(kRow, end - i);
     widen_row(static_cast<const Scalar*>(tensor.feedback) + i, feedback, count);
-    if (tensor.weight) widen_row(static_cast<const Scalar*>(tensor.weight) + i, weight, count);
-    if (tensor.grad) widen_row(static_cast<const Scalar*>(tensor.grad) + i, grad, count);
-    if (tensor.momentum) widen_row(static_cast<const Scalar*>(tensor.momentum) + i, momentum, count);
+    if (tensor.has_weight) widen_row(static_cast<const Scalar*>(tensor.weight) + i, weight, count);
+    if (tensor.has_grad) widen_row(static_cast<const Scalar*>(tensor.grad) + i, grad, count);
+    if (tensor.has_momentum) widen_row(static_cast<const Scalar*>(tensor.momentum) + i, momentum, count);
     step_dense<float>(row, step, 0, count);
     narrow_row(feedback, static_cast<Scalar*>(tensor.feedback) + i, count);
-    if (tensor.momentum) narrow_row(momentum, static_cast<Scalar*>(tensor.momentum) + i, count);
+    if (tensor.has_momentum) narrow_row(momentum, static_cast<Scalar*>(tensor.momentum) + i, count);
   }
 }
 
@@ -71,15 +72,15 @@ void step_each(const StepTensor& tensor, const StepOptions& options, const Feedb
   for (int64_t i = begin; i < end; ++i, at.next()) {
     Scalar& feedback = static_cast<Scalar*>(tensor.feedback)[at.offset(0)];
     const T old = widen(feedback);
-    const T weight = tensor.weight ? widen(static_cast<const Scalar*>(tensor.weight)[at.offset(1)]) : T(0);
-    const T grad = tensor.grad ? widen(static_cast<const Scalar*>(tensor.grad)[at.offset(2)]) : T(0);
+    const T weight = tensor.has_weight ? widen(static_cast<const Scalar*>(tensor.weight)[at.offset(1)]) : T(0);
+    const T grad = tensor.has_grad ? widen(static_cast<const Scalar*>(tensor.grad)[at.offset(2)]) : T(0);
     T gradient = step.gradient(old, weight, grad);
     if (options.noise != 0) {
       if (i == begin || i % 4 == 0) normal = normals(seed, tensor.index, static_cast<uint64_t>(i) / 4);
       gradient += step.noise * normal.value[i % 4];
     }
     T direction = gradient;
-    if (tensor.momentum) {
+    if (tensor.has_momentum) {
       Scalar& stored = static_cast<Scalar*>(tensor.momentum)[at.offset(3)];
       T buffer = widen(stored);
       direction = step.direction(gradient, buffer);
@@ -116,8 +117,8 @@ bool any_nonfinite_dense(const void* data, int64_t begin, int64_t end) {
 template <typename Scalar>
 bool any_nonfinite_each(const StepTensor& tensor, Walk<kStepOperands> at, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i, at.next()) {
-    if (tensor.weight && nonfinite(static_cast<const Scalar*>(tensor.weight)[at.offset(1)])) return true;
-    if (tensor.grad && nonfinite(static_cast<const Scalar*>(tensor.grad)[at.offset(2)])) return true;
+    if (tensor.has_weight && nonfinite(static_cast<const Scalar*>(tensor.weight)[at.offset(1)])) return true;
+    if (tensor.has_grad && nonfinite(static_cast<const Scalar*>(tensor.grad)[at.offset(2)])) return true;
   }
   return false;
 }
@@ -126,8 +127,8 @@ bool any_nonfinite(const StepTensor& tensor, const StepLayout* layout, int64_t b
   return visit_dtype(tensor.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
     if (layout) return any_nonfinite_each<Scalar>(tensor, Walk(*layout, begin), begin, end);
-    return (tensor.weight && any_nonfinite_dense<Scalar>(tensor.weight, begin, end)) ||
-           (tensor.grad && any_nonfinite_dense<Scalar>(tensor.grad, begin, end));
+    return (tensor.has_weight && any_nonfinite_dense<Scalar>(tensor.weight, begin, end)) ||
+           (tensor.has_grad && any_nonfinite_dense<Scalar>(tensor.grad, begin, end));
   });
 }
 

@@ -15,8 +15,8 @@ __device__ __forceinline__ void add_block(Sums& sums, const AlignmentPair& pair,
   constexpr int kWidth = kPack<Scalar>;
   const bool aligned = is_aligned(pair.feedback, pair.weight);
   for_each_pack<kWidth>(pair.numel, block, [&](int64_t first, int count) {
-    const Pack<Scalar> feedback = load<Scalar>(pair.feedback, first, count, aligned && count == kWidth);
-    const Pack<Scalar> weight = load<Scalar>(pair.weight, first, count, aligned && count == kWidth);
+    const Pack<Scalar> feedback = load<Scalar>(pair.feedback, true, first, count, aligned && count == kWidth);
+    const Pack<Scalar> weight = load<Scalar>(pair.weight, true, first, count, aligned && count == kWidth);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sums.add(widen(feedback.value[j]), widen(weight.value[j]));
   });
@@ -27,7 +27,7 @@ __device__ __forceinline__ void add_block(Sums& sums, const StridedPair& pair, i
   for_each_element(pair.numel, block, [&](int64_t i) {
     int64_t at[2];
     find_offsets(pair.place, i, at);
-    sums.add(widen(read<Scalar>(pair.feedback, at[0])), widen(read<Scalar>(pair.weight, at[1])));
+    sums.add(widen(read<Scalar>(pair.feedback, true, at[0])), widen(read<Scalar>(pair.weight, true, at[1])));
   });
 }
 

@@ -39,17 +39,17 @@ __device__ __forceinline__ void step_block(const StepTensor& tensor, const StepO
       for (int j = 0; j < 4; ++j) noise[draw + j] = drawn.value[j];
     }
     const bool whole = aligned && count == kWidth;
-    Pack<Scalar> feedback = load<Scalar>(tensor.feedback, first, count, whole);
-    const Pack<Scalar> weight = load<Scalar>(tensor.weight, first, count, whole);
-    const Pack<Scalar> grad = load<Scalar>(tensor.grad, first, count, whole);
-    Pack<Scalar> momentum = load<Scalar>(tensor.momentum, first, count, whole);
+    Pack<Scalar> feedback = load<Scalar>(tensor.feedback, true, first, count, whole);
+    const Pack<Scalar> weight = load<Scalar>(tensor.weight, tensor.has_weight, first, count, whole);
+    const Pack<Scalar> grad = load<Scalar>(tensor.grad, tensor.has_grad, first, count, whole);
+    Pack<Scalar> momentum = load<Scalar>(tensor.momentum, tensor.has_momentum, first, count, whole);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      step_element(step, feedback.value[j], weight.value[j], grad.value[j], momentum.value[j],
-                   tensor.momentum != nullptr, noise[j]);
+      step_element(step, feedback.value[j], weight.value[j], grad.value[j], momentum.value[j], tensor.has_momentum,
+                   noise[j]);
     }
     store(feedback, tensor.feedback, first, count, whole);
-    if (tensor.momentum) store(momentum, tensor.momentum, first, count, whole);
+    if (tensor.has_momentum) store(momentum, tensor.momentum, first, count, whole);
   });
 }
 
@@ -65,10 +65,11 @@ __device__ __forceinline__ void step_block(const StridedTensor& tensor, const St
     int64_t at[kStepOperands];
     find_offsets(tensor.place, i, at);
     const auto step = make_step<Wide<Scalar>>(tensor, options);
-    Scalar momentum = read<Scalar>(tensor.momentum, at[3]);
-    step_element(step, static_cast<Scalar*>(tensor.feedback)[at[0]], read<Scalar>(tensor.weight, at[1]),
-                 read<Scalar>(tensor.grad, at[2]), momentum, tensor.momentum != nullptr, normal);
-    if (tensor.momentum) static_cast<Scalar*>(tensor.momentum)[at[3]] = momentum;
+    Scalar momentum = read<Scalar>(tensor.momentum, tensor.has_momentum, at[3]);
+    step_element(step, static_cast<Scalar*>(tensor.feedback)[at[0]],
+                 read<Scalar>(tensor.weight, tensor.has_weight, at[1]),
+                 read<Scalar>(tensor.grad, tensor.has_grad, at[2]), momentum, tensor.has_momentum, normal);
+    if (tensor.has_momentum) static_cast<Scalar*>(tensor.momentum)[at[3]] = momentum;
   });
 }
 
@@ -105,8 +106,9 @@ __device__ __forceinline__ bool any_nonfinite(const StepTensor& tensor, int64_t 
   const bool aligned = is_aligned(tensor.weight, tensor.grad);
   bool any = false;
   for_each_pack<kWidth>(tensor.numel, block, [&](int64_t first, int count) {
-    const Pack<Scalar> weight = load<Scalar>(tensor.weight, first, count, aligned && count == kWidth);
-    const Pack<Scalar> grad = load<Scalar>(tensor.grad, first, count, aligned && count == kWidth);
+    const Pack<Scalar> weight =
+        load<Scalar>(tensor.weight, tensor.has_weight, first, count, aligned && count == kWidth);
+    const Pack<Scalar> grad = load<Scalar>(tensor.grad, tensor.has_grad, first, count, aligned && count == kWidth);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) any |= is_nonfinite(weight.value[j]) || is_nonfinite(grad.value[j]);
   });
@@ -119,7 +121,8 @@ __device__ __forceinline__ bool any_nonfinite(const StridedTensor& tensor, int64
   for_each_element(tensor.numel, block, [&](int64_t i) {
     int64_t at[kStepOperands];
     find_offsets(tensor.place, i, at);
-    any |= is_nonfinite(read<Scalar>(tensor.weight, at[1])) || is_nonfinite(read<Scalar>(tensor.grad, at[2]));
+    any |= is_nonfinite(read<Scalar>(tensor.weight, tensor.has_weight, at[1])) ||
+           is_nonfinite(read<Scalar>(tensor.grad, tensor.has_grad, at[2]));
   });
   return any;
 }

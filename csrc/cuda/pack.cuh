@@ -27,9 +27,9 @@ __device__ __forceinline__ bool is_aligned(Pointers... pointers) {
 // Elements first .. first + count - 1 of one operand; zeros where there is no such operand. `whole` says that count is
 // the width of a pack and the operand aligned.
 template <typename Scalar>
-__device__ __forceinline__ Pack<Scalar> load(const void* operand, int64_t first, int count, bool whole) {
+__device__ __forceinline__ Pack<Scalar> load(const void* operand, bool is_there, int64_t first, int count, bool whole) {
   Pack<Scalar> pack{};
-  if (operand == nullptr) return pack;
+  if (!is_there) return pack;
   const Scalar* from = static_cast<const Scalar*>(operand) + first;
   if (whole) return *reinterpret_cast<const Pack<Scalar>*>(from);
 #pragma unroll
@@ -59,8 +59,8 @@ __device__ __forceinline__ void store(const Pack<Scalar>& pack, void* operand, i
 
 // One element, zero where there is no such operand.
 template <typename Scalar>
-__device__ __forceinline__ Scalar read(const void* operand, int64_t at) {
-  return operand ? static_cast<const Scalar*>(operand)[at] : Scalar{};
+__device__ __forceinline__ Scalar read(const void* operand, bool is_there, int64_t at) {
+  return is_there ? static_cast<const Scalar*>(operand)[at] : Scalar{};
 }
 
 }  // namespace pyfeedback::cuda

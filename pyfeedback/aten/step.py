@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from pyfeedback import step_arguments
+
 T = TypeVar("T")
 
 
@@ -28,9 +30,13 @@ def feedback_step_(
     dynamic: Tensor | None = None,
 ) -> None:
     """See ``pyfeedback.functional.feedback_step_``. The noise is torch's own normal stream for ``seed``."""
-    feedback, buffers = list(feedback), list(momentum_buffer) if momentum else []
     if not feedback:
         return
+    coefficients = {"decay": decay, "self_": self_, "tie": tie}
+    step_arguments.check_step_tensors(
+        feedback, weight, grad, momentum_buffer, coefficients, {"momentum": momentum}, dynamic
+    )
+    feedback, buffers = list(feedback), list(momentum_buffer) if momentum else []
     written, backup = [*feedback, *buffers], []
     if skip_nonfinite:
         backup = [t.clone() for t in written]
@@ -77,12 +83,19 @@ def adamw_step_(
 
     Everything else as torch.optim.AdamW's state holds it, of amsgrad where there is a ``max_exp_avg_sq``.
     """
-    made = [i for i, terms in enumerate(zip(decay, self_, tie, strict=True)) if terms != (0.0, 0.0, 1.0)]
-    gradient = list(grad)
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    moments |= {"max_exp_avg_sq": max_exp_avg_sq} if max_exp_avg_sq else {}
+    step_arguments.check_adamw_tensors(param, weight, grad, moments, step, {"self_": self_, "tie": tie})
+    stepped = {p.data_ptr() for p in param}
+    gradient: list[Tensor] = list(grad) if grad else [param[0]] * len(param)
+    made = [
+        i
+        for i, terms in enumerate(zip(decay, self_, tie, strict=True))
+        if terms != (0.0, 0.0, 1.0) or gradient[i].data_ptr() in stepped  # which torch's kernels would read too late
+    ]
     if made:
-        own = _rule_gradients(
-            _at(made, param), _at(made, weight), _at(made, grad), _at(made, decay), _at(made, self_), _at(made, tie)
-        )
+        weight, grad = ([tensors[i] for i in made] if tensors else [] for tensors in (weight, grad))
+        own = _rule_gradients(_at(made, param), weight, grad, _at(made, decay), _at(made, self_), _at(made, tie))
         for i, g in zip(made, own, strict=True):
             gradient[i] = g
     # On a CPU the fused kernel of torch 2.13 takes element i of every operand from storage, whatever the strides.
@@ -96,6 +109,9 @@ def adamw_step_(
             amsgrad=bool(max_exp_avg_sq), beta1=beta1, beta2=beta2, lr=lr, weight_decay=decayed, eps=eps,
             maximize=False,
         )  # fmt: skip
+        if fused:  # torch's own kernel leaves the version counters of what it writes
+            written = (param, exp_avg, exp_avg_sq, max_exp_avg_sq or [])
+            torch.autograd.graph.increment_version([tensors[i] for tensors in written if tensors for i in here])
 
 
 def _at(places: list[int], values: Sequence[T]) -> list[T]:
@@ -113,21 +129,21 @@ def _rule_gradients(
 ) -> list[Tensor]:
     """decay * param - self_ * weight + tie * grad, each term times its factor."""
     gradient = _scaled(torch._foreach_mul(list(param), list(decay)), factors[0])
-    _add_(gradient, _scaled(weight, factors[1]), [-a for a in self_])
-    _add_(gradient, _scaled(grad, factors[2]), tie)
+    _add_(gradient, weight, [-a for a in self_], factors[1])
+    _add_(gradient, grad, tie, factors[2])
     return gradient
 
 
-def _scaled(tensors: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
-    return list(tensors) if factor is None or not tensors else list(torch._foreach_mul(list(tensors), factor))
+def _scaled(tensors: list[Tensor], factor: Tensor | None) -> list[Tensor]:
+    return tensors if factor is None or not tensors else list(torch._foreach_mul(tensors, factor))
 
 
-def _add_(direction: list[Tensor], tensors: Sequence[Tensor], scale: Sequence[float]) -> None:
-    """direction[i] += scale[i] * tensors[i] for the indices that are read at all: 0 * nan is nan."""
+def _add_(direction: list[Tensor], tensors: Sequence[Tensor], scale: Sequence[float], factor: Tensor | None) -> None:
+    """direction[i] += factor * scale[i] * tensors[i] for the indices that are read at all: 0 * nan is nan."""
     read = [i for i, a in enumerate(scale) if a]
     if not read:
         return
-    targets, values = [direction[i] for i in read], [tensors[i] for i in read]
+    targets, values = [direction[i] for i in read], _scaled([tensors[i] for i in read], factor)
     if len({scale[i] for i in read}) == 1:
         torch._foreach_add_(targets, values, alpha=scale[read[0]])
     else:

@@ -1,0 +1,115 @@
+#include "sharing.h"
+
+#include <algorithm>
+#include <map>
+
+namespace pyfeedback {
+
+namespace {
+
+// As MOST_TRIED of pyfeedback/sharing.py.
+constexpr int kMostTried = 10000;
+
+// Whether a total is a sum of k * step over the terms (step, most), each with some k in 0..most. True too where that
+// takes more than kMostTried tries to find out.
+class Sums {
+ public:
+  explicit Sums(const std::map<int64_t, int64_t>& terms) {
+    for (const auto& [step, most] : terms) {
+      if (step == 0 || most == 0) continue;
+      terms_.push_back({step, most});
+      within_.push_back(within_.back() + step * most);
+    }
+  }
+
+  bool reach(int64_t total) { return search(total, terms_.size()); }
+
+ private:
+  struct Term {
+    int64_t step, most;
+  };
+
+  bool search(int64_t total, size_t count) {
+    if (++tried_ > kMostTried) return true;
+    if (count == 0 || total < 0 || total > within_[count]) return total == 0;
+    const auto [step, most] = terms_[count - 1];
+    const int64_t least = std::max<int64_t>(0, (total - within_[count - 1] + step - 1) / step);
+    for (int64_t k = least; k <= std::min(most, total / step); ++k) {
+      if (search(total - step * k, count - 1)) return true;
+    }
+    return false;
+  }
+
+  std::vector<Term> terms_;            // by their steps
+  std::vector<int64_t> within_ = {0};  // the largest sum of the first terms
+  int tried_ = 0;
+};
+
+// Whether a.begin + sum(stride * index) + byte equals the same of b for some indices and bytes.
+bool share_a_byte(const Span& a, const Span& b) {
+  std::map<int64_t, int64_t> terms;
+  for (const Span* span : {&a, &b}) {
+    const Shape shape = shape_of(span->tensor);
+    const int64_t bytes = element_size(dtype_of(span->tensor));
+    terms[1] += bytes - 1;
+    for (int64_t d = 0; d < shape.dims; ++d) terms[shape.stride[d] * bytes] += shape.size[d] - 1;
+  }
+  // An index of b counts down from its last, so that every term adds: the sum wanted is the distance plus b's span.
+  return Sums(terms).reach(static_cast<int64_t>(b.end - 1 - a.begin));
+}
+
+bool clash(const Span& written, const Span& other, const std::vector<uint32_t>& chain) {
+  if (written.end <= other.begin || other.end <= written.begin) return false;
+  const bool read_in_turn = written.stepped && !other.written && other.row <= written.row &&
+                            chain[other.row] == chain[written.row] &&
+                            same_view(read_view(written.tensor, ""), read_view(other.tensor, ""));
+  return !read_in_turn && share_a_byte(written, other);
+}
+
+}  // namespace
+
+void check_sharing(std::vector<Span>& spans, const std::vector<uint32_t>& chain) {
+  const auto before = [](const Span& a, const Span& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(spans.begin(), spans.end(), before)) std::sort(spans.begin(), spans.end(), before);
+  for (size_t first = 0, last; first < spans.size(); first = last) {
+    uintptr_t reach = spans[first].end;
+    for (last = first + 1; last < spans.size() && spans[last].begin < reach; ++last) {
+      reach = std::max(reach, spans[last].end);
+    }
+    for (size_t i = first; last - first > 1 && i < last; ++i) {
+      for (size_t j = first; spans[i].written && j < last; ++j) {
+        if (i == j || (j < i && spans[j].written)) continue;
+        STD_TORCH_CHECK(!clash(spans[i], spans[j], chain), "row ", spans[i].row, " writes memory that row ",
+                        spans[j].row, " has too");
+      }
+    }
+  }
+}
+
+bool has_shared_places(const Shape& shape) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size
+  for (int64_t d = 0; d < shape.dims; ++d) {
+    if (shape.size[d] > 1) dims.push_back({shape.stride[d], shape.size[d]});
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;
+  bool nested = true;
+  for (const auto& [stride, size] : dims) {
+    nested = nested && stride > reach;
+    reach += stride * (size - 1);
+  }
+  if (nested || shape.numel == 0) return false;
+  // Two indices that differ, the first time in dimension k and there by 1 or more.
+  for (size_t k = 0; k < dims.size(); ++k) {
+    std::map<int64_t, int64_t> terms = {{dims[k].first, dims[k].second - 2}};
+    int64_t total = -dims[k].first;
+    for (size_t m = k + 1; m < dims.size(); ++m) {
+      terms[dims[m].first] += 2 * (dims[m].second - 1);
+      total += dims[m].first * (dims[m].second - 1);
+    }
+    if (Sums(terms).reach(total)) return true;
+  }
+  return false;
+}
+
+}  // namespace pyfeedback

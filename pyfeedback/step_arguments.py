@@ -1,0 +1,314 @@
+"""Checks of the arguments of the multi-tensor ops: one line that names the argument, its value and what was expected.
+
+The compiled ops check what keeps memory safe, in a fraction of the time; what they refuse is looked at again here.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from numbers import Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from pyfeedback import sharing
+from pyfeedback.arguments import DTYPES
+
+Tensors = Sequence[Tensor]
+
+
+def check_step_numbers(
+    count: int, coefficients: dict[str, Sequence[float]], scalars: dict[str, float], options: dict[str, Any]
+) -> None:
+    """Raise where a coefficient is missing, or a number is not finite.
+
+    Args:
+        count: the number of rows.
+        coefficients: a number for each row.
+        scalars: numbers of 0 or more.
+        options: bools, and the seed.
+    """
+    try:
+        good = (
+            all(len(values) == count and type(total := sum(values)) in (float, int) and math.isfinite(total)
+                for values in coefficients.values())
+            and all(0 <= value < math.inf for value in scalars.values())
+            and all(type(value) is bool or (name == "seed" and type(value) is int and -(2**63) <= value < 2**63)
+                    for name, value in options.items())
+        )  # fmt: skip
+    except (TypeError, OverflowError, ValueError, RuntimeError):
+        good = False
+    if not good:
+        _refuse_step_numbers(count, coefficients, scalars, options)
+
+
+def check_step_tensors(
+    feedback: Tensors,
+    weight: Tensors,
+    grad: Tensors,
+    momentum_buffer: Tensors,
+    coefficients: dict[str, Sequence[float]],
+    scalars: dict[str, float],
+    dynamic: Tensor | None,
+    memory: bool = True,
+) -> None:
+    """Raise where the tensors of a feedback step do not fit together, or have no memory (looked at if ``memory``)."""
+    read = {"weight": coefficients["self_"], "grad": coefficients["tie"]}
+    buffers = momentum_buffer if scalars["momentum"] else ()
+    if not scalars["momentum"]:
+        _check_length("momentum_buffer", momentum_buffer, len(feedback), needed=False)
+    lists = {"feedback": feedback, "weight": weight, "grad": grad, "momentum_buffer": buffers}
+    operands = _operands(lists, read, optional=() if scalars["momentum"] else ("momentum_buffer",))
+    written = ("feedback", "momentum_buffer")
+    _check_alike(operands, written)
+    if dynamic is not None and feedback:
+        expected = f"(5,) torch.float64 on {feedback[0].device}"
+        if not isinstance(dynamic, Tensor):
+            raise TypeError(f"dynamic is {_kind(dynamic)}, expected a Tensor or None")
+        if _describe(dynamic) != expected or not dynamic.is_contiguous():
+            raise ValueError(f"dynamic is {_describe(dynamic)}, expected contiguous {expected}")
+    if memory:
+        _check_memory(operands, written, {} if dynamic is None else {"dynamic": dynamic})
+
+
+def check_adamw_tensors(
+    param: Tensors,
+    weight: Tensors,
+    grad: Tensors,
+    moments: dict[str, Tensors],
+    step: Tensors,
+    coefficients: dict[str, Sequence[float]],
+) -> None:
+    """Raise where the tensors of an AdamW step do not fit together, or have no memory."""
+    read = {"weight": coefficients["self_"], "grad": coefficients["tie"]}
+    operands = _operands({"param": param, "weight": weight, "grad": grad, **moments}, read)
+    written = ("param", *moments)
+    _check_alike(operands, written)
+    _check_length("step", step, len(param))
+    for i, (count, like) in enumerate(zip(step, param, strict=True)):
+        if not isinstance(count, Tensor) or count.dtype is not torch.float32 or count.numel() != 1:
+            what = _describe(count) if isinstance(count, Tensor) else _kind(count)
+            raise TypeError(f"step[{i}] is {what}, expected one torch.float32")
+        if count.device not in (like.device, torch.device("cpu")):
+            raise ValueError(f"step[{i}] is on {count.device}, expected cpu or the device of param[{i}], {like.device}")
+    _check_memory({**operands, "step": step}, (*written, "step"))
+
+
+def check_pairs(feedback: Tensors, weight: Tensors) -> None:
+    """Raise where feedback and weight are not pairs of tensors with memory."""
+    operands = _operands({"feedback": feedback, "weight": weight}, {})
+    _check_alike(operands, ())
+    _check_memory(operands, ())
+
+
+def check_storage(name: str, tensor: Tensor) -> None:
+    """Raise where the storage of ``tensor`` has been freed, as FSDP frees those of parameters."""
+    offset = tensor.storage_offset() * tensor.itemsize
+    held, needed = tensor.untyped_storage().nbytes(), offset + sharing.span(tensor)
+    if tensor.numel() and held < needed:
+        raise ValueError(f"{name} has storage of {held} bytes, expected {needed}")
+
+
+def check_in_place(lists: dict[str, Tensors]) -> None:
+    """Raise where autograd would miss a write: torch's own ops in place refuse a leaf that requires grad."""
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                kind = "leaf" if tensor.is_leaf else "tensor"
+                raise RuntimeError(f"{name}[{i}] is a {kind} that requires grad, expected the step in torch.no_grad()")
+
+
+def refuse_list(name: str, tensors: object) -> NoReturn:
+    """Raise for what is no list, or one that does not begin with a tensor."""
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
+    raise TypeError(f"{name}[0] is {_kind(tensors[0])}, expected a Tensor")
+
+
+def refuse_meta(operands: dict[str, Tensor | Tensors]) -> None:
+    """Raise for meta tensors: an op that writes, or computes a gradient, would do nothing and say nothing."""
+    for name, given in operands.items():
+        for i, tensor in enumerate([given] if isinstance(given, Tensor) else given):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                which = name if isinstance(given, Tensor) else f"{name}[{i}]"
+                raise ValueError(f"{which} is on meta, expected a device with memory")
+
+
+def _operands(
+    lists: dict[str, Tensors], read: dict[str, Sequence[float]], optional: Sequence[str] = ()
+) -> dict[str, Sequence[Tensor | None]]:
+    """The lists with None where a coefficient is 0; what is not read is not looked at."""
+    rows = next(iter(lists.values()))
+    operands: dict[str, Sequence[Tensor | None]] = {}
+    for name, tensors in lists.items():
+        factors = read.get(name)
+        needed = name not in optional and (factors is None or any(factors))
+        _check_length(name, tensors, len(rows), needed)
+        if not needed:
+            continue
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{i}] is {_kind(tensor)}, expected a Tensor")
+        operands[name] = tensors if factors is None else [t if a else None for t, a in zip(tensors, factors, strict=True)]
+    return operands
+
+
+def _check_length(name: str, tensors: Tensors, count: int, needed: bool = True) -> None:
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
+    if len(tensors) != count and (needed or len(tensors)):
+        raise ValueError(
+            f"{name} has {len(tensors)} tensors, expected {count}{'' if needed else ' or 0'}: one for each feedback"
+        )
+
+
+def _check_alike(operands: dict[str, Sequence[Tensor | None]], written: Sequence[str]) -> None:
+    """Raise where a row's operands differ in shape, dtype or device, or what is written is not made to be."""
+    (first, likes), *others = operands.items()
+    for i, like in enumerate(likes):
+        assert like is not None
+        if like.dtype not in DTYPES or like.layout is not torch.strided:
+            raise TypeError(f"{first}[{i}] is {like.dtype}, {like.layout}, expected a strided floating tensor")
+        if like.device != likes[0].device:  # type: ignore[union-attr]
+            raise ValueError(f"{first}[{i}] is on {like.device}, expected the device of all, {likes[0].device}")  # type: ignore[union-attr]
+    for name, tensors in others:
+        for i, (tensor, like) in enumerate(zip(tensors, likes, strict=True)):
+            if tensor is None or like is None:
+                continue
+            if tensor.shape != like.shape or tensor.dtype is not like.dtype or tensor.device != like.device:
+                raise ValueError(
+                    f"{name}[{i}] is {_describe(tensor)}, expected that of {first}[{i}], {_describe(like)}"
+                )
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"{name}[{i}] is {tensor.layout}, expected torch.strided")
+    for name in written:
+        for i, tensor in enumerate(operands.get(name, ())):
+            assert tensor is not None
+            if not tensor.is_contiguous() and sharing.has_shared_places(tensor):
+                raise ValueError(
+                    f"{name}[{i}] has several elements at one place, strides {tensor.stride()} of shape "
+                    f"{_shape(tensor)}, expected a place for each"
+                )
+
+
+def _check_memory(
+    operands: dict[str, Sequence[Tensor | None]], written: Sequence[str], extra: dict[str, Tensor] | None = None
+) -> None:
+    """Raise where a tensor has no memory, or one that is written shares it with another in a way no step follows."""
+    lists = {**operands, **{name: [tensor] for name, tensor in (extra or {}).items()}}
+    names, spans = list(lists), []
+    guarded = () if torch.is_inference_mode_enabled() else written
+    for order, (name, tensors) in enumerate(lists.items()):
+        shared = name not in operands
+        for row, tensor in enumerate(tensors):
+            if tensor is None or not tensor.numel() or _has_no_memory_of_its_own(type(tensor)):
+                continue
+            which = name if shared else f"{name}[{row}]"
+            if tensor.is_meta:
+                refuse_meta({which: tensor})
+            check_storage(which, tensor)
+            if name in guarded and tensor.is_inference():
+                raise RuntimeError(f"{which} is an inference tensor, expected torch.inference_mode() around its step")
+            begin = tensor.data_ptr()
+            spans.append((begin, begin + sharing.span(tensor), -1 if shared else row, order))
+
+    def operand(begin: int, end: int, row: int, order: int) -> sharing.Operand:
+        tensor = lists[names[order]][max(row, 0)]
+        assert tensor is not None
+        return sharing.Operand(begin, end, row, order, names[order], tensor, names[order] in written)
+
+    found = sharing.conflict(spans, operand, cache(lambda: _chains(operands))) if written else None
+    if found is not None:
+        _refuse_sharing(*found)
+
+
+def _refuse_sharing(later: sharing.Operand, earlier: sharing.Operand) -> None:
+    stepped = next((o for o in (later, earlier) if o.order == 0), None)
+    expected = "expected memory of its own"
+    if stepped is not None and not (later.written and earlier.written) and later.row >= 0:
+        expected += f", or {stepped} in the row behind all that read it"
+    raise ValueError(f"{later} shares memory with {earlier}, {expected}")
+
+
+def _chains(operands: dict[str, Sequence[Tensor | None]]) -> list[int]:
+    """A number for each row: those in a chain are stepped element by element together, in their order.
+
+    A row goes on with the chain of the one before where it reads the same weight or gradient, or is that weight.
+    """
+    likes = next(iter(operands.values()))
+    absent = [None] * len(likes)
+    weights, grads = (operands.get(name, absent) for name in ("weight", "grad"))
+    chains: list[int] = []
+    before: int | None = None
+    for i, like in enumerate(likes):
+        assert like is not None
+        if not like.numel():
+            chains.append(-1)
+            continue
+        joined = before is not None and (
+            sharing.is_same(weights[before], like)
+            or sharing.is_same(weights[before], weights[i])
+            or sharing.is_same(grads[before], grads[i])
+        )
+        chains.append(chains[before] if joined and before is not None else i)
+        before = i
+    return chains
+
+
+@cache
+def _has_no_memory_of_its_own(kind: type) -> bool:
+    """Of a subclass that wraps other tensors."""
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _refuse_step_numbers(
+    count: int, coefficients: dict[str, Sequence[float]], scalars: dict[str, float], options: dict[str, Any]
+) -> None:
+    """Raise for the first number that is wrong, if one is."""
+    for name, values in coefficients.items():
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name} is {_kind(values)}, expected a list of numbers")
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")
+        for i, value in enumerate(values):
+            check_number(f"{name}[{i}]", value, -math.inf)
+    for name, value in scalars.items():
+        check_number(name, value)
+    for name, value in options.items():
+        if name == "seed":
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"seed is {value!r}, expected an int")
+            if not -(2**63) <= value < 2**63:
+                raise ValueError(f"seed is {value}, expected a number of 64 bits")
+        elif not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected True or False")
+
+
+def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:
+    """Raise where ``value`` is no finite real number of ``least`` or more and below ``most``."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {_kind(value)}, expected a number")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        finite = False
+    if not finite or value < least or value >= most:
+        bounds = "" if least == -math.inf else f", {least:g} or more"
+        bounds += "" if most == math.inf else f" and below {most:g}"
+        raise ValueError(f"{name} is {value}, expected a finite number{bounds}")
+
+
+def _kind(value: object) -> str:
+    """What a wrong argument is, in a few words."""
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{_shape(tensor)} {tensor.dtype} on {tensor.device}"
