@@ -3,6 +3,7 @@
 An isolated build environment hides the installed torch and would download another one, which may be
 another version or another CUDA build. The hooks below make the installed torch importable instead, and ask
 for one only where there is none. Without a C++ compiler nothing is compiled and torch is not needed at all.
+A source tree that is read-only is copied and built in the copy.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import os
 import re
 import shutil
 import site
+import stat
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 from setuptools import build_meta
-from setuptools.build_meta import (
-    build_sdist,
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
+from setuptools.build_meta import get_requires_for_build_sdist, prepare_metadata_for_build_editable
 
 __all__ = [
     "build_editable",
@@ -83,6 +84,27 @@ def expose_target_environment() -> None:
         importlib.invalidate_caches()
 
 
+@contextmanager
+def writable_tree() -> Iterator[None]:
+    """Inside, the current folder is one that setuptools can write to: a copy of it where it is read-only."""
+    here = Path.cwd()
+    if os.access(here, os.W_OK):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "pyfeedback")
+        made_by_builds = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so")
+        shutil.copytree(here, copy, ignore=made_by_builds, copy_function=shutil.copyfile)
+        for path in (copy, *copy.rglob("*")):
+            if path.is_dir():  # copied with its mode
+                path.chmod(path.stat().st_mode | stat.S_IWUSR)
+        os.chdir(copy)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+
+
 def get_requires_for_build_wheel(config_settings: ConfigSettings = None) -> list[str]:
     return torch_requirement()
 
@@ -91,11 +113,22 @@ def get_requires_for_build_editable(config_settings: ConfigSettings = None) -> l
     return torch_requirement()
 
 
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: ConfigSettings = None) -> str:
+    with writable_tree():
+        return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def build_sdist(sdist_directory: str, config_settings: ConfigSettings = None) -> str:
+    with writable_tree():
+        return build_meta.build_sdist(sdist_directory, config_settings)
+
+
 def build_wheel(
     wheel_directory: str, config_settings: ConfigSettings = None, metadata_directory: str | None = None
 ) -> str:
     expose_target_environment()
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    with writable_tree():
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(

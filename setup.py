@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,11 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
 
 
+def source_digests() -> dict[str, str]:
+    """What the libraries are built from; the package compares it with the sources when it loads them in a clone."""
+    return runpy.run_path("pyfeedback/sources.py")["digests"](Path("csrc"))
+
+
 def first_line(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
 
@@ -125,6 +131,7 @@ def plan() -> tuple[list[Extension], dict[str, Any], dict[str, Any]]:
         "compiler": "",
         "missing_cpu": "",
         "missing_cuda": "",
+        "sources": source_digests(),
     }
     compiler = find_compiler()
     if compiler is None:
@@ -170,21 +177,23 @@ def command_build_py(info: dict[str, Any]) -> type[build_py]:
                 shutil.rmtree(Path(self.build_lib, "pyfeedback"), ignore_errors=True)
             super().run()
             root = Path(self.build_lib, "pyfeedback") if not self.editable_mode else Path("pyfeedback")
-            text = json.dumps({"version": self.distribution.get_version(), **info}, indent=2)
-            (root / "_build_info.json").write_text(text + "\n")
-            print(f"pyfeedback: this build makes {text}")
+            record = {"version": self.distribution.get_version(), **info}
+            (root / "_build_info.json").write_text(json.dumps(record, indent=2) + "\n")
+            told = {name: value for name, value in record.items() if name != "sources"}
+            print(f"pyfeedback: this build makes {json.dumps(told, indent=2)}")
 
     return BuildPython
 
 
 def main() -> None:
+    if not Path("pyfeedback/kernels/__init__.py").exists():
+        stop("pyfeedback/kernels is no folder, expected a symbolic link to ../kernels: git config core.symlinks true")
     # Metadata and source distributions are made without a compiler and without torch.
     compiles = not {"egg_info", "dist_info", "sdist"} & set(sys.argv)
     extensions, commands, info = plan() if compiles else ([], {}, {})
     setup(
-        # The folder kernels/ must not become a top-level package of that name, which others have.
-        packages=[*find_packages(include=["pyfeedback", "pyfeedback.*"]), "pyfeedback.kernels"],
-        package_dir={"pyfeedback.kernels": "kernels"},
+        # pyfeedback/kernels is a symbolic link to kernels/, so that the folder of a clone is a whole package.
+        packages=find_packages(include=["pyfeedback", "pyfeedback.*"]),
         ext_modules=extensions,
         cmdclass={**commands, "build_py": command_build_py(info)},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},

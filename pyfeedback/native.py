@@ -1,22 +1,31 @@
 """The compiled libraries: loads what the build made and tells what that was.
 
-Loading registers the C++ implementations of the `native_*` ops; their schemas stand in `pyfeedback.schemas`, and
+Loading registers the C++ implementations of the `native_*` ops; their schemas are in `pyfeedback.schemas`, and
 either may come first. PYFEEDBACK_NATIVE=0 leaves the libraries alone: every op then runs its Python implementation.
+
+Python started in the root of a clone imports the clone's folder `pyfeedback` and not the installed package. That
+folder has no library unless it was built in place (`pip install -e .`), so the libraries of the installed package are
+loaded there, provided they were built from the clone's sources.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyfeedback import sources
+
 PACKAGE = Path(__file__).parent
-CPU_LIBRARY = PACKAGE / "_C.abi3.so"
-CUDA_LIBRARY = PACKAGE / "_C_cuda.abi3.so"
+RECORD = "_build_info.json"
+CPU_LIBRARY = "_C.abi3.so"
+CUDA_LIBRARY = "_C_cuda.abi3.so"
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,27 @@ class BuildInfo:
     missing: str
 
 
-def _recorded() -> dict[str, Any]:
-    """What the build wrote down; a source tree that was never built says so."""
-    record = PACKAGE / "_build_info.json"
-    if record.exists():
-        contents: dict[str, Any] = json.loads(record.read_text())
-        return contents
-    unbuilt = "this source tree was never built: run `pip install .`"
+def _builds(package: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and record of each build that may serve ``package``: its own, and in a clone the installed ones.
+
+    The current folder may hold a pyfeedback.egg-info, left by a build: a distribution too, but one without a record.
+    """
+    folders = [package]
+    if _is_clone(package):
+        installed = importlib.metadata.distributions(name="pyfeedback")
+        folders += [Path(str(distribution.locate_file("pyfeedback"))) for distribution in installed]
+    for folder in folders:
+        if (folder / RECORD).exists():
+            yield folder, json.loads((folder / RECORD).read_text())
+
+
+def _is_clone(package: Path) -> bool:
+    return (package.parent / "build_backend.py").exists() and (package.parent / "csrc").exists()
+
+
+def _unbuilt() -> dict[str, Any]:
+    """The record of a source tree that was never built."""
+    missing = "this source tree was never built: run `pip install .`"
     return {
         "version": "unbuilt",
         "cpu": False,
@@ -56,16 +79,38 @@ def _recorded() -> dict[str, Any]:
         "torch_target": "2.10",
         "built_with_torch": "",
         "compiler": "",
-        "missing_cpu": unbuilt,
-        "missing_cuda": unbuilt,
+        "missing_cpu": missing,
+        "missing_cuda": missing,
+        "sources": {},
     }
+
+
+def _choose(package: Path, cuda: bool) -> tuple[Path, dict[str, Any]]:
+    """Folder and record of the build to load.
+
+    Raises:
+        ImportError: in a clone, none was built from the sources that are there. A kernel of another schema would return
+            wrong values without an error.
+    """
+    builds = list(_builds(package))
+    if not builds:
+        return package, _unbuilt()
+    if not _is_clone(package):
+        return builds[0]
+    now = sources.digests(package.parent / "csrc")
+    for folder, record in builds:
+        if not record["cpu"] or sources.changed(record.get("sources", {}), now, cuda and record["cuda"]) is None:
+            return folder, record
+    folder, record = builds[0]
+    changed = sources.changed(record.get("sources", {}), now, cuda and record["cuda"])
+    raise ImportError(
+        f"csrc/{changed} has changed since {folder / CPU_LIBRARY} was built: build it again with `pip install -e .`, "
+        "or set PYFEEDBACK_NATIVE=0 to do without"
+    )
 
 
 def _load(library: Path) -> bool:
     """Load one library that the build made; ImportError when it does not load, never less than was built."""
-    changed = newer_source(library, PACKAGE.parent / "csrc")
-    if changed is not None:  # in a source tree: a kernel of another schema would return wrong values without a word
-        raise ImportError(f"{changed} is newer than {library.name}: build it again with `pip install -e .`")
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -76,28 +121,24 @@ def _load(library: Path) -> bool:
     return True
 
 
-def newer_source(library: Path, sources: Path) -> Path | None:
-    """A C++ or CUDA source that has changed since ``library`` was built, if there is one."""
-    built = library.stat().st_mtime
-    kinds = {".cpp", ".h", ".cu", ".cuh"}
-    apart = {"simt", "cuda"} if library.name == CPU_LIBRARY.name else {"simt"}
-    parts = (path for path in sources.rglob("*") if path.suffix in kinds and not apart & set(path.parts))
-    return next((path for path in parts if path.stat().st_mtime > built), None)
-
-
 def _load_all() -> BuildInfo:
-    record = _recorded()
+    disabled = os.environ.get("PYFEEDBACK_NATIVE") == "0"
+    if disabled:
+        folder, record = next(_builds(PACKAGE), (PACKAGE, _unbuilt()))
+    else:
+        folder, record = _choose(PACKAGE, cuda=torch.version.cuda is not None)
+    record.pop("sources", None)
     without = {"CPU": record.pop("missing_cpu"), "CUDA": record.pop("missing_cuda")}
     cpu, cuda = record["cpu"], record["cuda"]
-    if os.environ.get("PYFEEDBACK_NATIVE") == "0":
+    if disabled:
         cpu = cuda = False
         without = dict.fromkeys(without, "PYFEEDBACK_NATIVE=0")
     if torch.version.cuda is None:
         # Nothing to miss: tensors on a CUDA device cannot exist, and the library would not find its symbols.
         cuda = False
         without["CUDA"] = ""
-    record["cpu"] = cpu and _load(CPU_LIBRARY)
-    record["cuda"] = cuda and _load(CUDA_LIBRARY)
+    record["cpu"] = cpu and _load(folder / CPU_LIBRARY)
+    record["cuda"] = cuda and _load(folder / CUDA_LIBRARY)
     record["cuda_architectures"] = tuple(record["cuda_architectures"])
     missing = "; ".join(f"no {device} library: {reason}" for device, reason in without.items() if reason)
     return BuildInfo(**record, missing=missing)

@@ -49,8 +49,8 @@ def inside(name, module):
 
 
 def package_modules():
-    """Name and path of every module of the package; the folder kernels is packaged as pyfeedback.kernels."""
-    for folder, prefix in ((ROOT / PACKAGE, PACKAGE), (ROOT / "kernels", f"{PACKAGE}.kernels")):
+    """Name and path of every module of the package; pyfeedback/kernels is a link, which rglob does not follow."""
+    for folder, prefix in ((ROOT / PACKAGE, PACKAGE), (ROOT / PACKAGE / "kernels", f"{PACKAGE}.kernels")):
         for path in sorted(folder.rglob("*.py")):
             yield ".".join([prefix, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"), path
 

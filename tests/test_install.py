@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import pyfeedback
-from pyfeedback import native
+from pyfeedback import native, sources
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(native.__file__).parent
@@ -213,20 +213,20 @@ class TestCudaPlan:
             setup_script.plan()
 
 
-def test_a_source_newer_than_the_library_is_found(tmp_path):
-    library, csrc = tmp_path / "_C.abi3.so", tmp_path / "csrc"
-    (csrc / "cpu").mkdir(parents=True)
-    (csrc / "simt").mkdir()
-    (csrc / "cuda").mkdir()
-    cuda = tmp_path / "_C_cuda.abi3.so"
-    elsewhere = [csrc / "simt" / "c.cpp", csrc / "notes.md", csrc / "cuda" / "d.cu"]
-    for path in (library, cuda, csrc / "a.cpp", csrc / "cpu" / "b.h", *elsewhere):
-        path.touch()
-        os.utime(path, (1000, 1000))
-    for path in elsewhere:  # no part of the CPU library
-        os.utime(path, (2000, 2000))
-    assert native.newer_source(library, csrc) is None
-    assert native.newer_source(cuda, csrc) == csrc / "cuda" / "d.cu"
-    os.utime(csrc / "cpu" / "b.h", (2000, 2000))
-    assert native.newer_source(library, csrc) == csrc / "cpu" / "b.h"
-    assert native.newer_source(library, tmp_path / "nowhere") is None
+def test_a_source_that_changed_since_the_build_is_found(tmp_path):
+    for name in ("a.cpp", "cpu/b.h", "cuda/d.cu", "simt/c.cpp", "notes.md"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    then = sources.digests(tmp_path)
+    assert list(then) == ["a.cpp", "cpu/b.h", "cuda/d.cu"]  # what the libraries are made of
+    (tmp_path / "a.cpp").touch()
+    (tmp_path / "notes.md").write_text("others")
+    assert sources.changed(then, sources.digests(tmp_path), cuda=True) is None
+    (tmp_path / "cuda" / "d.cu").write_text("other")
+    now = sources.digests(tmp_path)
+    assert sources.changed(then, now, cuda=False) is None
+    assert sources.changed(then, now, cuda=True) == "cuda/d.cu"
+    (tmp_path / "cpu" / "b.h").unlink()
+    assert sources.changed(then, sources.digests(tmp_path), cuda=False) == "cpu/b.h"
+    assert sources.changed({}, now, cuda=False) == "a.cpp"  # the build did not record them
