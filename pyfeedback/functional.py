@@ -300,7 +300,7 @@ class _Convolution(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, feedback, bias, options):
-        output = F.linear(input, weight, bias)
+        output = registration.not_a_view(F.linear(input, weight, bias))
         keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, None, *options)
         ctx.save_for_backward(input, weight, feedback, output if keep else None)
         ctx.options = options

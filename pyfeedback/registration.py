@@ -47,7 +47,15 @@ def fa_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | No
     """The op's implementation: arguments are checked, the forward is torch's."""
     arguments.check_linear(input, weight, feedback, bias)
     arguments.check_coefficients(Coefficients(**rule), input.shape[0])
-    return F.linear(input, weight, bias)
+    return not_a_view(F.linear(input, weight, bias))
+
+
+def not_a_view(output: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: autograd refuses work in place on a view that a custom function returns.
+
+    F.linear returns one where the input has more than two dimensions.
+    """
+    return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 
 def fa_conv2d_backward(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import provide
+from pyfeedback.registration import not_a_view
 
 
 def convolution(
@@ -37,7 +38,7 @@ class _Layer(torch.autograd.Function):
             return torch.conv2d(input, weight, bias, *options[0])
         if op == "convolution_backward":
             return torch.convolution(input, weight, bias, *options[0])
-        return F.linear(input, weight, bias)
+        return not_a_view(F.linear(input, weight, bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
