@@ -154,6 +154,14 @@ def test_compiled(name):
         torch.testing.assert_close(ours, apart)
 
 
+@pytest.mark.parametrize("name", ["linear-3d", "linear-unbatched"])
+def test_without_gradients(name):
+    plain, layer, x = converted(name, "fa")
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(F.relu(layer(x), inplace=True), F.relu(plain(x)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 8), (5, 8)], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("rule", RULES)
