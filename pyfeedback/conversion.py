@@ -55,9 +55,10 @@ def convert(
     """Give every convolution and linear layer of ``model`` a feedback path that learns by ``rule``; in place.
 
     The modules stay the same objects: weights, dtype, device, memory format, training mode, hooks and sharing are
-    kept, and an optimizer built before goes on. A layer that has a feedback path already gets the new rule and a fresh
-    feedback. The layers are those of :mod:`pyfeedback.nn`; subclasses are left alone, since what their forward does
-    is their own.
+    kept. An optimizer built before has the weights and not the feedback weights, which then never learn while their
+    gradients grow: build it afterwards, or add ``feedback_parameters(model)`` to it. A layer that has a feedback path
+    already gets the new rule and a fresh feedback. The layers are those of :mod:`pyfeedback.nn`; subclasses are left
+    alone, since what their forward does is their own.
 
     Args:
         model: any module, or one layer.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyfeedback import step_arguments
 from pyfeedback.nn import FeedbackLayer
+from pyfeedback.nn.layer import tell_of_uncalled
 from pyfeedback.providers import provide
 
 
@@ -55,6 +56,7 @@ def alignment(
         ValueError: a batch without a loss.
     """
     layers = {name: layer for name, layer in _layers(model) if layer.feedback is not None or layer.direct is not None}
+    tell_of_uncalled(layers)
     with torch.no_grad():
         paths = [layer.standing_path() for layer in layers.values()]
         feedback = [torch.zeros_like(w.weight) if b is None else b for w, b in zip(layers.values(), paths, strict=True)]

@@ -193,10 +193,14 @@ class Mirror:
         """One estimate for every layer that has run."""
         self._learn(True)
         for layer, like in self._inputs.items():
-            assert layer.feedback is not None
+            feedback = layer.feedback
+            assert feedback is not None
+            before, feedback.grad = feedback.grad, None  # or the layer would take it for one that nobody clears
             noise = self.amplitude * self.law(like.shape, dtype=like.dtype, device=like.device)
             output = layer.respond(noise)
-            torch.autograd.backward(output, torch.zeros_like(output), inputs=[layer.feedback])
+            torch.autograd.backward(output, torch.zeros_like(output), inputs=[feedback])
+            if before is not None:
+                feedback.grad = before if feedback.grad is None else before.add_(feedback.grad)
         self._learn(False)
 
     def _learn(self, wanted: bool) -> None:

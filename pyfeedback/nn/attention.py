@@ -76,6 +76,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        self.enter()
         received = {id(t): self.receive(t) for t in (query, key, value)}
         query, key, value = (received[id(t)] for t in (query, key, value))
         if self.feedback is None and self.out_proj.feedback is None and self.out_proj.direct is None:

@@ -24,13 +24,15 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
         super().__init__(*args, **options)
         self.attach_feedback(rule, init)
 
-    def _convolve(self, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
-        window = self._window(padding, output_padding)
+    def _convolve(
+        self, input: Tensor, feedback: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]
+    ) -> Tensor:
+        if input.dim() == len(self.stride) + 1:
+            return self._convolve(input.unsqueeze(0), feedback, padding, output_padding).squeeze(0)
+        window, weight, bias = self._window(padding, output_padding), self.weight, self.bias
         positions = 1
         if self.rule.reduction == "mean":
-            positions = math.prod(window.output_shape(input.shape, self.weight.shape)[2:])
-        weight, feedback, bias = self.weight, self.path(), self.bias
-        assert feedback is not None
+            positions = math.prod(window.output_shape(input.shape, weight.shape)[2:])
         if self.scheduled is not None and torch.compiler.is_compiling():
             moving = self._moving(input, positions)
             return functional.scheduled_convolution(input, weight, feedback, bias, self.scheduled, window, **moving)
@@ -43,28 +45,27 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
 
 class _Conv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
-        if self.feedback is None:
+        feedback = self.enter()
+        if feedback is None:
             return super().forward(self.receive(input))
-        if input.dim() == self.weight.dim() - 1:
-            return self.forward(input.unsqueeze(0)).squeeze(0)
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
             input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
-        return self._convolve(input, padding, self.output_padding)
+        return self._convolve(input, feedback, padding, self.output_padding)
 
 
 class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
     padding: tuple[int, ...]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if self.feedback is None:
+        feedback = self.enter()
+        if feedback is None:
             return super().forward(self.receive(input), output_size)
-        spatial = len(self.stride)
         window = self.stride, self.padding, self.kernel_size
-        extra = self._output_padding(input, output_size, *window, spatial, self.dilation)  # type: ignore[arg-type]
-        if input.dim() == spatial + 1:
-            return self._convolve(input.unsqueeze(0), self.padding, tuple(extra)).squeeze(0)
-        return self._convolve(input, self.padding, tuple(extra))
+        extra = self._output_padding(  # type: ignore[arg-type]
+            input, output_size, *window, len(self.stride), self.dilation
+        )
+        return self._convolve(input, feedback, self.padding, tuple(extra))
 
 
 class Conv2d(_Conv, torch.nn.Conv2d):

@@ -1,7 +1,8 @@
 """What the layers share: a feedback weight beside the weight, and a rule."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
 _log = logging.getLogger("pyfeedback")
+_told: WeakSet[torch.nn.Module] = WeakSet()  # layers that a warning was given of
 
 
 class FeedbackLayer(torch.nn.Module):
@@ -27,6 +29,7 @@ class FeedbackLayer(torch.nn.Module):
     feedback_init: Init
     mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product
     direct: Tap | None = None  # where the error comes straight from the model's output
+    called = False  # True from the first forward on; stays False where a model only reads the weight
     scheduled: Tensor | None = None  # the rule's coefficients where they move, for a graph compiled once
     unscheduled: Rule | None = None  # and the rule as it was before they moved
 
@@ -34,6 +37,7 @@ class FeedbackLayer(torch.nn.Module):
         """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
         self.rule, self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
+        self.called = False
         feedback, mixing, weight = None, None, self.weight
         if self.rule.expansion:
             rows = weight.shape[0] * self.rule.expansion
@@ -48,6 +52,7 @@ class FeedbackLayer(torch.nn.Module):
     def detach_feedback(self) -> None:
         """Leave nothing of :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
+        del self.called
 
     def reset_feedback(self, law: Callable[[Tensor], object] = fresh) -> None:
         """Draw the feedback weight as ``feedback_init`` says, by default as torch.nn draws a fresh ``weight``."""
@@ -61,6 +66,32 @@ class FeedbackLayer(torch.nn.Module):
         if self.rule.signs in ("uniform", "batch"):
             with torch.no_grad():
                 feedback.copy_(feedback.square().mean().sqrt().expand_as(feedback))
+
+    def enter(self) -> Tensor | None:
+        """Begin a forward pass: mark the layer as called, and return :meth:`path`."""
+        object.__setattr__(self, "called", True)  # nn.Module's own takes a microsecond
+        feedback = self.feedback
+        if feedback is None:
+            return None
+        if feedback.requires_grad and feedback.is_leaf and not torch.compiler.is_compiling():
+            if feedback.grad is not None:
+                self._check_gradients_are_cleared()
+        rule = self.rule
+        return feedback if rule.signs == "free" and not rule.expansion else self.path()
+
+    def _check_gradients_are_cleared(self) -> None:
+        """Warn, once for each layer, where the gradients of W were cleared and those of the feedback were not."""
+        weight = self.weight
+        learns = torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad
+        if learns and weight.grad is None and self not in _told:
+            _told.add(self)
+            _log.warning(
+                "%s(%s): feedback.grad keeps growing, since weight.grad was cleared and feedback.grad was not: an "
+                "optimizer that was built before convert does not have the feedback weights; build it afterwards, or "
+                "give pyfeedback.feedback_parameters(model) to one",
+                type(self).__name__,
+                self.extra_repr().removeprefix(", "),
+            )
 
     def path(self) -> Tensor | None:
         """What errors travel back by in this pass: the feedback weight, with what the rule does to it."""
@@ -114,3 +145,15 @@ class FeedbackLayer(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"
+
+
+def tell_of_uncalled(layers: Mapping[str, FeedbackLayer]) -> None:
+    """Warn, once for each layer, of those that no forward pass has called although it called others."""
+    left = [name for name, layer in layers.items() if not layer.called and layer not in _told]
+    if left and any(layer.called for layer in layers.values()):
+        _told.update(layers[name] for name in left)
+        _log.warning(
+            "%s: in use, but never called; where the weight is read instead (F.linear(x, layer.weight)), the layer "
+            "trains by backprop, without its feedback weight",
+            ", ".join(left),
+        )

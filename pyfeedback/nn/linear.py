@@ -41,11 +41,14 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         self.attach_feedback(rule, init)
 
     def forward(self, input: Tensor) -> Tensor:
-        feedback = self.path()
+        feedback = self.enter()
         if feedback is None:
             return super().forward(self.receive(input))
         if input.dim() == 1:
-            return self.forward(input.unsqueeze(0)).squeeze(0)
+            return self._respond(input.unsqueeze(0), feedback).squeeze(0)
+        return self._respond(input, feedback)
+
+    def _respond(self, input: Tensor, feedback: Tensor) -> Tensor:
         positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1
         if self.scheduled is not None and torch.compiler.is_compiling():
             moving = self._moving(input, positions)
