@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyfeedback import functional
 from pyfeedback.init import Init
+from pyfeedback.nn import masks
 from pyfeedback.nn.layer import FeedbackLayer
 from pyfeedback.nn.linear import Linear
 from pyfeedback.rules import Rule
@@ -32,7 +33,8 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
     Shape, masks and results: torch.nn's; nested tensors are not taken.
 
     Raises:
-        ValueError: ``kdim`` or ``vdim`` differ from ``embed_dim``.
+        ValueError: ``kdim`` or ``vdim`` differ from ``embed_dim``; in a call, a shape or device that torch.nn refuses.
+        TypeError: in a call, a mask of a dtype that torch.nn refuses.
     """
 
     out_proj: OutProjection
@@ -77,6 +79,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         self.enter()
+        sizes = masks.check_inputs(query, key, value, self.embed_dim, self.batch_first)
         received = {id(t): self.receive(t) for t in (query, key, value)}
         query, key, value = (received[id(t)] for t in (query, key, value))
         if self.feedback is None and self.out_proj.feedback is None and self.out_proj.direct is None:
@@ -85,21 +88,23 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             )
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask is None, expected a mask where is_causal is True, which is but a hint")
-        batched = query.dim() == 3
+        causal = is_causal and key_padding_mask is None and not need_weights  # then torch takes the hint at its word
+        masks.check_masks(attn_mask, key_padding_mask, query, sizes, self.num_heads, need_weights, causal)
         q, k, v = self._project(query, key, value)
-        mask = _merged(attn_mask, key_padding_mask, self.num_heads, len(q), q.dtype)
+        mask = None if causal else masks.merged(attn_mask, key_padding_mask, sizes, self.num_heads, query.dtype)
         k, v, mask = self._extended(k, v, mask)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
-            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
+            scores = scores if mask is None else scores + mask.to(scores.dtype)
+            weights = F.dropout(torch.softmax(scores, -1), dropout)
             mixed = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            mixed, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+            mixed, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), None
         output = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        if not batched:
+        if not sizes.batched:
             return output.squeeze(0), weights if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
@@ -140,23 +145,3 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         for of_keys, of_values in tails:
             k, v = (torch.cat([t, e.to(t.dtype).expand(len(t), 1, -1)], 1) for t, e in ((k, of_keys), (v, of_values)))
         return k, v, mask if mask is None or not tails else F.pad(mask, (0, len(tails)))
-
-
-def _merged(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, batch: int, dtype: torch.dtype
-) -> Tensor | None:
-    """One additive mask that broadcasts over [N, heads, L, S]; True hides in a boolean one."""
-    merged: Tensor | None = None
-    for given, is_padding in ((attn_mask, False), (key_padding_mask, True)):
-        if given is None:
-            continue
-        mask = given
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
-        if is_padding:
-            mask = mask.reshape(batch, 1, 1, -1)
-        elif mask.dim() == 3:
-            mask = mask.unflatten(0, (batch, heads))
-        mask = mask.to(dtype)
-        merged = mask if merged is None else merged + mask
-    return merged

@@ -61,10 +61,8 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
         feedback = self.enter()
         if feedback is None:
             return super().forward(self.receive(input), output_size)
-        window = self.stride, self.padding, self.kernel_size
-        extra = self._output_padding(  # type: ignore[arg-type]
-            input, output_size, *window, len(self.stride), self.dilation
-        )
+        window = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
+        extra = self._output_padding(input, output_size, *window)  # type: ignore[arg-type]
         return self._convolve(input, feedback, self.padding, tuple(extra))
 
 

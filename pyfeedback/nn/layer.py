@@ -73,9 +73,9 @@ class FeedbackLayer(torch.nn.Module):
         feedback = self.feedback
         if feedback is None:
             return None
-        if feedback.requires_grad and feedback.is_leaf and not torch.compiler.is_compiling():
-            if feedback.grad is not None:
-                self._check_gradients_are_cleared()
+        learns = feedback.requires_grad and feedback.is_leaf and not torch.compiler.is_compiling()
+        if learns and feedback.grad is not None:
+            self._check_gradients_are_cleared()
         rule = self.rule
         return feedback if rule.signs == "free" and not rule.expansion else self.path()
 
