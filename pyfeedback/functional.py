@@ -16,7 +16,7 @@ from torch.nn.modules.utils import _pair
 from pyfeedback import arguments, registration, step_arguments, transforms
 from pyfeedback import scheduled as scheduled  # defines ops
 from pyfeedback.forms import Coefficients, Window, WindowNd
-from pyfeedback.providers import provide, saves_response
+from pyfeedback.providers import current_backend, in_force, provide, saves_response
 
 
 def fa_conv2d(
@@ -288,7 +288,7 @@ class _Convolution(torch.autograd.Function):
         output = convolve(input, weight, bias, *window)
         keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, window, rule)
         ctx.save_for_backward(input, weight, feedback, output if keep else None)
-        ctx.options = options
+        ctx.options, ctx.backend = options, current_backend()
         return output
 
     @staticmethod
@@ -305,7 +305,7 @@ class _Linear(torch.autograd.Function):
             output = output.data  # as registration.not_a_view, which costs 3 microseconds
         keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, None, *options)
         ctx.save_for_backward(input, weight, feedback, output if keep else None)
-        ctx.options = options
+        ctx.options, ctx.backend = options, current_backend()
         return output
 
     @staticmethod
@@ -315,6 +315,9 @@ class _Linear(torch.autograd.Function):
 
 def _backward(op: str, ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The four gradients. Wrapped only where it must be: each wrapper costs a tenth of a tiny layer's step."""
+    if ctx.backend != current_backend():
+        with in_force(ctx.backend):
+            return _backward(op, ctx, grad_output)
     device_type = "cpu" if grad_output.is_cpu else grad_output.device.type  # this makes a string, of 5 microseconds
     if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():

@@ -8,8 +8,10 @@ device than those after it; "measured" is either triton for the layers in the de
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from importlib.util import find_spec
 
@@ -125,13 +127,15 @@ _TABLE: dict[tuple[str, str], tuple[str, ...]] = {
     # The CUDA kernels of csrc have not been measured on any device: only backend("native") takes them.
 }
 
-_forced = "auto"
-_chosen: dict[tuple[str, str], Callable] = {}
+_default = "auto"  # of the process
+_here: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # of the blocks that are open around us
+_open: list[str] = []  # of the blocks that are open in any thread
+_chosen: dict[tuple[str, str, str], Callable] = {}
 
 
 def provide(op: str, device_type: str) -> Callable:
     """The implementation of ``op`` for tensors on a device of this type."""
-    key = (op, device_type)
+    key = (op, device_type, current_backend())
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _IMPLEMENTATIONS[op, _choose(op, device_type)]
@@ -154,19 +158,68 @@ def saves_response(
 
 
 def current_backend() -> str:
-    """The backend in force: "auto", or the one that was forced."""
-    return _forced
+    """The backend in force: that of the innermost ``backend`` block around, else that of ``set_backend``, or "auto"."""
+    name = _here.get()
+    if name is not None:
+        return name
+    return _default if not _open else _of_this_thread()
+
+
+def _of_this_thread() -> str:
+    """The backend outside of every block of this thread, while another thread has one open.
+
+    A thread that Python did not start is autograd's own, where the backward pass of a compiled model runs for a GPU.
+    Nothing there tells which forward it belongs to, so it takes the block that was opened last.
+    """
+    foreign = isinstance(threading.current_thread(), threading._DummyThread)
+    return next(iter(_open[-1:]), _default) if foreign else _default
 
 
 def set_backend(name: str) -> None:
     """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the one at the start.
+
+    A ``backend`` block goes before it.
 
     Raises:
         ValueError: the name is none of :data:`BACKENDS`.
         RuntimeError: "native" is asked for and the compiled library is not there; "triton", and triton is not, or
             neither a GPU nor Triton's interpreter (TRITON_INTERPRET=1, set before the first use) is.
     """
-    global _forced
+    global _default
+    _check(name)
+    _default = name
+    _chosen.clear()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("aten"): ...``
+
+    It holds for the forward passes of this thread, and for their backward passes wherever and whenever they run. Ops
+    that the backend does not implement are composed of PyTorch's own.
+
+    Raises: as :func:`set_backend`.
+    """
+    _check(name)
+    _open.append(name)
+    try:
+        with in_force(name):
+            yield
+    finally:
+        _open.remove(name)
+
+
+@contextmanager
+def in_force(name: str) -> Iterator[None]:
+    """:func:`backend` for a backward pass: ``name`` was in force at its forward."""
+    token = _here.set(name)
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def _check(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name == "native" and not native.has_cpu():
@@ -176,27 +229,11 @@ def set_backend(name: str) -> None:
         raise RuntimeError(f'backend is "{name}", expected triton to be installed')
     if triton and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f'backend is "{name}", expected a GPU, or TRITON_INTERPRET=1 for Triton\'s interpreter')
-    _forced = name
-    _chosen.clear()
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("aten"): ...``
-
-    It holds for the whole process, since a backward pass runs on threads of its own. Ops that the forced backend does
-    not implement are composed of PyTorch's own.
-    """
-    before = _forced
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(before)
 
 
 def _choose(op: str, device_type: str) -> str:
-    preferred = _TABLE.get((op, device_type), ("aten",)) if _forced == "auto" else (_forced, "aten")
+    forced = current_backend()
+    preferred = _TABLE.get((op, device_type), ("aten",)) if forced == "auto" else (forced, "aten")
     return next(p for p in preferred if (op, p) in _IMPLEMENTATIONS and _is_there(p, op, device_type))
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyfeedback import arguments, step_arguments
 from pyfeedback.forms import Coefficients, Window, WindowNd
-from pyfeedback.providers import provide, saves_response
+from pyfeedback.providers import current_backend, in_force, provide, saves_response
 from pyfeedback.schemas import LIBRARY
 
 _ops = torch.ops.pyfeedback
@@ -233,7 +233,7 @@ torch.library.register_fake("pyfeedback::native_center", _fake_center, lib=LIBRA
 
 def _save(ctx, inputs, keyword_only_inputs, output: Tensor) -> None:
     input, weight, feedback, bias, *window = inputs
-    ctx.window, ctx.rule = window, keyword_only_inputs
+    ctx.window, ctx.rule, ctx.backend = window, keyword_only_inputs, current_backend()
     place = None if not window else _window_nd(*window) if len(window) == 6 else _window(*window)
     saved = ctx.needs_input_grad[2] and saves_response(input, weight, bias, place, Coefficients(**ctx.rule))
     ctx.save_for_backward(input, weight, feedback, output if saved else None)
@@ -244,7 +244,8 @@ def _differentiate(backward_op):
         # The dispatcher drops trailing arguments that have their default, from what it asks for too.
         asked = len(ctx.needs_input_grad)
         mask = [*ctx.needs_input_grad, False][:4]
-        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.window, **ctx.rule, output_mask=mask)
+        with in_force(ctx.backend):
+            grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.window, **ctx.rule, output_mask=mask)
         return (*grads, *(None for _ in ctx.window))[:asked]
 
     return backward

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyfeedback import registration
 from pyfeedback.forms import COEFFICIENTS
+from pyfeedback.providers import current_backend, in_force
 from pyfeedback.schemas import LIBRARY
 
 PER_POSITION = ("amp", "null", "sparse")
@@ -35,7 +36,7 @@ def _backward(plain):
 
 def _save(ctx, inputs, keyword_only_inputs, output: Tensor) -> None:
     input, weight, feedback, bias, coefficients, *ctx.window = inputs
-    ctx.rule = keyword_only_inputs
+    ctx.rule, ctx.backend = keyword_only_inputs, current_backend()
     # Which form the coefficients will ask for is not known yet: the response is kept wherever it is at hand.
     response = output if ctx.needs_input_grad[2] and bias is None else None
     ctx.save_for_backward(input, weight, feedback, response, coefficients)
@@ -44,7 +45,8 @@ def _save(ctx, inputs, keyword_only_inputs, output: Tensor) -> None:
 def _differentiate(backward_op):
     def backward(ctx, grad_output: Tensor):
         mask = list(ctx.needs_input_grad[:4])
-        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.window, **ctx.rule, output_mask=mask)
+        with in_force(ctx.backend):
+            grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.window, **ctx.rule, output_mask=mask)
         return *grads, None, *(None for _ in ctx.window)
 
     return backward

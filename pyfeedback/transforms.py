@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfeedback.forms import Coefficients, Window, WindowNd
-from pyfeedback.providers import provide
+from pyfeedback.providers import current_backend, in_force, provide
 from pyfeedback.registration import not_a_view
 
 
@@ -23,17 +23,17 @@ def convolution(
 ) -> Tensor:
     """:func:`pyfeedback.functional.convolution`, transformable."""
     op = "conv2d_backward" if isinstance(window, Window) else "convolution_backward"
-    return _Layer.apply(input, weight, feedback, bias, op, (window, rule))
+    return _Layer.apply(input, weight, feedback, bias, op, (window, rule), current_backend())
 
 
 def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
     """:func:`pyfeedback.functional.linear`, transformable."""
-    return _Layer.apply(input, weight, feedback, bias, "linear_backward", (rule,))
+    return _Layer.apply(input, weight, feedback, bias, "linear_backward", (rule,), current_backend())
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(input, weight, feedback, bias, op, options):
+    def forward(input, weight, feedback, bias, op, options, backend):
         if op == "conv2d_backward":
             return torch.conv2d(input, weight, bias, *options[0])
         if op == "convolution_backward":
@@ -48,7 +48,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grads = _Gradients.apply(grad_output, *ctx.saved_tensors, *ctx.call, ctx.needs_input_grad[:4])
-        return *grads, None, None
+        return *grads, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -58,9 +58,10 @@ class _Layer(torch.autograd.Function):
 
 class _Gradients(torch.autograd.Function):
     @staticmethod
-    def forward(grad_output, input, weight, feedback, op, options, mask):
-        compute = provide(op, input.device.type)
-        return compute(grad_output, input, weight, feedback, None, *options, mask)
+    def forward(grad_output, input, weight, feedback, op, options, backend, mask):
+        with in_force(backend):
+            compute = provide(op, input.device.type)
+            return compute(grad_output, input, weight, feedback, None, *options, mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

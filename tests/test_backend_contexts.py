@@ -1,0 +1,233 @@
+"""A backend that is forced holds for a thread's `with` block, and for the backward passes of its forwards."""
+
+import _thread
+import contextvars
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import pyfeedback
+from pyfeedback import functional, providers
+from pyfeedback.nn import Conv1d, Conv2d, Linear
+
+RULE = {"amp": 0.3, "decay": 0.1, "center": True}
+RULES = {"dense": pyfeedback.Rule(**RULE)}
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The backends in force whenever an op's implementation was asked for."""
+    names = []
+    real = providers.provide
+
+    def provide(op, device_type):
+        names.append(providers.current_backend())
+        return real(op, device_type)
+
+    for module in (functional, pyfeedback.transforms, pyfeedback.registration, providers):
+        monkeypatch.setattr(module, "provide", provide)
+    return names
+
+
+def in_thread(function, *arguments, start=threading.Thread):
+    """Run the function in a thread of its own; what it raises is raised here."""
+    found = []
+
+    def body():
+        try:
+            found.append((function(*arguments), None))
+        except BaseException as error:
+            found.append((None, error))
+
+    if start is threading.Thread:
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+    else:
+        done = threading.Event()
+        start(lambda: (body(), done.set()), ())
+        done.wait(60)
+    ((result, error),) = found
+    if error is not None:
+        raise error
+    return result
+
+
+def test_blocks_that_overlap_in_two_threads_leave_nothing_behind():
+    first_open, second_open, first_closed = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with pyfeedback.backend("aten"):
+            first_open.set()
+            second_open.wait(60)
+            seen["first"] = pyfeedback.current_backend()
+        first_closed.set()
+
+    def second():
+        first_open.wait(60)
+        seen["before"] = pyfeedback.current_backend()
+        with pyfeedback.backend("native" if pyfeedback.build_info().cpu else "aten"):
+            second_open.set()
+            first_closed.wait(60)
+            seen["second"] = pyfeedback.current_backend()
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    native = "native" if pyfeedback.build_info().cpu else "aten"
+    assert seen == {"first": "aten", "before": "auto", "second": native}
+    assert pyfeedback.current_backend() == "auto"
+    assert in_thread(pyfeedback.current_backend) == "auto"
+
+
+def test_set_backend_is_the_default_of_every_thread_and_a_block_goes_before_it():
+    with pyfeedback.backend("auto"):
+        pyfeedback.set_backend("aten")
+        try:
+            assert pyfeedback.current_backend() == "auto"
+            assert in_thread(pyfeedback.current_backend) == "aten"
+            assert contextvars.Context().run(pyfeedback.current_backend) == "aten"
+        finally:
+            pyfeedback.set_backend("auto")
+    assert pyfeedback.current_backend() == "auto"
+
+
+def test_blocks_nest_and_close_when_something_is_raised():
+    def fails():
+        with pyfeedback.backend("auto"):
+            raise KeyError(pyfeedback.current_backend())
+
+    with pyfeedback.backend("aten"):
+        with pytest.raises(KeyError, match="auto"):
+            fails()
+        assert pyfeedback.current_backend() == "aten"
+    with pytest.raises(ValueError, match="backend is 'cudnn'"), pyfeedback.backend("cudnn"):
+        pass
+    assert pyfeedback.current_backend() == "auto"
+    assert providers._open == []
+
+
+def test_a_thread_that_python_did_not_start_takes_the_open_block():
+    """As autograd's own threads, where a compiled backward pass for a GPU runs."""
+    assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "auto"
+    with pyfeedback.backend("aten"):
+        assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "aten"
+        assert in_thread(pyfeedback.current_backend) == "auto"
+        with pyfeedback.backend("auto"):
+            assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "auto"
+
+
+def layer(kind):
+    torch.manual_seed(0)
+    make, shape = {
+        "conv2d": (lambda: Conv2d(4, 4, 3, bias=False, rule=RULES["dense"]), (2, 4, 6, 6)),
+        "conv1d": (lambda: Conv1d(4, 4, 3, rule=RULES["dense"]), (2, 4, 6)),
+        "linear": (lambda: Linear(4, 4, rule=RULES["dense"]), (2, 3, 4)),
+    }[kind]
+    return make(), torch.randn(shape)
+
+
+def by_layer(kind):
+    module, x = layer(kind)
+    return module(x)
+
+
+def by_op(kind):
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (4, 4), (4, 4)))
+    if kind == "linear":
+        return torch.ops.pyfeedback.fa_linear(x, w, b, **RULE)
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 4, 6, 6), (4, 4, 3, 3), (4, 4, 3, 3)))
+    return torch.ops.pyfeedback.fa_conv2d(x, w, b, **RULE)
+
+
+def by_scheduled_op(kind):
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (4, 4), (4, 4)))
+    coefficients = torch.tensor([0.1, 0.3, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    return torch.ops.pyfeedback.scheduled_linear(x, w, b, None, coefficients, center=True, samples=0, positions=1)
+
+
+FORWARDS = {
+    "layer-conv2d": (by_layer, "conv2d"),
+    "layer-conv1d": (by_layer, "conv1d"),
+    "layer-linear": (by_layer, "linear"),
+    "op-conv2d": (by_op, "conv2d"),
+    "op-linear": (by_op, "linear"),
+    "scheduled": (by_scheduled_op, "linear"),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_a_backward_pass_takes_what_was_in_force_at_its_forward(name, used):
+    forward, kind = FORWARDS[name]
+    with pyfeedback.backend("aten"):
+        inside = forward(kind)
+    outside = forward(kind)
+    used.clear()
+    inside.sum().backward()
+    assert set(used) == {"aten"}
+    assert len(used) >= 2  # the centring of the backward pass as well
+    used.clear()
+    with pyfeedback.backend("aten"):
+        outside.sum().backward()
+    assert set(used) == {"auto"}
+    with pyfeedback.backend("aten"):
+        inside = forward(kind)
+    used.clear()
+    in_thread(inside.sum().backward)
+    assert set(used) == {"aten"}
+    assert pyfeedback.current_backend() == "auto"
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_under_torch_func(kind, used):
+    module, x = layer(kind)
+    with pyfeedback.backend("aten"):
+        _, pull = torch.func.vjp(module, x)
+    used.clear()
+    pull(module(x).detach())
+    assert set(used) == {"aten"}
+    _, pull = torch.func.vjp(module, x)
+    used.clear()
+    with pyfeedback.backend("aten"):
+        pull(module(x).detach())
+    assert set(used) == {"auto"}
+
+
+def test_create_graph_takes_it_too(used):
+    module, x = layer("linear")
+    x.requires_grad_()
+    with pyfeedback.backend("aten"):
+        y = module(x)
+    used.clear()
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert set(used) == {"aten"}
+
+
+def test_a_model_over_two_threads_with_a_backend_each(used):
+    """Forward and backward passes of two threads, interleaved."""
+    turns = threading.Barrier(2, timeout=60)
+    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), RULES["dense"])
+    seen = {}
+
+    def train(name):
+        with pyfeedback.backend(name):
+            turns.wait()
+            loss = model(torch.randn(3, 4)).square().sum()
+            turns.wait()
+            assert pyfeedback.current_backend() == name
+        turns.wait()
+        torch.autograd.grad(loss, list(model.parameters()))
+        seen[name] = pyfeedback.current_backend()
+
+    threads = [threading.Thread(target=train, args=(name,)) for name in ("aten", "auto")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"aten": "auto", "auto": "auto"}
+    assert set(used) == {"aten", "auto"}
