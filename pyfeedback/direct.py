@@ -3,8 +3,11 @@
 Autograd knows the error first and the layers' inputs last. So each layer cuts its input off from what made it, and the
 model's output takes all those inputs along: its backward hands each of them its projection of the error, all in one
 product, and nothing flows from layer to layer. A plain ``loss.backward()`` does.
+
+What a pass has seen belongs to the thread it runs in, since threads may share a model.
 """
 
+import threading
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -27,7 +30,8 @@ class DirectFeedback:
 
     def __init__(self, init: Init, shared: bool):
         self.init, self.shared = init, shared
-        self._taps: list[tuple[str, Tensor]] = []
+        self._passes = _Passes()
+        self._untapped: set[str] = set()  # layers of a pass that learns, which ran without gradients
         self._drawn: dict[tuple, Tensor] = {}
         self._number, self._seed_seen = -1, (0, -1)
 
@@ -49,28 +53,48 @@ class DirectFeedback:
         del model.direct_feedback, model.direct_feedback_seed
 
     def cut(self, layer: str, input: Tensor) -> Tensor:
-        """The input without its history, which the output takes along instead."""
-        if not torch.is_grad_enabled() or not input.requires_grad:
+        """The input without its history, which the output takes along instead.
+
+        Raises:
+            RuntimeError: reentrant checkpointing computes the layer again, in a backward pass. The first time was
+                without gradients, so the output did not take the input along.
+        """
+        taps = self._passes.taps
+        if not torch.is_grad_enabled():
+            if taps is not None and self._passes.learns and all(name != layer for name, _ in taps):
+                self._untapped.add(layer)
             return input
-        self._taps.append((layer, input))
+        if not input.requires_grad:
+            return input
+        if taps is not None:
+            taps.append((layer, input))
+            self._untapped.discard(layer)
+        elif layer in self._untapped and not torch.compiler.is_compiling() and _in_backward():
+            raise RuntimeError(
+                f"{layer} is computed again by reentrant checkpointing, where dfa has no error for it: expected "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         return input.detach()
 
     @torch.compiler.disable(reason="draws what depends on no input, at the first pass alone")
     def projection(self, inputs: list[tuple[str, int]], outputs: int, seed: Tensor, like: Tensor) -> Tensor:
         """The projections of these layers, by name and size, one below the other: [sum of the sizes, outputs]."""
-        if self._seed_seen != (id(seed), seed._version):  # reading it makes a device wait
-            self._seed_seen, number = (id(seed), seed._version), int(seed)
-            if number != self._number:
-                self._number, self._drawn = number, {}
         key = (tuple(inputs), outputs, like.dtype, like.device)
-        if key not in self._drawn:
-            if self.shared:
-                whole = self._draw(self._number, max(size for _, size in inputs), outputs)
-                parts = [whole[:size] for _, size in inputs]
-            else:
-                parts = [self._draw(self._number + crc32(layer.encode()), size, outputs) for layer, size in inputs]
-            self._drawn = {key: torch.cat(parts).to(like)}
-        return self._drawn[key]
+        with _drawing:
+            if self._seed_seen != (id(seed), seed._version):  # reading it makes a device wait
+                number = int(seed)
+                if number != self._number:
+                    self._number, self._drawn = number, {}
+                self._seed_seen = (id(seed), seed._version)
+            if key not in self._drawn:
+                self._drawn = {key: torch.cat(self._parts(inputs, outputs)).to(like)}
+            return self._drawn[key]
+
+    def _parts(self, inputs: list[tuple[str, int]], outputs: int) -> list[Tensor]:
+        if self.shared:
+            whole = self._draw(self._number, max(size for _, size in inputs), outputs)
+            return [whole[:size] for _, size in inputs]
+        return [self._draw(self._number + crc32(layer.encode()), size, outputs) for layer, size in inputs]
 
     def _draw(self, seed: int, size: int, outputs: int) -> Tensor:
         projection = torch.empty(size, outputs)
@@ -78,11 +102,10 @@ class DirectFeedback:
         return projection
 
     def _begin(self, model: nn.Module, inputs: tuple) -> None:
-        self._taps.clear()  # what a pass that raised, or a recomputation, has left
+        self._passes.taps, self._passes.learns = [], torch.is_grad_enabled()
 
     def _broadcast(self, model: nn.Module, inputs: tuple, output: object) -> Tensor | None:
-        taps = list(self._taps)
-        self._taps.clear()
+        taps, self._passes.taps = self._passes.taps, None
         if not taps:
             return None
         if not isinstance(output, Tensor) or output.dim() < 2:
@@ -95,6 +118,26 @@ class DirectFeedback:
         sizes = [(layer, input[0].numel()) for layer, input in taps]
         projection = self.projection(sizes, output[0].numel(), model.direct_feedback_seed, output.detach())
         return _Broadcast.apply(output, projection, *(input for _, input in taps))
+
+
+class _Passes(threading.local):
+    """The pass of this thread that is under way: what it has seen, and whether it began with gradients.
+
+    A copy has none under way.
+    """
+
+    taps: list[tuple[str, Tensor]] | None = None
+    learns = False
+
+    def __reduce__(self):
+        return _Passes, ()
+
+
+_drawing = threading.Lock()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """How feedback weights are drawn: a law, a scale, and what of it is kept."""
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 SIGNS = ("free", "weight")
+_seeding = threading.RLock()  # of the global generator, which laws of torch.nn.init draw from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +55,15 @@ class Init:
             self._fill(drawn, weight, default)
             feedback.copy_(drawn)
             return
-        drawn = torch.empty(feedback.shape)
+        drawn, whole = torch.empty(feedback.shape), _whole(weight).detach().to("cpu", torch.float32)
         generator = torch.default_generator  # the CPU's; torch.manual_seed would seed those of every GPU as well
-        state = generator.get_state()
-        generator.manual_seed(self.seed)
-        try:
-            self._fill(drawn, _whole(weight).detach().to("cpu", torch.float32), default)
-        finally:
-            generator.set_state(state)
+        with _seeding:
+            state = generator.get_state()
+            generator.manual_seed(self.seed)
+            try:
+                self._fill(drawn, whole, default)
+            finally:
+                generator.set_state(state)
         if hasattr(feedback, "placements"):  # sharded: each rank keeps its part of the same draw
             from torch.distributed.tensor import distribute_tensor
 
