@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 
 from pyfeedback import arguments, registration, step_arguments, transforms
 from pyfeedback import scheduled as scheduled  # defines ops
@@ -66,9 +65,9 @@ def fa_conv2d(
 
     Source: Kunin et al., ICML 2020 (arXiv 2003.01513), section 3; tie: Akrout et al., NeurIPS 2019 (arXiv 1904.05391).
     """
-    window = Window(_pair(stride), _pair(padding), _pair(dilation), groups)
+    window = Window(_for_each(2, stride), _for_each(2, padding), _for_each(2, dilation), groups)
     rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
-    arguments.check_coefficients(rule, input.shape[0])
+    arguments.check_coefficients(rule, input)
     return convolution(input, weight, feedback, bias, window, rule)
 
 
@@ -102,12 +101,12 @@ def fa_convolution(
 
     Raises, Source: as :func:`fa_conv2d`.
     """
-    spatial = max(weight.dim() - 2, 0)
+    spatial = max(weight.dim() - 2, 0) if isinstance(weight, Tensor) else 0
     stride, padding, dilation, output_padding = (
-        (n,) * spatial if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation, output_padding)
+        _for_each(spatial, n) for n in (stride, padding, dilation, output_padding)
     )
-    coefficients = Coefficients(**rule)
-    arguments.check_coefficients(coefficients, input.shape[0])
+    coefficients = arguments.coefficients_of(rule)
+    arguments.check_coefficients(coefficients, input)
     window = WindowNd(stride, padding, dilation, transposed, output_padding, groups)
     return convolution(input, weight, feedback, bias, window, coefficients)
 
@@ -141,7 +140,7 @@ def fa_linear(
     Raises, Source: as :func:`fa_conv2d`.
     """
     rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
-    arguments.check_coefficients(rule, input.shape[0] if input.dim() else 0)
+    arguments.check_coefficients(rule, input)
     return linear(input, weight, feedback, bias, rule)
 
 
@@ -266,6 +265,11 @@ def scheduled_linear(
     if torch.is_autocast_enabled(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     return torch.ops.pyfeedback.scheduled_linear.default(input, weight, feedback, bias, coefficients, **rule)
+
+
+def _for_each(dimensions: int, number) -> tuple:
+    """One number for each dimension; a sequence has them already."""
+    return tuple(number) if isinstance(number, (tuple, list)) else (number,) * dimensions
 
 
 def _autocasts(device_type: str) -> bool:

@@ -9,6 +9,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from pyfeedback.values import check_callable, check_int, check_number, is_number, told
+
 SIGNS = ("free", "weight")
 _seeding = threading.RLock()  # of the global generator, which laws of torch.nn.init draw from
 
@@ -37,13 +39,15 @@ class Init:
 
     def __post_init__(self):
         if self.law is not None and not callable(self.law):
-            raise ValueError(f"law is {self.law!r}, expected a function that fills a tensor, such as those of nn.init")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale is {self.scale!r}, expected a finite number")
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density is {self.density!r}, expected a number above 0, at most 1")
+            what = "a function that fills a tensor, as those of torch.nn.init"
+            raise ValueError(f"law is {told(self.law)}, expected {what}")
+        check_number("scale", self.scale)
+        if not is_number(self.density) or not 0 < self.density <= 1:
+            raise ValueError(f"density is {told(self.density)}, expected a number above 0, at most 1")
         if self.signs not in SIGNS:
-            raise ValueError(f"signs is {self.signs!r}, expected one of {', '.join(SIGNS)}")
+            raise ValueError(f"signs is {told(self.signs)}, expected one of {', '.join(SIGNS)}")
+        if self.seed is not None:
+            check_int("seed", self.seed)
 
     @torch.no_grad()
     def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
@@ -92,7 +96,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def as_init(init: "Init | Callable[[Tensor], object] | None") -> Init:
     """An :class:`Init`, or the law of one."""
-    return init if isinstance(init, Init) else Init(law=init)
+    if init is not None and not isinstance(init, Init):
+        check_callable("init", init, "a pyfeedback.Init, or a function that fills a tensor, as those of torch.nn.init")
+        return Init(law=init)
+    return init or Init()
 
 
 def fresh(feedback: Tensor) -> None:

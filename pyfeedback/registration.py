@@ -4,7 +4,7 @@ Implementations check their arguments and hand over to the provider table. Fakes
 `torch.ops.pyfeedback`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from pyfeedback import arguments, step_arguments
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.providers import current_backend, in_force, provide, saves_response
 from pyfeedback.schemas import LIBRARY
+
+ALL = (True, True, True, True)  # of the gradients
 
 _ops = torch.ops.pyfeedback
 
@@ -32,21 +34,21 @@ def fa_conv2d(
     """The op's implementation: arguments are checked, the forward is torch's."""
     window = _window(stride, padding, dilation, groups)
     arguments.check_conv2d(input, weight, feedback, bias, window)
-    arguments.check_coefficients(Coefficients(**rule), input.shape[0])
+    arguments.check_coefficients(Coefficients(**rule), input)
     return torch.conv2d(input, weight, bias, *window)
 
 
 def fa_convolution(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, *window, **rule) -> Tensor:
     """The op's implementation: arguments are checked, the forward is torch's."""
     arguments.check_convolution(input, weight, feedback, bias, _window_nd(*window))
-    arguments.check_coefficients(Coefficients(**rule), input.shape[0])
+    arguments.check_coefficients(Coefficients(**rule), input)
     return torch.convolution(input, weight, bias, *window)
 
 
 def fa_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, **rule) -> Tensor:
     """The op's implementation: arguments are checked, the forward is torch's."""
     arguments.check_linear(input, weight, feedback, bias)
-    arguments.check_coefficients(Coefficients(**rule), input.shape[0])
+    arguments.check_coefficients(Coefficients(**rule), input)
     return not_a_view(F.linear(input, weight, bias))
 
 
@@ -58,7 +60,7 @@ def not_a_view(output: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 
-def fa_conv2d_backward(
+def check_conv2d_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -69,55 +71,75 @@ def fa_conv2d_backward(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     *,
-    output_mask: Sequence[bool] = (True, True, True, True),
+    output_mask: Sequence[bool] = ALL,
     **rule,
-):
-    """The op's implementation, by the provider of the device."""
+) -> tuple:
+    """The arguments of the op as those of its implementations."""
     window, coefficients = _window(stride, padding, dilation, groups), Coefficients(**rule)
     arguments.check_conv2d(input, weight, feedback, None, window)
-    arguments.check_coefficients(coefficients, input.shape[0])
+    arguments.check_coefficients(coefficients, input)
     arguments.check_backward(grad_output, window.output_shape(input.shape, weight.shape), input, response, output_mask)
-    backward = provide("conv2d_backward", input.device.type)
-    return backward(grad_output, input, weight, feedback, response, window, coefficients, output_mask)
+    return grad_output, input, weight, feedback, response, window, coefficients, output_mask
 
 
-def fa_convolution_backward(
+def check_convolution_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     feedback: Tensor,
     response: Tensor | None,
     *window,
-    output_mask: Sequence[bool] = (True, True, True, True),
+    output_mask: Sequence[bool] = ALL,
     **rule,
-):
-    """The op's implementation, by the provider of the device."""
+) -> tuple:
+    """The arguments of the op as those of its implementations."""
     place, coefficients = _window_nd(*window), Coefficients(**rule)
     arguments.check_convolution(input, weight, feedback, None, place)
-    arguments.check_coefficients(coefficients, input.shape[0])
+    arguments.check_coefficients(coefficients, input)
     arguments.check_backward(grad_output, place.output_shape(input.shape, weight.shape), input, response, output_mask)
-    backward = provide("convolution_backward", input.device.type)
-    return backward(grad_output, input, weight, feedback, response, place, coefficients, output_mask)
+    return grad_output, input, weight, feedback, response, place, coefficients, output_mask
 
 
-def fa_linear_backward(
+def check_linear_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     feedback: Tensor,
     response: Tensor | None = None,
     *,
-    output_mask: Sequence[bool] = (True, True, True, True),
+    output_mask: Sequence[bool] = ALL,
     **rule,
-):
-    """The op's implementation, by the provider of the device."""
+) -> tuple:
+    """The arguments of the op as those of its implementations."""
     coefficients = Coefficients(**rule)
     arguments.check_linear(input, weight, feedback, None)
-    arguments.check_coefficients(coefficients, input.shape[0])
+    arguments.check_coefficients(coefficients, input)
     output_shape = (*input.shape[:-1], weight.shape[0])
     arguments.check_backward(grad_output, output_shape, input, response, output_mask)
-    backward = provide("linear_backward", input.device.type)
-    return backward(grad_output, input, weight, feedback, response, coefficients, output_mask)
+    return grad_output, input, weight, feedback, response, coefficients, output_mask
+
+
+def _backward(op: str, check: Callable[..., tuple]) -> Callable:
+    """The implementation of a backward op, by the provider of the device."""
+
+    def backward(grad_output: Tensor, input: Tensor, *others, **options):
+        checked = check(grad_output, input, *others, **options)
+        return provide(op, input.device.type)(*checked)
+
+    return backward
+
+
+def _fake_backward(check: Callable[..., tuple]) -> Callable:
+    def backward(*inputs, output_mask=ALL, **rule):
+        check(*inputs, output_mask=output_mask, **rule)
+        return fake_gradients(*inputs, output_mask=output_mask)
+
+    return backward
+
+
+fa_conv2d_backward = _backward("conv2d_backward", check_conv2d_backward)
+fa_convolution_backward = _backward("convolution_backward", check_convolution_backward)
+fa_linear_backward = _backward("linear_backward", check_linear_backward)
 
 
 def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
@@ -154,6 +176,7 @@ def _add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> No
 
 def mix(mixing: Tensor, feedback: Tensor, decay: float) -> Tensor:
     """A feedback that is a product, [K, M] times [M, ...]; ``decay`` acts on the second factor, in its gradient."""
+    arguments.check_mix(mixing, feedback, decay)
     return (mixing @ feedback.flatten(1)).view(mixing.shape[0], *feedback.shape[1:])
 
 
@@ -175,7 +198,7 @@ for _name, _implementation in {
 # Fakes: shapes and strides without values. A gradient has the memory format of what it is the gradient of.
 
 
-def fake_gradients(grad_output, input, weight, feedback, *args, output_mask=(True, True, True, True), **rule):
+def fake_gradients(grad_output, input, weight, feedback, *args, output_mask=ALL, **rule):
     """Empty gradients, for any of the backward ops."""
     like = (input, weight, weight)
     channels = grad_output.shape[-1] if weight.dim() == 2 else grad_output.shape[1]
@@ -214,9 +237,11 @@ def _fake_center(input: Tensor, samples: int) -> Tensor:
 torch.library.register_fake("pyfeedback::fa_conv2d", fa_conv2d, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_convolution", fa_convolution, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::fa_linear", fa_linear, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::fa_conv2d_backward", fake_gradients, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::fa_convolution_backward", fake_gradients, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::fa_linear_backward", fake_gradients, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::fa_conv2d_backward", _fake_backward(check_conv2d_backward), lib=LIBRARY)
+torch.library.register_fake(
+    "pyfeedback::fa_convolution_backward", _fake_backward(check_convolution_backward), lib=LIBRARY
+)
+torch.library.register_fake("pyfeedback::fa_linear_backward", _fake_backward(check_linear_backward), lib=LIBRARY)
 torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::mix", mix, lib=LIBRARY)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 
 from pyfeedback.forms import COEFFICIENTS, Coefficients
+from pyfeedback.values import is_int, is_number, told
 
 REDUCTIONS = ("batch", "mean")
 SIGNS = ("free", "uniform", "fixed", "batch")
@@ -54,19 +55,23 @@ class Rule:
     def __post_init__(self):
         for name in COEFFICIENTS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}, expected a finite number")
-        whole = isinstance(self.samples, int) and not isinstance(self.samples, bool) and self.samples >= 0
-        if not whole and not (isinstance(self.samples, float) and 0 < self.samples <= 1):
-            raise ValueError(f"samples is {self.samples!r}, expected an int of 0 or more, or a float in (0, 1]")
+            if not is_number(value) or not math.isfinite(value):
+                raise ValueError(f"{name} is {told(value)}, expected a finite number")
+        if not (is_int(self.samples) and self.samples >= 0) and not (
+            isinstance(self.samples, float) and 0 < self.samples <= 1
+        ):
+            raise ValueError(f"samples is {told(self.samples)}, expected an int of 0 or more, or a float in (0, 1]")
         for name, known in (("reduction", REDUCTIONS), ("signs", SIGNS), ("direct", DIRECT)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        if isinstance(self.expansion, bool) or not isinstance(self.expansion, int) or self.expansion < 0:
-            raise ValueError(f"expansion is {self.expansion!r}, expected an int of 0 or more")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name} is {told(value)}, expected one of {', '.join(known)}")
+        if not is_int(self.expansion) or self.expansion < 0:
+            raise ValueError(f"expansion is {told(self.expansion)}, expected an int of 0 or more")
         for name in ("center", "transport"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
+                raise ValueError(f"{name} is {told(getattr(self, name))}, expected True or False")
+        if not isinstance(self.name, str):
+            raise ValueError(f"name is {told(self.name)}, expected a string")
         if self.transport and (self.learns or self.samples or self.center):
             raise ValueError(f"transport is True with {self!r}, expected no coefficients: B is W itself")
         if self.learns and (self.signs != "free" or self.direct != "no"):
@@ -158,9 +163,15 @@ def rule(name: str | Rule, **overrides) -> Rule:
 
     Raises:
         ValueError: no rule has this name, or a field's value is out of range.
+        TypeError: a field that is none.
     """
-    if isinstance(name, str) and name not in PRESETS:
-        raise ValueError(f"rule is {name!r}, expected one of {', '.join(PRESETS)}, or a pyfeedback.Rule")
     if not isinstance(name, (str, Rule)):
-        raise ValueError(f"rule is {name!r}, expected a name or a pyfeedback.Rule")
+        raise ValueError(f"rule is {told(name)}, expected a name or a pyfeedback.Rule")
+    if isinstance(name, str) and name not in PRESETS:
+        raise ValueError(f"rule is {told(name)}, expected one of {', '.join(PRESETS)}, or a pyfeedback.Rule")
+    for field_name in overrides:
+        if field_name not in Rule.__dataclass_fields__:
+            raise TypeError(
+                f"{field_name} is no field of a rule, expected one of {', '.join(Rule.__dataclass_fields__)}"
+            )
     return replace(PRESETS[name] if isinstance(name, str) else name, **overrides)

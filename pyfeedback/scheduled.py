@@ -8,7 +8,7 @@ Only compiled layers under a schedule come here.
 import torch
 from torch import Tensor
 
-from pyfeedback import registration
+from pyfeedback import arguments, registration
 from pyfeedback.forms import COEFFICIENTS
 from pyfeedback.providers import current_backend, in_force
 from pyfeedback.schemas import LIBRARY
@@ -20,6 +20,7 @@ _ops = torch.ops.pyfeedback
 
 def _forward(plain):
     def forward(input, weight, feedback, bias, coefficients, *window, center, samples, positions):
+        arguments.check_scheduled(coefficients, positions)
         return plain(input, weight, feedback, bias, *window, center=center, samples=samples)
 
     return forward

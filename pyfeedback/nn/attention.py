@@ -78,7 +78,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        self.enter()
+        self.enter(query)
         sizes = masks.check_inputs(query, key, value, self.embed_dim, self.batch_first)
         received = {id(t): self.receive(t) for t in (query, key, value)}
         query, key, value = (received[id(t)] for t in (query, key, value))

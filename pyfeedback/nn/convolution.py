@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfeedback import functional
+from pyfeedback import arguments, functional
 from pyfeedback.forms import Window, WindowNd
 from pyfeedback.init import Init
 from pyfeedback.nn.layer import FeedbackLayer
@@ -45,11 +45,12 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
 
 class _Conv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
-        feedback = self.enter()
+        feedback = self.enter(input)
         if feedback is None:
             return super().forward(self.receive(input))
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
+            arguments.check_padded(input, self.weight)
             input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
         return self._convolve(input, feedback, padding, self.output_padding)
 
@@ -58,7 +59,7 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
     padding: tuple[int, ...]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        feedback = self.enter()
+        feedback = self.enter(input)
         if feedback is None:
             return super().forward(self.receive(input), output_size)
         window = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation

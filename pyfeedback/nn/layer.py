@@ -11,6 +11,7 @@ from pyfeedback.direct import Tap
 from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
+from pyfeedback.values import refuse_no_tensor
 
 _log = logging.getLogger("pyfeedback")
 _told: WeakSet[torch.nn.Module] = WeakSet()  # layers that a warning was given of
@@ -67,8 +68,10 @@ class FeedbackLayer(torch.nn.Module):
             with torch.no_grad():
                 feedback.copy_(feedback.square().mean().sqrt().expand_as(feedback))
 
-    def enter(self) -> Tensor | None:
-        """Begin a forward pass: mark the layer as called, and return :meth:`path`."""
+    def enter(self, input: Tensor) -> Tensor | None:
+        """Begin a forward pass: check that there is a tensor, mark the layer as called, return :meth:`path`."""
+        if not isinstance(input, Tensor):
+            refuse_no_tensor("input", input)
         object.__setattr__(self, "called", True)  # nn.Module's own takes a microsecond
         feedback = self.feedback
         if feedback is None:

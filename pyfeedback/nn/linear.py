@@ -41,7 +41,7 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         self.attach_feedback(rule, init)
 
     def forward(self, input: Tensor) -> Tensor:
-        feedback = self.enter()
+        feedback = self.enter(input)
         if feedback is None:
             return super().forward(self.receive(input))
         if input.dim() == 1:

@@ -1,10 +1,12 @@
 """What attention is given, checked as torch.nn.MultiheadAttention does, and its two masks merged into one."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyfeedback.values import refuse_no_tensor
 
 
 class Sizes(NamedTuple):
@@ -26,7 +28,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, embed_dim: int, batc
     layout = "[N, L, E]" if batch_first else "[L, N, E]"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {_named(tensor)}, expected a tensor")
+            refuse_no_tensor(name, tensor)
     if query.dim() not in (2, 3):
         raise ValueError(f"query has {_shape(query)}, expected {layout} or [L, E]")
     if key.dim() != query.dim():
@@ -65,7 +67,7 @@ def check_masks(
         if mask is None:
             continue
         if not isinstance(mask, Tensor):
-            raise TypeError(f"{name} is {_named(mask)}, expected a tensor")
+            refuse_no_tensor(name, mask)
         if mask.device != query.device:
             raise ValueError(f"{name} is on {mask.device}, expected the device of query, {query.device}")
         if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -134,8 +136,3 @@ def _dtypes(of_query: torch.dtype) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return f"rank {tensor.dim()}, shape {tuple(tensor.shape)}"
-
-
-def _named(value: Any) -> str:
-    """None as it is, and of anything else the type."""
-    return "None" if value is None else f"a {type(value).__name__}"

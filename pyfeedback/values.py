@@ -1,0 +1,76 @@
+"""Checks of single values: numbers, flags, functions; each error names the argument, its value and what was expected.
+
+A type that is wrong raises TypeError, a value ValueError. Numbers of numpy are taken where they are of a kind of
+Python's; flags are not numbers.
+"""
+
+import math
+from numbers import Integral, Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+
+def told(value: Any) -> str:
+    """A value in a few words on one line: numbers and strings as they are, of anything else the type."""
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple) and value and all(isinstance(v, (int, float, str, tuple)) for v in value):
+        return repr(value)
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    shape = getattr(value, "shape", None)
+    return f"a {name} of shape {shape}" if isinstance(shape, tuple) else f"a {name}"
+
+
+def is_int(value: Any) -> bool:
+    """True for whole numbers, those that a compiler keeps symbolic among them."""
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """True for real numbers, those that a compiler keeps symbolic among them."""
+    return isinstance(value, (Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, least: int = 0) -> None:
+    """Raise where ``value`` is no whole number of ``least`` or more."""
+    if not is_int(value):
+        raise TypeError(f"{name} is {told(value)}, expected an int of {least} or more")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected {least} or more")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise where ``value`` is no finite number."""
+    if not is_number(value):
+        raise TypeError(f"{name} is {told(value)}, expected a finite number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, expected a finite number")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise where ``value`` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {told(value)}, expected True or False")
+
+
+def check_callable(name: str, value: Any, what: str) -> None:
+    """Raise where ``value`` cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} is {told(value)}, expected {what}")
+
+
+def check_model(value: Any) -> None:
+    """Raise where ``value`` is no model."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model is {told(value)}, expected a torch.nn.Module")
+
+
+def refuse_no_tensor(name: str, value: Any) -> NoReturn:
+    """Raise for a value in the place of a tensor."""
+    raise TypeError(f"{name} is {told(value)}, expected a tensor")
