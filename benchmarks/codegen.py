@@ -87,18 +87,31 @@ WGRADS = {
     "wgrad pair": {"HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE"},
     "wgrad+moment": {"HAS_A", "HAS_U", "HAS_F"},
     "moment": {"HAS_U", "HAS_F", "SYMMETRIC"},
+    "wgrad pair centered": {"HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "CENTER"},
+    "wgrad+moment centered": {"HAS_A", "HAS_U", "HAS_F", "CENTER"},
+    "moment centered": {"HAS_U", "HAS_F", "SYMMETRIC", "CENTER"},
 }
-DGRADS = {"dgrad": {"HAS_DX"}, "dgrad z": {"HAS_Z", "USE_X"}, "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"}}
+DGRADS = {
+    "dgrad": {"HAS_DX"},
+    "dgrad z": {"HAS_Z", "USE_X"},
+    "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"},
+    "dgrad dual centered": {"HAS_DX", "HAS_Z", "USE_X", "CENTER"},
+}
 JOINTS = {
     "joint kp": ("wgrad+kp", "dgrad"),
     "joint pair": ("wgrad pair", "dgrad"),
     "joint dual": ("wgrad", "dgrad dual"),
+    "joint pair centered": ("wgrad pair centered", "dgrad"),
+    "joint dual centered": ("wgrad", "dgrad dual centered"),
 }
 SINGLES = {  # the term, and what its epilogue reads
     "single none": {"HAS_F", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE"},
     "single response": {"HAS_F", "USE_FEEDBACK"},
     "single projection": {"HAS_F", "USE_X", "USE_FEEDBACK"},
     "single moment": {"HAS_F"},
+    "single response centered": {"HAS_F", "USE_FEEDBACK", "CENTER"},
+    "single projection centered": {"HAS_F", "USE_X", "USE_FEEDBACK", "CENTER"},
+    "single moment centered": {"HAS_F", "CENTER"},
 }
 
 
@@ -110,7 +123,7 @@ def jobs(architectures: list[int | str]) -> list[Job]:
             for layer in LAYERS if dtype == "bf16" else FULL_PRECISION:
                 ops = [op for op in (*WGRADS, *DGRADS) if "moment" not in op or "1x1" in layer]
                 # What is launched alone differs from its pair in nothing but one product.
-                ops = ops if dtype == "bf16" else ["wgrad pair", "dgrad dual"]
+                ops = ops if dtype == "bf16" else ["wgrad pair", "wgrad pair centered", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
         for layer in SMALL_LAYERS:
             found += [Job(op, layer, dtype, capability) for op in JOINTS for dtype in TYPES]
@@ -127,19 +140,34 @@ def layer_geometry(name: str) -> Geometry:
     return conv_geometry(input, weight, *shape.window[:3]).flat()
 
 
+def sample(job: Job) -> int:
+    """Rows of the mean: the input positions that one sample of the layer has, of a 1x1 layer those that are read."""
+    shape = next(s for s in (*RESNET50, *RESNET20_CIFAR) if s.name == job.layer)
+    return (shape.map_size // (shape.stride if shape.kernel == 1 else 1)) ** 2
+
+
+def means(on: set[str], moment: bool) -> int:
+    """Operands that are centred while they are loaded."""
+    return ("CENTER" in on) * (1 + moment)
+
+
 def wgrad_source(job: Job, tile: WgradTile | None = None) -> tuple[object, dict, dict, object]:
     """Kernel, compile-time arguments, run-time integers, tile."""
     g, on = layer_geometry(job.layer), WGRADS[job.op]
     flags = {f: f in on for f in ("HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE", "SYMMETRIC")}
+    flags["MOMENT"] = "moment" in job.op
     u = g.C if "moment" in job.op else g.K
     rows = (g.K if "HAS_A" in on else 0, u if "HAS_U" in on else 0)
-    tile = tile or choose_wgrad(g, rows, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of], flags["SYMMETRIC"])
-    constants = wgrad_constants(g, u, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
+    device = (job.tiles_of, PROCESSORS[job.tiles_of])
+    tile = tile or choose_wgrad(
+        g, rows, TYPES[job.dtype], *device, flags["SYMMETRIC"], means=means(on, flags["MOMENT"])
+    )
+    constants = wgrad_constants(g, u, flags, sample(job), False, "tf32" if job.dtype == "tf32" else "ieee", tile)
     strides = {"k": g.R * g.S * g.C, "r": g.S * g.C, "s": g.C, "c": 1}
     written = {"w": "HAS_A" in on, "f": "HAS_F" in on}
     integers = {f"stride_{t}{d}": size * written[t] for t in written for d, size in strides.items()}
     absent = {"p_a": "HAS_A", "p_u": "HAS_U", "p_dw": "HAS_A", "p_f": "HAS_F", "p_weight": "USE_WEIGHT",
-              "p_feedback": "USE_FEEDBACK"}  # fmt: skip
+              "p_feedback": "USE_FEEDBACK", "p_mean": "CENTER", "p_unit": "UNIT"}  # fmt: skip
     constants |= {name: None for name, flag in absent.items() if flag not in on}
     if tile.splits == 1:
         constants |= {"p_partial": None, "p_arrived": None}
@@ -150,9 +178,10 @@ def dgrad_source(job: Job, tile: DgradTile | None = None) -> tuple[object, dict,
     """Kernel, compile-time arguments, run-time integers, tile."""
     g, on = layer_geometry(job.layer), DGRADS[job.op]
     flags = {f: f in on for f in ("HAS_DX", "HAS_Z", "USE_X")}
-    tile = tile or choose_dgrad(g, len(on) == 3, TYPES[job.dtype], job.tiles_of)
-    constants = dgrad_constants(g, flags, False, "tf32" if job.dtype == "tf32" else "ieee", tile)
-    absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X"}
+    tile = tile or choose_dgrad(g, {"HAS_DX", "HAS_Z"} <= on, TYPES[job.dtype], job.tiles_of)
+    constants = dgrad_constants(g, flags, sample(job), False, "tf32" if job.dtype == "tf32" else "ieee", tile)
+    absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X", "p_mean": "CENTER",
+              "p_unit": "UNIT"}  # fmt: skip
     constants |= {name: None for name, flag in absent.items() if flag not in on}
     return dgrad_kernel, constants, {}, tile
 
@@ -162,7 +191,8 @@ def joint_source(job: Job) -> tuple[object, dict, dict, object]:
     g, (wgrad, dgrad) = layer_geometry(job.layer), JOINTS[job.op]
     rows = (g.K, g.K if "HAS_U" in WGRADS[wgrad] else 0)
     device = (job.tiles_of, PROCESSORS[job.tiles_of])
-    tiles = choose_joint(g, rows, len(DGRADS[dgrad]) == 3, TYPES[job.dtype], *device)
+    dual = {"HAS_DX", "HAS_Z"} <= DGRADS[dgrad]
+    tiles = choose_joint(g, rows, dual, TYPES[job.dtype], *device, means(WGRADS[wgrad], "moment" in wgrad))
     _, constants, integers, tile = wgrad_source(job._replace(op=wgrad), tiles[0])
     _, others, *_ = dgrad_source(job._replace(op=dgrad), tiles[1])
     sizes = dict.fromkeys(("n", "wgrad_tiles", "dgrad_tiles", "dgrad_classes"), 17)
@@ -171,17 +201,19 @@ def joint_source(job: Job) -> tuple[object, dict, dict, object]:
 
 def single_tile(job: Job) -> object:
     """The tile of a single pass, None where the layer has none."""
-    g, term = layer_geometry(job.layer), job.op.removeprefix("single ")
-    return choose_single(g, term, TYPES[job.dtype], job.tiles_of, PROCESSORS[job.tiles_of])
+    g, term = layer_geometry(job.layer), job.op.split()[1]
+    device = (job.tiles_of, PROCESSORS[job.tiles_of])
+    return choose_single(g, term, TYPES[job.dtype], *device, "CENTER" in SINGLES[job.op])
 
 
 def single_source(job: Job) -> tuple[object, dict, dict, object]:
     """Kernel, compile-time arguments, run-time integers, tile."""
-    g, on, term = layer_geometry(job.layer), SINGLES[job.op], job.op.removeprefix("single ")
+    g, on, term = layer_geometry(job.layer), SINGLES[job.op], job.op.split()[1]
     flags = {f: f in on for f in ("HAS_F", "USE_X", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE")}
     tile = single_tile(job)
-    constants = single_constants(g, term, flags, False, "ieee", tile)
-    absent = {"p_y": term in ("response", "projection"), "p_weight": "USE_WEIGHT" in on}
+    constants = single_constants(g, term, flags, sample(job), False, "ieee", tile)
+    absent = {"p_y": term in ("response", "projection"), "p_weight": "USE_WEIGHT" in on, "p_mean": "CENTER" in on,
+              "p_unit": "UNIT" in on}  # fmt: skip
     constants |= {name: None for name, there in absent.items() if not there}
     return single_kernel, constants, {"positions": 17, "used": 17}, tile
 
@@ -193,7 +225,7 @@ def compile_job(job: Job) -> Code:
     kernel, constants, integers, tile = source_of.get(job.op, single_source)(job)
     constants |= {name: 1 for name, value in integers.items() if value == 1}
     constants |= {name: None for name in kernel.arg_names if name.startswith("i_")}
-    element = {"p_arrived": "i32", "p_partial": "fp32"}
+    element = {"p_arrived": "i32", **dict.fromkeys(("p_partial", "p_mean", "p_unit", "p_input_mean"), "fp32")}
     if "moment" in job.op:
         element["p_f"] = "fp32"
     signature, aligned = {}, []

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .dgrad_kernel import dgrad_kernel
 from .geometry import Geometry
-from .launch import Plan, architecture, precision, require, wide
+from .launch import Plan, architecture, precision, require, sample_size, wide
 from .tiles import DgradTile, choose_dgrad
 
 
@@ -22,18 +22,22 @@ def plan_dgrad(
     x: Tensor | None = None,
     dx: Tensor | None = None,
     z: Tensor | None = None,
+    mean: Tensor | None = None,
+    unit: Tensor | None = None,
     z_scale: float = 1.0,
     x_scale: float = 0.0,
     tf32: bool = False,
     tile: DgradTile | None = None,
 ) -> Plan:
-    """dx = convT(dy, feedback), and z = z_scale * convT(y, feedback) - x_scale * x, in one launch.
+    """dx = convT(dy, feedback), and z = (z_scale * convT(y, feedback) - x_scale * (x - mean)) / unit, in one launch.
 
     Args:
         feedback: [K, R, S, C] contiguous, float16, bfloat16 or float32.
         dy, y: [N, P, Q, K] contiguous; each may be absent with its product.
         x: [N, H, W, C] contiguous, read where ``x_scale`` is not 0.
         dx, z: [N, H, W, C] contiguous, written.
+        mean: [positions of a sample, C] in float32; 0 if it is None.
+        unit: [1] in float32, what a 1 in z stands for; 1 if it is None.
         tf32: float32 products may be rounded to TensorFloat-32.
     """
     dual = dy is not None and y is not None
@@ -47,11 +51,14 @@ def plan_dgrad(
         "p_x": x if flags["USE_X"] else None,
         "p_dx": dx,
         "p_z": z,
+        "p_mean": mean if flags["USE_X"] else None,
+        "p_unit": unit if flags["HAS_Z"] else None,
         "N": geometry.N,
         "z_scale": z_scale,
         "x_scale": x_scale,
     }
-    constants = dgrad_constants(geometry, flags, wide(geometry), precision(feedback.dtype, tf32), tile)
+    sample = sample_size(geometry, mean)
+    constants = dgrad_constants(geometry, flags, sample, wide(geometry), precision(feedback.dtype, tf32), tile)
     return Plan(dgrad_grid(geometry, tile), arguments, constants, tile)
 
 
@@ -63,12 +70,13 @@ def dgrad_grid(geometry: Geometry, tile: DgradTile) -> tuple[int, int]:
 
 
 def dgrad_constants(
-    geometry: Geometry, flags: dict[str, bool], wide: bool, precision: str, tile: DgradTile
+    geometry: Geometry, flags: dict[str, bool], sample: int, wide: bool, precision: str, tile: DgradTile
 ) -> dict[str, int | bool | str]:
-    """The compile-time arguments of the kernel."""
+    """The compile-time arguments of the kernel; ``sample`` is the number of rows of the mean."""
     g = geometry
     sizes = {"C": g.C, "K": g.K, "H": g.H, "W": g.W, "P": g.P, "Q": g.Q, "R": g.R, "S": g.S}
     pairs = {"STRIDE": g.stride, "PAD": g.padding, "DIL": g.dilation}
     window = {f"{name}_{d}": value for name, pair in pairs.items() for d, value in zip("HW", pair, strict=True)}
     blocks = {"BM": tile.BM, "BC": tile.BC, "BK": tile.BK}
-    return {**sizes, **window, **g.phases(), **flags, "WIDE": wide, "PRECISION": precision, **blocks}
+    rest = {"SAMPLE": sample, "WIDE": wide, "PRECISION": precision}
+    return {**sizes, **window, **g.phases(), **flags, **rest, **blocks}

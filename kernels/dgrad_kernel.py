@@ -8,6 +8,8 @@ Names: i_ index, n_ count, o_ offsets, m_ mask, p_ pointer, b_ block; B* block s
 import triton
 import triton.language as tl
 
+from .centering import subtract_mean
+
 
 @triton.jit
 def first_taps(i_class, R, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr,
@@ -29,7 +31,9 @@ def dgrad_kernel(
     p_feedback,  # [K, R, S, C]
     p_x,  # [N, H, W, C]
     p_dx,  # [N, H, W, C]: convT(dy, feedback)
-    p_z,  # [N, H, W, C]: z_scale * convT(y, feedback) - x_scale * x
+    p_z,  # [N, H, W, C]: (z_scale * convT(y, feedback) - x_scale * (x - mean)) / unit
+    p_mean,  # [SAMPLE, C] float32, of x at every position of a sample
+    p_unit,  # [1] float32, what a 1 in z stands for
     N,
     z_scale,
     x_scale,
@@ -56,6 +60,7 @@ def dgrad_kernel(
     HAS_DX: tl.constexpr,
     HAS_Z: tl.constexpr,
     USE_X: tl.constexpr,
+    SAMPLE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -129,5 +134,10 @@ def dgrad_kernel(
     if HAS_Z:
         b_z *= z_scale
         if USE_X:
-            b_z -= x_scale * tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+            if p_mean is not None:
+                b_x = subtract_mean(b_x, p_mean, (o_pixel % SAMPLE)[:, None] * C + o_c[None, :], m_x)
+            b_z -= x_scale * b_x
+        if p_unit is not None:
+            b_z /= tl.load(p_unit)
         tl.store(p_z + o_x, b_z.to(p_z.dtype.element_ty), mask=m_x)

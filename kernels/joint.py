@@ -9,7 +9,16 @@ from .tiles import RESIDENT, DgradTile, WgradTile
 from .wgrad import plan_wgrad
 
 # Arguments of dgrad_kernel that have the name, but not the value, of one of wgrad_kernel.
-RENAMED = {"p_feedback": "p_kernel", "p_x": "p_input", "N": "n", "BC": "DBC", "BK": "DBK"}
+RENAMED = {
+    "p_feedback": "p_kernel",
+    "p_x": "p_input",
+    "p_mean": "p_input_mean",
+    "p_unit": "p_z_unit",
+    "N": "n",
+    "SAMPLE": "DSAMPLE",
+    "BC": "DBC",
+    "BK": "DBK",
+}
 
 
 def launch_joint(

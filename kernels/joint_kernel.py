@@ -11,13 +11,15 @@ from .wgrad_kernel import wgrad_kernel
 
 @triton.jit
 def joint_kernel(
-    # The arguments of wgrad_kernel, then of dgrad_kernel what is not among them: p_kernel, p_input, n, DBC and DBK are
-    # its p_feedback, p_x, N, BC and BK.
+    # The arguments of wgrad_kernel, then of dgrad_kernel what is not among them: p_kernel, p_input, p_input_mean,
+    # p_z_unit, n, DSAMPLE, DBC and DBK are its p_feedback, p_x, p_mean, p_unit, N, SAMPLE, BC and BK.
     p_x,
     p_a,
     p_u,
     p_dw,
     p_f,
+    p_mean,
+    p_unit,
     p_weight,
     p_feedback,
     p_partial,
@@ -41,6 +43,8 @@ def joint_kernel(
     p_input,
     p_dx,
     p_z,
+    p_input_mean,
+    p_z_unit,
     n,
     z_scale,
     x_scale,
@@ -69,6 +73,8 @@ def joint_kernel(
     USE_WEIGHT: tl.constexpr,
     USE_TIE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SAMPLE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
@@ -88,6 +94,7 @@ def joint_kernel(
     HAS_DX: tl.constexpr,
     HAS_Z: tl.constexpr,
     USE_X: tl.constexpr,
+    DSAMPLE: tl.constexpr,
     BM: tl.constexpr,
     DBC: tl.constexpr,
     DBK: tl.constexpr,
@@ -96,18 +103,18 @@ def joint_kernel(
     for i in range(tl.program_id(0), n_wgrad + dgrad_tiles * dgrad_classes, tl.num_programs(0)):
         if i < n_wgrad:
             wgrad_kernel(
-                p_x, p_a, p_u, p_dw, p_f, p_weight, p_feedback, p_partial, p_arrived, N, scale, decay, self_,
-                tie, stride_wk, stride_wc, stride_wr, stride_ws, stride_fk, stride_fc, stride_fr, stride_fs, C,
-                K, U, H, W, P, Q, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, POINTWISE, HAS_A, HAS_U,
-                HAS_F, USE_FEEDBACK, USE_WEIGHT, USE_TIE, SYMMETRIC, WIDE, PRECISION, BK, BU, BC, BP, ROWS,
-                SPLITS, LEVELS,
+                p_x, p_a, p_u, p_dw, p_f, p_mean, p_unit, p_weight, p_feedback, p_partial, p_arrived, N, scale,
+                decay, self_, tie, stride_wk, stride_wc, stride_wr, stride_ws, stride_fk, stride_fc, stride_fr,
+                stride_fs, C, K, U, H, W, P, Q, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, POINTWISE,
+                HAS_A, HAS_U, HAS_F, USE_FEEDBACK, USE_WEIGHT, USE_TIE, SYMMETRIC, MOMENT, SAMPLE, WIDE,
+                PRECISION, BK, BU, BC, BP, ROWS, SPLITS, LEVELS,
                 i % wgrad_tiles, i // wgrad_tiles,
             )  # fmt: skip
         else:
             i_dgrad = i - n_wgrad
             dgrad_kernel(
-                p_dy, p_y, p_kernel, p_input, p_dx, p_z, n, z_scale, x_scale, C, K, H, W, P, Q, R, S, STRIDE_H,
-                STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, STEP_H, STEP_W, REACH_H, REACH_W, INV_H, INV_W, HAS_DX,
-                HAS_Z, USE_X, WIDE, PRECISION, BM, DBC, DBK,
+                p_dy, p_y, p_kernel, p_input, p_dx, p_z, p_input_mean, p_z_unit, n, z_scale, x_scale, C, K, H, W,
+                P, Q, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, STEP_H, STEP_W, REACH_H, REACH_W,
+                INV_H, INV_W, HAS_DX, HAS_Z, USE_X, DSAMPLE, WIDE, PRECISION, BM, DBC, DBK,
                 i_dgrad % dgrad_tiles, i_dgrad // dgrad_tiles,
             )  # fmt: skip

@@ -78,6 +78,22 @@ def require(geometry: Geometry, **operands: Tensor | None) -> None:
             raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
 
 
+def sample_size(geometry: Geometry, mean: Tensor | None) -> int:
+    """The positions of one sample, for each of which ``mean`` has a row; 1 where there is no mean."""
+    if mean is None:
+        return 1
+    rows, channels = mean.shape
+    place = geometry.H * geometry.W
+    if channels != geometry.C or rows == 0 or rows % place or geometry.N * place % rows:
+        raise ValueError(
+            f"mean has shape {tuple(mean.shape)}, expected a row for each position of a sample (a multiple of {place} "
+            f"that divides {geometry.N * place}) and {geometry.C} columns"
+        )
+    if mean.dtype is not torch.float32 or not mean.is_contiguous():
+        raise ValueError(f"mean is {mean.dtype} with strides {mean.stride()}, expected float32 without gaps")
+    return rows
+
+
 def arrivals(count: int, device: torch.device) -> Tensor:
     """Counters at zero, which every launch leaves at zero; launches of one stream follow one another and share them."""
     if device.type != "cuda":

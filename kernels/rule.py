@@ -16,7 +16,7 @@ from .joint import launch_joint
 from .launch import architecture
 from .single import launch_single
 from .tiles import DgradTile, SingleTile, WgradTile, choose_joint, choose_single
-from .wgrad import launch_wgrad
+from .wgrad import centered_operands, launch_wgrad
 
 Center = Callable[[Tensor, int], Tensor]
 
@@ -63,7 +63,8 @@ class Backward:
         """A weight gradient; of a small layer dx goes with it if it still waits."""
         wgrad = {"x": x, "geometry": self.layer.geometry._replace(N=x.shape[0]), **terms}
         rows = tuple(t.shape[-1] if t is not None else 0 for t in (terms.get("a"), terms.get("u")))
-        tiles = self.joint_tiles(rows, False) if self.input_waits else None
+        means = centered_operands(x, terms.get("u"), terms.get("mean"))
+        tiles = self.joint_tiles(rows, False, means) if self.input_waits else None
         if tiles is None:
             launch_wgrad(**wgrad, tf32=self.layer.tf32)
         else:
@@ -80,12 +81,12 @@ class Backward:
             self.launch_joint({"x": self.x, "geometry": self.layer.geometry, **self.weight_waits}, dgrad, tiles)
             self.weight_waits = {}
 
-    def joint_tiles(self, rows: tuple[int, int], dual: bool) -> tuple[WgradTile, DgradTile] | None:
+    def joint_tiles(self, rows: tuple[int, int], dual: bool, means: int = 0) -> tuple[WgradTile, DgradTile] | None:
         """The tiles of a joint launch, if the layer is small; None where dx and dW wait for a single pass."""
         if not self.layer.joined or self.single_tile("none") is not None:
             return None
         device = architecture(self.x.device)
-        return choose_joint(self.layer.geometry, rows, dual, self.x.element_size(), *device)
+        return choose_joint(self.layer.geometry, rows, dual, self.x.element_size(), *device, means)
 
     def launch_joint(self, wgrad: dict, dgrad: dict, tiles: tuple[WgradTile, DgradTile]) -> None:
         """Both in one launch, arguments as in launch_wgrad and launch_dgrad."""
@@ -93,18 +94,19 @@ class Backward:
         kernel = channels_last(self.feedback).contiguous()
         launch_joint(wgrad | tf32, {"feedback": kernel} | dgrad | tf32, tiles, self.x.device)
 
-    def single_tile(self, term: str) -> SingleTile | None:
+    def single_tile(self, term: str, centered: bool = False) -> SingleTile | None:
         """The tile of a single pass, if one can compute all that waits: dx, dW and the term."""
         if not (self.layer.joined and self.weight_waits and self.input_waits):
             return None
         if not channels_last(self.layer.weight).is_contiguous():
             return None
-        return choose_single(self.layer.geometry, term, self.x.element_size(), *architecture(self.x.device))
+        device = architecture(self.x.device)
+        return choose_single(self.layer.geometry, term, self.x.element_size(), *device, centered)
 
     def single(self, term: str, x: Tensor, **terms) -> bool:
         """dx, dW and the term of x in one pass, ``terms`` as in launch_single, if there is one."""
         ours = x.data_ptr() == self.x.data_ptr() and terms.pop("feedback", self.feedback) is self.feedback
-        tile = self.single_tile(term) if ours else None
+        tile = self.single_tile(term, terms.get("mean") is not None) if ours else None
         if tile is not None:
             launch_single(
                 self.x, self.layer.geometry, term, dy=self.dy, dx=self.input_waits["dx"], dw=self.dw,
@@ -113,9 +115,12 @@ class Backward:
             self.weight_waits, self.input_waits = {}, {}
         return tile is not None
 
-    def correlate(self, x: Tensor, out: Tensor, u: Tensor | None, tie: float = 0.0, **epilogue) -> Tensor:
-        """out = scale * wgrad(x, u) + tie * dW + the other terms of launch_wgrad's epilogue; dW joins if x is its x."""
-        if self.single("none" if u is None else "response", x, y=u, f=out, tie=tie, **epilogue):
+    def correlate(self, x: Tensor, out: Tensor, u: Tensor | None, tie: float = 0.0, **terms) -> Tensor:
+        """out = scale * unit * wgrad(x - mean, u) + tie * dW + the other terms of launch_wgrad's epilogue.
+
+        dW joins if x is its x.
+        """
+        if u is not x and self.single("none" if u is None else "response", x, y=u, f=out, tie=tie, **terms):
             return out
         along = {}
         if x is self.x and self.weight_waits:
@@ -124,36 +129,44 @@ class Backward:
             self.finish_weight()
             along = {"dw": channels_last(self.dw)}
         for name in ("weight", "feedback"):
-            if name in epilogue:
-                epilogue[name] = channels_last(strided_like(epilogue[name], out))
-        self.launch_wgrad(x, u=u, f=channels_last(out), tie=tie, **epilogue, **along)
+            if name in terms:
+                terms[name] = channels_last(strided_like(terms[name], out))
+        self.launch_wgrad(x, u=u, f=channels_last(out), tie=tie, **terms, **along)
         return out
 
-    def moment(self, t: Tensor) -> Tensor:
-        """t't [c, c] in float32, of a pointwise layer's block t; dW joins if t is its x and has few channels."""
+    def moment(self, t: Tensor, mean: Tensor | None = None) -> Tensor:
+        """t't [c, c] in float32, of a pointwise layer's block t minus its mean.
+
+        dW joins if t is its x and has few channels.
+        """
         c = t.shape[-1]
         out = torch.empty(c, c, dtype=torch.float32, device=t.device)
-        if t is self.x and self.single("moment", t, f=out):
+        if t is self.x and self.single("moment", t, f=out, mean=mean):
             return out
         if t is self.x and c <= MOMENT_JOINS:
-            return self.correlate(t, out, t)
-        launch_wgrad(t, Geometry(t.shape[0], c, c), u=t, f=channels_last(out), tf32=self.layer.tf32)
+            return self.correlate(t, out, t, mean=mean)
+        launch_wgrad(t, Geometry(t.shape[0], c, c), u=t, f=channels_last(out), mean=mean, tf32=self.layer.tf32)
         return out
 
     def project_and_correlate(
-        self, x: Tensor, y: Tensor, out: Tensor, z_scale: float, x_scale: float, **epilogue
+        self, x: Tensor, y: Tensor, out: Tensor, z_scale: float, x_scale: float, mean: Tensor | None, **epilogue
     ) -> Tensor:
-        """out = scale * wgrad(z_scale * convT(y, B) - x_scale * x, y) + the terms of launch_wgrad's epilogue."""
-        if self.single("projection", x, y=y, f=out, z_scale=z_scale, x_scale=x_scale, **epilogue):
-            return out
-        return self.correlate(self.project(y, x, z_scale, x_scale), out, y, **epilogue)
+        """out = scale * wgrad(z_scale * convT(y, B) - x_scale * (x - mean), y) + the terms of launch_wgrad's epilogue.
 
-    def project(self, y: Tensor, x: Tensor, z_scale: float, x_scale: float) -> Tensor:
-        """z_scale * convT(y, B) - x_scale * x, a block of the input; dx joins if y is of the whole batch."""
+        In float16 the first factor is stored in units that keep it in range.
+        """
+        unit = unit_of(self.feedback, dim=1) if x.dtype is torch.float16 else None
+        z = {"z_scale": z_scale, "x_scale": x_scale, "mean": mean, "unit": unit}
+        if self.single("projection", x, y=y, f=out, **z, **epilogue):
+            return out
+        return self.correlate(self.project(y, x, **z), out, y, unit=unit, **epilogue)
+
+    def project(self, y: Tensor, x: Tensor, **terms) -> Tensor:
+        """z of launch_dgrad, a block of the input; dx joins if y is of the whole batch."""
         z, along = torch.empty_like(x), {}
         if y.shape[0] == self.dy.shape[0]:
             along, self.input_waits = self.input_waits, {}
-        self.launch_dgrad(y.shape[0], y=y, x=x, z=z, z_scale=z_scale, x_scale=x_scale, **along)
+        self.launch_dgrad(y.shape[0], y=y, x=x, z=z, **terms, **along)
         return z
 
 
@@ -164,33 +177,36 @@ def feedback_gradient(
     layer, n = launches.layer, rule.samples or input.shape[0]
     if form == "none":
         return _without_data(launches, rule)
-    whole = n == input.shape[0]
-    samples = center(input, n) if rule.center else input[:n]
+    x = launches.x if n == input.shape[0] else launches.x[: n * layer.rows]
+    # Both factors of every product are centred, and centred themselves: a product of which one factor alone is, or from
+    # which that of the means is subtracted, cancels where the mean is large beside the spread.
+    mean = x.view(n, -1, x.shape[-1]).mean(0, dtype=torch.float32) if rule.center else None
     if form == "input_moment":
-        x = launches.x if whole and not rule.center else layer.block_input(samples)
-        return _elementwise(launches, _input_moment(launches.moment(x), layer.weight, launches.feedback, rule), rule, n)
-    x = launches.x if whole else launches.x[: n * layer.rows]
+        moment = launches.moment(x, mean)
+        return _elementwise(launches, _input_moment(moment, layer.weight, launches.feedback, rule), rule, n)
     y = None
     if form == "response_moment" or rule.null or not rule.sparse:
         y = layer.respond(input[:n], layer.weight) if response is None else response[:n]
-        # Centring one factor of wgrad(x, y) centres the product.
         y = layer.block_output(center(y, n) if rule.center else y)
-    if form == "response_moment" and launches.single_tile("projection") is None:
-        return _elementwise(launches, _response_moment(launches, x, y, rule), rule, n)
+    if form == "response_moment" and launches.single_tile("projection", rule.center) is None:
+        return _elementwise(launches, _response_moment(launches, x, y, rule, mean), rule, n)
     rest = {"weight": layer.weight, "feedback": launches.feedback}
     rest |= {"decay": rule.decay, "self_": rule.self_, "tie": rule.tie}
     if not rule.sparse:
-        return _response_terms(launches, x, y, rule, n, rest)
+        return _response_terms(launches, x, y, rule, n, rest, mean)
     scale = max(abs(rule.sparse), abs(rule.amp))
     # The combined kernel stays exact where B nears W and the difference of two convolutions would cancel.
-    kernel = blend(launches.feedback, layer.weight, rule.sparse / scale, rule.amp / scale).to(input.dtype)
-    u = layer.block_output(layer.respond(samples, kernel))
-    x_read = layer.block_input(samples) if rule.center else x
+    kernel, unit = blend(launches.feedback, layer.weight, rule.sparse / scale, rule.amp / scale), None
+    if input.dtype is torch.float16:
+        unit = unit_of(kernel, dim=0)
+        kernel /= unit
+    # The response is linear: that of a centred input is centred, and is not rounded at the size of its mean.
+    u = layer.block_output(layer.respond(center(input, n) if rule.center else input[:n], kernel.to(input.dtype)))
     out = torch.empty_like(layer.weight, dtype=torch.float32 if rule.null else None)
-    out = launches.correlate(x_read, out, u, scale=scale / n, **rest)
+    out = launches.correlate(x, out, u, scale=scale / n, unit=unit, mean=mean, **rest)
     if not rule.null:
         return out
-    return _response_terms(launches, x, y, rule._replace(amp=0.0), n, {"feedback": out, "decay": 1.0})
+    return _response_terms(launches, x, y, rule._replace(amp=0.0), n, {"feedback": out, "decay": 1.0}, mean)
 
 
 def _without_data(launches: Backward, rule) -> Tensor:
@@ -202,14 +218,16 @@ def _without_data(launches: Backward, rule) -> Tensor:
     return launches.correlate(launches.x, out, None, weight=weight, feedback=feedback, **rest)
 
 
-def _response_terms(launches: Backward, x: Tensor, y: Tensor, rule, n: int, rest: dict) -> Tensor:
-    """wgrad(null z - amp x, y) / n and the rest, the larger coefficient taken out of z."""
+def _response_terms(launches: Backward, x: Tensor, y: Tensor, rule, n: int, rest: dict, mean: Tensor | None) -> Tensor:
+    """wgrad(null z - amp x, y) / n and the rest, the larger coefficient taken out of z; y is centred, x by its mean."""
     out = torch.empty_like(launches.layer.weight)
     if not rule.null:
-        return launches.correlate(x, out, y, scale=-rule.amp / n, **rest)
+        return launches.correlate(x, out, y, scale=-rule.amp / n, mean=mean, **rest)
     if abs(rule.amp) <= abs(rule.null):
-        return launches.project_and_correlate(x, y, out, 1.0, rule.amp / rule.null, scale=rule.null / n, **rest)
-    return launches.project_and_correlate(x, y, out, -rule.null / rule.amp, -1.0, scale=-rule.amp / n, **rest)
+        scales = {"z_scale": 1.0, "x_scale": rule.amp / rule.null, "scale": rule.null / n}
+    else:
+        scales = {"z_scale": -rule.null / rule.amp, "x_scale": -1.0, "scale": -rule.amp / n}
+    return launches.project_and_correlate(x, y, out, mean=mean, **scales, **rest)
 
 
 def _input_moment(moment: Tensor, weight: Tensor, feedback: Tensor, rule) -> Tensor:
@@ -223,12 +241,12 @@ def _input_moment(moment: Tensor, weight: Tensor, feedback: Tensor, rule) -> Ten
     return total
 
 
-def _response_moment(launches: Backward, x: Tensor, y: Tensor, rule) -> Tensor:
-    """null Y B - amp y'x [K, C], with the second moment Y = y'y."""
+def _response_moment(launches: Backward, x: Tensor, y: Tensor, rule, mean: Tensor | None) -> Tensor:
+    """null Y B - amp y'x [K, C], with the second moment Y = y'y; y is centred, x by its mean."""
     feedback = launches.feedback.reshape(launches.feedback.shape[0], -1).float()
     total = rule.null * (launches.moment(y) @ feedback)
     if rule.amp:
-        total = total.sub_(launches.correlate(x, torch.empty_like(total), y), alpha=rule.amp)
+        total = total.sub_(launches.correlate(x, torch.empty_like(total), y, mean=mean), alpha=rule.amp)
     return total
 
 
@@ -242,6 +260,17 @@ def _elementwise(launches: Backward, data: Tensor, rule, n: int) -> Tensor:
         launches.finish_weight()
         total = total.add_(launches.dw, alpha=rule.tie)
     return torch.empty_like(weight).copy_(total)
+
+
+def unit_of(kernel: Tensor, dim: int) -> Tensor:
+    """[1] in float32: a power of two, in whose units float16 holds what ``kernel`` makes of activations that it holds.
+
+    No sum over the kernel along all dimensions but ``dim`` exceeds its largest absolute sum. An input gradient
+    (``dim`` 1, the input's channels) has an activation of up to twice float16's range added besides.
+    """
+    sums = kernel.abs().sum([d for d in range(kernel.dim()) if d != dim], dtype=torch.float32)
+    largest = sums.amax().add(2.0) if dim == 1 else sums.amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return largest.log2().ceil().exp2().view(1)
 
 
 def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:

@@ -6,8 +6,10 @@ registers; x, dy and y are read once. TERM says what the second sum is:
 
     none        nothing
     response    y'x
-    projection  y'z, z = z_scale * y B - x_scale * x
+    projection  y'z, z = (z_scale * y B - x_scale * x) / unit
     moment      x'x [C, C], written alone
+
+where x is minus its mean if there is one; dW is of x itself.
 
 Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; B* block sizes.
 """
@@ -15,6 +17,7 @@ Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; B* block sizes.
 import triton
 import triton.language as tl
 
+from .centering import subtract_mean
 from .epilogue import add_rule_terms, sum_splits
 
 
@@ -27,7 +30,9 @@ def single_kernel(
     p_weight,  # [K, C]
     p_dx,  # [positions, C]: dy B
     p_dw,  # [K, C]: dy'x
-    p_f,  # [K, C]: scale * the second sum + decay * feedback - self_ * weight + tie * dw; or [C, C]
+    p_f,  # [K, C]: scale * unit * the second sum + decay * feedback - self_ * weight + tie * dw; or [C, C]
+    p_mean,  # [SAMPLE, C] float32, of x at every position of a sample
+    p_unit,  # [1] float32, what a 1 in y or z stands for
     p_partial,  # [channel blocks, SPLITS, rows of both sums, BC] float32
     p_arrived,  # [channel blocks, SPLITS] int32, zero before and after
     positions,
@@ -46,6 +51,7 @@ def single_kernel(
     USE_WEIGHT: tl.constexpr,
     USE_FEEDBACK: tl.constexpr,
     USE_TIE: tl.constexpr,
+    SAMPLE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
@@ -86,17 +92,23 @@ def single_kernel(
         b_dx = tl.dot(tl.trans(b_dy), b_feedback, input_precision=PRECISION)
         tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
         b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+        b_read = b_x
+        if p_mean is not None:
+            b_read = subtract_mean(b_x, p_mean, (o_p % SAMPLE)[:, None] * C + o_c[None, :], m_x)
         if TERM == "response" or TERM == "projection":
             b_y = tl.load(p_y + o_y, mask=m_y, other=0.0)
         if TERM == "response":
-            b_f = tl.dot(b_y, b_x, b_f, input_precision=PRECISION)
+            b_f = tl.dot(b_y, b_read.to(b_x.dtype), b_f, input_precision=PRECISION)
         elif TERM == "projection":
             b_z = z_scale * tl.dot(tl.trans(b_y), b_feedback, input_precision=PRECISION)
             if USE_X:
-                b_z -= x_scale * b_x
+                b_z -= x_scale * b_read.to(tl.float32)
+            if p_unit is not None:
+                b_z /= tl.load(p_unit)
             b_f = tl.dot(b_y, b_z.to(b_x.dtype), b_f, input_precision=PRECISION)
         elif TERM == "moment":
-            b_f = tl.dot(tl.trans(b_x), b_x, b_f, input_precision=PRECISION)
+            b_read = b_read.to(b_x.dtype)
+            b_f = tl.dot(tl.trans(b_read), b_read, b_f, input_precision=PRECISION)
 
     last = True
     if SPLITS > 1:
@@ -121,6 +133,8 @@ def single_kernel(
             tl.store(p_f + o_r[:, None] * C + o_c[None, :], b_f, mask=m_f)
         elif HAS_F:
             b_rule = tl.full([BK, BC], 0.0, dtype=tl.float32) if TERM == "none" else b_f * scale
+            if p_unit is not None:
+                b_rule *= tl.load(p_unit)
             b_rule = add_rule_terms(
                 b_rule, b_dw, p_dw, p_weight, p_feedback, o_kernel, m_kernel, decay, self_, tie,
                 True, USE_WEIGHT, USE_FEEDBACK, USE_TIE,

@@ -57,20 +57,30 @@ def choose_wgrad(
     processors: int,
     symmetric: bool = False,
     small: bool = False,
+    means: int = 0,
 ) -> WgradTile:
     """``rows`` are the channels of the operands a and u, 0 where one is absent; ``capability`` is 80, 90, ...;
-    ``symmetric`` where half of the blocks are computed; ``small`` for blocks that a joint launch takes."""
+    ``symmetric`` where half of the blocks are computed; ``small`` for blocks that a joint launch takes; ``means`` is
+    the number of operands of f that are centred while they are loaded, x or x and u."""
     dual = 0 not in rows
     if itemsize == 4:
         # Without wgmma on float32 (K-major operands only) and with FMA in full precision: small blocks.
         most, columns, depth, stages = 64, 64, 16, 3
     elif capability >= 90:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
+        if means:
+            # Each block of a mean, in float32, takes twice the shared memory of the block that it centres.
+            stages = 4 - means
     else:
-        # Dual 128x128 spills on sm_80; so do steps of 32 positions where the epilogue is long (Triton 3.6).
-        most, columns, depth, stages = (64 if dual else 128), (64 if dual else 128), 64, 3
+        # Dual 128x128 spills on sm_80, and so does one whose operands are both centred; so do steps of 32 positions
+        # where the epilogue is long (Triton 3.6).
+        most = columns = 64 if dual or means == 2 else 128
+        depth, stages = 64, 3
     if small:
         most, columns, stages = 64, 64, 3
+    if means and itemsize == 4:
+        columns = 32  # 64 spill on sm_90
+        most = columns if symmetric else most
     smallest = 64 if capability >= 90 and itemsize == 2 else 16
     bk, bu = (_block(r, smallest, most) if r else 16 for r in rows)
     bc = _block(geometry.C, 16, columns)
@@ -111,19 +121,30 @@ def choose_dgrad(
 
 
 def choose_joint(
-    geometry: Geometry, rows: tuple[int, int], dual: bool, itemsize: int, capability: int, processors: int
+    geometry: Geometry,
+    rows: tuple[int, int],
+    dual: bool,
+    itemsize: int,
+    capability: int,
+    processors: int,
+    means: int = 0,
 ) -> tuple[WgradTile, DgradTile] | None:
     """Both tiles of a joint launch, of as many warps and stages; None where the layer is not small."""
     if MOST_WAVES * processors < -(-geometry.N * geometry.H * geometry.W // 64) * -(-geometry.C // 64):
         return None
     return (
-        choose_wgrad(geometry, rows, itemsize, capability, processors, small=True),
+        choose_wgrad(geometry, rows, itemsize, capability, processors, small=True, means=means),
         choose_dgrad(geometry, dual, itemsize, capability, small=True),
     )
 
 
-def choose_single(geometry: Geometry, term: str, itemsize: int, capability: int, processors: int) -> SingleTile | None:
-    """The single pass of a pointwise layer, ``term`` as in ``single_kernel``; None where its sums do not fit."""
+def choose_single(
+    geometry: Geometry, term: str, itemsize: int, capability: int, processors: int, centered: bool = False
+) -> SingleTile | None:
+    """The single pass of a pointwise layer, ``term`` as in ``single_kernel``; None where its sums do not fit.
+
+    ``centered`` where x is centred while it is loaded.
+    """
     c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
     hopper = capability >= 90
     # The largest blocks of dW without spills; z and x'x take registers besides.
@@ -133,7 +154,7 @@ def choose_single(geometry: Geometry, term: str, itemsize: int, capability: int,
         bc = 64 * 128 // k if hopper or k == 64 else 0
     else:
         bc = (64 * 256 if hopper else 64 * 128) // k
-    bc = min(bc, c)
+    bc = min(bc, c, 128 if centered else 512)  # a centred block of 256 channels spills on sm_90
     if itemsize == 4 or bc < 64 or not geometry.pointwise or max(geometry.C, geometry.K) > 512:
         return None
     small = k * bc == 64 * 64

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .launch import Plan, architecture, arrivals, precision, require, wide
+from .launch import Plan, architecture, arrivals, precision, require, sample_size, wide
 from .tiles import WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 from .wgrad_kernel import wgrad_kernel
 
@@ -24,6 +24,8 @@ def plan_wgrad(
     f: Tensor | None = None,
     weight: Tensor | None = None,
     feedback: Tensor | None = None,
+    mean: Tensor | None = None,
+    unit: Tensor | None = None,
     scale: float = 1.0,
     decay: float = 0.0,
     self_: float = 0.0,
@@ -31,7 +33,7 @@ def plan_wgrad(
     tf32: bool = False,
     tile: WgradTile | None = None,
 ) -> Plan:
-    """dw = wgrad(x, a), and f = scale * wgrad(x, u) + decay * feedback - self_ * weight + tie * dw, in one launch.
+    """dw = wgrad(x, a), and f = scale * unit * wgrad(x - mean, u) + decay * feedback - self_ * weight + tie * dw.
 
     Args:
         x: [N, H, W, C] contiguous, float16, bfloat16 or float32.
@@ -40,6 +42,8 @@ def plan_wgrad(
             below the diagonal are computed, and mirrored.
         dw, f: [K, R, S, C] and [U, R, S, C] of any strides, written; f may be float32 beside 16-bit operands.
         weight, feedback: of f's shape and strides; read where their coefficient is not 0.
+        mean: [positions of a sample, C] in float32, subtracted from x, and from ``u`` where it is ``x``, for f alone.
+        unit: [1] in float32, what a 1 in ``u`` (or ``x``) stands for; 1 if it is None.
         tie: not with a U other than K; ``dw`` then has f's strides.
         tf32: float32 products may be rounded to TensorFloat-32.
 
@@ -55,17 +59,22 @@ def plan_wgrad(
         "USE_WEIGHT": f is not None and self_ != 0,
         "USE_TIE": f is not None and tie != 0,
         "SYMMETRIC": u is x and a is None and geometry.pointwise and not (decay or self_ or tie),
+        "MOMENT": u is x,
     }
     require(geometry, x=x, a=a, u=u)
     if flags["USE_TIE"] and out_rows != geometry.K:
         raise ValueError(f"tie is {tie}, expected 0 where u has {out_rows} channels and the weight {geometry.K} rows")
     capability, processors = architecture(x.device)
-    tile = tile or choose_wgrad(geometry, rows, x.element_size(), capability, processors, flags["SYMMETRIC"])
+    means = centered_operands(x, u, mean)
+    tile = tile or choose_wgrad(
+        geometry, rows, x.element_size(), capability, processors, flags["SYMMETRIC"], means=means
+    )
     if flags["USE_TIE"] and flags["HAS_A"] and flags["HAS_U"] and tile.BK != tile.BU:
         raise ValueError(f"tile is {tile}, expected BK == BU where tie joins both products")
     if flags["SYMMETRIC"] and geometry.C > tile.BC and tile.BU != tile.BC:
         raise ValueError(f"tile is {tile}, expected BU == BC where the product is symmetric")
-    constants = wgrad_constants(geometry, out_rows, flags, wide(geometry), precision(x.dtype, tf32), tile)
+    sample = sample_size(geometry, mean)
+    constants = wgrad_constants(geometry, out_rows, flags, sample, wide(geometry), precision(x.dtype, tf32), tile)
     tiles = wgrad_tiles(geometry, rows, (tile.BK, tile.BU, tile.BC), flags["SYMMETRIC"])
     partial = arrived = None
     if tile.splits > 1:
@@ -77,6 +86,8 @@ def plan_wgrad(
         "p_u": u,
         "p_dw": dw if flags["HAS_A"] or flags["USE_TIE"] else None,
         "p_f": f,
+        "p_mean": mean if flags["HAS_U"] else None,
+        "p_unit": unit if flags["HAS_U"] else None,
         "p_weight": weight if flags["USE_WEIGHT"] else None,
         "p_feedback": feedback if flags["USE_FEEDBACK"] else None,
         "p_partial": partial,
@@ -92,10 +103,15 @@ def plan_wgrad(
     return Plan((tiles, tile.splits), arguments, constants, tile)
 
 
+def centered_operands(x: Tensor, u: Tensor | None, mean: Tensor | None) -> int:
+    """How many operands of f are centred while they are loaded: none, x, or x and u where u is x."""
+    return 0 if u is None or mean is None else 1 + (u is x)
+
+
 def wgrad_constants(
-    geometry: Geometry, u: int, flags: dict[str, bool], wide: bool, precision: str, tile: WgradTile
+    geometry: Geometry, u: int, flags: dict[str, bool], sample: int, wide: bool, precision: str, tile: WgradTile
 ) -> dict[str, int | bool | str]:
-    """The compile-time arguments of the kernel; ``u`` is the number of rows of f."""
+    """The compile-time arguments of the kernel; ``u`` is the number of rows of f, ``sample`` of the mean."""
     g = geometry
     rows = (g.K if flags["HAS_A"] else 0, u if flags["HAS_U"] else 0)
     sizes = {"C": g.C, "K": g.K, "U": u, "H": g.H, "W": g.W, "P": g.P, "Q": g.Q, "S": g.S}
@@ -107,6 +123,7 @@ def wgrad_constants(
         **window,
         "POINTWISE": g.pointwise,
         **flags,
+        "SAMPLE": sample,
         "WIDE": wide,
         "PRECISION": precision,
         **blocks,

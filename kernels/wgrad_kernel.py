@@ -8,6 +8,7 @@ Names: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; B* block sizes.
 import triton
 import triton.language as tl
 
+from .centering import subtract_mean
 from .epilogue import add_rule_terms, sum_splits
 
 
@@ -17,7 +18,9 @@ def wgrad_kernel(
     p_a,  # [N, P, Q, K], the output gradient
     p_u,  # [N, P, Q, U]
     p_dw,  # [K, R, S, C] by its strides: wgrad(x, a)
-    p_f,  # [U, R, S, C] by its strides: scale * wgrad(x, u) + decay * feedback - self_ * weight + tie * dw
+    p_f,  # [U, R, S, C] by its strides: scale * unit * wgrad(x - mean, u) + the rule's other terms, see epilogue.py
+    p_mean,  # [SAMPLE, C] float32, of x at every position of a sample
+    p_unit,  # [1] float32, what a 1 in x or u stands for
     p_weight,  # as p_f
     p_feedback,  # as p_f
     p_partial,  # [tiles, SPLITS, BK + BU, BC] float32, the sums of each split; without what is absent
@@ -57,6 +60,8 @@ def wgrad_kernel(
     USE_WEIGHT: tl.constexpr,
     USE_TIE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    MOMENT: tl.constexpr,  # u is x, and centred with it
+    SAMPLE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
@@ -124,6 +129,11 @@ def wgrad_kernel(
         if HAS_U:
             m_u = (o_u < U)[:, None] & m_p[None, :]
             b_u = tl.load(p_u + o_p[None, :] * U + o_u[:, None], mask=m_u, other=0.0)
+            if p_mean is not None:
+                o_mean = o_pixel % SAMPLE
+                b_x = subtract_mean(b_x, p_mean, o_mean[:, None] * C + o_c[None, :], m_x).to(b_x.dtype)
+                if MOMENT:
+                    b_u = subtract_mean(b_u, p_mean, o_mean[None, :] * C + o_u[:, None], m_u).to(b_u.dtype)
             b_du = tl.dot(b_u, b_x, b_du, input_precision=PRECISION)
 
     last = True
@@ -153,6 +163,8 @@ def wgrad_kernel(
             if HAS_U:
                 o_row = o_u
                 b_f = b_du * scale
+                if p_unit is not None:
+                    b_f *= tl.load(p_unit)
             else:
                 o_row = o_k
                 b_f = tl.full([BK, BC], 0.0, dtype=tl.float32)

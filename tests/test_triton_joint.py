@@ -107,7 +107,7 @@ def launches(monkeypatch):
         ("kp", Form.NONE, ["joint"]),
         ("wm-centered", Form.DIRECT, ["joint"]),
         ("aa", Form.DIRECT, ["joint"]),
-        ("aa-centered", Form.DIRECT, ["joint", "wgrad"]),
+        ("aa-centered", Form.DIRECT, ["joint"]),
         ("ia", Form.DIRECT, ["joint", "wgrad"]),
         ("ia", Form.INPUT_MOMENT, ["joint"]),
         ("ia", Form.RESPONSE_MOMENT, ["wgrad", "joint"]),
