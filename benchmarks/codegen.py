@@ -50,7 +50,7 @@ SINGLE_LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "256-64-1x1s1@56", "256-12
                  "512-256-1x1s1@28")  # fmt: skip
 SMALL_LAYERS = ("512-512-3x3s1@7", "512-2048-1x1s1@7", "64-64-3x3s1@8")
 FULL_PRECISION = ("64-256-1x1s1@56", "128-128-3x3s2@56")
-TYPES = {"bf16": 2, "fp32": 4, "tf32": 4}
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # fp16 has bf16's code, and units besides
 
 
 class Job(NamedTuple):
@@ -123,12 +123,16 @@ def jobs(architectures: list[int | str]) -> list[Job]:
             for layer in LAYERS if dtype == "bf16" else FULL_PRECISION:
                 ops = [op for op in (*WGRADS, *DGRADS) if "moment" not in op or "1x1" in layer]
                 # What is launched alone differs from its pair in nothing but one product.
-                ops = ops if dtype == "bf16" else ["wgrad pair", "wgrad pair centered", "dgrad dual"]
+                if dtype == "fp16":
+                    ops = ["wgrad pair centered", "dgrad dual centered"]
+                elif dtype != "bf16":
+                    ops = ["wgrad pair", "wgrad pair centered", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
         for layer in SMALL_LAYERS:
-            found += [Job(op, layer, dtype, capability) for op in JOINTS for dtype in TYPES]
+            found += [Job(op, layer, dtype, capability) for op in JOINTS for dtype in TYPES if dtype != "fp16"]
         for layer in SINGLE_LAYERS:
             found += [job for op in SINGLES if single_tile(job := Job(op, layer, "bf16", capability))]
+        found.append(Job("single projection centered", SINGLE_LAYERS[0], "fp16", capability))
     return found
 
 
@@ -144,6 +148,11 @@ def sample(job: Job) -> int:
     """Rows of the mean: the input positions that one sample of the layer has, of a 1x1 layer those that are read."""
     shape = next(s for s in (*RESNET50, *RESNET20_CIFAR) if s.name == job.layer)
     return (shape.map_size // (shape.stride if shape.kernel == 1 else 1)) ** 2
+
+
+def no_unit(job: Job) -> dict[str, None]:
+    """In what the second product is counted, of float16 alone."""
+    return {} if job.dtype == "fp16" else {"p_unit": None}
 
 
 def means(on: set[str], moment: bool) -> int:
@@ -167,8 +176,9 @@ def wgrad_source(job: Job, tile: WgradTile | None = None) -> tuple[object, dict,
     written = {"w": "HAS_A" in on, "f": "HAS_F" in on}
     integers = {f"stride_{t}{d}": size * written[t] for t in written for d, size in strides.items()}
     absent = {"p_a": "HAS_A", "p_u": "HAS_U", "p_dw": "HAS_A", "p_f": "HAS_F", "p_weight": "USE_WEIGHT",
-              "p_feedback": "USE_FEEDBACK", "p_mean": "CENTER", "p_unit": "UNIT"}  # fmt: skip
+              "p_feedback": "USE_FEEDBACK", "p_mean": "CENTER"}  # fmt: skip
     constants |= {name: None for name, flag in absent.items() if flag not in on}
+    constants |= no_unit(job)
     if tile.splits == 1:
         constants |= {"p_partial": None, "p_arrived": None}
     return wgrad_kernel, constants, integers, tile
@@ -180,9 +190,9 @@ def dgrad_source(job: Job, tile: DgradTile | None = None) -> tuple[object, dict,
     flags = {f: f in on for f in ("HAS_DX", "HAS_Z", "USE_X")}
     tile = tile or choose_dgrad(g, {"HAS_DX", "HAS_Z"} <= on, TYPES[job.dtype], job.tiles_of)
     constants = dgrad_constants(g, flags, sample(job), False, "tf32" if job.dtype == "tf32" else "ieee", tile)
-    absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X", "p_mean": "CENTER",
-              "p_unit": "UNIT"}  # fmt: skip
-    constants |= {name: None for name, flag in absent.items() if flag not in on}
+    absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X",
+              "p_mean": "CENTER"}  # fmt: skip
+    constants |= {name: None for name, flag in absent.items() if flag not in on} | no_unit(job)
     return dgrad_kernel, constants, {}, tile
 
 
@@ -212,9 +222,8 @@ def single_source(job: Job) -> tuple[object, dict, dict, object]:
     flags = {f: f in on for f in ("HAS_F", "USE_X", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE")}
     tile = single_tile(job)
     constants = single_constants(g, term, flags, sample(job), False, "ieee", tile)
-    absent = {"p_y": term in ("response", "projection"), "p_weight": "USE_WEIGHT" in on, "p_mean": "CENTER" in on,
-              "p_unit": "UNIT" in on}  # fmt: skip
-    constants |= {name: None for name, there in absent.items() if not there}
+    absent = {"p_y": term in ("response", "projection"), "p_weight": "USE_WEIGHT" in on, "p_mean": "CENTER" in on}
+    constants |= {name: None for name, there in absent.items() if not there} | no_unit(job)
     return single_kernel, constants, {"positions": 17, "used": 17}, tile
 
 
@@ -233,7 +242,7 @@ def compile_job(job: Job) -> Code:
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith("p_"):
-            signature[name] = "*" + element.get(name, "bf16" if job.dtype == "bf16" else "fp32")
+            signature[name] = "*" + element.get(name, job.dtype if TYPES[job.dtype] == 2 else "fp32")
             aligned.append(name)
         else:
             signature[name] = "i32" if name == "N" or name in integers else "fp32"
@@ -310,7 +319,7 @@ def faults(job: Job, code: Code) -> list[str]:
         found.append("spills")
     if code.shared > SHARED_LIMIT[job.capability]:
         found.append("too much shared memory")
-    if job.capability >= 90 and job.dtype == "bf16":
+    if job.capability >= 90 and TYPES[job.dtype] == 2:
         if not code.wgmma:
             found.append("no wgmma")
         # A serialised loop waits for every wgmma; a pipelined one once for the instructions of a whole step.

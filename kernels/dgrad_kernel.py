@@ -132,12 +132,14 @@ def dgrad_kernel(
     if HAS_DX:
         tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
     if HAS_Z:
+        if p_unit is not None:
+            unit = tl.load(p_unit)
+            z_scale /= unit
+            x_scale /= unit
         b_z *= z_scale
         if USE_X:
             b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
             if p_mean is not None:
                 b_x = subtract_mean(b_x, p_mean, (o_pixel % SAMPLE)[:, None] * C + o_c[None, :], m_x)
             b_z -= x_scale * b_x
-        if p_unit is not None:
-            b_z /= tl.load(p_unit)
         tl.store(p_z + o_x, b_z.to(p_z.dtype.element_ty), mask=m_x)

@@ -73,6 +73,10 @@ def single_kernel(
     b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
     if F_ROWS > 0:
         b_f = tl.full([F_ROWS, BC], 0.0, dtype=tl.float32)
+    if TERM == "projection" and p_unit is not None:
+        unit = tl.load(p_unit)
+        z_scale /= unit
+        x_scale /= unit
     blocks = (positions + BP - 1) // BP
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
@@ -92,19 +96,18 @@ def single_kernel(
         b_dx = tl.dot(tl.trans(b_dy), b_feedback, input_precision=PRECISION)
         tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
         b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=PRECISION)
+        if TERM == "response" or TERM == "projection":
+            b_y = tl.load(p_y + o_y, mask=m_y, other=0.0)
+        if TERM == "projection":
+            b_z = z_scale * tl.dot(tl.trans(b_y), b_feedback, input_precision=PRECISION)
         b_read = b_x
         if p_mean is not None:
             b_read = subtract_mean(b_x, p_mean, (o_p % SAMPLE)[:, None] * C + o_c[None, :], m_x)
-        if TERM == "response" or TERM == "projection":
-            b_y = tl.load(p_y + o_y, mask=m_y, other=0.0)
         if TERM == "response":
             b_f = tl.dot(b_y, b_read.to(b_x.dtype), b_f, input_precision=PRECISION)
         elif TERM == "projection":
-            b_z = z_scale * tl.dot(tl.trans(b_y), b_feedback, input_precision=PRECISION)
             if USE_X:
                 b_z -= x_scale * b_read.to(tl.float32)
-            if p_unit is not None:
-                b_z /= tl.load(p_unit)
             b_f = tl.dot(b_y, b_z.to(b_x.dtype), b_f, input_precision=PRECISION)
         elif TERM == "moment":
             b_read = b_read.to(b_x.dtype)

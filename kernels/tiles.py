@@ -147,14 +147,14 @@ def choose_single(
     """
     c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
     hopper = capability >= 90
-    # The largest blocks of dW without spills; z and x'x take registers besides.
+    # The largest blocks of dW without spills; z, x'x and a mean take registers besides.
     if term == "moment":
-        bc = c if c <= (128 if hopper else 64) and k <= 256 else 0
+        bc = c if c <= (128 if hopper else 64) and k <= (256 if hopper or not centered else 128) else 0
     elif term == "projection":
         bc = 64 * 128 // k if hopper or k == 64 else 0
     else:
         bc = (64 * 256 if hopper else 64 * 128) // k
-    bc = min(bc, c, 128 if centered else 512)  # a centred block of 256 channels spills on sm_90
+    bc = min(bc, c, 128 if centered else 512)
     if itemsize == 4 or bc < 64 or not geometry.pointwise or max(geometry.C, geometry.K) > 512:
         return None
     small = k * bc == 64 * 64

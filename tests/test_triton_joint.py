@@ -18,7 +18,9 @@ pytestmark = triton_cases.MARKS
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan(monkeypatch):
-    triton_cases.fill_memory_with_nan(monkeypatch)
+    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
+    yield
+    assert_margins()
 
 
 CASES = {

@@ -23,7 +23,9 @@ REST = {"decay": 0.3, "self_": 0.2, "tie": 0.7}
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan(monkeypatch):
-    triton_cases.fill_memory_with_nan(monkeypatch)
+    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
+    yield
+    assert_margins()
 
 
 class Case(NamedTuple):

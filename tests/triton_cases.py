@@ -72,14 +72,27 @@ def layer(case: Case, dtype=torch.float32) -> Layer:
     return Layer(*(torch.randn(s, generator=generator).to(DEVICE, dtype) for s in sizes))
 
 
+MARGIN = 4096  # elements of NaN before and behind every tensor
+
+_full = torch.full
+_empty_like = torch.empty_like
+
+
+def surround(t: torch.Tensor, shift: int = 0) -> torch.Tensor:
+    """The same values and strides, with NaN on all sides; ``shift`` elements past an aligned address."""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    storage = _full((reach + shift + 2 * MARGIN,), float("nan"), dtype=t.dtype, device=t.device)
+    return storage.as_strided(t.shape, t.stride(), MARGIN + shift).copy_(t)
+
+
 def inner(t: torch.Tensor) -> torch.Tensor:
-    """Channels innermost, without gaps."""
-    return t.permute(0, 2, 3, 1).contiguous()
+    """Channels innermost, without gaps; NaN on all sides."""
+    return surround(t.permute(0, 2, 3, 1).contiguous())
 
 
 def fresh(t: torch.Tensor, dtype=None) -> torch.Tensor:
     """Memory to be written: a kernel that leaves an element out leaves NaN."""
-    return torch.full_like(t, float("nan"), dtype=dtype)
+    return surround(_empty_like(t, dtype=dtype).fill_(float("nan")))
 
 
 def products(x, kernel, y, case: Case, dtype=torch.float64):
@@ -99,9 +112,24 @@ def assert_near(ours, composed, oracle):
 
 
 def fill_memory_with_nan(monkeypatch):
-    """Whatever is allocated and not written shows."""
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: torch.full(a, float("nan"), **k))
-    monkeypatch.setattr(torch, "empty_like", lambda t, **k: torch.full_like(t, float("nan"), **k))
+    """Whatever is allocated and not written shows; returns what asserts that nothing was written beside it."""
+    allocated = []
+
+    def guarded(t):
+        allocated.append(surround(t.fill_(float("nan"))))
+        return allocated[-1]
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: guarded(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: guarded(_empty_like(t, **k)))
+
+    def assert_margins():
+        for t in allocated:
+            storage = t.as_strided((t.untyped_storage().nbytes() // t.itemsize,), (1,), 0)
+            assert storage[:MARGIN].isnan().all()
+            assert storage[-MARGIN:].isnan().all()
+
+    return assert_margins
 
 
 @contextmanager
