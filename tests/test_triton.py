@@ -6,7 +6,19 @@ import triton_cases
 from pyfeedback.kernels import dgrad, launch, wgrad
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
-from triton_cases import DEVICE, DTYPES, Case, assert_near, fresh, inner, layer, products, shuffled_programs
+from triton_cases import (
+    DEVICE,
+    VARIANTS,
+    Case,
+    assert_near,
+    fresh,
+    inner,
+    layer,
+    options,
+    products,
+    shuffled_programs,
+    surround,
+)
 
 pytestmark = triton_cases.MARKS
 
@@ -18,35 +30,36 @@ def uninitialised_memory_is_nan(monkeypatch):
     assert_margins()
 
 
+# Strides, paddings, dilations and sizes of the two dimensions differ wherever there is one.
 CASES = {
     "1x1": Case((2, 16, 4, 5), (32, 16, 1, 1), splits=3),
     "1x1 ragged": Case((1, 5, 3, 5), (7, 5, 1, 1)),
-    "1x1 stride 3": Case((2, 6, 7, 8), (5, 6, 1, 1), (3, 3)),
-    "3x3": Case((1, 8, 5, 6), (16, 8, 3, 3), (1, 1), (1, 1)),
-    "3x3 stride 2": Case((2, 16, 7, 9), (17, 16, 3, 3), (2, 2), (1, 1), splits=3),
-    "3x3 dilation 2": Case((1, 3, 8, 7), (4, 3, 3, 3), (1, 1), (2, 1), (2, 2)),
-    "3x3 stride 2 dilation 2": Case((1, 4, 9, 7), (3, 4, 3, 3), (2, 2), (1, 0), (2, 2)),
-    "5x5 stride 3": Case((2, 4, 9, 11), (3, 4, 5, 5), (3, 3), (2, 2), (1, 1), splits=5),
-    "5x2 stride 3 and 2": Case((1, 17, 10, 6), (9, 17, 5, 2), (3, 2), (1, 0), (2, 1)),
-    "3x3 stride 4": Case((1, 4, 9, 8), (3, 4, 3, 3), (4, 4), (0, 1)),
+    "1x1 stride 3 and 2": Case((2, 6, 7, 8), (5, 6, 1, 1), (3, 2)),
+    "3x3": Case((1, 8, 4, 5), (16, 8, 3, 3), (1, 1), (1, 2)),
+    "3x2 stride 2 and 1": Case((2, 16, 7, 6), (17, 16, 3, 2), (2, 1), (1, 0), splits=3),
+    "3x3 dilation 2 and 1": Case((1, 3, 8, 7), (4, 3, 3, 3), (1, 1), (2, 1), (2, 1)),
+    "3x3 stride 2 and 3, dilation 2": Case((1, 4, 9, 7), (3, 4, 3, 3), (2, 3), (1, 0), (2, 2)),
+    "4x3 stride 3 and 2": Case((2, 4, 8, 7), (3, 4, 4, 3), (3, 2), (2, 1), splits=5),
+    "5x2 stride 3 and 2": Case((2, 17, 10, 6), (9, 17, 5, 2), (3, 2), (1, 0), (2, 1)),
+    "3x3 stride 4 and 1": Case((1, 4, 9, 5), (3, 4, 3, 3), (4, 1), (0, 1)),
 }
 
 # Path of the kernels: the cases that take it.
 COVERED = {
     "positions are pixels (1x1)": ["1x1", "1x1 ragged"],
-    "positions are gathered": ["3x3", "5x5 stride 3", "1x1 stride 3"],
-    "padding is masked": ["3x3", "3x3 dilation 2", "5x2 stride 3 and 2"],
-    "a split has no work": ["5x5 stride 3"],
-    "splits are summed by the last": ["1x1", "3x3 stride 2", "5x5 stride 3"],
+    "positions are gathered": ["3x3", "4x3 stride 3 and 2", "1x1 stride 3 and 2"],
+    "padding is masked": ["3x3", "3x3 dilation 2 and 1", "5x2 stride 3 and 2"],
+    "a split has no work": ["4x3 stride 3 and 2"],
+    "splits are summed by the last": ["1x1", "3x2 stride 2 and 1", "4x3 stride 3 and 2"],
     "one split": ["3x3", "1x1 ragged"],
-    "row tiles, the last one ragged": ["1x1", "3x3 stride 2"],
+    "row tiles, the last one ragged": ["1x1", "3x2 stride 2 and 1"],
     "channel tiles, the last one ragged": ["5x2 stride 3 and 2"],
-    "the sum over channels runs over blocks": ["1x1", "3x3 stride 2"],
-    "classes of unequal size (odd maps)": ["3x3 stride 2", "5x5 stride 3"],
-    "classes without taps": ["1x1 stride 3", "3x3 stride 2 dilation 2", "3x3 stride 4"],
+    "the sum over channels runs over blocks": ["1x1", "3x2 stride 2 and 1"],
+    "classes of unequal size (odd maps)": ["3x2 stride 2 and 1", "4x3 stride 3 and 2"],
+    "classes without taps": ["1x1 stride 3 and 2", "3x3 stride 2 and 3, dilation 2", "3x3 stride 4 and 1"],
     "stride and dilation without a common factor": ["5x2 stride 3 and 2"],
     "batch of one": ["3x3", "1x1 ragged"],
-    "offsets in int64": ["3x3 stride 2"],
+    "offsets in int64": ["3x2 stride 2 and 1"],
 }
 
 
@@ -63,29 +76,37 @@ def small(case: Case, **blocks) -> WgradTile:
 TERMS = {"scale": -0.6, "decay": 0.3, "self_": 0.2, "tie": 0.7}
 
 
-def run_pair(case: Case, dtype=torch.float32, tile=None, **terms):
+def channels_last(kernel: torch.Tensor) -> torch.Tensor:
+    """The view [K, R, S, C]."""
+    return kernel.permute(0, 2, 3, 1)
+
+
+def run_pair(case: Case, dtype=torch.float32, tile=None, centered=False, **terms):
     """dW and the feedback gradient of one launch, and what they are beside: composed, and in float64."""
     t = layer(case, dtype)
+    both, mean, unit = options(case, centered)
     terms = {"scale": 1.0, "decay": 0.0, "self_": 0.0, "tie": 0.0} | terms
     dw, f = fresh(t.weight), fresh(t.weight)
     wgrad.launch_wgrad(
-        inner(t.x), case.geometry, a=inner(t.dy), u=inner(t.other), dw=dw.permute(0, 2, 3, 1), f=f.permute(0, 2, 3, 1),
-        weight=t.weight.permute(0, 2, 3, 1), feedback=t.feedback.permute(0, 2, 3, 1), tile=tile or small(case), **terms,
+        inner(t.x), case.geometry, a=inner(t.dy), u=inner(t.other), dw=channels_last(dw), f=channels_last(f),
+        weight=channels_last(surround(t.weight)), feedback=channels_last(surround(t.feedback)),
+        tile=tile or small(case), **both, **terms,
     )  # fmt: skip
     expected = []
     for wide in (dtype, torch.float64):
-        first, second = (products(t.x, t.weight, y, case, wide)[1] for y in (t.dy, t.other))
         wider = torch.promote_types(wide, torch.float32)
-        second = second.to(wider) * terms["scale"] + terms["tie"] * first.to(wider)
+        first = products(t.x, t.weight, t.dy, case, wide)[1]
+        second = products(t.x.to(wider) - mean, t.weight, t.other, case, wide)[1]
+        second = second.to(wider) * unit * terms["scale"] + terms["tie"] * first.to(wider)
         second += terms["decay"] * t.feedback.to(wider) - terms["self_"] * t.weight.to(wider)
         expected.append((first, second.to(wide)))
     return (dw, f), *expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "centered"), VARIANTS, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_pair(name, dtype):
-    for ours, composed, oracle in zip(*run_pair(CASES[name], dtype, **TERMS), strict=True):
+def test_pair(name, dtype, centered):
+    for ours, composed, oracle in zip(*run_pair(CASES[name], dtype, centered=centered, **TERMS), strict=True):
         assert_near(ours, composed, oracle)
 
 
@@ -160,7 +181,7 @@ def test_second_moment_alone(channels, splits):
 
 @pytest.mark.parametrize("splits", [3, 5])
 def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
-    case = CASES["3x3 stride 2"]._replace(splits=splits)
+    case = CASES["3x2 stride 2 and 1"]._replace(splits=splits)
     straight, *_ = run_pair(case, **TERMS)
     for seed in range(2):
         with shuffled_programs(monkeypatch, seed):
@@ -171,34 +192,38 @@ def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
 def test_arrivals_are_left_at_zero(monkeypatch):
     arrived = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(wgrad, "arrivals", lambda count, device: arrived)
-    first, *_ = run_pair(CASES["5x5 stride 3"], **TERMS)
+    first, *_ = run_pair(CASES["4x3 stride 3 and 2"], **TERMS)
     assert not arrived.any()
-    again, *_ = run_pair(CASES["5x5 stride 3"], **TERMS)
+    again, *_ = run_pair(CASES["4x3 stride 3 and 2"], **TERMS)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def run_dgrad(case: Case, dtype=torch.float32, tile=None, dual=True, **scales):
+def run_dgrad(case: Case, dtype=torch.float32, tile=None, dual=True, centered=False, **scales):
     t = layer(case, dtype)
+    both, mean, unit = options(case, centered)
     scales = {"z_scale": 1.0, "x_scale": 0.0} | scales
     dx, z = fresh(inner(t.x)), fresh(inner(t.x))
-    second = {"y": inner(t.other), "x": inner(t.x), "z": z, **scales} if dual else {}
+    second = {"y": inner(t.other), "x": inner(t.x), "z": z, **both, **scales} if dual else {}
     tile = tile or DgradTile(16, 16, 16, 4, 2)
     dgrad.launch_dgrad(inner(t.feedback), case.geometry, dy=inner(t.dy), dx=dx, tile=tile, **second)
     expected = []
     for wide in (dtype, torch.float64):
         first, second = (products(t.x, t.feedback, y, case, wide)[0] for y in (t.dy, t.other))
-        expected.append((inner(first), inner(scales["z_scale"] * second - scales["x_scale"] * t.x.to(wide))))
+        wider = torch.promote_types(wide, torch.float32)
+        second = (scales["z_scale"] * second.to(wider) - scales["x_scale"] * (t.x.to(wider) - mean)) / unit
+        expected.append((inner(first), inner(second.to(wide))))
     return (dx, z), *expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "centered"), VARIANTS, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_dual(name, dtype):
-    for ours, composed, oracle in zip(*run_dgrad(CASES[name], dtype, z_scale=1.0, x_scale=1.5), strict=True):
+def test_dual(name, dtype, centered):
+    for results in zip(*run_dgrad(CASES[name], dtype, centered=centered, z_scale=-0.7, x_scale=1.5), strict=True):
+        ours, composed, oracle = results
         assert_near(ours, composed, oracle)
 
 
-@pytest.mark.parametrize("name", ["1x1", "3x3 stride 2"])
+@pytest.mark.parametrize("name", ["1x1", "3x2 stride 2 and 1"])
 def test_input_gradient_alone(name):
     (dx, z), (composed, _), (oracle, _) = run_dgrad(CASES[name], dual=False)
     assert_near(dx, composed, oracle)
@@ -206,7 +231,7 @@ def test_input_gradient_alone(name):
 
 
 def test_z_alone():
-    case = CASES["3x3 stride 2"]
+    case = CASES["3x2 stride 2 and 1"]
     t = layer(case)
     z = fresh(inner(t.x))
     tile = DgradTile(16, 16, 16, 4, 2)
@@ -217,7 +242,7 @@ def test_z_alone():
     assert_near(z, oracle.float(), oracle)
 
 
-@pytest.mark.parametrize("name", ["1x1 stride 3", "3x3 stride 4"])
+@pytest.mark.parametrize("name", ["1x1 stride 3 and 2", "3x3 stride 4 and 1"])
 def test_a_class_without_taps_is_zero_whatever_the_feedback_holds(name):
     case = CASES[name]
     t, g = layer(case), case.geometry
@@ -234,7 +259,7 @@ def test_a_class_without_taps_is_zero_whatever_the_feedback_holds(name):
 
 def test_offsets_in_int64(monkeypatch):
     """The path of tensors past 2^31 elements, on one that is not."""
-    case = CASES["3x3 stride 2"]
+    case = CASES["3x2 stride 2 and 1"]
     narrow = [t for run in (run_pair, run_dgrad) for t in run(case)[0]]
     for module in (wgrad, dgrad):
         monkeypatch.setattr(module, "wide", lambda geometry: True)
@@ -297,7 +322,7 @@ def test_arguments_that_the_kernels_do_not_read():
     t, g = layer(case), case.geometry
     x, dy, w = inner(t.x), inner(t.dy), inner(t.weight)
     flat = x.view(-1, 1, 1, 8)
-    with pytest.raises(ValueError, match=r"a has shape \(1, 5, 6, 8\), expected \(1, 5, 6, 16\)"):
+    with pytest.raises(ValueError, match=r"a has shape \(1, 4, 5, 8\), expected \(1, 4, 7, 16\)"):
         wgrad.launch_wgrad(x, g, a=x, dw=w)
     with pytest.raises(ValueError, match=r"a is torch.float16, expected torch.float32"):
         wgrad.launch_wgrad(x, g, a=dy.half(), dw=w)
@@ -306,15 +331,36 @@ def test_arguments_that_the_kernels_do_not_read():
     with pytest.raises(ValueError, match=r"a has strides .* expected channels innermost"):
         wgrad.launch_wgrad(x, g, a=t.dy.permute(0, 2, 3, 1), dw=w)
     with pytest.raises(ValueError, match=r"tie is 1.0, expected 0 where u has 8 channels"):
-        wgrad.launch_wgrad(x, g, a=dy, u=x, dw=w, f=w, tie=1.0)
+        wgrad.launch_wgrad(x, g, a=dy, u=dy[..., :8].contiguous(), dw=w, f=w, tie=1.0)
     with pytest.raises(ValueError, match=r"expected BK == BU"):
         wgrad.launch_wgrad(x, g, a=dy, u=dy, dw=w, f=w, tie=1.0, tile=small(case, BU=32))
     with pytest.raises(ValueError, match=r"expected BU == BC where the product is symmetric"):
-        wgrad.launch_wgrad(flat, Geometry(30, 8, 8), u=flat, f=w, tile=small(case, BC=4))
+        wgrad.launch_wgrad(flat, Geometry(20, 8, 8), u=flat, f=w, tile=small(case, BC=4))
     with pytest.raises(ValueError, match="fewer than 2\\^30"):
         wgrad.launch_wgrad(x, g._replace(N=2**30), a=dy, dw=w)
     with pytest.raises(ValueError, match="dy has shape"):
         dgrad.launch_dgrad(w, g, dy=x, dx=x)
+
+
+@pytest.mark.parametrize(
+    ("mean", "message"),
+    [
+        (torch.zeros(20, 7), r"mean has shape \(20, 7\), .* \(a multiple of 20 that divides 40\) and 8 columns"),
+        (torch.zeros(10, 8), r"mean has shape \(10, 8\)"),
+        (torch.zeros(60, 8), r"mean has shape \(60, 8\)"),
+        (torch.zeros(0, 8), r"mean has shape \(0, 8\)"),
+        (torch.zeros(20, 8).half(), r"mean is torch.float16 .*, expected float32"),
+        (torch.zeros(8, 20).t(), r"mean is torch.float32 with strides \(1, 20\), expected float32 without gaps"),
+    ],
+    ids=["channels", "rows", "too many rows", "no rows", "dtype", "strides"],
+)
+def test_means_that_the_kernels_do_not_read(mean, message):
+    g = Geometry(2, 8, 8, 4, 5, 4, 5)
+    for positions in (20, 40):
+        assert launch.sample_size(g, torch.zeros(positions, 8)) == positions
+    assert launch.sample_size(g, None) == 1
+    with pytest.raises(ValueError, match=message):
+        launch.sample_size(g, mean)
 
 
 def test_offsets_widen_past_2_31_elements():

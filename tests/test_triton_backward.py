@@ -23,9 +23,9 @@ def uninitialised_memory_is_nan(monkeypatch):
 
 
 LAYERS = {
-    "3x3 stride 2": Case((3, 16, 5, 5), (17, 16, 3, 3), (2, 2), (1, 1)),
+    "3x2 stride 2 and 1": Case((3, 16, 5, 4), (17, 16, 3, 2), (2, 1), (1, 0), (1, 2)),
     "1x1": Case((3, 16, 3, 4), (24, 16, 1, 1)),
-    "1x1 stride 2": Case((3, 24, 5, 3), (16, 24, 1, 1), (2, 2)),
+    "1x1 stride 2 and 3": Case((3, 24, 5, 4), (16, 24, 1, 1), (2, 3)),
 }
 FORMS = [form for form in Form if form is not Form.NONE]
 
@@ -73,7 +73,7 @@ def test_conv2d_backward(name, rule):
 
 
 @pytest.mark.parametrize("rule", ["wm-centered", "ia", "aa", "kp", "everything"])
-@pytest.mark.parametrize("name", ["3x3 stride 2", "1x1"])
+@pytest.mark.parametrize("name", ["3x2 stride 2 and 1", "1x1"])
 def test_part_of_the_batch_without_a_response_in_another_layout(name, rule):
     form = Form.NONE if rule == "kp" else Form.DIRECT
     sampled = {**RULES[rule], "samples": 2}

@@ -9,7 +9,19 @@ from pyfeedback.kernels import rule as kernel_rule
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_joint
 from test_triton_backward import LAYERS, assert_all_near, run_conv2d
-from triton_cases import DEVICE, DTYPES, Case, assert_near, fresh, inner, layer, products, shuffled_programs
+from triton_cases import (
+    DEVICE,
+    VARIANTS,
+    Case,
+    assert_near,
+    fresh,
+    inner,
+    layer,
+    options,
+    products,
+    shuffled_programs,
+    surround,
+)
 
 from pyfeedback.forms import Form
 
@@ -25,16 +37,16 @@ def uninitialised_memory_is_nan(monkeypatch):
 
 CASES = {
     "1x1": Case((1, 16, 4, 5), (17, 16, 1, 1), splits=3),
-    "3x3 stride 2": Case((2, 17, 7, 5), (16, 17, 3, 3), (2, 2), (1, 1)),
-    "5x5 stride 3 dilation 2": Case((1, 4, 11, 9), (5, 4, 5, 5), (3, 3), (2, 2), (2, 2), splits=5),
+    "3x2 stride 2 and 1": Case((2, 17, 5, 4), (16, 17, 3, 2), (2, 1), (1, 0)),
+    "3x2 stride 2 and 3, dilation 3 and 2": Case((2, 4, 8, 5), (5, 4, 3, 2), (2, 3), (0, 1), (3, 2), splits=5),
 }
 
 # Path of the kernel: the cases that take it.
 COVERED = {
-    "splits of one tile in different programs": ["1x1", "5x5 stride 3 dilation 2"],
-    "one split": ["3x3 stride 2"],
+    "splits of one tile in different programs": ["1x1", "3x2 stride 2 and 3, dilation 3 and 2"],
+    "one split": ["3x2 stride 2 and 1"],
     "a program has tiles of both gradients": ["1x1"],
-    "several classes of input positions": ["3x3 stride 2", "5x5 stride 3 dilation 2"],
+    "several classes of input positions": ["3x2 stride 2 and 1", "3x2 stride 2 and 3, dilation 3 and 2"],
 }
 
 
@@ -42,31 +54,40 @@ def test_every_case_covers_a_path():
     assert {name for names in COVERED.values() for name in names} == CASES.keys()
 
 
-def run(case: Case, dtype=torch.float32, programs=None):
-    """dW, the feedback's gradient, dx and z; what they are beside, composed and in float64."""
+def run(case: Case, dtype=torch.float32, programs=None, centered=False):
+    """dW, the feedback's gradient, dx and z; what they are beside, composed and in float64.
+
+    The second one's mean and unit are not those of the first.
+    """
     t, g = layer(case, dtype), case.geometry
+    both, mean, unit = options(case, centered)
+    others = {name: surround(-2 * value) for name, value in both.items()}
     x, y, dy, kernel = (inner(v) for v in (t.x, t.other, t.dy, t.feedback))
     dw, f, dx, z = fresh(kernel), fresh(kernel), fresh(x), fresh(x)
     joint.launch_joint(
-        {"x": x, "geometry": g, "a": dy, "u": y, "dw": dw, "f": f, "scale": 0.5, "feedback": kernel, "decay": 0.3},
-        {"feedback": kernel, "geometry": g, "dy": dy, "dx": dx, "y": y, "z": z, "x": x, "x_scale": 1.5},
+        {"x": x, "geometry": g, "a": dy, "u": y, "dw": dw, "f": f, "scale": 0.5, "feedback": kernel, "decay": 0.3}
+        | both,
+        {"feedback": kernel, "geometry": g, "dy": dy, "dx": dx, "y": y, "z": z, "x": x, "x_scale": 1.5} | others,
         (WgradTile(16, 16, 16, 16, case.splits, 4, 2), DgradTile(16, 16, 16, 4, 2)),
         x.device,
         programs,
     )
     expected = []
     for wide in (dtype, torch.float64):
-        (dx_, dw_), (z_, f_) = (products(t.x, t.feedback, v, case, wide) for v in (t.dy, t.other))
-        rest = [dw_, 0.5 * f_ + 0.3 * t.feedback.to(wide), dx_, z_ - 1.5 * t.x.to(wide)]
-        expected.append([inner(v) for v in rest])
+        wider = torch.promote_types(wide, torch.float32)
+        dx_, dw_ = products(t.x, t.feedback, t.dy, case, wide)
+        z_, f_ = products(t.x.to(wider) - mean, t.feedback, t.other, case, wide)
+        f_ = 0.5 * unit * f_.to(wider) + 0.3 * t.feedback.to(wider)
+        z_ = (z_.to(wider) - 1.5 * (t.x.to(wider) + 2 * mean)) / (-2 * unit if centered else 1.0)
+        expected.append([inner(v.to(wide)) for v in (dw_, f_, dx_, z_)])
     return (dw, f, dx, z), *expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "centered"), VARIANTS, ids=str)
 @pytest.mark.parametrize("programs", [1, 3, None])
 @pytest.mark.parametrize("name", CASES)
-def test_both_gradients(name, programs, dtype):
-    for ours, composed, oracle in zip(*run(CASES[name], dtype, programs), strict=True):
+def test_both_gradients(name, programs, dtype, centered):
+    for ours, composed, oracle in zip(*run(CASES[name], dtype, programs, centered), strict=True):
         assert_near(ours, composed, oracle)
 
 
@@ -83,7 +104,7 @@ def test_the_order_of_programs_changes_no_bit(programs, monkeypatch):
 def test_arrivals_are_left_at_zero(monkeypatch):
     arrived = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(wgrad, "arrivals", lambda count, device: arrived)
-    run(CASES["5x5 stride 3 dilation 2"], programs=7)
+    run(CASES["3x2 stride 2 and 3, dilation 3 and 2"], programs=7)
     assert not arrived.any()
 
 
@@ -124,7 +145,7 @@ def test_launches(rule, form, expected, launches):
 @pytest.mark.parametrize("rule", RULES)
 def test_conv2d_backward_of_part_of_the_batch(rule, launches):
     form = Form.DIRECT if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else Form.NONE
-    assert_all_near(*run_conv2d(LAYERS["3x3 stride 2"], {**RULES[rule], "samples": 2}, form))
+    assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], {**RULES[rule], "samples": 2}, form))
     assert "launch_joint" in launches
 
 
@@ -132,7 +153,7 @@ def test_masks(launches):
     """Without dx there is nothing to join; without dW dx joins the feedback's gradient."""
     for mask, name in (((False, True, True, True), "launch_wgrad"), ((True, False, True, True), "launch_joint")):
         launches.clear()
-        assert_all_near(*run_conv2d(LAYERS["3x3 stride 2"], RULES["wm"], Form.DIRECT, mask))
+        assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], RULES["wm"], Form.DIRECT, mask))
         assert launches == [name]
 
 

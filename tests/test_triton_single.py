@@ -6,12 +6,11 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
-from pyfeedback.kernels import rule as kernel_rule
 from pyfeedback.kernels import single
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import SingleTile, choose_single
 from test_triton_backward import FORMS, LAYERS, assert_all_near, has_form, run_conv2d
-from triton_cases import DEVICE, DTYPES, assert_near, fresh, inner, shuffled_programs
+from triton_cases import DEVICE, UNIT, VARIANTS, assert_near, fresh, inner, mean_and_unit, shuffled_programs, surround
 
 from pyfeedback.forms import Form
 
@@ -29,10 +28,12 @@ def uninitialised_memory_is_nan(monkeypatch):
 
 
 class Case(NamedTuple):
-    """Positions, of which the response has the first ``used``; channels; how positions and channels are split."""
+    """Positions, of which the response has the first ``used``, ``sample`` in each sample; channels; how positions and
+    channels are split."""
 
     positions: int
     used: int
+    sample: int
     C: int
     K: int
     splits: int = 1
@@ -41,10 +42,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "whole": Case(37, 37, 32, 32, splits=3),
-    "ragged": Case(21, 13, 19, 23, splits=5),
-    "one position": Case(1, 1, 16, 32),
-    "channel blocks": Case(40, 24, 41, 16, BC=16, BK=16, splits=3),
+    "whole": Case(36, 36, 9, 32, 32, splits=3),
+    "ragged": Case(21, 14, 7, 19, 23, splits=5),
+    "one position": Case(1, 1, 1, 16, 32),
+    "channel blocks": Case(40, 24, 8, 41, 16, BC=16, BK=16, splits=3),
 }
 
 # Path of the kernel: the cases that take it.
@@ -65,9 +66,9 @@ def test_every_case_covers_a_path():
 
 def tensors(case: Case, dtype):
     generator = torch.Generator().manual_seed(0)
-    n, used, c, k = case[:4]
+    n, used, _, c, k = case[:5]
     sizes = ((n, c), (n, k), (used, k), (k, c), (k, c))
-    return [torch.randn(s, generator=generator).to(DEVICE, dtype) for s in sizes]
+    return [surround(torch.randn(s, generator=generator).to(DEVICE, dtype)) for s in sizes]
 
 
 def expected(case: Case, term: str, dtype, scales: dict):
@@ -75,6 +76,8 @@ def expected(case: Case, term: str, dtype, scales: dict):
     x, dy, y, b, w = (t.to(dtype) for t in tensors(case, scales["dtype"]))
     dx, dw = dy @ b, dy.t() @ x
     wide = torch.promote_types(dtype, torch.float32)
+    mean, unit = scales["mean"].repeat(case.positions // case.sample, 1), scales["unit"]
+    x = (x.to(wide) - mean).to(dtype)
     if term == "moment":
         return dx, dw, x.to(wide).t() @ x.to(wide)
     rest = REST["decay"] * b.to(wide) - REST["self_"] * w.to(wide) + REST["tie"] * dw.to(wide)
@@ -82,11 +85,11 @@ def expected(case: Case, term: str, dtype, scales: dict):
         return dx, dw, rest.to(dtype)
     read = x[: case.used]
     if term == "projection":
-        read = scales["z_scale"] * (y @ b) - scales["x_scale"] * read
-    return dx, dw, (scales["scale"] * (y.t() @ read).to(wide) + rest).to(dtype)
+        read = (scales["z_scale"] * (y @ b) - scales["x_scale"] * read) / unit
+    return dx, dw, (scales["scale"] * unit * (y.t() @ read).to(wide) + rest).to(dtype)
 
 
-def run(case: Case, term: str, dtype=torch.float32):
+def run(case: Case, term: str, dtype=torch.float32, centered=False):
     x, dy, y, b, w = tensors(case, dtype)
     scales = {"scale": -0.6, "z_scale": 0.5, "x_scale": 1.5 if term == "projection" else 0.0}
     block = lambda t: t.view(len(t), 1, 1, -1)  # noqa: E731
@@ -94,6 +97,11 @@ def run(case: Case, term: str, dtype=torch.float32):
     f = fresh(x.new_empty(case.C, case.C), torch.float32) if term == "moment" else fresh(b)
     tile = SingleTile(case.BK, case.BC, 16, case.splits, 4, 2)
     rest = {} if term == "moment" else {**REST, "scale": scales["scale"], "weight": w}
+    scales |= {"mean": torch.zeros(case.sample, case.C, device=DEVICE), "unit": 1.0}
+    if centered:
+        both = mean_and_unit(case.sample, case.C)
+        rest |= both if term in ("response", "projection") else {"mean": both["mean"]}
+        scales |= {"mean": both["mean"], "unit": UNIT}
     single.launch_single(
         block(x), Geometry(case.positions, case.C, case.K), term, dy=block(dy), dx=block(dx), dw=dw, feedback=b, f=f,
         y=block(y) if term in ("response", "projection") else None,
@@ -107,12 +115,12 @@ def has_term(case: Case, term: str) -> bool:
     return term != "moment" or case.C <= case.BC
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "centered"), VARIANTS, ids=str)
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("name", CASES)
-def test_single_pass(name, term, dtype):
+def test_single_pass(name, term, dtype, centered):
     if has_term(CASES[name], term):
-        for ours, composed, oracle in zip(*run(CASES[name], term, dtype), strict=True):
+        for ours, composed, oracle in zip(*run(CASES[name], term, dtype, centered), strict=True):
             assert_near(ours, composed, oracle)
 
 
@@ -158,20 +166,12 @@ def test_arguments_that_the_kernel_does_not_take():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles for the interpreter, in float32 too; the terms that were launched."""
-    launched = []
-    real = kernel_rule.launch_single
-
-    def choose(geometry, term, *device):
-        return SingleTile(32, 32, 16, 3, 4, 2) if geometry.pointwise else None
-
-    monkeypatch.setattr(kernel_rule, "choose_single", choose)
-    monkeypatch.setattr(kernel_rule, "launch_single", lambda *a, **k: (launched.append(a[2]), real(*a, **k)))
-    return launched
+    """The terms that were launched."""
+    return triton_cases.single_passes(monkeypatch)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["1x1", "1x1 stride 2"])
+@pytest.mark.parametrize("name", ["1x1", "1x1 stride 2 and 3"])
 def test_conv2d_backward(name, rule, small_tiles):
     """dx and dW are in a single pass, whatever the rule and the form."""
     reads = any(RULES[rule].get(p) for p in ("amp", "null", "sparse"))

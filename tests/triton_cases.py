@@ -20,8 +20,11 @@ DEVICE = "cuda" if GPU else "cpu"
 with pytest.MonkeyPatch.context() as _patch:
     if not GPU:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
-    from pyfeedback.kernels import dgrad_kernel, joint_kernel, single_kernel, wgrad_kernel  # noqa: F401
+    from pyfeedback.kernels import dgrad_kernel, joint_kernel, ops, rule, single_kernel, wgrad_kernel  # noqa: F401
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
+    from pyfeedback.kernels.tiles import SingleTile
+
+    from pyfeedback.forms import Coefficients, Form, Window
 
 # Triton 3.6's interpreter makes a loop bound of an array of one element: NumPy warns before 2.4, and raises from there.
 NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
@@ -32,7 +35,9 @@ MARKS = [
     pytest.mark.skipif(not GPU and OLD and NUMPY >= (2, 4), reason="Triton 3.6 interprets no loop with numpy 2.4"),
 ]
 
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+# The storage dtype, and whether x has a mean subtracted while it is loaded and the second product is in units.
+VARIANTS = [(torch.float32, False), (torch.float16, True), *([(torch.bfloat16, True)] if GPU else [])]
+UNIT = 8.0
 
 
 class Case(NamedTuple):
@@ -95,11 +100,70 @@ def fresh(t: torch.Tensor, dtype=None) -> torch.Tensor:
     return surround(_empty_like(t, dtype=dtype).fill_(float("nan")))
 
 
+def mean_and_unit(rows: int, channels: int) -> dict[str, torch.Tensor]:
+    """What a kernel subtracts from x, no real mean, and a unit."""
+    mean = torch.randn(rows, channels, generator=torch.Generator().manual_seed(1)) + 2
+    return {"mean": surround(mean.to(DEVICE)), "unit": surround(torch.full((1,), UNIT, device=DEVICE))}
+
+
+def options(case: Case, centered: bool) -> tuple[dict, torch.Tensor | float, float]:
+    """Arguments mean and unit of a launch, or none; what is subtracted from x [N, C, H, W], and the unit."""
+    if not centered:
+        return {}, 0.0, 1.0
+    _, c, h, w = case.input
+    both = mean_and_unit(h * w, c)
+    return both, both["mean"].view(h, w, c).permute(2, 0, 1), UNIT
+
+
 def products(x, kernel, y, case: Case, dtype=torch.float64):
     """convT(y, kernel) and wgrad(x, y) of PyTorch."""
     y, x, kernel = (t.to(dtype) for t in (y, x, kernel))
     mask = (True, True, False)
     return torch.ops.aten.convolution_backward(y, x, kernel, None, *case.window, False, (0, 0), 1, mask)[:2]
+
+
+def single_passes(monkeypatch) -> list[str]:
+    """Pointwise layers in a single pass that the interpreter can take, in float32 too; the terms that are launched."""
+    launched, real = [], rule.launch_single
+    tile = SingleTile(32, 32, 16, 3, 4, 2)
+    monkeypatch.setattr(rule, "choose_single", lambda geometry, *_: tile if geometry.pointwise else None)
+    monkeypatch.setattr(rule, "launch_single", lambda *a, **k: (launched.append(a[2]), real(*a, **k)))
+    return launched
+
+
+def backward(case: Case, x, w, b, y, terms: dict, form: Form, path="joined", mask=(True,) * 4, linear=False, dy=None):
+    """The four gradients of the kernels; a linear layer's with the positions of the case as its tokens."""
+    coefficients = Coefficients(**terms)
+    options = {"form": form.value, "center": torch.ops.pyfeedback.center.default, "path": path}
+    g = case.geometry
+    dy = x.new_ones(g.N, g.K, g.P, g.Q) if dy is None else dy
+    if not linear:
+        return ops.conv2d_backward(dy, x, w, b, y, Window(*case.window), coefficients, mask, **options)
+    x, y, dy = (None if t is None else t.flatten(2).transpose(1, 2).contiguous() for t in (x, y, dy))
+    dx, *grads = ops.linear_backward(dy, x, w.flatten(1), b.flatten(1), y, coefficients, mask, **options)
+    return dx.transpose(1, 2).view(case.input), *(
+        t.view(like.shape) for t, like in zip(grads, (w, b, dy[0, 0]), strict=True)
+    )
+
+
+def data_terms(case: Case, x, w, b, y, terms: dict, dtype):
+    """What amp, null and sparse give, composed of PyTorch's own in ``dtype``, both factors of every product centred."""
+    x, w, b = (t.to(dtype) for t in (x, w, b))
+    y = torch.conv2d(x, w, None, *case.window) if y is None else y.to(dtype)
+    n = terms.get("samples") or len(x)
+    x, y = x[:n], y[:n]
+    if terms.get("center"):
+        x, y = (torch.ops.pyfeedback.center.default(t, n) for t in (x, y))
+    amp, null, sparse = (terms.get(name, 0.0) for name in ("amp", "null", "sparse"))
+    total = 0.0
+    if sparse:
+        total = products(x, w, torch.conv2d(x, sparse * b - amp * w, None, *case.window), case, dtype)[1] / n
+        amp = 0.0
+    if null:
+        total = total + products(null * products(x, b, y, case, dtype)[0] - amp * x, w, y, case, dtype)[1] / n
+    elif amp:
+        total = total - products(x, w, y, case, dtype)[1] * (amp / n)
+    return total
 
 
 def assert_near(ours, composed, oracle):

@@ -1,0 +1,142 @@
+"""Centred rules from the Triton kernels where the mean is large beside the spread."""
+
+import pytest
+import torch
+import triton_cases
+from cases import norm_error, percentile
+from pyfeedback.kernels.geometry import Geometry
+from pyfeedback.kernels.tiles import choose_joint, choose_single, choose_wgrad
+from triton_cases import Case, assert_near, backward, data_terms, single_passes
+
+from pyfeedback.forms import Form
+
+pytestmark = triton_cases.MARKS
+
+RULES = {
+    "wm": {"amp": 0.7},
+    "ia": {"amp": 0.3, "null": 0.5},
+    "ia, amp above null": {"amp": 0.6, "null": 0.4},
+    "aa": {"amp": 0.5, "sparse": 0.5},
+    "all three": {"amp": 0.4, "null": 0.5, "sparse": 0.6},
+}
+LAYERS = {
+    "1x1": Case((5, 6, 2, 3), (7, 6, 1, 1)),
+    "1x1 strided": Case((4, 6, 3, 4), (7, 6, 1, 1), (2, 3)),
+    "2x1": Case((4, 5, 2, 2), (6, 5, 2, 1), (1, 1), (1, 0)),
+    "linear": Case((5, 6, 1, 4), (7, 6, 1, 1)),
+}
+# Launches: the layers, rules and forms that take them.
+COVERED = {
+    "single": [
+        ("1x1", "wm", Form.DIRECT),
+        ("linear", "ia", Form.DIRECT),
+        ("1x1 strided", "ia, amp above null", Form.INPUT_MOMENT),
+    ],
+    "joint": [
+        ("2x1", "wm", Form.DIRECT),
+        ("2x1", "ia", Form.DIRECT),
+        ("1x1", "aa", Form.DIRECT),
+        ("1x1", "ia, amp above null", Form.RESPONSE_MOMENT),
+    ],
+    "apart": [("linear", "ia, amp above null", Form.INPUT_MOMENT), ("1x1", "all three", Form.DIRECT)],
+}
+MEANS = (0, 1, 30, 1000)
+SEEDS = range(5)  # for each mean
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(monkeypatch):
+    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
+    yield
+    assert_margins()
+
+
+def draw(case: Case, form: Form, mean: float, seed: int, dtype):
+    """Activations, kernels and the response, which need not be the layer's where it is read: it then has no rounding
+    of its own at the size of the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    g = case.geometry
+    x = torch.randn(case.input, generator=generator) + mean
+    w, b = (torch.randn(case.weight, generator=generator) for _ in range(2))
+    y = torch.randn(g.N, g.K, g.P, g.Q, generator=generator) + mean
+    x, w, b, y = (t.to(triton_cases.DEVICE, dtype) for t in (x, w, b, y))
+    return x, w, b, None if form is Form.INPUT_MOMENT else y
+
+
+def error_ratios(name: str, rule: dict, form: Form, dtype=torch.float32, path="joined", samples=0):
+    """Of every mean and seed: our error to that of composing with both factors centred, beyond a quarter of a unit."""
+    case, ratios = LAYERS[name], []
+    for mean in MEANS:
+        for seed in SEEDS:
+            x, w, b, y = draw(case, form, mean, seed, dtype)
+            terms = {**rule, "center": True, "samples": samples}
+            ours = backward(case, x, w, b, y, terms, form, path, linear=name == "linear")[2]
+            plain, exact = (data_terms(case, x, w, b, y, terms, wide) for wide in (dtype, torch.float64))
+            ratios.append(norm_error(ours, exact) / (norm_error(plain, exact) + torch.finfo(dtype).eps / 4))
+    assert len(ratios) >= 20
+    return ratios
+
+
+@pytest.mark.parametrize(("launches", "case"), [(name, case) for name in COVERED for case in COVERED[name]], ids=str)
+def test_error_at_most_four_times_that_of_centring_both_factors(launches, case, monkeypatch):
+    name, rule, form = case
+    launched = single_passes(monkeypatch) if launches == "single" else None
+    ratios = error_ratios(name, RULES[rule], form, path="apart" if launches == "apart" else "joined")
+    assert percentile(ratios, 95) <= 4, ratios
+    assert launched is None or len(launched) == len(ratios)
+
+
+@pytest.mark.parametrize("launches", ["single", "joint"])
+@pytest.mark.parametrize(("rule", "form"), [("wm", Form.DIRECT), ("ia", Form.DIRECT), ("ia", Form.INPUT_MOMENT)])
+def test_error_in_float16(launches, rule, form, monkeypatch):
+    if launches == "single":
+        single_passes(monkeypatch)
+    ratios = error_ratios("1x1", RULES[rule], form, torch.float16)
+    assert percentile(ratios, 95) <= 4, ratios
+
+
+@pytest.mark.parametrize("path", ["joined", "apart"])
+@pytest.mark.parametrize("rule", ["wm", "ia", "all three"])
+def test_the_mean_is_that_of_the_samples_in_use(rule, path):
+    """The other samples lie elsewhere."""
+    for name, form in (("1x1 strided", Form.DIRECT), ("linear", Form.INPUT_MOMENT), ("2x1", Form.DIRECT)):
+        case, terms = LAYERS[name], {**RULES[rule], "center": True, "samples": 3}
+        x, w, b, y = draw(case, form, 30, 0, torch.float32)
+        x[3:] += 1000
+        ours = backward(case, x, w, b, y, terms, form, path, linear=name == "linear")[2]
+        assert_near(ours, *(data_terms(case, x, w, b, y, terms, wide) for wide in (torch.float32, torch.float64)))
+
+
+@pytest.mark.parametrize("launches", ["single", "joint", "apart"])
+def test_a_sample_alone_is_its_mean(launches, monkeypatch):
+    if launches == "single":
+        single_passes(monkeypatch)
+    for rule in ("wm", "ia", "all three"):
+        for form in (Form.DIRECT, Form.INPUT_MOMENT):
+            x, w, b, y = draw(LAYERS["1x1"], form, 30, 0, torch.float32)
+            terms = {**RULES[rule], "center": True, "samples": 1}
+            path = "apart" if launches == "apart" else "joined"
+            assert (backward(LAYERS["1x1"], x, w, b, y, terms, form, path)[2] == 0).all()
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_chosen_tiles(capability, itemsize):
+    """Every mean takes shared memory and registers: smaller tiles, fewer stages. Whether they fit, codegen.py says."""
+    for c, k in [(16, 16), (64, 256), (256, 64), (512, 1024)]:
+        for rows, symmetric, means in (((k, k), False, 1), ((0, k), False, 1), ((k, c), False, 2), ((0, c), True, 2)):
+            g = Geometry(10**5, c, k)
+            tile = choose_wgrad(g, rows, itemsize, capability, 132, symmetric, means=means)
+            assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BK, tile.BU, tile.BC, tile.BP))
+            assert not symmetric or c <= tile.BC or tile.BU == tile.BC
+            plain = choose_wgrad(g, rows, itemsize, capability, 132, symmetric)
+            assert (tile.BC, tile.stages) <= (plain.BC, plain.stages)
+            assert itemsize == 2 or tile.BC <= 32
+            assert (capability, itemsize) != (90, 2) or tile.stages == 4 - means
+            small = choose_joint(g._replace(N=50), rows, True, itemsize, capability, 132, means)
+            assert len({(t.warps, t.stages) for t in small}) == 1
+    for term in ("response", "projection", "moment"):
+        tile = choose_single(Geometry(10**5, 64, 64), term, 2, capability, 132, True)
+        assert (tile.BK, tile.BC) == (64, 64)
+    assert choose_single(Geometry(10**5, 256, 64), "response", 2, 90, 132, True).BC == 128
+    assert (choose_single(Geometry(10**5, 64, 256), "moment", 2, capability, 132, True) is None) == (capability == 80)
