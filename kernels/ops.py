@@ -151,10 +151,13 @@ def _gradients(
     """dx as a block, dW and the feedback's gradient in the layout of the weight."""
     need_input, need_weight, need_feedback = mask[:3]
     x, dy = layer.block_input(input), layer.block_output(grad_output)
-    dw = torch.empty_like(layer.weight) if need_weight or (need_feedback and rule.tie) else None
+    tied = need_feedback and rule.tie != 0
+    # Beside data terms a later launch may read dW back: rounded once more, and infinite where tie * dW is not.
+    wide = torch.float32 if tied and form != "none" else None
+    dw = torch.empty_like(layer.weight, dtype=wide) if need_weight or tied else None
     dx = torch.empty_like(x) if need_input else None
     launches = Backward(layer, x, dy, feedback, dw, dx)
     grad_feedback = feedback_gradient(launches, input, response, rule, form, center) if need_feedback else None
     launches.finish_weight()
     launches.finish_input()
-    return dx, dw if need_weight else None, grad_feedback
+    return dx, dw.to(layer.weight.dtype) if dw is not None and need_weight else None, grad_feedback

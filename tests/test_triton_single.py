@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
+from pyfeedback.kernels import rule as kernel_rule
 from pyfeedback.kernels import single
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import SingleTile, choose_single
@@ -221,6 +222,17 @@ def test_a_weight_in_another_layout_is_launched_apart(small_tiles):
         return t.permute(2, 3, 1, 0).contiguous().permute(3, 0, 1, 2) if t.shape[2:] == (1, 1) else inner(t)
 
     assert_all_near(*run_conv2d(LAYERS["1x1"], RULES["wm"], Form.DIRECT, laid_out=rows_innermost))
+    assert small_tiles == []
+
+
+@pytest.mark.parametrize("rule", ["ia", "aa"])
+def test_a_moment_that_does_not_fit_is_not_taken_for_a_response(rule, small_tiles, monkeypatch):
+    """On sm_80 y'x of 128 -> 64 channels is in a single pass, x'x is not: the kernel would read x as K channels."""
+    assert choose_single(Geometry(9, 128, 64), "response", 2, 80, 108) is not None
+    assert choose_single(Geometry(9, 128, 64), "moment", 2, 80, 108) is None
+    every = kernel_rule.choose_single
+    monkeypatch.setattr(kernel_rule, "choose_single", lambda g, t, *_: None if t == "moment" else every(g, t))
+    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Form.INPUT_MOMENT))
     assert small_tiles == []
 
 

@@ -140,10 +140,9 @@ def backward(case: Case, x, w, b, y, terms: dict, form: Form, path="joined", mas
     if not linear:
         return ops.conv2d_backward(dy, x, w, b, y, Window(*case.window), coefficients, mask, **options)
     x, y, dy = (None if t is None else t.flatten(2).transpose(1, 2).contiguous() for t in (x, y, dy))
-    dx, *grads = ops.linear_backward(dy, x, w.flatten(1), b.flatten(1), y, coefficients, mask, **options)
-    return dx.transpose(1, 2).view(case.input), *(
-        t.view(like.shape) for t, like in zip(grads, (w, b, dy[0, 0]), strict=True)
-    )
+    dx, *kernels, bias = ops.linear_backward(dy, x, w.flatten(1), b.flatten(1), y, coefficients, mask, **options)
+    dx = None if dx is None else dx.transpose(1, 2).view(case.input)
+    return dx, *(t if t is None else t.view(case.weight) for t in kernels), bias
 
 
 def data_terms(case: Case, x, w, b, y, terms: dict, dtype):

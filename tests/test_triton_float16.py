@@ -1,0 +1,152 @@
+"""float16 in the Triton kernels: sums and intermediates that exceed 65504 where the gradient itself does not."""
+
+import pytest
+import torch
+import triton_cases
+from cases import norm_error, percentile
+from pyfeedback.kernels import dgrad, wgrad
+from pyfeedback.kernels import rule as kernel_rule
+from pyfeedback.kernels.rule import unit_of
+from pyfeedback.kernels.tiles import DgradTile, SingleTile, WgradTile
+from triton_cases import DEVICE, Case, backward, data_terms, products, single_passes
+
+from pyfeedback.forms import Form
+
+pytestmark = triton_cases.MARKS
+
+LARGEST = torch.finfo(torch.float16).max
+RULES = {
+    "wm": {"amp": 0.7},
+    "ia": {"amp": 0.3, "null": 0.5},
+    "aa": {"amp": 0.5, "sparse": 0.5},
+    "all three": {"amp": 0.4, "null": 0.5, "sparse": 0.6},
+}
+POINTWISE = Case((4, 6, 2, 4), (7, 6, 1, 1))
+WINDOW = Case((3, 5, 3, 2), (6, 5, 2, 1), (1, 1), (1, 0))
+COEFFICIENT = 1e-6  # of every term
+SHRUNK = 2.0**-10  # activations that the composition in float16 can take
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(monkeypatch):
+    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
+    yield
+    assert_margins()
+
+
+def scaled(terms: dict, factor: float) -> dict:
+    return {name: value if name == "center" else value * factor for name, value in terms.items()}
+
+
+def draw(case: Case, seed: int):
+    """x, W, B and the response: large activations, and a feedback weight beside which W is small."""
+    generator = torch.Generator().manual_seed(seed)
+    g = case.geometry
+    sizes = (case.input, case.weight, case.weight, (g.N, g.K, g.P, g.Q))
+    factors = (2000, 0.01, 20, 2000)
+    return [(torch.randn(s, generator=generator) * f).half().to(DEVICE) for s, f in zip(sizes, factors, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("launches", "case", "rule", "form", "over"),
+    [
+        ("single", POINTWISE, "wm", Form.DIRECT, "sum"),
+        ("single", POINTWISE, "ia", Form.DIRECT, "z"),
+        ("single", POINTWISE, "aa", Form.DIRECT, "u"),
+        ("joint", WINDOW, "ia", Form.DIRECT, "z"),
+        ("joint", POINTWISE, "ia", Form.RESPONSE_MOMENT, "sum"),
+        ("apart", POINTWISE, "ia", Form.INPUT_MOMENT, "sum"),
+        ("apart", WINDOW, "aa", Form.DIRECT, "u"),
+        ("apart", POINTWISE, "all three", Form.DIRECT, "z"),
+    ],
+)
+def test_error_at_most_twice_pytorchs_on_activations_that_float16_can_take(
+    launches, case, rule, form, over, monkeypatch
+):
+    """Multiplying the activations by a power of two changes nothing but the exponent of what is to come out."""
+    if launches == "single":
+        single_passes(monkeypatch)
+    terms = {**RULES[rule], "center": launches != "single"}
+    ratios = []
+    for seed in range(20):
+        x, w, b, y = draw(case, seed)
+        y = None if form is Form.INPUT_MOMENT else y
+        read = torch.conv2d(x, w, None, *case.window) if y is None else y
+        u = torch.conv2d(x.double(), b.double(), None, *case.window)
+        exceeds = {"sum": products(x, w, read, case)[1], "z": products(x, b, read, case)[0], "u": u}
+        assert exceeds[over].abs().max() > LARGEST
+        path = "apart" if launches == "apart" else "joined"
+        ours = backward(case, x, w, b, y, scaled(terms, COEFFICIENT), form, path)[2]
+        exact = data_terms(case, x, w, b, y, scaled(terms, COEFFICIENT), torch.float64)
+        assert exact.abs().max() < LARGEST
+        plain = data_terms(case, x * SHRUNK, w, b, y if y is None else y * SHRUNK, terms, torch.float16)
+        plain = plain.double() * (COEFFICIENT / SHRUNK**2)
+        ratios.append(norm_error(ours, exact) / norm_error(plain, exact))
+    assert percentile(ratios, 95) <= 2, ratios
+
+
+def large_tiles(monkeypatch, single: bool):
+    """Few steps for the interpreter, of a layer of real size."""
+    monkeypatch.setattr(kernel_rule, "choose_joint", lambda *_: None)
+    pass_ = SingleTile(16, 16, 4096, 1, 4, 2)
+    monkeypatch.setattr(kernel_rule, "choose_single", lambda *_: pass_ if single else None)
+    monkeypatch.setattr(wgrad, "choose_wgrad", lambda *_, **__: WgradTile(16, 16, 16, 8192, 1, 4, 2))
+    monkeypatch.setattr(dgrad, "choose_dgrad", lambda *_: DgradTile(8192, 16, 16, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("input", "single", "rule", "form"),
+    [
+        ((512, 8, 1, 197), True, "ia", Form.DIRECT),
+        ((512, 8, 1, 197), False, "wm", Form.DIRECT),
+        ((64, 4, 56, 56), True, "wm", Form.INPUT_MOMENT),
+        ((64, 4, 56, 56), False, "ia", Form.DIRECT),
+    ],
+    ids=["linear", "linear apart", "1x1", "1x1 apart"],
+)
+def test_statistics_at_the_size_of_a_layer(input, single, rule, form, monkeypatch):
+    """The sums pass 65504 by far; what remains is one rounding of the result, and of z, which averages out."""
+    large_tiles(monkeypatch, single)
+    case = Case(input, (8, input[1], 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(input, generator=generator) + 1).half().to(DEVICE)
+    w, b = (torch.randn(case.weight, generator=generator).half().to(DEVICE) / input[1] ** 0.5 for _ in range(2))
+    y = None if form is Form.INPUT_MOMENT else torch.conv2d(x.float(), w.float()).half()
+    terms = {**scaled(RULES[rule], 1e-3 / (input[2] * input[3])), "center": True}
+    nothing = torch.zeros(input[0], 8, *input[2:], dtype=torch.float16, device=DEVICE)
+    mask = (single, single, True, False)
+    ours = backward(case, x, w, b, y, terms, form, linear=input[2] == 1, mask=mask, dy=nothing)[2]
+    exact = data_terms(case, x, w, b, y, terms, torch.float64)
+    assert norm_error(ours, exact) <= 2 * norm_error(exact.half(), exact)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # the interpreter's, as dW is written
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_tie_to_a_gradient_of_the_weight_that_is_infinite(samples):
+    """The term is finite: it is not made of the rounded gradient."""
+    case = POINTWISE
+    x, w, b, y = draw(case, 0)
+    dy = torch.full_like(y, 2000)
+    terms = {"amp": COEFFICIENT, "tie": COEFFICIENT, "samples": samples}
+    for form in (Form.DIRECT, Form.INPUT_MOMENT):
+        _, grad_weight, grad_feedback, _ = backward(case, x, w, b, y, terms, form, dy=dy)
+        read = y if form is Form.DIRECT else None
+        exact = products(x, w, dy, case)[1]
+        assert grad_weight.dtype == grad_feedback.dtype == torch.float16
+        assert torch.equal(grad_weight, exact.half())
+        assert grad_weight.isinf().any()
+        exact = data_terms(case, x, w, b, read, terms, torch.float64) + COEFFICIENT * exact
+        assert norm_error(grad_feedback, exact) <= 2 * norm_error(exact.half(), exact)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_in_its_unit_a_response_fits(dim, scale):
+    """Whatever the signs of the activations are."""
+    kernel = torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * scale
+    unit = unit_of(kernel, dim)
+    assert (unit.shape, unit.dtype, unit.log2().frac().item()) == ((1,), torch.float32, 0)
+    sums = kernel.abs().transpose(0, dim).flatten(1).sum(1)
+    most = sums.max() + (2 if dim == 1 else 0)
+    assert unit / 2 < most <= unit
+    assert unit_of(torch.zeros(6, 5), 0) > 0
