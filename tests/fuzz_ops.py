@@ -55,8 +55,8 @@ def is_a_fault_of_torch(call: Call) -> bool:
     """What torch 2.13 gets wrong of a plain layer on a CPU (oneDNN).
 
     In channels_last a 3-D layer whose padding is as wide as its dilated kernel crashes the process; so may the weight
-    gradient of a grouped one in bfloat16, which is wrong anyway. In bfloat16 a tap that sees padding alone is given what
-    the memory held before, in the place of a gradient of zero.
+    gradient of a grouped one in bfloat16, which is wrong anyway. In bfloat16 a tap that sees padding alone gets what
+    the memory held before, in the place of zero.
     """
     if call.op == "linear":
         return False
@@ -177,7 +177,7 @@ def arranged(x: Tensor, layout: str, position: int) -> Tensor:
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if x.dim() == 5 and (layout == "channels_last" or (layout == "mixed" and position == 0)):
         return x.contiguous(memory_format=torch.channels_last_3d)
-    if layout in ("channels_last", "mixed") and x.dim() != 4:
+    if x.dim() == 0 or (layout in ("channels_last", "mixed") and x.dim() != 4):
         return x
     return laid_out(x, layout, position)
 
