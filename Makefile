@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 WORKERS ?= 2
+SECONDS ?= 120
 BIN := $(VENV)/bin
 
 # Threads of one process; with WORKERS of them a laptop stays usable.
@@ -17,11 +18,13 @@ LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu)
 ROUNDING := tests/test_numerics.py tests/test_centering.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint
+.PHONY: help demo test fuzz mutants bench lint
 
 help:
 	@echo "make demo    train by every rule and compare: examples/two_routes.py"
 	@echo "make test    the test suite"
+	@echo "make fuzz    random cases for SECONDS=$(SECONDS), from a new SEED or from the one that is given"
+	@echo "make mutants faults put into a copy of the code, each of which some test must find: tests/mutants.md"
 	@echo "make bench   the benchmarks"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo
@@ -43,6 +46,12 @@ demo: $(VENV)/.pyfeedback-examples
 test: $(VENV)/.pyfeedback-test
 	$(BIN)/python -m pytest -n $(WORKERS)
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(WORKERS) $(ROUNDING)
+
+fuzz: $(VENV)/.pyfeedback-test
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+mutants: $(VENV)/.pyfeedback-test
+	$(BIN)/python tests/mutants.py
 
 bench: $(VENV)/.pyfeedback-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only

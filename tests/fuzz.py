@@ -1,0 +1,143 @@
+"""Random cases until the time is up: `make fuzz`, or `python tests/fuzz.py --seconds 600 --kind ops`.
+
+The kinds are modules of their own, each with a function check(number) that raises where the case of that number fails.
+Cases run in a process apart, so that one that crashes or hangs it is reported as any other. Each failure prints the
+command that runs it again, with its whole traceback:
+
+    python tests/fuzz.py --kind ops --number 12345
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+KINDS = {
+    "ops": "fuzz_ops",
+    "optimizers": "fuzz_optimizers",
+    "refusals": "fuzz_refusals",
+    "conversion": "fuzz_conversion",
+}
+HANGS = 60  # seconds without an answer
+MOST_FAILURES = 20
+SHOWN = 400  # characters of an error
+
+
+def check(kind: str, number: int) -> None:
+    """Run one case; an exception is its failure."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of copies that padding="same" makes
+        importlib.import_module(KINDS.get(kind, kind)).check(number)
+
+
+def answer() -> None:
+    """The process apart: a line with a kind and a number in, a line with the failure or nothing out."""
+    for line in sys.stdin:
+        kind, number = line.split()
+        try:
+            check(kind, int(number))
+            told = ""
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".replace("\n", " ")
+        print(told, flush=True)
+
+
+class Worker:
+    """A process that answers, and another one once it is gone."""
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+
+    def run(self, kind: str, number: int) -> str:
+        """What is wrong with a case; nothing where it is right."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--answer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # the tensors are small
+            )  # fmt: skip
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{kind} {number}\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], HANGS)
+        told = self.process.stdout.readline() if ready else ""
+        if told:
+            return told.strip()
+        if not ready:
+            self.process.kill()
+        status = self.stop()
+        return f"the process ended with status {status}" if ready else f"no answer within {HANGS} seconds"
+
+    def stop(self) -> int:
+        """End the process; its exit status, that of a signal negative."""
+        if self.process is None:
+            return 0
+        process, self.process = self.process, None
+        try:
+            process.communicate(timeout=5)  # closes what it reads: where it waits for a case, it ends by itself
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        return process.returncode
+
+
+def fuzz(kinds: list[str], seed: int, seconds: float, cases: int | None = None) -> int:
+    """The kinds in turn, until the time is up or so many cases are done; the number of failures."""
+    print(f"seed {seed}, {', '.join(kinds)}", flush=True)
+    draw, worker, done, failed = random.Random(seed), Worker(), Counter[str](), 0
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end and failed < MOST_FAILURES and (cases is None or done.total() < cases):
+            kind, number = kinds[done.total() % len(kinds)], draw.randrange(10**9)
+            told = worker.run(kind, number)
+            done[kind] += 1
+            if told:
+                failed += 1
+                print(f"FAILED {told[:SHOWN]}\n    {reproducer(kind, number)}", flush=True)
+    finally:
+        worker.stop()
+    print(f"{', '.join(f'{count} {kind}' for kind, count in done.items())}: {failed} failed", flush=True)
+    return failed
+
+
+def reproducer(kind: str, number: int) -> str:
+    """The command that runs one case alone."""
+    script = Path(__file__).resolve()
+    script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return f"{Path(sys.executable).name} {script} --kind {kind} --number {number}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 1 where a case failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, action="append", help="all by default; may be given more than once")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--cases", type=int, help="end after so many")
+    parser.add_argument("--seed", type=int, help="of the numbers drawn; a new one by default")
+    parser.add_argument("--number", type=int, help="run this one case, here, and show where it fails")
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    kinds = options.kind or list(KINDS)
+    if options.answer:
+        answer()
+        return 0
+    if options.number is not None:
+        for kind in kinds:
+            check(kind, options.number)
+        print(f"{', '.join(kinds)} {options.number}: passed")
+        return 0
+    seed = time.time_ns() % 10**9 if options.seed is None else options.seed
+    return 1 if fuzz(kinds, seed, options.seconds, options.cases) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
