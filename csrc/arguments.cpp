@@ -257,13 +257,12 @@ SampleBlocks sample_blocks(const torch::stable::Tensor& input, int64_t samples) 
 }
 
 SampleBlocks sample_blocks_like(const torch::stable::Tensor& self, const torch::stable::Tensor& input) {
-  check_alike<2>({input.get(), self.get()}, "input and self", 0);
-  const Shape shape = shape_of(input.get()), written = shape_of(self.get());
-  const int64_t samples = shape.dims ? shape.size[0] : 0;
-  const SampleBlocks blocks = sample_blocks(input, samples);
-  bool alike = samples <= 1 || blocks.positions == 0 || written.stride[0] == blocks.positions;
-  for (int64_t d = 1; d < shape.dims; ++d) {
-    alike = alike && (shape.size[d] == 1 || shape.stride[d] == written.stride[d]);
+  const View read = read_view(input.get(), "input"), written = write_view(self.get(), "self");
+  check_alike<2>({read, written}, "input and self", 0);
+  const SampleBlocks blocks = sample_blocks(input, read.shape.dims ? read.shape.size[0] : 0);
+  bool alike = blocks.samples <= 1 || blocks.positions == 0 || written.shape.stride[0] == blocks.positions;
+  for (int64_t d = 1; d < read.shape.dims; ++d) {
+    alike = alike && (read.shape.size[d] == 1 || read.shape.stride[d] == written.shape.stride[d]);
   }
   STD_TORCH_CHECK(alike, "self is no dense block with the strides of input");
   return blocks;
