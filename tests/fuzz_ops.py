@@ -52,18 +52,19 @@ def random_call(number: int) -> Call:
 
 
 def is_a_fault_of_torch(call: Call) -> bool:
-    """What torch 2.13 gets wrong of a plain layer on a CPU (oneDNN).
+    """What torch 2.13 gets wrong of a plain layer on a CPU (oneDNN), by memory that is never written or crashes.
 
-    In channels_last a 3-D layer whose padding is as wide as its dilated kernel crashes the process; so may the weight
-    gradient of a grouped one in bfloat16, which is wrong anyway. In bfloat16 a tap that sees padding alone gets what
-    the memory held before, in the place of zero.
+    The weight gradient of a 3-D layer that pads by more than half of its dilated kernel, such as
+    ``nn.Conv3d(1, 1, (5, 1, 1), (2, 1, 1), (3, 0, 0))`` on a map of [5, 3, 3], and its forward in channels_last; in
+    bfloat16 and channels_last that of any grouped 3-D layer, and in bfloat16 that of a tap which sees padding alone.
     """
     if call.op == "linear":
         return False
     _, padding, dilation, *_, groups = call.window
-    if len(call.weight) == 5 and call.layout in ("channels_last", "mixed"):
-        wide = any(p > d * (r - 1) for p, d, r in zip(padding, dilation, call.weight[2:], strict=True))
-        if wide or (groups > 1 and call.dtype is torch.bfloat16):
+    if len(call.weight) == 5:
+        if any(2 * p > d * (r - 1) for p, d, r in zip(padding, dilation, call.weight[2:], strict=True)):
+            return True
+        if groups > 1 and call.dtype is torch.bfloat16 and call.layout in ("channels_last", "mixed"):
             return True
     return call.dtype is torch.bfloat16 and sees_padding_alone(call)
 
