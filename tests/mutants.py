@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.txt"
 TABLE = ROOT / "tests" / "mutants.md"
 LONGEST = 300  # seconds of one test command; what takes longer hangs
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
@@ -70,19 +71,18 @@ class Copy:
         """Bring the files of the copy to what they are here; those that are the same keep their time."""
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-        wanted = {name for name in names if name and (ROOT / name).is_file()}
-        for path in [
-            p for p in self.root.rglob("*") if p.is_file() and p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
-        ]:
+        wanted = {name for name in names if name and ((ROOT / name).is_file() or (ROOT / name).is_symlink())}
+        for path in [p for p in self.root.rglob("*") if p.suffix in SOURCES]:
             if str(path.relative_to(self.root)) not in wanted:
                 path.unlink()
         for name in wanted:
             here, there = ROOT / name, self.root / name
-            if not there.exists() or there.read_bytes() != here.read_bytes():
-                there.parent.mkdir(parents=True, exist_ok=True)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if here.is_symlink():
                 there.unlink(missing_ok=True)
-                shutil.copy2(here, there, follow_symlinks=False)
-                os.utime(there, follow_symlinks=False)
+                there.symlink_to(os.readlink(here))
+            elif not there.exists() or there.read_bytes() != here.read_bytes():
+                shutil.copy(here, there)
         if not self.python.exists():
             venv.create(self.python.parents[1], with_pip=False)
             packages = [path for path in (*sys.path, *site.getsitepackages()) if Path(path).name == "site-packages"]
