@@ -32,7 +32,7 @@ LIST = ROOT / "tests" / "mutations.txt"
 TABLE = ROOT / "tests" / "mutants.md"
 LONGEST = 300  # seconds of one test command; what takes longer hangs
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without parameters
 
 
 class Mutant(NamedTuple):
@@ -199,7 +199,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     ]
     for mutant, result in sorted(rows, key=lambda row: row[1]["killed"]):
         by = f"`{result['by']}`" if result["killed"] else "**nothing**"
-        lines.append(f"| {mutant.name} | `{mutant.file}` | {by.replace('|', chr(92) + '|')} | {result['seconds']} |")
+        lines.append(f"| {mutant.name} | `{mutant.file}` | {by} | {result['seconds']} |")
     return "\n".join(lines) + "\n"
 
 
