@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from pyfeedback.kernels import measured
 from selection import DTYPES, NETWORKS, RULES
 
 from pyfeedback.forms import Form, choose_form, conv2d_problem
+from pyfeedback.kernels import measured
 
 LEAST_GAIN = 1.03
 PATHS = {"joined": "triton", "apart": "triton-apart"}  # and what forces them

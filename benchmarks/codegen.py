@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from pyfeedback.kernels.dgrad import dgrad_constants
 from pyfeedback.kernels.dgrad_kernel import dgrad_kernel
 from pyfeedback.kernels.geometry import Geometry, conv_geometry
@@ -30,9 +33,6 @@ from pyfeedback.kernels.single_kernel import single_kernel
 from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_joint, choose_single, choose_wgrad
 from pyfeedback.kernels.wgrad import wgrad_constants
 from pyfeedback.kernels.wgrad_kernel import wgrad_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from pyfeedback.testing import RESNET20_CIFAR, RESNET50
 
 BATCH = 32

@@ -3,9 +3,6 @@
 import pytest
 import torch
 import triton_cases
-from pyfeedback.kernels import dgrad, launch, wgrad
-from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
 from triton_cases import (
     DEVICE,
     VARIANTS,
@@ -19,6 +16,10 @@ from triton_cases import (
     shuffled_programs,
     surround,
 )
+
+from pyfeedback.kernels import dgrad, launch, wgrad
+from pyfeedback.kernels.geometry import Geometry
+from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
 
 pytestmark = triton_cases.MARKS
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
-from pyfeedback.kernels import ops
-from pyfeedback.kernels import rule as kernel_rule
 from triton_cases import DEVICE, Case, assert_near, inner, layer
 
 from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form
+from pyfeedback.kernels import ops
+from pyfeedback.kernels import rule as kernel_rule
 
 pytestmark = triton_cases.MARKS
 

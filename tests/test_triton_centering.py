@@ -4,11 +4,11 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
-from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.tiles import choose_joint, choose_single, choose_wgrad
 from triton_cases import Case, assert_near, backward, data_terms, single_passes
 
 from pyfeedback.forms import Form
+from pyfeedback.kernels.geometry import Geometry
+from pyfeedback.kernels.tiles import choose_joint, choose_single, choose_wgrad
 
 pytestmark = triton_cases.MARKS
 

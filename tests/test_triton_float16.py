@@ -4,13 +4,13 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
+from triton_cases import DEVICE, Case, backward, data_terms, products, single_passes
+
+from pyfeedback.forms import Form
 from pyfeedback.kernels import dgrad, wgrad
 from pyfeedback.kernels import rule as kernel_rule
 from pyfeedback.kernels.rule import unit_of
 from pyfeedback.kernels.tiles import DgradTile, SingleTile, WgradTile
-from triton_cases import DEVICE, Case, backward, data_terms, products, single_passes
-
-from pyfeedback.forms import Form
 
 pytestmark = triton_cases.MARKS
 

@@ -4,10 +4,6 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
-from pyfeedback.kernels import joint, wgrad
-from pyfeedback.kernels import rule as kernel_rule
-from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_joint
 from test_triton_backward import LAYERS, assert_all_near, run_conv2d
 from triton_cases import (
     DEVICE,
@@ -24,6 +20,10 @@ from triton_cases import (
 )
 
 from pyfeedback.forms import Form
+from pyfeedback.kernels import joint, wgrad
+from pyfeedback.kernels import rule as kernel_rule
+from pyfeedback.kernels.geometry import Geometry
+from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_joint
 
 pytestmark = triton_cases.MARKS
 

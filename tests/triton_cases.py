@@ -20,11 +20,10 @@ DEVICE = "cuda" if GPU else "cpu"
 with pytest.MonkeyPatch.context() as _patch:
     if not GPU:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
+    from pyfeedback.forms import Coefficients, Form, Window
     from pyfeedback.kernels import dgrad_kernel, joint_kernel, ops, rule, single_kernel, wgrad_kernel  # noqa: F401
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
     from pyfeedback.kernels.tiles import SingleTile
-
-    from pyfeedback.forms import Coefficients, Form, Window
 
 # Triton 3.6's interpreter makes a loop bound of an array of one element: NumPy warns before 2.4, and raises from there.
 NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
