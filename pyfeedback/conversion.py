@@ -16,6 +16,7 @@ from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
+from pyfeedback.values import check_flag, check_model, told
 
 _log = logging.getLogger("pyfeedback")
 
@@ -71,8 +72,13 @@ def convert(
 
     Returns:
         ``model`` itself.
+
+    Raises:
+        ValueError, TypeError: an argument is none of these; nothing is changed then.
     """
-    rules = {p: as_rule(r) for p, r in rule.items()} if isinstance(rule, Mapping) else {"*": as_rule(rule)}
+    check_model(model)
+    check_flag("return_report", return_report)
+    rules = _rules_by_pattern(rule)
     init, unsupported = as_init(init), _unsupported(model)
     report, direct = Conversion(rules), None
     _drop_direct_feedback(model)
@@ -111,7 +117,9 @@ def unconvert(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a layer is of a subclass, which a parametrized one is too; nothing is changed then.
+        TypeError: ``model`` is no module.
     """
+    check_model(model)
     plain = {layer: original for original, layer in LAYERS.items()}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLayer)]
     for name, layer in layers:
@@ -127,6 +135,7 @@ def unconvert(model: nn.Module) -> nn.Module:
 
 def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
     """Name and module of each layer of ``model`` that has a feedback weight of its own; shared layers once."""
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, FeedbackLayer) and module.feedback is not None:
             yield name, module
@@ -143,8 +152,20 @@ def feedback_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter of ``model`` that is no feedback weight: what an optimizer of the task takes."""
+    check_model(model)
     feedback = {id(p) for p in feedback_parameters(model)}
     return (p for p in model.parameters() if id(p) not in feedback)
+
+
+def _rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, Rule]:
+    if not isinstance(rule, Mapping):
+        return {"*": as_rule(rule)}
+    if not rule:
+        raise ValueError(f"rule is a {type(rule).__name__} without a pattern, expected one or more")
+    for pattern in rule:
+        if not isinstance(pattern, str):
+            raise TypeError(f"a pattern of rule is {told(pattern)}, expected a string")
+    return {pattern: as_rule(r) for pattern, r in rule.items()}
 
 
 def _drop_direct_feedback(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from pyfeedback.values import check_callable, check_int, check_number, is_number, told
+from pyfeedback.values import check_callable, check_choice, check_number, is_int, is_number, told
 
 SIGNS = ("free", "weight")
 _seeding = threading.RLock()  # of the global generator, which laws of torch.nn.init draw from
@@ -44,10 +44,9 @@ class Init:
         check_number("scale", self.scale)
         if not is_number(self.density) or not 0 < self.density <= 1:
             raise ValueError(f"density is {told(self.density)}, expected a number above 0, at most 1")
-        if self.signs not in SIGNS:
-            raise ValueError(f"signs is {told(self.signs)}, expected one of {', '.join(SIGNS)}")
-        if self.seed is not None:
-            check_int("seed", self.seed)
+        check_choice("signs", self.signs, SIGNS)
+        if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed is {told(self.seed)}, expected an int of 64 bits, or None")
 
     @torch.no_grad()
     def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:

@@ -12,6 +12,7 @@ from pyfeedback import step_arguments
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import tell_of_uncalled
 from pyfeedback.providers import provide
+from pyfeedback.values import check_callable, check_model, refuse_no_tensor, told
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,19 @@ def alignment(
         A dict of :class:`LayerAlignment`; empty for a model without feedback layers.
 
     Raises:
-        ValueError: a batch without a loss.
+        ValueError: a batch without a loss, or weights without values (on the meta device).
+        TypeError: an argument of another type.
     """
+    check_model(model)
+    if batch is not None:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"batch is {told(batch)}, expected a pair (input, target)")
+        if loss is None:
+            raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
+        check_callable("loss", loss, "a function of the model's output and the target")
     layers = {name: layer for name, layer in _layers(model) if layer.feedback is not None or layer.direct is not None}
+    for name, layer in layers.items():
+        _check_values(name, layer)
     tell_of_uncalled(layers)
     with torch.no_grad():
         paths = [layer.standing_path() for layer in layers.values()]
@@ -67,8 +78,7 @@ def alignment(
     }
     if batch is None:
         return {name: LayerAlignment(*found) for name, found in weights.items()}
-    if loss is None:
-        raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
+    assert loss is not None
     with _observing(model):
         gradients, projections = _gradients(model, layers, batch, loss, observe=True)
     with _observing(model), weight_transport(model):
@@ -80,13 +90,23 @@ def alignment(
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """Angle between two tensors of the same shape, in degrees, summed in float64; nan where one is zero."""
+    """Angle between two tensors of the same shape, in degrees, summed in float64; nan where one is zero.
+
+    Raises:
+        ValueError, TypeError: they are no tensors of one shape.
+    """
+    for name, tensor in (("a", a), ("b", b)):
+        if not isinstance(tensor, Tensor):
+            refuse_no_tensor(name, tensor)
+    if a.shape != b.shape:
+        raise ValueError(f"b has shape {tuple(b.shape)}, expected that of a, {tuple(a.shape)}")
     return _angle(*_products([a], [b])[0])
 
 
 @contextmanager
 def weight_transport(model: nn.Module) -> Iterator[None]:
     """Inside, the layers of ``model`` hand back gradients by way of their weight: plain backprop."""
+    check_model(model)
     layers = [(layer, layer.feedback, layer.direct) for _, layer in _layers(model)]
     for layer, *_ in layers:
         layer.feedback = layer.direct = None
@@ -95,6 +115,17 @@ def weight_transport(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, feedback, direct in layers:
             layer.feedback, layer.direct = feedback, direct
+
+
+def _check_values(name: str, layer: FeedbackLayer) -> None:
+    """Raise where there is nothing to read."""
+    weight, feedback = layer.weight, layer.feedback
+    for what, tensor in (("feedback", feedback), ("weight", weight)):
+        if tensor is not None and tensor.is_meta and (feedback is None or feedback.is_meta):
+            raise ValueError(f"{what} of layer {name} is on meta, expected tensors that have values")
+    if feedback is not None and weight.device != feedback.device:
+        on = f"weight of layer {name} is on {weight.device}"
+        raise ValueError(f"{on}, expected the device of its feedback, {feedback.device}")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:

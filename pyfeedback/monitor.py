@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from pyfeedback.metrics import LayerAlignment, alignment
+from pyfeedback.values import check_int, told
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ class Monitor:
 
     Raises:
         ValueError: ``every`` below 1, or a batch without a loss.
+        TypeError: an argument of another type.
     """
 
     def __init__(
@@ -51,8 +53,7 @@ class Monitor:
         batch: tuple | None = None,
         loss: Callable[..., Tensor] | None = None,
     ):
-        if every < 1:
-            raise ValueError(f"every is {every}, expected 1 or more")
+        check_int("every", every, least=1)
         self.model, self.every, self.batch, self.loss = model, every, batch, loss
         self.readings: dict[int, dict[str, LayerAlignment]] = {}
         self._last = 0
@@ -93,10 +94,19 @@ class Monitor:
         return {"step": self._last, "readings": self._rows()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a :meth:`state_dict`."""
-        self._last, self.readings = state["step"], {}
-        for step, layer, *values in state["readings"]:
-            self.readings.setdefault(step, {})[layer] = LayerAlignment(*values)
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        readings: dict[int, dict[str, LayerAlignment]] = {}
+        try:
+            last = state["step"]
+            for step, layer, *values in state["readings"]:
+                readings.setdefault(step, {})[layer] = LayerAlignment(*values)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"state is {told(state)}, expected what state_dict returned") from None
+        self._last, self.readings = last, readings
 
     def draw(self, path: str | Path | None = None) -> "Figure":
         """The readings as a matplotlib Figure, written to ``path`` if one is given.

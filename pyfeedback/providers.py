@@ -21,6 +21,7 @@ from torch import Tensor
 from pyfeedback import aten, depthwise, native, step_arguments
 from pyfeedback.forms import Coefficients, Window, WindowNd
 from pyfeedback.kernels import measured
+from pyfeedback.values import check_choice
 
 BACKENDS = ("auto", "aten", "native", "triton", "triton-apart")
 
@@ -220,8 +221,7 @@ def in_force(name: str) -> Iterator[None]:
 
 
 def _check(name: str) -> None:
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    check_choice("backend", name, BACKENDS)
     if name == "native" and not native.has_cpu():
         raise RuntimeError(f'backend is "native", expected a compiled library: {native.build_info().missing}')
     triton = name.startswith("triton")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 
 from pyfeedback.forms import COEFFICIENTS, Coefficients
-from pyfeedback.values import is_int, is_number, told
+from pyfeedback.values import check_choice, is_int, is_number, told
 
 REDUCTIONS = ("batch", "mean")
 SIGNS = ("free", "uniform", "fixed", "batch")
@@ -57,16 +57,19 @@ class Rule:
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
                 raise ValueError(f"{name} is {told(value)}, expected a finite number")
+            if type(value) not in (int, float):  # of numpy
+                object.__setattr__(self, name, float(value))
         if not (is_int(self.samples) and self.samples >= 0) and not (
             isinstance(self.samples, float) and 0 < self.samples <= 1
         ):
             raise ValueError(f"samples is {told(self.samples)}, expected an int of 0 or more, or a float in (0, 1]")
         for name, known in (("reduction", REDUCTIONS), ("signs", SIGNS), ("direct", DIRECT)):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                raise ValueError(f"{name} is {told(value)}, expected one of {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         if not is_int(self.expansion) or self.expansion < 0:
             raise ValueError(f"expansion is {told(self.expansion)}, expected an int of 0 or more")
+        for name in ("samples", "expansion"):
+            if is_int(getattr(self, name)):
+                object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("center", "transport"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {told(getattr(self, name))}, expected True or False")

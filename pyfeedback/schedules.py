@@ -29,22 +29,39 @@ from torch import Tensor, nn
 from pyfeedback.conversion import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.forms import COEFFICIENTS
 from pyfeedback.nn import FeedbackLayer
+from pyfeedback.values import (
+    check_callable,
+    check_int,
+    check_model,
+    check_number,
+    check_positive,
+    is_int,
+    is_number,
+    told,
+)
 
 Curve = Callable[[int], float]
 
 
 def constant(value: float) -> Curve:
     """``value`` at every step."""
+    check_number("value", value)
     return lambda step: value
 
 
 def linear(start: float, end: float, steps: int) -> Curve:
     """From ``start`` at step 0 to ``end`` at step ``steps`` in equal differences, then ``end``."""
+    check_number("start", start)
+    check_number("end", end)
+    check_positive("steps", steps)
     return lambda step: start + (end - start) * min(step / steps, 1.0)
 
 
 def exponential(start: float, end: float, steps: int) -> Curve:
     """From ``start`` at step 0 to ``end`` at step ``steps`` in equal ratios, then ``end``; both of one sign."""
+    check_number("start", start)
+    check_number("end", end)
+    check_positive("steps", steps)
     if start * end <= 0:
         raise ValueError(f"start and end are {start} and {end}, expected two numbers of the same sign, none of them 0")
     return lambda step: start * (end / start) ** min(step / steps, 1.0)
@@ -52,11 +69,18 @@ def exponential(start: float, end: float, steps: int) -> Curve:
 
 def cyclic(low: float, high: float, period: int) -> Curve:
     """From ``low`` up to ``high`` and back in each ``period`` of steps, along a cosine."""
+    check_number("low", low)
+    check_number("high", high)
+    check_positive("period", period)
     return lambda step: low + (high - low) * (1 - math.cos(2 * math.pi * step / period)) / 2
 
 
 def between(first: int, last: float, curve: Curve | None = None) -> Curve:
     """``curve``, or 1, from step ``first`` on and before step ``last``; 0 outside."""
+    check_number("first", first)
+    check_number("last", last)
+    if curve is not None:
+        check_callable("curve", curve, "a function of the step")
     return lambda step: (curve(step - first) if curve else 1.0) if first <= step < last else 0.0
 
 
@@ -71,15 +95,15 @@ class Schedule:
     again as they move.
 
     Raises:
-        ValueError: a coefficient that is none, or a curve that is no function.
+        ValueError: a coefficient that is none, or a curve whose value is not finite.
+        TypeError: a curve that is no function, or one of no numbers.
     """
 
     def __init__(self, model: nn.Module, **curves: Curve):
         for name, curve in curves.items():
             if name not in COEFFICIENTS:
                 raise ValueError(f"{name} is no coefficient, expected one of {', '.join(COEFFICIENTS)}")
-            if not callable(curve):
-                raise ValueError(f"{name} is {curve!r}, expected a function of the step")
+            check_callable(name, curve, "a function of the step")
         self.curves = curves
         self._rules = [(layer, layer.unscheduled or layer.rule) for _, layer in feedback_layers(model)]
         self._last = 0
@@ -92,14 +116,24 @@ class Schedule:
 
     def factors(self) -> dict[str, float]:
         """What the coefficients are multiplied by at the present step."""
-        return {name: float(curve(self._last)) for name, curve in self.curves.items()}
+        values = {name: curve(self._last) for name, curve in self.curves.items()}
+        for name, value in values.items():
+            if not is_number(value) or not math.isfinite(value):
+                raise ValueError(f"{name} is {told(value)} at step {self._last}, expected a finite number")
+        return {name: float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict[str, int]:
         """The step; curves are code, and made again."""
         return {"step": self._last}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to the step of a :meth:`state_dict`."""
+        """Go to the step of a :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not isinstance(state, dict) or not is_int(state.get("step")):
+            raise ValueError(f"state is {told(state)}, expected what state_dict returned")
         self._last = state["step"]
         self._apply()
 
@@ -124,8 +158,7 @@ class Alternation:
     """
 
     def __init__(self, model: nn.Module, every: int):
-        if every < 1:
-            raise ValueError(f"every is {every}, expected 1 or more")
+        check_int("every", every, least=1)
         self._learn = [p for p in feedback_parameters(model) if p.requires_grad]
         self.every, self._last = every, 0
         self._apply()
@@ -177,6 +210,9 @@ class Mirror:
     """
 
     def __init__(self, model: nn.Module, law: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
+        check_callable("law", law, "a function that makes noise, as torch.randn")
+        check_number("amplitude", amplitude)
+        check_model(model)
         self.law, self.amplitude = law, amplitude
         self._layers = [layer for _, layer in feedback_layers(model) if layer.rule.reads_data]
         self._inputs: dict[FeedbackLayer, Tensor] = {}
@@ -227,8 +263,8 @@ class GrowthControl:
     """
 
     def __init__(self, model: nn.Module, std: float = 0.5):
-        if not 0 < std < math.inf:
-            raise ValueError(f"std is {std}, expected a finite number above 0")
+        check_model(model)
+        check_positive("std", std)
         self.model, self.std = model, std
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ Python's; flags are not numbers.
 """
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -53,6 +54,13 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value}, expected a finite number")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise where ``value`` is no finite number above 0."""
+    if not is_number(value) or not 0 < value < math.inf:
+        kind = ValueError if is_number(value) else TypeError
+        raise kind(f"{name} is {told(value)}, expected a finite number above 0")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise where ``value`` is neither True nor False."""
     if not isinstance(value, bool):
@@ -69,6 +77,12 @@ def check_model(value: Any) -> None:
     """Raise where ``value`` is no model."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"model is {told(value)}, expected a torch.nn.Module")
+
+
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """Raise where ``value`` is none of the words ``known``."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} is {told(value)}, expected one of {', '.join(known)}")
 
 
 def refuse_no_tensor(name: str, value: Any) -> NoReturn:
