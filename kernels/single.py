@@ -36,7 +36,7 @@ def launch_single(
 
     Args:
         x, dx: [N, 1, 1, C] contiguous, float16, bfloat16 or float32; dy: [N, 1, 1, K]; y: [n, 1, 1, K], n <= N.
-        feedback, weight, dw: [K, C] contiguous, of x's dtype.
+        feedback, weight, dw: [K, C] contiguous, of x's dtype; dw may be float32 beside 16-bit operands.
         term: what f is, with its coefficients decay, self_ and tie as in :func:`launch_wgrad`:
             "none" (those terms alone; f may be absent), "response" (scale * unit * y'x + ...),
             "projection" (scale * unit * y'z + ..., z = (z_scale * y feedback - x_scale * x) / unit),

@@ -40,7 +40,7 @@ def plan_wgrad(
         a, u: [N, P, Q, K] and [N, P, Q, U] contiguous, of x's dtype. Without ``a``, ``dw`` is only read; without
             ``u``, its term is 0. Of a pointwise layer's x'x (``u`` is ``x``, nothing else asked for) the blocks on and
             below the diagonal are computed, and mirrored.
-        dw, f: [K, R, S, C] and [U, R, S, C] of any strides, written; f may be float32 beside 16-bit operands.
+        dw, f: [K, R, S, C] and [U, R, S, C] of any strides, written; each may be float32 beside 16-bit operands.
         weight, feedback: of f's shape and strides; read where their coefficient is not 0.
         mean: [positions of a sample, C] in float32, subtracted from x, and from ``u`` where it is ``x``, for f alone.
         unit: [1] in float32, what a 1 in ``u`` (or ``x``) stands for; 1 if it is None.
