@@ -4,38 +4,32 @@ Where a rule reads no activations (sa, kp) its gradient is made of W, W's gradie
 and autograd is spared. W and B of a layer are stepped together, and what both read is read from memory once.
 """
 
+import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from pyfeedback import functional
 from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.nn import FeedbackLayer
+from pyfeedback.nn.layer import tell_of_uncalled
 from pyfeedback.providers import provide
-from pyfeedback.rules import Rule
+from pyfeedback.step_rows import Row, Scaling, feedback_row, forward_row, is_computed, is_tied, unscaled
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
-
-
-class Row(NamedTuple):
-    """What moves one parameter: its gradient is ``decay * param - self_ * weight + tie * grad``."""
-
-    param: nn.Parameter
-    weight: Tensor
-    grad: Tensor
-    decay: float
-    self_: float
-    tie: float
-    weight_decay: float = 0.0  # that is no part of the gradient
 
 
 class _RowOptimizer(torch.optim.Optimizer):
     """Steps the rows of all groups, in as few calls as their options allow."""
 
     _layers: dict[nn.Parameter, FeedbackLayer]
+    _names: dict[nn.Parameter, str]  # of the layers, by their feedback weights
+    _step_supports_amp_scaling = True  # GradScaler leaves the gradients, and sets grad_scale and found_inf
 
     def _options(self, group: dict[str, Any]) -> tuple:
         """What the rows of one call have in common, as `_update` takes it."""
@@ -48,27 +42,31 @@ class _RowOptimizer(torch.optim.Optimizer):
     def _update(self, rows: list[Row], *options) -> None:
         raise NotImplementedError
 
+    def _update_by_torch(self, rows: list[Row], *options) -> None:
+        """As `_update`, of complex parameters and sparse gradients."""
+        raise NotImplementedError
+
     def __getstate__(self):
-        return {**super().__getstate__(), "_layers": self._layers}
+        return {**super().__getstate__(), "_layers": self._layers, "_names": self._names}
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every parameter that has something to follow; one with no gradient to take is left, as torch does."""
+        """Update every parameter that has a gradient or a rule; skip the others, as torch.optim does."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)  # left by torch.amp.GradScaler, as grad_scale
         if found_inf is None or not found_inf:
-            for options, rows in self._calls():
-                self._update(rows, *options)
+            for by_torch, options, rows in self._calls():
+                (self._update_by_torch if by_torch else self._update)(rows, *options)
         return loss
 
-    def _calls(self) -> Iterator[tuple[tuple, list[Row]]]:
-        """Options and rows of each call.
+    def _calls(self) -> Iterator[tuple[bool, tuple, list[Row]]]:
+        """Whether torch's own functions update the rows, their options, and the rows, of each call.
 
-        A rule reads W before it moves, as autograd did: W comes right behind its B where both have the same options,
-        and in a later call otherwise, as everything does that a W which is no parameter may have been made of.
+        B's update must see W before W is updated. If both share options they go in one call, B first; otherwise W is
+        deferred to a second call. If W is computed from other parameters, those are deferred too.
         """
         places: dict[nn.Parameter, tuple[dict, tuple]] = {}
         for group in self.param_groups:
@@ -79,29 +77,32 @@ class _RowOptimizer(torch.optim.Optimizer):
             readers.setdefault(layer.weight, []).append(b)
         in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in places]
         unmade = all(w in places for w in readers)
-        scale = getattr(self, "grad_scale", None)
-        factor = None if scale is None else 1 / float(scale)
+        scaling, uncalled = Scaling.of(self), self._uncalled()
         calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
         for p in dict.fromkeys([*in_turn, *places]):
             group, shared = places[p]
-            row = self._row(p, group)
+            row = None if p in uncalled else self._row(p, group)
             if row is not None:
+                of_feedback = self._layers.get(p)
+                has_weight = of_feedback is not None and of_feedback.weight in places
+                row = unscaled(row, of_feedback, self._names.get(p, ""), scaling, has_weight)
                 beside = {places[b][1] for b in readers.get(p, ())}
                 late = p not in self._layers and (beside != {shared} if beside else not unmade)
-                calls[late].setdefault(shared, []).append(self._unscaled(row, factor))
+                calls[late].setdefault((row.by_torch, shared), []).append(row)
         for of_time in calls.values():
-            for (_, options), rows in of_time.items():
-                yield options, rows
+            for (by_torch, (_, options)), rows in of_time.items():
+                yield by_torch, options, rows
 
-    def _unscaled(self, row: Row, factor: float | None) -> Row:
-        """The row without the loss scale of torch.amp.GradScaler, which a rule's own gradient never had."""
-        if getattr(self, "found_inf", None) is None:
-            return row
-        if row.param in self._layers and row.grad is row.param.grad:
-            if factor is None:
-                raise RuntimeError("scaler.unscale_ divided the rules' own gradients, expected scaler.step alone")
-            return row
-        return row if factor is None else row._replace(tie=row.tie * factor)
+    def _uncalled(self) -> set[nn.Parameter]:
+        """Feedback weights of layers whose weight is trained without a call of the layer, by plain backprop."""
+        if not any(layer.called for layer in self._layers.values()):  # gradients that no forward pass of it has made
+            return set()
+        uncalled = {b for b, layer in self._layers.items() if not layer.called and layer.weight.grad is not None}
+        if uncalled:
+            tell_of_uncalled(
+                {self._names[b]: layer for b, layer in self._layers.items() if layer.called or b in uncalled}
+            )
+        return uncalled
 
 
 class FeedbackSGD(_RowOptimizer):
@@ -110,9 +111,14 @@ class FeedbackSGD(_RowOptimizer):
     Under a rule that reads no activations (sa, kp and fa) the step computes the rule's gradient itself, from W, its
     gradient and B, and autograd is spared all work: the constructor sets ``feedback.requires_grad_(False)`` on those
     layers (build it before DistributedDataParallel wraps the model, or of the wrapped model, whose promise of gradients
-    is kept). Other rules leave ``feedback.grad``, which the step takes. Call it beside the optimizer of the forward
-    weights (:func:`pyfeedback.forward_parameters`), before their gradients are cleared. Kolen-Pollack aligns where
-    both step alike: the same learning rate and momentum, and a weight decay equal to the rule's ``decay``.
+    is kept). Other rules leave ``feedback.grad``, which the step takes; so does every rule of a layer whose weight is
+    computed from other parameters (weight_norm, parametrizations, pruning), which must be so when the optimizer is
+    built. Step it before the optimizer of the forward weights (:func:`pyfeedback.forward_parameters`), since sa reads W
+    before it moves, and before their gradients are cleared. Kolen-Pollack aligns where both step alike: the same
+    learning rate and momentum, and a weight decay equal to the rule's ``decay``.
+
+    Under ``torch.amp.GradScaler`` call ``scaler.step`` on both optimizers, this one first. Kolen-Pollack reads W's
+    gradient, of which only the optimizer of W has the scale: it wants :class:`SGD` or :class:`AdamW`.
 
     Args:
         model: a model with feedback layers; the rule each has at the time of a step is followed.
@@ -139,11 +145,10 @@ class FeedbackSGD(_RowOptimizer):
         skip_nonfinite: bool = False,
     ):
         for name, value in {"lr": lr, "momentum": momentum, "noise": noise}.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value}, expected a finite number, 0 or more")
+            _check_number(name, value)
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True with momentum 0, expected a momentum above 0")
-        self._layers = _feedback_of(model)
+        self._layers, self._names = _feedback_of(model)
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "noise": noise}
         super().__init__([{"params": list(self._layers)}], {**options, "skip_nonfinite": skip_nonfinite})
 
@@ -162,11 +167,11 @@ class FeedbackSGD(_RowOptimizer):
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer = self._layers[p]
-        return _feedback_row(p, layer, p.requires_grad, bool(group["noise"]))
+        return feedback_row(p, layer, self._names[p], p.requires_grad, bool(group["noise"]))
 
     def _update(self, rows: list[Row], *options) -> None:
         lr, momentum, nesterov, noise, skip_nonfinite = options
-        param, weight, grad, decay, self_, tie, _ = zip(*rows, strict=True)
+        param, weight, grad, decay, self_, tie, *_ = zip(*rows, strict=True)
         buffers = [self._buffer(p) for p in param] if momentum else []
         on_device = isinstance(lr, Tensor)
         functional.feedback_step_(
@@ -175,6 +180,18 @@ class FeedbackSGD(_RowOptimizer):
             skip_nonfinite=skip_nonfinite, seed=int(torch.randint(2**62, ())) if noise and not on_device else 0,
             dynamic=_dynamic(lr, noise, param[0].device) if on_device else None,
         )  # fmt: skip
+
+    def _update_by_torch(self, rows: list[Row], *options) -> None:
+        lr, momentum, nesterov, _, skip_nonfinite = options
+        grads = [row.grad if row.tie == 1.0 else row.grad * row.tie for row in rows]
+        if skip_nonfinite and not all((g._values() if g.is_sparse else g).isfinite().all() for g in grads):
+            return
+        for row, grad in zip(rows, grads, strict=True):
+            sgd(
+                [row.param], [grad], [self._buffer(row.param) if momentum else None], has_sparse_grad=grad.is_sparse,
+                foreach=False, weight_decay=row.decay, momentum=momentum, lr=lr, dampening=0.0, nesterov=nesterov,
+                maximize=False,
+            )  # fmt: skip
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -206,8 +223,6 @@ class SGD(FeedbackSGD):
         ValueError: no feedback layer in ``model``, or a number out of range.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler leaves the gradients, and sets grad_scale and found_inf
-
     def __init__(
         self,
         model: nn.Module,
@@ -220,8 +235,7 @@ class SGD(FeedbackSGD):
         noise: float = 0.0,
         skip_nonfinite: bool = False,
     ):
-        if not 0 <= weight_decay < float("inf"):
-            raise ValueError(f"weight_decay is {weight_decay}, expected a finite number, 0 or more")
+        _check_number("weight_decay", weight_decay)
         super().__init__(model, lr, momentum, nesterov, noise, skip_nonfinite)
         self.defaults["weight_decay"] = weight_decay
         for group in _forward_groups(model, params):
@@ -238,7 +252,7 @@ class SGD(FeedbackSGD):
             torch.optim.Optimizer.add_param_group(self, {**options, **param_group, "params": params})
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
-        return super()._row(p, group) if p in self._layers else _forward_row(p, group["weight_decay"], 0.0)
+        return super()._row(p, group) if p in self._layers else forward_row(p, group["weight_decay"], 0.0)
 
 
 class AdamW(_RowOptimizer, torch.optim.AdamW):
@@ -271,8 +285,14 @@ class AdamW(_RowOptimizer, torch.optim.AdamW):
         *,
         params: Params | None = None,
     ):
-        self._layers = _feedback_of(model)
-        tied = {b: layer.rule.decay for b, layer in self._layers.items() if _is_tied(layer.rule)}
+        self._layers, self._names = _feedback_of(model)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"betas is {betas!r}, expected two numbers in [0, 1)")
+        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+            _check_number(name, value)
+        for i, beta in enumerate(betas):
+            _check_number(f"betas[{i}]", beta, 1.0)
+        tied = {b: layer.rule.decay for b, layer in self._layers.items() if is_tied(layer.rule)}
         others = [b for b in self._layers if b not in tied]
         groups = [*_forward_groups(model, params), {"params": others, "weight_decay": 0.0}]
         groups += [{"params": [b], "weight_decay": decay} for b, decay in tied.items()]
@@ -285,16 +305,18 @@ class AdamW(_RowOptimizer, torch.optim.AdamW):
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer = self._layers.get(p)
         if layer is None:
-            return _forward_row(p, 0.0, group["weight_decay"])
-        tied = _is_tied(layer.rule)
-        row = _feedback_row(p, layer, p.requires_grad and not tied, False)
+            return forward_row(p, 0.0, group["weight_decay"])
+        tied = is_tied(layer.rule)
+        by_autograd = p.requires_grad and (not tied or is_computed(layer))
+        row = feedback_row(p, layer, self._names[p], by_autograd, False)
         if row is None or not tied:
             return row
-        return row._replace(decay=0.0, weight_decay=group["weight_decay"])
+        # The decay is decoupled: it is left out of the gradient, and taken out where autograd has put it in.
+        return row._replace(decay=-layer.rule.decay if by_autograd else 0.0, weight_decay=group["weight_decay"])
 
     def _update(self, rows: list[Row], *options) -> None:
         lr, beta1, beta2, eps, amsgrad = options
-        param, weight, grad, decay, self_, tie, weight_decay = zip(*rows, strict=True)
+        param, weight, grad, decay, self_, tie, weight_decay, _ = zip(*rows, strict=True)
         names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
         states = [self._state_of(p, names) for p in param]
         moments = ([state[name] for state in states] for name in names)
@@ -302,6 +324,21 @@ class AdamW(_RowOptimizer, torch.optim.AdamW):
             *map(_local, (param, weight, grad, *moments)), step=[state["step"] for state in states], decay=decay,
             self_=self_, tie=tie, weight_decay=weight_decay, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps,
         )  # fmt: skip
+
+    def _update_by_torch(self, rows: list[Row], *options) -> None:
+        lr, beta1, beta2, eps, amsgrad = options
+        for row in rows:
+            if row.grad.is_sparse:
+                shape = tuple(row.param.shape)
+                raise RuntimeError(f"a parameter of shape {shape} has a sparse gradient, expected SGD: AdamW has none")
+            state = self._state_of(row.param, ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])))
+            grad = row.grad if row.tie == 1.0 else row.grad * row.tie
+            adamw(
+                [row.param], [grad], [state["exp_avg"]], [state["exp_avg_sq"]],
+                [state["max_exp_avg_sq"]] if amsgrad else [], [state["step"]], foreach=False, amsgrad=amsgrad,
+                beta1=beta1, beta2=beta2, lr=float(lr), weight_decay=row.weight_decay, eps=eps, maximize=False,
+                has_complex=True,
+            )  # fmt: skip
 
     def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """As torch.optim.AdamW's fused form keeps it."""
@@ -312,43 +349,32 @@ class AdamW(_RowOptimizer, torch.optim.AdamW):
         return state
 
 
-def _feedback_of(model: nn.Module) -> dict[nn.Parameter, FeedbackLayer]:
-    """Layers by feedback weight; autograd is spared the gradients that the optimizer can compute."""
+def _feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], dict[nn.Parameter, str]]:
+    """Layers and their names by feedback weight; autograd is left out where the optimizer computes the gradient."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected the converted model itself, not its parameters")
     if not any(isinstance(module, FeedbackLayer) for module in model.modules()):
         raise ValueError("model has no layer with a feedback weight, expected one converted by pyfeedback.convert")
-    layers = {layer.feedback: layer for _, layer in feedback_layers(model) if layer.feedback is not None}
+    named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
+    layers = {feedback: layer for feedback, (_, layer) in named.items()}
     if not isinstance(model, DistributedDataParallel):  # which waits for the gradients it saw promised
         for feedback, layer in layers.items():
-            feedback.requires_grad_((layer.unscheduled or layer.rule).reads_data)
-    return layers
+            rule = layer.unscheduled or layer.rule
+            feedback.requires_grad_(rule.reads_data or (rule.learns and is_computed(layer)))
+    return layers, {feedback: name for feedback, (name, _) in named.items()}
+
+
+def _check_number(name: str, value: object, below: float = math.inf) -> None:
+    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    if not number or not 0 <= value < below:  # type: ignore[operator]
+        limit = "a finite number, 0 or more" if below == math.inf else f"a number in [0, {below:g})"
+        raise (ValueError if number else TypeError)(f"{name} is {value!r}, expected {limit}")
 
 
 def _forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, Any]]:
     """Parameter groups of what is no feedback weight."""
     given: list = list(forward_parameters(model) if params is None else params)
     return given if given and isinstance(given[0], dict) else [{"params": given}]
-
-
-def _feedback_row(b: nn.Parameter, layer: FeedbackLayer, by_autograd: bool, noisy: bool) -> Row | None:
-    """The row of a feedback weight; None where its rule leaves it."""
-    if layer.feedback is not b:
-        raise RuntimeError("model has other feedback weights now, expected those this optimizer was made of")
-    rule, w = layer.rule, layer.weight
-    if rule.reads_data or by_autograd:
-        grad, terms = b.grad, (0.0, 0.0, 1.0)  # everything, decay included, is in the gradient
-    else:
-        grad, terms = w.grad if rule.tie else w, (rule.decay, rule.self_, rule.tie)
-    if layer.mixing is not None:  # the feedback is a factor of what stands beside the weight
-        w, grad = b, grad if grad is b.grad or grad is None else layer.through_mixing(grad)
-    return Row(b, w, grad, *terms) if grad is not None and (rule.learns or noisy) else None
-
-
-def _forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | None:
-    return None if p.grad is None else Row(p, p, p.grad, decay, 0.0, 1.0, weight_decay)
-
-
-def _is_tied(rule: Rule) -> bool:
-    return rule.tie != 0 and not rule.reads_data and not rule.self_
 
 
 def _dynamic(lr: Tensor, noise: float, device: torch.device) -> Tensor:

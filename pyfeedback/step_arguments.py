@@ -150,7 +150,9 @@ def _operands(
         for i, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}[{i}] is {_kind(tensor)}, expected a Tensor")
-        operands[name] = tensors if factors is None else [t if a else None for t, a in zip(tensors, factors, strict=True)]
+        operands[name] = (
+            tensors if factors is None else [t if a else None for t, a in zip(tensors, factors, strict=True)]
+        )
     return operands
 
 

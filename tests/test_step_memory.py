@@ -42,7 +42,9 @@ def step(operands, momentum=0.9, **coefficients):
 def adamw_lists(count):
     operands = lists(count)
     operands = {"param": operands["feedback"], "weight": operands["weight"], "grad": operands["grad"]}
-    operands["exp_avg"], operands["exp_avg_sq"] = ([t.abs() for t in ts] for ts in list(lists(count, seed=1).values())[:2])
+    operands["exp_avg"], operands["exp_avg_sq"] = (
+        [t.abs() for t in ts] for ts in list(lists(count, seed=1).values())[:2]
+    )
     operands["step"] = [torch.tensor(1.0) for _ in range(count)]
     return operands
 
@@ -207,7 +209,12 @@ def test_what_is_read_alone_may_be_shared_in_any_way():
     operands = lists(4)
     whole = torch.randn(60, dtype=torch.float64)
     operands["weight"] = [whole[i : i + 24].view(4, 6) for i in (0, 3, 3, 30)]
-    operands["grad"] = [operands["weight"][3], whole[:1].expand(4, 6), whole[5:29].view(6, 4).t(), whole[:24].view(4, 6)]
+    operands["grad"] = [
+        operands["weight"][3],
+        whole[:1].expand(4, 6),
+        whole[5:29].view(6, 4).t(),
+        whole[:24].view(4, 6),
+    ]
     assert_steps(operands)
 
 
@@ -281,7 +288,12 @@ def test_random_views_are_refused_where_they_share_an_element(seed):
     views = [random_view(draw, storage) for _ in range(2)]
     shared = bool(set(places(views[0])) & set(places(views[1])))
     weight, grad = ([torch.randn_like(v) for v in views] for _ in range(2))
-    operands = {"feedback": views, "weight": weight, "grad": grad, "momentum_buffer": [torch.zeros_like(v) for v in views]}
+    operands = {
+        "feedback": views,
+        "weight": weight,
+        "grad": grad,
+        "momentum_buffer": [torch.zeros_like(v) for v in views],
+    }
     if shared:
         refuses(step, operands, "feedback[1] shares memory with feedback[0], expected memory of its own")
     else:
