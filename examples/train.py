@@ -46,7 +46,8 @@ def train(settings: Settings, options: argparse.Namespace, here: place.Place) ->
     def save():
         state = run.state_dict()
         if logs:
-            checkpoint.save(state, path)
+            with errors_in_one_line():
+                checkpoint.save(state, path)
 
     def after_step():
         if logs:
@@ -66,7 +67,7 @@ def train(settings: Settings, options: argparse.Namespace, here: place.Place) ->
 
 @contextmanager
 def errors_in_one_line():
-    """What is refused before the first step needs no traceback."""
+    """What is refused, and what a disk refuses, needs no traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
