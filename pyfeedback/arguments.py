@@ -73,12 +73,12 @@ def check_padded(input: Tensor, weight: Tensor) -> None:
 def check_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> None:
     """Raise where these are not the tensors of a linear layer."""
     try:
-        kernel_shape = weight.shape
+        input_shape, kernel_shape = input.shape, weight.shape
         good = (
-            input.dim() >= 2
+            len(input_shape) >= 2
             and len(kernel_shape) == 2
             and feedback.shape == kernel_shape
-            and input.shape[-1] == kernel_shape[1]
+            and input_shape[-1] == kernel_shape[1]
             and _consistent(input, weight, feedback, bias)
             and (bias is None or bias.shape == kernel_shape[:1])
         )

@@ -52,6 +52,8 @@ class Rule:
     direct: str = "no"
     name: str = field(default="custom", compare=False)
 
+    _fixed = None  # the coefficients where they depend on no batch
+
     def __post_init__(self):
         for name in COEFFICIENTS:
             value = getattr(self, name)
@@ -83,6 +85,8 @@ class Rule:
             raise ValueError(f"{self} has more than one of transport, signs, direct and expansion, expected one")
         if self.expansion and (self.reads_data or self.self_):
             raise ValueError(f"expansion is {self.expansion} in {self}, expected no coefficients but tie and decay")
+        if self.samples == 0 and self.reduction == "batch":
+            object.__setattr__(self, "_fixed", self._coefficients(1, 1))
 
     @property
     def learns(self) -> bool:
@@ -96,6 +100,9 @@ class Rule:
 
     def coefficients(self, batch: int, positions: int) -> Coefficients:
         """What the ops take, for a batch of this size and ``positions`` output positions per sample."""
+        return self._fixed or self._coefficients(batch, positions)
+
+    def _coefficients(self, batch: int, positions: int) -> Coefficients:
         scale = 1.0 / positions if self.reduction == "mean" and positions else 1.0
         return Coefficients(
             0.0 if self.expansion else self.decay,  # of the factor that learns, not of the product

@@ -44,14 +44,14 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         feedback = self.enter(input)
         if feedback is None:
             return super().forward(self.receive(input))
-        if input.dim() == 1:
-            return self._respond(input.unsqueeze(0), feedback).squeeze(0)
-        return self._respond(input, feedback)
-
-    def _respond(self, input: Tensor, feedback: Tensor) -> Tensor:
+        alone = input.dim() == 1
+        if alone:
+            input = input.unsqueeze(0)
         positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1
         if self.scheduled is not None and torch.compiler.is_compiling():
             moving = self._moving(input, positions)
-            return functional.scheduled_linear(input, self.weight, feedback, self.bias, self.scheduled, **moving)
-        coefficients = self.rule.coefficients(input.shape[0], positions)
-        return functional.linear(input, self.weight, feedback, self.bias, coefficients)
+            output = functional.scheduled_linear(input, self.weight, feedback, self.bias, self.scheduled, **moving)
+        else:
+            coefficients = self.rule.coefficients(input.shape[0], positions)
+            output = functional.linear(input, self.weight, feedback, self.bias, coefficients)
+        return output.squeeze(0) if alone else output
