@@ -8,9 +8,9 @@
     for x, target in data:
         task.zero_grad(), rule.zero_grad()
         loss(model(x), target).backward()
-        task.step()
         if alternation.aligns:
-            rule.step()
+            rule.step()                                  # before W moves
+        task.step()
         schedule.step(), alternation.step()
 
     with alignment_only(model): ...                          # warm-up: W stands still

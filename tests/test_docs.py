@@ -5,6 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyfeedback
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -27,3 +32,43 @@ def test_the_table_of_peers_names_tests_that_exist():
     named = set(re.findall(r'"(test_\w+)"', (ROOT / "benchmarks" / "peers.py").read_text()))
     assert len(named) > 10
     assert named <= set().union(*map(names_of_tests, (ROOT / "tests").rglob("test_*.py")))
+
+
+# The README's examples run
+
+
+def example(number):
+    """The README's Python block of this number."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[number]
+
+
+def setting():
+    """What the first example takes as given; the same each time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Tanh(), nn.Linear(64, 3))
+    data = [(torch.randn(8, 2, 6, 6), torch.randn(8, 3)) for _ in range(20)]
+    return {"model": model, "data": data, "loss_function": F.mse_loss, "torch": torch}
+
+
+@pytest.mark.parametrize("rule", ["ia", "sa", "kp"])
+def test_the_first_example_trains_as_one_optimizer_does(rule):
+    code, names = example(0), setting()
+    assert 'convert(model, "ia")' in code
+    exec(code.replace('convert(model, "ia")', f'convert(model, "{rule}")'), names)
+    given = setting()
+    model = pyfeedback.convert(given["model"], rule)
+    optimizer = pyfeedback.optim.SGD(model, lr=0.1, momentum=0.9)
+    for x, target in given["data"]:
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, expected in zip(names["model"].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        assert ours.grad is None
+
+
+def test_the_example_of_the_op():
+    shapes = {"x": (2, 3, 8, 8), "W": (4, 3, 3, 3), "B": (4, 3, 3, 3), "bias": (4,)}
+    names = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()} | {"torch": torch}
+    eval(example(1), names).sum().backward()
+    assert names["B"].grad.norm() > 0
