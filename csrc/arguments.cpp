@@ -13,11 +13,19 @@ namespace pyfeedback {
 
 namespace {
 
+// One value for all rows, or one for each.
+void check_length(const std::vector<double>& values, size_t count) {
+  STD_TORCH_CHECK(values.size() == count || values.size() == 1, "a coefficient has ", values.size(),
+                  " values; expected 1 or ", count);
+}
+
+double value_of(const std::vector<double>& values, size_t row) {
+  return values[values.size() == 1 ? 0 : row];
+}
+
 void check_lengths(const StepArguments& a) {
   const size_t count = a.feedback.size();
-  STD_TORCH_CHECK(a.decay.size() == count && a.self.size() == count && a.tie.size() == count,
-                  "decay, self_ and tie have ", a.decay.size(), ", ", a.self.size(), " and ", a.tie.size(),
-                  " values; expected one for each of the ", count, " tensors of feedback");
+  for (const std::vector<double>* values : {&a.decay, &a.self, &a.tie}) check_length(*values, count);
   for (const TensorList* list : {&a.weight, &a.grad, &a.momentum_buffer}) {
     STD_TORCH_CHECK(list->size() == 0 || list->size() == count, "weight, grad or momentum_buffer has ", list->size(),
                     " tensors; expected none or ", count);
@@ -34,47 +42,55 @@ class StepPlanner {
 
   StepPlanner(const char* names, size_t count) : names_(names) {
     plan_.rows.reserve(count);
-    views_.reserve(count);
+    operands_.reserve(count);
     chain_.reserve(count);
-    spans_.reserve((kOperands + 1) * count + 1);
+    for (std::vector<Span>& spans : spans_) spans.reserve(count);
   }
 
-  // `row_major` wants that order even of operands that share another one.
-  void add(Row row, const Views& views, size_t index, bool row_major) {
+  // The operands of the row that is added next, for the caller to fill in.
+  Views& next() {
+    current_ = 1 - current_;
+    return views_[current_] = Views{};
+  }
+
+  // Adds a row of the operands of next(). `row_major` wants that order even of operands that share another one.
+  void add(Row row, size_t index, bool row_major) {
+    const Views &views = views_[current_], &before = views_[1 - current_];
     const View& stepped = views[0];
+    const bool alike = check_alike(views, names_, index);
     if (stepped.shape.numel == 0) {
-      check_alike(views, names_, index);
+      current_ = 1 - current_;  // no row to go on from
       return;
     }
-    STD_TORCH_CHECK(plan_.rows.empty() || stepped.device == views_[0][0].device, names_, " ", index,
+    STD_TORCH_CHECK(plan_.rows.empty() || stepped.device == device_, names_, " ", index,
                     " are not on the device of the first");
+    device_ = stepped.device;
     row.numel = stepped.shape.numel;
     row.index = static_cast<uint32_t>(index);
     row.dtype = stepped.dtype;
     row.layout = -1;
-    const bool alike = check_alike(views, names_, index);
     if (!alike || (row_major && !stepped.shape.contiguous)) place(row, views);
-    if (!plan_.rows.empty()) {
-      const Views& before = views_.back();
-      row.with_previous = same_view(before[kWeight], stepped) || same_view(before[kWeight], views[kWeight]) ||
-                          same_view(before[kGrad], views[kGrad]);
-    }
-    const uint32_t place_in_plan = static_cast<uint32_t>(plan_.rows.size());
-    chain_.push_back(row.with_previous ? chain_.back() : place_in_plan);
+    row.with_previous = same_view(before[kWeight], stepped) || same_view(before[kWeight], views[kWeight]) ||
+                        same_view(before[kGrad], views[kGrad]);
+    const uint32_t here = static_cast<uint32_t>(plan_.rows.size());
+    chain_.push_back(row.with_previous ? chain_.back() : here);
+    std::array<AtenTensorHandle, kOperands> operands;
     for (size_t k = 0; k < kOperands; ++k) {
-      if (views[k].tensor) spans_.push_back(span_of(views[k], place_in_plan, k != kWeight && k != kGrad, k == 0));
+      operands[k] = views[k].tensor;
+      if (operands[k]) spans_[k].push_back(span_of(views[k], here, k != kWeight && k != kGrad, k == 0));
     }
     plan_.rows.push_back(row);
-    views_.push_back(views);
+    operands_.push_back(operands);
   }
 
   // What belongs to the row added last, or to no row.
-  void add_written(const View& view) { spans_.push_back(span_of(view, kNoRow, true, false)); }
-  void add_read(const View& view) { spans_.push_back(span_of(view, kNoRow, false, false)); }
+  void add_written(const View& view) { spans_[0].push_back(span_of(view, kNoRow, true, false)); }
+  void add_read(const View& view) { spans_[0].push_back(span_of(view, kNoRow, false, false)); }
 
   // Rows that share memory are all dense, and then in the order of what they share, or all row-major.
   Plan<Row, kOperands> finish() {
-    check_sharing(spans_, chain_);
+    for (size_t k = 1; k < kOperands; ++k) spans_[0].insert(spans_[0].end(), spans_[k].begin(), spans_[k].end());
+    check_sharing(spans_[0], chain_);
     std::vector<Row>& rows = plan_.rows;
     for (size_t first = 0, last; first < rows.size(); first = last) {
       last = first + 1;
@@ -82,7 +98,12 @@ class StepPlanner {
       const auto placed = [](const Row& row) { return row.layout >= 0; };
       if (std::none_of(rows.begin() + first, rows.begin() + last, placed)) continue;
       for (size_t i = first; i < last; ++i) {
-        if (!placed(rows[i])) place(rows[i], views_[i]);
+        if (placed(rows[i])) continue;
+        Views views;
+        for (size_t k = 0; k < kOperands; ++k) {
+          if (operands_[i][k]) views[k] = read_view(operands_[i][k], names_);
+        }
+        place(rows[i], views);
       }
     }
     return std::move(plan_);
@@ -106,10 +127,13 @@ class StepPlanner {
   }
 
   const char* names_;
+  Device device_{};
   Plan<Row, kOperands> plan_;
-  std::vector<Views> views_;     // of each row
+  Views views_[2];  // of the row added last, and of the next one
+  int current_ = 0;
+  std::vector<std::array<AtenTensorHandle, kOperands>> operands_;  // of each row
   std::vector<uint32_t> chain_;  // the first row of those that each is stepped together with
-  std::vector<Span> spans_;
+  std::array<std::vector<Span>, kOperands> spans_;
 };
 
 void check_dynamic(const StepArguments& a) {
@@ -136,12 +160,13 @@ StepPlan plan_step(const StepArguments& a) {
   if (a.dynamic) planner.add_read(read_view(a.dynamic->get(), "dynamic"));
   for (size_t i = 0; i < a.feedback.size(); ++i) {
     StepTensor tensor{};
-    tensor.has_weight = a.self[i] != 0;
-    tensor.has_grad = a.tie[i] != 0;
+    tensor.has_weight = value_of(a.self, i) != 0;
+    tensor.has_grad = value_of(a.tie, i) != 0;
     tensor.has_momentum = a.options.momentum != 0;
-    STD_TORCH_CHECK(!tensor.has_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
-    STD_TORCH_CHECK(!tensor.has_grad || a.grad.size(), "tie[", i, "] is ", a.tie[i], " but grad is empty");
-    std::array<View, kStepOperands> views;
+    STD_TORCH_CHECK(!tensor.has_weight || a.weight.size(), "self_[", i, "] is ", value_of(a.self, i),
+                    " but weight is empty");
+    STD_TORCH_CHECK(!tensor.has_grad || a.grad.size(), "tie[", i, "] is ", value_of(a.tie, i), " but grad is empty");
+    auto& views = planner.next();
     views[0] = write_view(a.feedback[i], kNames);
     if (tensor.has_weight) views[1] = read_view(a.weight[i], kNames);
     if (tensor.has_grad) views[2] = read_view(a.grad[i], kNames);
@@ -150,10 +175,10 @@ StepPlan plan_step(const StepArguments& a) {
     tensor.weight = views[1].data;
     tensor.grad = views[2].data;
     tensor.momentum = views[3].data;
-    tensor.decay = a.decay[i];
-    tensor.self = a.self[i];
-    tensor.tie = a.tie[i];
-    planner.add(tensor, views, i, a.options.noise != 0);
+    tensor.decay = value_of(a.decay, i);
+    tensor.self = value_of(a.self, i);
+    tensor.tie = value_of(a.tie, i);
+    planner.add(tensor, i, a.options.noise != 0);
   }
   return planner.finish();
 }
@@ -176,17 +201,18 @@ AdamWPlan plan_adamw(const AdamWArguments& a) {
                     " tensors; expected none or ", count);
   }
   for (const std::vector<double>* values : {&a.decay, &a.self, &a.tie, &a.weight_decay}) {
-    STD_TORCH_CHECK(values->size() == count, "a list has ", values->size(), " numbers; expected ", count);
+    check_length(*values, count);
   }
   constexpr const char* kNames = "param, weight, grad, exp_avg and exp_avg_sq";
   StepPlanner<AdamWTensor, kAdamWOperands> planner(kNames, count);
   for (size_t i = 0; i < count; ++i) {
     AdamWTensor tensor{};
-    tensor.has_weight = a.self[i] != 0;
-    tensor.has_grad = a.tie[i] != 0;
-    STD_TORCH_CHECK(!tensor.has_weight || a.weight.size(), "self_[", i, "] is ", a.self[i], " but weight is empty");
-    STD_TORCH_CHECK(!tensor.has_grad || a.grad.size(), "tie[", i, "] is ", a.tie[i], " but grad is empty");
-    std::array<View, kAdamWOperands> views;
+    tensor.has_weight = value_of(a.self, i) != 0;
+    tensor.has_grad = value_of(a.tie, i) != 0;
+    STD_TORCH_CHECK(!tensor.has_weight || a.weight.size(), "self_[", i, "] is ", value_of(a.self, i),
+                    " but weight is empty");
+    STD_TORCH_CHECK(!tensor.has_grad || a.grad.size(), "tie[", i, "] is ", value_of(a.tie, i), " but grad is empty");
+    auto& views = planner.next();
     views[kParam] = write_view(a.param[i], kNames);
     if (tensor.has_weight) views[kWeight] = read_view(a.weight[i], kNames);
     if (tensor.has_grad) views[kGrad] = read_view(a.grad[i], kNames);
@@ -195,14 +221,14 @@ AdamWPlan plan_adamw(const AdamWArguments& a) {
     for (int k = 0; k < kAdamWOperands; ++k) tensor.operand[k] = views[k].data;
     const View counted = step_count(a.step[i]);
     const double steps = *static_cast<const float*>(counted.data) + 1.0;
-    tensor.decay = a.decay[i];
-    tensor.self = a.self[i];
-    tensor.tie = a.tie[i];
-    tensor.kept = 1 - a.options.lr * a.weight_decay[i];
+    tensor.decay = value_of(a.decay, i);
+    tensor.self = value_of(a.self, i);
+    tensor.tie = value_of(a.tie, i);
+    tensor.kept = 1 - a.options.lr * value_of(a.weight_decay, i);
     tensor.step_size = a.options.lr / (1 - std::pow(a.options.beta1, steps));
     tensor.root_scale = std::sqrt(1 - std::pow(a.options.beta2, steps));
     planner.add_written(counted);
-    planner.add(tensor, views, i, false);
+    planner.add(tensor, i, false);
   }
   return planner.finish();
 }

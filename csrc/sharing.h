@@ -9,7 +9,7 @@
 
 namespace pyfeedback {
 
-// The memory of one operand. `row` is its place among the rows of the plan, or kNoRow for what all of them read.
+// The memory of one operand. `row` is its place among the rows of the plan, or kNoRow for what belongs to none.
 struct Span {
   uintptr_t begin, end;
   AtenTensorHandle tensor;
@@ -21,7 +21,7 @@ constexpr uint32_t kNoRow = UINT32_MAX;
 
 // Raises where an operand that is written shares memory with another one. A stepped operand may be what its own row
 // reads, or a row before it in its chain: one thread takes element i of all rows of a chain, in their order.
-void check_sharing(std::vector<Span>& spans, const std::vector<uint32_t>& chain);
+void check_sharing(const std::vector<Span>& spans, const std::vector<uint32_t>& chain);
 
 // Whether two elements of a tensor lie at one place.
 bool has_shared_places(const Shape& shape);

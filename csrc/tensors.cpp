@@ -77,20 +77,21 @@ Device device_of(AtenTensorHandle tensor) {
 
 namespace {
 
-// Bytes from the first element in memory to the end of the last one.
-int64_t check_storage(AtenTensorHandle tensor, const Shape& shape, int64_t element, const char* name) {
+// Bytes from the first element in memory to the end of the last one, all of them in the storage.
+int64_t held_bytes(AtenTensorHandle tensor, const Shape& shape, int64_t element, const char* name) {
   const int64_t bytes = extent_of(shape) * element;
-  int64_t held, offset;
+  int64_t held, offset = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &held));
+  if (held == bytes) return bytes;  // and so the offset is zero
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor, &offset));
-  STD_TORCH_CHECK(shape.numel == 0 || offset * element + bytes <= held, name, " has storage of ", held,
-                  " bytes; expected ", offset * element + bytes);
+  STD_TORCH_CHECK(bytes == 0 || offset * element + bytes <= held, name, " has storage of ", held, " bytes; expected ",
+                  offset * element + bytes);
   return bytes;
 }
 
 View view_of(AtenTensorHandle tensor, const char* name) {
   View view{tensor, nullptr, 0, shape_of(tensor), device_of(tensor), dtype_of(tensor)};
-  view.bytes = check_storage(tensor, view.shape, element_size(view.dtype), name);
+  view.bytes = held_bytes(tensor, view.shape, element_size(view.dtype), name);
   return view;
 }
 

@@ -48,22 +48,30 @@ def _aten_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -> 
     aten.feedback_step_(feedback, weight, grad, momentum_buffer, **options)
 
 
-def _native_feedback_step_(feedback, weight, grad, momentum_buffer, **options) -> None:
+def _native_feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **options) -> None:
     """The kernel checks its tensors, in a fraction of the time, before it writes; what it refuses is looked at again
     for the one line that names it.
     """
-    # A list that is not read would cost as much to hand over as one that is.
-    weights = weight if any(options["self_"]) else []
-    grads = grad if any(options["tie"]) else []
+    # Tensors cost as much to hand over as small ones cost to step, and numbers a quarter of that.
+    factors = {"decay": _compact(decay), "self_": _compact(self_), "tie": _compact(tie)}
+    read = weight if any(factors["self_"]) else [], grad if any(factors["tie"]) else []
     buffers = momentum_buffer if options["momentum"] else []
     try:
         if not {len(weight), len(grad), len(momentum_buffer)} <= {0, len(feedback)}:
             raise RuntimeError("lists differ in length")
-        _ops.native_feedback_step_.default(feedback, weights, grads, buffers, **options)
+        _ops.native_feedback_step_.default(feedback, *read, buffers, **factors, **options)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        step_arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, options, options, options["dynamic"])
+        coefficients = {"decay": decay, "self_": self_, "tie": tie}
+        step_arguments.check_step_tensors(
+            feedback, weight, grad, momentum_buffer, coefficients, options, options["dynamic"]
+        )
         raise RuntimeError(str(error).partition("\n")[0]) from None
     torch.autograd.graph.increment_version([*feedback, *buffers])  # of what no kernel of torch's has written
+
+
+def _compact(values):
+    """One number where all are the same."""
+    return values[:1] if values.count(values[0]) == len(values) else values
 
 
 def _native_adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:

@@ -153,14 +153,11 @@ def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie
     step_arguments.check_step_numbers(len(feedback), coefficients, scalars, switches)
     if not feedback:
         return
-    step = provide("feedback_step_", feedback[0].device.type)
-    options = {**coefficients, **scalars, **switches, "dynamic": dynamic}
-    if not torch.is_grad_enabled():
-        step(feedback, weight, grad, momentum_buffer, **options)
-        return
-    step_arguments.check_in_place({"feedback": feedback, "momentum_buffer": momentum_buffer if momentum else ()})
-    with torch.no_grad():
-        step(feedback, weight, grad, momentum_buffer, **options)
+    if torch.is_grad_enabled():
+        step_arguments.check_in_place({"feedback": feedback, "momentum_buffer": momentum_buffer if momentum else ()})
+    provide("feedback_step_", feedback[0].device.type)(
+        feedback, weight, grad, momentum_buffer, **coefficients, **scalars, **switches, dynamic=dynamic
+    )
 
 
 def _center(input: Tensor, samples: int) -> Tensor:
@@ -216,6 +213,13 @@ def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr
     step_arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars, dynamic, False)
 
 
+def _fake_native_step(feedback, weight, grad, momentum_buffer, **options) -> None:
+    """The leaf takes one number for all rows, too."""
+    for name in ("decay", "self_", "tie"):
+        options[name] = list(options[name]) * (len(feedback) if len(options[name]) == 1 else 1)
+    _fake_step(feedback, weight, grad, momentum_buffer, **options)
+
+
 def _fake_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tensor:
     return torch.empty(len(feedback), 3, dtype=torch.float64, device=feedback[0].device)
 
@@ -243,7 +247,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake("pyfeedback::fa_linear_backward", _fake_backward(check_linear_backward), lib=LIBRARY)
 torch.library.register_fake("pyfeedback::feedback_step_", _fake_step, lib=LIBRARY)
-torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_step, lib=LIBRARY)
+torch.library.register_fake("pyfeedback::native_feedback_step_", _fake_native_step, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::mix", mix, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::native_depthwise_backward", _fake_depthwise, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::center", _fake_center, lib=LIBRARY)

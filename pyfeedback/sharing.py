@@ -1,13 +1,15 @@
 """Which tensors of a multi-tensor step share memory, found from pointers, sizes and strides alone.
 
-A step reads each element of a row's operands before it writes it, and takes rows in their order. So what a row writes may
-be read by the same row, or by rows before it that the same threads step with it: those in a chain of rows that share
-what they read (``_chains``). Every other pair of a written tensor and another has no element in common.
+A step reads an element of each of a row's operands before it writes there, row after row. So what a row writes may be
+read by the row itself, and by rows before it in one chain: rows of which each shares a weight or a gradient with the
+one before, and whose elements one thread steps in turn. A written tensor shares memory with nothing else.
 `csrc/sharing.h` decides the same for the compiled steps.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from operator import gt
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,32 +40,46 @@ def span(tensor: Tensor) -> int:
     return (last + 1) * tensor.itemsize if tensor.numel() else 0
 
 
+def are_apart(begins: Sequence[int], ends: Sequence[int]) -> bool:
+    """Whether no two of the spans begins[i] .. ends[i] overlap; then their ends have the order of their begins."""
+    return not any(map(gt, sorted(ends), islice(sorted(begins), 1, None)))
+
+
 def conflict(
-    spans: list[tuple[int, int, int, int]], operand: Callable[..., Operand], chains: Callable[[], Sequence[int]]
+    extents: list[tuple[int, int, int, int]],
+    operand: Callable[[int, int], Operand],
+    chains: Callable[[], Sequence[int]],
 ) -> tuple[Operand, Operand] | None:
     """Two operands that share memory and may not, the later one first.
 
     Args:
-        spans: (begin, end, row, order) of each operand that is not empty; sorted by this function.
-        operand: the operand of a span.
-        chains: gives each row's chain, and is called where spans overlap.
+        extents: (begin, end, row, order) of each operand that is not empty; it lies within, in bytes.
+        operand: makes the operand (row, order).
+        chains: gives each row's chain; both are called where extents overlap.
     """
-    spans.sort()
-    first, count = 0, len(spans)
-    while first < count:
-        reach, last = spans[first][1], first + 1
-        while last < count and spans[last][0] < reach:
-            reach = max(reach, spans[last][1])
-            last += 1
-        if last - first > 1:
-            found = _conflict_among([operand(*each) for each in spans[first:last]], chains())
+    for cluster in _clusters(sorted(extents)):
+        operands = sorted((operand(row, order) for *_, row, order in cluster), key=lambda o: o.begin)
+        for overlapping in _clusters(operands):
+            found = _conflict_among(overlapping, chains())
             if found is not None:
                 return found
-        first = last
     return None
 
 
-def _conflict_among(operands: list[Operand], chains: Sequence[int]) -> tuple[Operand, Operand] | None:
+def _clusters(ordered: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Runs of two or more items that overlap, of items (begin, end, ...) in the order of their begins."""
+    first, reach = 0, 0
+    for i, item in enumerate(ordered):
+        if item[0] >= reach:
+            if i - first > 1:
+                yield ordered[first:i]
+            first = i
+        reach = max(reach, item[1])
+    if len(ordered) - first > 1:
+        yield ordered[first:]
+
+
+def _conflict_among(operands: Sequence[Operand], chains: Sequence[int]) -> tuple[Operand, Operand] | None:
     """Of operands whose spans overlap."""
     for i, a in enumerate(operands):
         for j, b in enumerate(operands):
@@ -88,10 +104,10 @@ def _clash(written: Operand, other: Operand, chains: Sequence[int]) -> bool:
 
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether both are there and are the same elements in the same order."""
+    if a is None or b is None or a is b:
+        return a is b and a is not None
     return (
-        a is not None
-        and b is not None
-        and a.data_ptr() == b.data_ptr()
+        a.data_ptr() == b.data_ptr()
         and a.shape == b.shape
         and a.dtype == b.dtype
         and all(m == n or size == 1 for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True))

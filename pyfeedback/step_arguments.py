@@ -6,16 +6,24 @@ The compiled ops check what keeps memory safe, in a fraction of the time; what t
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import repeat
 from numbers import Real
+from operator import add, attrgetter
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from pyfeedback import sharing
 from pyfeedback.arguments import DTYPES
 
 Tensors = Sequence[Tensor]
+Rows = Sequence[Any]  # of tensors, and of None where a row has no such operand
+
+PLAIN = {Tensor, torch.nn.Parameter}
+_DTYPES, _STRIDED = set(DTYPES), {torch.strided}
+_facts = attrgetter("shape", "dtype", "device", "layout")
+_nbytes, _requires_grad = attrgetter("nbytes"), attrgetter("requires_grad")
 
 
 def check_step_numbers(
@@ -113,8 +121,13 @@ def check_storage(name: str, tensor: Tensor) -> None:
 def check_in_place(lists: dict[str, Tensors]) -> None:
     """Raise where autograd would miss a write: torch's own ops in place refuse a leaf that requires grad."""
     for name, tensors in lists.items():
+        try:
+            if not any(map(_requires_grad, tensors)):
+                continue
+        except (AttributeError, TypeError):  # no tensors, which others refuse
+            continue
         for i, tensor in enumerate(tensors):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if tensor.requires_grad:
                 kind = "leaf" if tensor.is_leaf else "tensor"
                 raise RuntimeError(f"{name}[{i}] is a {kind} that requires grad, expected the step in torch.no_grad()")
 
@@ -137,21 +150,24 @@ def refuse_meta(operands: dict[str, Tensor | Tensors]) -> None:
 
 def _operands(
     lists: dict[str, Tensors], read: dict[str, Sequence[float]], optional: Sequence[str] = ()
-) -> dict[str, Sequence[Tensor | None]]:
+) -> dict[str, Rows]:
     """The lists with None where a coefficient is 0; what is not read is not looked at."""
     rows = next(iter(lists.values()))
-    operands: dict[str, Sequence[Tensor | None]] = {}
+    operands: dict[str, Rows] = {}
     for name, tensors in lists.items():
         factors = read.get(name)
         needed = name not in optional and (factors is None or any(factors))
         _check_length(name, tensors, len(rows), needed)
         if not needed:
             continue
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}[{i}] is {_kind(tensor)}, expected a Tensor")
+        if not set(map(type, tensors)) <= PLAIN:
+            for i, tensor in enumerate(tensors):
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"{name}[{i}] is {_kind(tensor)}, expected a Tensor")
         operands[name] = (
-            tensors if factors is None else [t if a else None for t, a in zip(tensors, factors, strict=True)]
+            tensors
+            if factors is None or all(factors)
+            else [t if a else None for t, a in zip(tensors, factors, strict=True)]
         )
     return operands
 
@@ -165,15 +181,40 @@ def _check_length(name: str, tensors: Tensors, count: int, needed: bool = True) 
         )
 
 
-def _check_alike(operands: dict[str, Sequence[Tensor | None]], written: Sequence[str]) -> None:
+def _check_alike(operands: dict[str, Rows], written: Sequence[str]) -> None:
     """Raise where a row's operands differ in shape, dtype or device, or what is written is not made to be."""
+    (_, first), *others = operands.items()
+    likes = list(map(_facts, first))  # map calls cost half of a comprehension's
+    _, dtypes, devices, layouts = zip(*likes, strict=True) if likes else ((), (), (), ())
+    good = set(dtypes) <= _DTYPES and set(layouts) <= _STRIDED and len(set(devices)) <= 1
+    for _, tensors in others:
+        if type(None) not in set(map(type, tensors)):
+            good = good and list(map(_facts, tensors)) == likes
+        else:
+            pairs = zip(tensors, likes, strict=True)
+            good = good and all(tensor is None or _facts(tensor) == like for tensor, like in pairs)
+    if not good:
+        _refuse_unlike(operands)
+    for name in written:
+        tensors = operands.get(name, ())
+        for i, tensor in enumerate(() if all(map(Tensor.is_contiguous, tensors)) else tensors):
+            if not tensor.is_contiguous() and sharing.has_shared_places(tensor):
+                raise ValueError(
+                    f"{name}[{i}] has several elements at one place, strides {tensor.stride()} of shape "
+                    f"{_shape(tensor)}, expected a place for each"
+                )
+
+
+def _refuse_unlike(operands: dict[str, Rows]) -> NoReturn:
+    """Raise for the first tensor that does not go with the first list."""
     (first, likes), *others = operands.items()
     for i, like in enumerate(likes):
-        assert like is not None
+        if like is None:
+            continue
         if like.dtype not in DTYPES or like.layout is not torch.strided:
             raise TypeError(f"{first}[{i}] is {like.dtype}, {like.layout}, expected a strided floating tensor")
-        if like.device != likes[0].device:  # type: ignore[union-attr]
-            raise ValueError(f"{first}[{i}] is on {like.device}, expected the device of all, {likes[0].device}")  # type: ignore[union-attr]
+        if like.device != likes[0].device:
+            raise ValueError(f"{first}[{i}] is on {like.device}, expected the device of all, {likes[0].device}")
     for name, tensors in others:
         for i, (tensor, like) in enumerate(zip(tensors, likes, strict=True)):
             if tensor is None or like is None:
@@ -184,45 +225,74 @@ def _check_alike(operands: dict[str, Sequence[Tensor | None]], written: Sequence
                 )
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{name}[{i}] is {tensor.layout}, expected torch.strided")
-    for name in written:
-        for i, tensor in enumerate(operands.get(name, ())):
-            assert tensor is not None
-            if not tensor.is_contiguous() and sharing.has_shared_places(tensor):
-                raise ValueError(
-                    f"{name}[{i}] has several elements at one place, strides {tensor.stride()} of shape "
-                    f"{_shape(tensor)}, expected a place for each"
-                )
+    raise AssertionError("a refused tensor was not found")
 
 
-def _check_memory(
-    operands: dict[str, Sequence[Tensor | None]], written: Sequence[str], extra: dict[str, Tensor] | None = None
-) -> None:
+def _check_memory(operands: dict[str, Rows], written: Sequence[str], extra: dict[str, Tensor] | None = None) -> None:
     """Raise where a tensor has no memory, or one that is written shares it with another in a way no step follows."""
     lists = {**operands, **{name: [tensor] for name, tensor in (extra or {}).items()}}
-    names, spans = list(lists), []
-    guarded = () if torch.is_inference_mode_enabled() else written
+    names: list[str] = list(lists)
+    begins: list[int] = []
+    ends: list[int] = []
+    places: list[tuple[int, int]] = []  # row and list of each
     for order, (name, tensors) in enumerate(lists.items()):
-        shared = name not in operands
-        for row, tensor in enumerate(tensors):
-            if tensor is None or not tensor.numel() or _has_no_memory_of_its_own(type(tensor)):
-                continue
-            which = name if shared else f"{name}[{row}]"
-            if tensor.is_meta:
-                refuse_meta({which: tensor})
-            check_storage(which, tensor)
-            if name in guarded and tensor.is_inference():
-                raise RuntimeError(f"{which} is an inference tensor, expected torch.inference_mode() around its step")
-            begin = tensor.data_ptr()
-            spans.append((begin, begin + sharing.span(tensor), -1 if shared else row, order))
+        rows: Sequence[int] = range(len(tensors))
+        there, sizes = tensors, list(map(_nbytes, tensors)) if set(map(type, tensors)) <= PLAIN else [0]
+        if 0 in sizes:
+            rows = [row for row in rows if _has_memory(tensors[row])]
+            there = [tensors[row] for row in rows]
+            sizes = list(map(_nbytes, there))
+        storages = list(map(Tensor.untyped_storage, there))
+        starts, held = list(map(UntypedStorage.data_ptr, storages)), list(map(UntypedStorage.nbytes, storages))
+        if 0 in starts or held != sizes:
+            for row, tensor in zip(rows, there, strict=True):
+                _check_held(f"{name}[{row}]" if name in operands else name, tensor)
+        begins += starts
+        ends += map(add, starts, held)
+        places += zip(rows if name in operands else [-1], repeat(order))
+    if not written:
+        return
+    if not torch.is_inference_mode_enabled():
+        _refuse_inference({name: operands[name] for name in written if name in operands})
 
-    def operand(begin: int, end: int, row: int, order: int) -> sharing.Operand:
+    def operand(row: int, order: int) -> sharing.Operand:
         tensor = lists[names[order]][max(row, 0)]
         assert tensor is not None
-        return sharing.Operand(begin, end, row, order, names[order], tensor, names[order] in written)
+        begin = tensor.data_ptr()
+        return sharing.Operand(
+            begin, begin + sharing.span(tensor), row, order, names[order], tensor, names[order] in written
+        )
 
-    found = sharing.conflict(spans, operand, cache(lambda: _chains(operands))) if written else None
+    if sharing.are_apart(begins, ends):
+        return
+    extents = [(begin, end, *place) for begin, end, place in zip(begins, ends, places, strict=True)]
+    found = sharing.conflict(extents, operand, cache(lambda: _chains(operands)))
     if found is not None:
         _refuse_sharing(*found)
+
+
+def _has_memory(tensor: Tensor | None) -> bool:
+    """Whether there is an element to look at; a subclass that wraps other tensors has none of its own."""
+    return tensor is not None and tensor.nbytes > 0 and (type(tensor) in PLAIN or not _wraps(type(tensor)))
+
+
+@cache
+def _wraps(kind: type) -> bool:
+    return getattr(kind, "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
+
+
+def _check_held(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        refuse_meta({name: tensor})
+    check_storage(name, tensor)
+
+
+def _refuse_inference(lists: dict[str, Rows]) -> None:
+    """Raise where torch's own ops in place would, after some of them have written."""
+    for name, tensors in lists.items():
+        if any(map(Tensor.is_inference, tensors)):
+            i = next(i for i, tensor in enumerate(tensors) if tensor.is_inference())
+            raise RuntimeError(f"{name}[{i}] is an inference tensor, expected the step in torch.inference_mode()")
 
 
 def _refuse_sharing(later: sharing.Operand, earlier: sharing.Operand) -> None:
@@ -233,7 +303,7 @@ def _refuse_sharing(later: sharing.Operand, earlier: sharing.Operand) -> None:
     raise ValueError(f"{later} shares memory with {earlier}, {expected}")
 
 
-def _chains(operands: dict[str, Sequence[Tensor | None]]) -> list[int]:
+def _chains(operands: dict[str, Rows]) -> list[int]:
     """A number for each row: those in a chain are stepped element by element together, in their order.
 
     A row goes on with the chain of the one before where it reads the same weight or gradient, or is that weight.
@@ -256,12 +326,6 @@ def _chains(operands: dict[str, Sequence[Tensor | None]]) -> list[int]:
         chains.append(chains[before] if joined and before is not None else i)
         before = i
     return chains
-
-
-@cache
-def _has_no_memory_of_its_own(kind: type) -> bool:
-    """Of a subclass that wraps other tensors."""
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _refuse_step_numbers(
@@ -295,7 +359,7 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
         finite = math.isfinite(value)
     except OverflowError:  # an int beyond every float
         finite = False
-    if not finite or value < least or value >= most:
+    if not finite or float(value) < least or float(value) >= most:
         bounds = "" if least == -math.inf else f", {least:g} or more"
         bounds += "" if most == math.inf else f" and below {most:g}"
         raise ValueError(f"{name} is {value}, expected a finite number{bounds}")

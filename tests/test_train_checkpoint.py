@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"checkpoint\.pt was not written, No space left on device: what was there before"):
+    with pytest.raises(OSError, match=r"checkpoint\.pt was not written, No space left on device: what was there"):
         checkpoint.save({"steps": 2}, path)
     assert checkpoint.load(path) == {"steps": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]

@@ -12,6 +12,7 @@ from pyfeedback import step_arguments
 T = TypeVar("T")
 
 
+@torch.no_grad()
 def feedback_step_(
     feedback: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -61,6 +62,7 @@ def feedback_step_(
         torch._foreach_copy_(written, [torch.where(keep, t, b) for t, b in zip(written, backup, strict=True)])
 
 
+@torch.no_grad()
 def adamw_step_(
     param: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -128,7 +130,7 @@ def _rule_gradients(
     factors: Sequence[Tensor | None] = (None, None, None),
 ) -> list[Tensor]:
     """decay * param - self_ * weight + tie * grad, each term times its factor."""
-    gradient = _scaled(torch._foreach_mul(list(param), list(decay)), factors[0])
+    gradient = _scaled(list(torch._foreach_mul(list(param), list(decay))), factors[0])
     _add_(gradient, weight, [-a for a in self_], factors[1])
     _add_(gradient, grad, tie, factors[2])
     return gradient
