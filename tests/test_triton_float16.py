@@ -85,6 +85,24 @@ def test_error_at_most_twice_pytorchs_on_activations_that_float16_can_take(
     assert percentile(ratios, 95) <= 2, ratios
 
 
+@pytest.mark.parametrize("launches", ["single", "apart"])
+@pytest.mark.parametrize(("rule", "channels"), [("null", (2, 24)), ("sparse", (24, 2))])
+def test_activations_at_the_edge_of_float16_that_align_with_the_feedback(rule, channels, launches, monkeypatch):
+    """The largest intermediate that there is, of a kernel with a few long sums and many short ones."""
+    if launches == "single":
+        single_passes(monkeypatch)
+    c, k = channels
+    case = Case((2, c, 1, 3), (k, c, 1, 1))
+    x, w, b, y = draw(case, 0)
+    aligned = (b.sign() * 60000)[..., 0, 0]
+    x[:] = aligned[0].view(1, c, 1, 1)
+    y[:] = aligned[:, 0].view(1, k, 1, 1)
+    terms = {rule: 1e-12}
+    ours = backward(case, x, w, b, y, terms, Form.DIRECT, "apart" if launches == "apart" else "joined", dy=y * 0)[2]
+    exact = data_terms(case, x, w, b, y, terms, torch.float64)
+    assert norm_error(ours, exact) <= 2 * norm_error(exact.half(), exact)
+
+
 def large_tiles(monkeypatch, single: bool):
     """Few steps for the interpreter, of a layer of real size."""
     monkeypatch.setattr(kernel_rule, "choose_joint", lambda *_: None)

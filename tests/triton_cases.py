@@ -145,13 +145,17 @@ def backward(case: Case, x, w, b, y, terms: dict, form: Form, path="joined", mas
 
 
 def data_terms(case: Case, x, w, b, y, terms: dict, dtype):
-    """What amp, null and sparse give, composed of PyTorch's own in ``dtype``, both factors of every product centred."""
+    """What amp, null and sparse give, composed of PyTorch's own in ``dtype``, both factors of every product centred.
+
+    A response that is not given is that of the centred input: it is not rounded at the size of its mean.
+    """
     x, w, b = (t.to(dtype) for t in (x, w, b))
-    y = torch.conv2d(x, w, None, *case.window) if y is None else y.to(dtype)
     n = terms.get("samples") or len(x)
-    x, y = x[:n], y[:n]
-    if terms.get("center"):
-        x, y = (torch.ops.pyfeedback.center.default(t, n) for t in (x, y))
+    x = torch.ops.pyfeedback.center.default(x, n) if terms.get("center") else x[:n]
+    if y is None:
+        y = torch.conv2d(x, w, None, *case.window)
+    else:
+        y = torch.ops.pyfeedback.center.default(y.to(dtype), n) if terms.get("center") else y[:n].to(dtype)
     amp, null, sparse = (terms.get(name, 0.0) for name in ("amp", "null", "sparse"))
     total = 0.0
     if sparse:
