@@ -1,71 +1,22 @@
 """Which tensors of a step may share memory: what is supported steps alike on every path, all else is refused in one
-line before anything is written. Likewise tensors whose storage has been freed, and meta tensors.
+line before anything is written.
 """
 
 import itertools
 import random
-import re
 
 import pytest
 import torch
+from step_operands import ALL, PATHS, adamw_lists, adamw_step, lists, refuses, step
 
 import pyfeedback
 from pyfeedback import functional, native
-from pyfeedback.providers import provide
-
-PATHS = [
-    pytest.param("native", marks=pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")),
-    "aten",
-]
-ALL = {"decay": 0.1, "self_": 0.2, "tie": 0.3}
-ADAMW = {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3}
 
 
 @pytest.fixture(params=PATHS, autouse=True)
 def path(request):
     with pyfeedback.backend(request.param):
         yield request.param
-
-
-def lists(count, size=(4, 6), seed=0):
-    """Feedback, weight, grad and momentum buffers that share nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    names = ("feedback", "weight", "grad", "momentum_buffer")
-    return {name: [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(count)] for name in names}
-
-
-def step(operands, momentum=0.9, **coefficients):
-    count = len(operands["feedback"])
-    numbers = {name: coefficients.get(name, [value] * count) for name, value in ALL.items()}
-    functional.feedback_step_(**operands, **numbers, lr=0.5, momentum=momentum)
-
-
-def adamw_lists(count):
-    operands = lists(count)
-    operands = {"param": operands["feedback"], "weight": operands["weight"], "grad": operands["grad"]}
-    operands["exp_avg"], operands["exp_avg_sq"] = (
-        [t.abs() for t in ts] for ts in list(lists(count, seed=1).values())[:2]
-    )
-    operands["step"] = [torch.tensor(1.0) for _ in range(count)]
-    return operands
-
-
-def adamw_step(operands):
-    count, step = len(operands["param"]), operands["step"]
-    numbers = {name: [value] * count for name, value in {**ALL, "weight_decay": 0.01}.items()}
-    tensors = [operands[name] for name in ("param", "weight", "grad", "exp_avg", "exp_avg_sq")]
-    provide("adamw_step_", "cpu")(*tensors, step=step, **numbers, **ADAMW)
-
-
-def refuses(call, operands, message):
-    """One line that says so, and nothing is written."""
-    tensors = [t for ts in operands.values() for t in ts]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if not t.is_meta}
-    before = {data: bytes(storage) for data, storage in storages.items()}
-    with pytest.raises(ValueError, match=re.escape(message)) as refused:
-        call(operands)
-    assert "\n" not in str(refused.value)
-    assert all(bytes(storages[data]) == held for data, held in before.items())
 
 
 # Written tensors have memory of their own
@@ -300,86 +251,7 @@ def test_random_views_are_refused_where_they_share_an_element(seed):
         assert_steps(operands)
 
 
-# Freed storage
-
-
-def freed(like, keep=0):
-    tensor = like.clone()
-    tensor.untyped_storage().resize_(keep)
-    return tensor
-
-
-@pytest.mark.parametrize("keep", [0, 8])
-@pytest.mark.parametrize("name", ["feedback", "weight", "grad", "momentum_buffer"])
-def test_freed_storage_is_refused(name, keep):
-    operands = lists(2)
-    operands[name][1] = freed(operands[name][1], keep)
-    refuses(step, operands, f"{name}[1] has storage of {keep} bytes, expected 192")
-
-
-@pytest.mark.parametrize("name", ["param", "weight", "grad", "exp_avg", "exp_avg_sq", "step"])
-def test_adamw_refuses_freed_storage(name):
-    operands = adamw_lists(2)
-    operands[name][1] = freed(operands[name][1])
-    refuses(adamw_step, operands, f"{name}[1] has storage of 0 bytes, expected")
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_alignment_refuses_freed_storage(which):
-    operands = [torch.ones(4), torch.ones(4)]
-    operands[which] = freed(operands[which])
-    with pytest.raises(ValueError, match=r"^\w+\[0\] has storage of 0 bytes, expected 16$"):
-        pyfeedback.metrics.angle(*operands)
-
-
-def test_center_refuses_freed_storage():
-    with pytest.raises(ValueError, match=r"^input has storage of 0 bytes, expected 48$"):
-        torch.ops.pyfeedback.center(freed(torch.ones(4, 3)), 2)
-
-
-@pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
-@pytest.mark.parametrize("which", range(6))
-def test_the_compiled_leaves_refuse_freed_storage(which):
-    """Whoever calls them; before torch 2.13 the dispatcher loses what an error of a library says."""
-    x, dy, w, m = torch.ones(2, 4, 6, 6), torch.ones(2, 4, 4, 4), torch.ones(4, 1, 3, 3), torch.ones(1, 4, 6, 6)
-    tensors = [dy, x, w, w.clone(), m, torch.ones(2, 4, 4, 4)]
-    tensors[which] = freed(tensors[which])
-    numbers = ([1, 1], [0, 0], [1, 1], 4, [0.1] * 6, 2, True, True, True, True)
-    with pytest.raises(RuntimeError):
-        torch.ops.pyfeedback.native_depthwise_backward(*tensors, torch.ones(1, 4, 4, 4), *numbers)
-    with pytest.raises(RuntimeError):
-        torch.ops.pyfeedback.native_center(freed(torch.ones(4, 3)), 2)
-
-
-# Meta tensors
-
-
-@pytest.mark.parametrize("name", ["feedback", "weight", "grad", "momentum_buffer"])
-def test_meta_tensors_are_refused(name):
-    operands = lists(2)
-    operands[name][1] = operands[name][1].to("meta")
-    refuses(step, operands, f"{name}[1] is ")
-
-
-def test_a_step_of_meta_tensors_alone_is_refused():
-    operands = {name: [t.to("meta") for t in ts] for name, ts in lists(2).items()}
-    message = r"feedback\[0\] is on meta, expected a device with memory"
-    with pytest.raises(ValueError, match=message):
-        step(operands)
-    numbers = {"decay": [0.1] * 2, "self_": [0.2] * 2, "tie": [0.3] * 2, "lr": 0.1, "momentum": 0.9}
-    for op in (torch.ops.pyfeedback.feedback_step_, torch.ops.pyfeedback.native_feedback_step_):
-        with pytest.raises(ValueError, match=message):
-            op(**operands, **numbers)
-
-
-@pytest.mark.parametrize("which", [(0,), (2,), range(4)])
-def test_the_compiled_backward_refuses_meta_tensors(which):
-    tensors = [torch.ones(2, 4, 4, 4), torch.ones(2, 4, 6, 6), torch.ones(4, 1, 3, 3), torch.ones(4, 1, 3, 3)]
-    for i in which:
-        tensors[i] = tensors[i].to("meta")
-    numbers = ([1, 1], [0, 0], [1, 1], 4, [0.1] * 6, 2, True, True, True, True)
-    with pytest.raises((ValueError, RuntimeError), match="is on meta, expected a device with memory"):
-        torch.ops.pyfeedback.native_depthwise_backward(*tensors, None, None, None, *numbers)
+# Every pair of lists
 
 
 def test_every_pair_of_operands_agrees_between_the_paths(path):
