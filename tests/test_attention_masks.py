@@ -202,3 +202,12 @@ def test_inputs_that_torch_refuses(case):
     with pytest.raises((ValueError, TypeError)) as refused:
         layer(*tensors)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_evaluation_drops_nothing(need_weights):
+    plain = torch.nn.MultiheadAttention(8, 2, dropout=0.6, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    expected, _ = plain(x, x, x, need_weights=need_weights)
+    found, _ = pyfeedback.convert(plain, "fa")(x, x, x, need_weights=need_weights)
+    torch.testing.assert_close(found, expected)

@@ -190,3 +190,16 @@ def test_float16_gradient_is_finite_wherever_float64s_fits():
     assert exact.grad.abs().max() < 65504
     assert tensors[2].grad.isfinite().all()
     assert norm_error(tensors[2].grad, exact.grad) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_composed_mean_is_of_float32(dtype):
+    """Rounded to 16 bits, a mean of 30 is off by up to a sixteenth of the spread."""
+    x = (torch.randn(64, 50) + 30).to(dtype)
+    exact = x.double() - x.double().mean(0)
+    with pyfeedback.backend("aten"):
+        found = torch.ops.pyfeedback.center(x, 64)
+        total = torch.zeros_like(x)
+        torch.ops.pyfeedback.add_centered_(total, x, 1.0, 1.0)
+    for values in (found, total):
+        assert (values.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max() / 2

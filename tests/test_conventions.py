@@ -214,3 +214,10 @@ def test_a_plain_checkpoint_resumes_in_a_converted_model_and_back(rule):
     x, _ = batch()
     torch.testing.assert_close(model(x), plain(x))
     plain.load_state_dict(pyfeedback.unconvert(model).state_dict())
+
+
+def test_autocast_leaves_float64():
+    x, w, b = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        for op in (pyfeedback.functional.fa_linear, torch.ops.pyfeedback.fa_linear):
+            assert op(x, w, b).dtype == torch.nn.functional.linear(x, w).dtype == torch.float64

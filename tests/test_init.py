@@ -108,3 +108,10 @@ def test_layers_take_it_too():
 def test_bad_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Init(**options)
+
+
+def test_a_drawing_leaves_the_state_of_the_generator():
+    feedback = torch.empty(3, 4)
+    before = torch.get_rng_state()
+    pyfeedback.Init(seed=7).draw(feedback, feedback, torch.nn.init.normal_)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -187,3 +187,17 @@ def test_deterministic_algorithms():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("layouts", [(0, 1, 0), (1, 0, 1), (0, 0, 1)], ids=str)
+def test_gradients_of_the_op_have_the_layout_of_their_tensors(layouts):
+    """Autograd lays a gradient out as its leaf; who calls the backward op sees what it made."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    shapes = ((2, 4, 5, 6), (8, 4, 3, 3), (8, 4, 3, 3))
+    x, w, b = (torch.randn(s).to(memory_format=formats[i]) for s, i in zip(shapes, layouts, strict=True))
+    grad_output = torch.randn(2, 8, 3, 4)
+    backward = torch.ops.pyfeedback.fa_conv2d_backward
+    for channels_last in formats:
+        grads = backward(grad_output.to(memory_format=channels_last), x, w, b, None, amp=0.5, null=0.5)
+        for grad, like in zip(grads, (x, w, w), strict=False):
+            assert grad.stride() == like.stride()

@@ -303,7 +303,7 @@ def test_chosen_tiles_are_powers_of_two_and_splits_have_work(itemsize, capabilit
                 assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BM, tile.BC, tile.BK))
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 def test_phases(stride, dilation):
     """first_taps: by counting, every tap of every class visits the positions that it is said to."""
