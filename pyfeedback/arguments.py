@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback.forms import COEFFICIENTS, Coefficients, Window, WindowNd
-from pyfeedback.values import check_flag, check_int, check_number, is_int, refuse_no_tensor, told
+from pyfeedback.values import check_flag, check_int, check_number, in_words, is_int, refuse_no_tensor
 
 _NUMBERS = frozenset((int, float))
 _NOT_OF_THE_KIND = (AttributeError, TypeError, ValueError, IndexError)  # what a check of another kind of value raises
@@ -307,7 +307,7 @@ def _look_at_coefficients(rule: Coefficients, input: Tensor) -> None:
         return
     expected = f"0 (all) to {input.shape[0]}, the size of the batch"
     if not is_int(rule.samples):
-        raise TypeError(f"samples is {told(rule.samples)}, expected an int, {expected}")
+        raise TypeError(f"samples is {in_words(rule.samples)}, expected an int, {expected}")
     if not 0 <= rule.samples <= input.shape[0]:
         raise ValueError(f"samples is {rule.samples}, expected {expected}")
 
@@ -316,7 +316,7 @@ def _given(numbers: tuple) -> str:
     """What was given for each dimension; once where it was given for all of them."""
     first = numbers[0]
     alone = all(n is first for n in numbers) and not isinstance(first, (int, float, tuple))
-    return told(first if alone else numbers)
+    return in_words(first if alone else numbers)
 
 
 def _times(taps: tuple[int, ...]) -> str:

@@ -16,7 +16,7 @@ from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
-from pyfeedback.values import check_flag, check_model, told
+from pyfeedback.values import check_flag, check_model, in_words
 
 _log = logging.getLogger("pyfeedback")
 
@@ -164,7 +164,7 @@ def _rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, 
         raise ValueError(f"rule is a {type(rule).__name__} without a pattern, expected one or more")
     for pattern in rule:
         if not isinstance(pattern, str):
-            raise TypeError(f"a pattern of rule is {told(pattern)}, expected a string")
+            raise TypeError(f"a pattern of rule is {in_words(pattern)}, expected a string")
     return {pattern: as_rule(r) for pattern, r in rule.items()}
 
 

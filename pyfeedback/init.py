@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from pyfeedback.values import check_callable, check_choice, check_number, is_int, is_number, told
+from pyfeedback.values import check_callable, check_choice, check_number, in_words, is_int, is_number
 
 SIGNS = ("free", "weight")
 _seeding = threading.RLock()  # of the global generator, which laws of torch.nn.init draw from
@@ -40,13 +40,13 @@ class Init:
     def __post_init__(self):
         if self.law is not None and not callable(self.law):
             what = "a function that fills a tensor, as those of torch.nn.init"
-            raise ValueError(f"law is {told(self.law)}, expected {what}")
+            raise ValueError(f"law is {in_words(self.law)}, expected {what}")
         check_number("scale", self.scale)
         if not is_number(self.density) or not 0 < self.density <= 1:
-            raise ValueError(f"density is {told(self.density)}, expected a number above 0, at most 1")
+            raise ValueError(f"density is {in_words(self.density)}, expected a number above 0, at most 1")
         check_choice("signs", self.signs, SIGNS)
         if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
-            raise ValueError(f"seed is {told(self.seed)}, expected an int of 64 bits, or None")
+            raise ValueError(f"seed is {in_words(self.seed)}, expected an int of 64 bits, or None")
 
     @torch.no_grad()
     def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:

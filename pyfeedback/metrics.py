@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pyfeedback import step_arguments
 from pyfeedback.nn import FeedbackLayer
-from pyfeedback.nn.layer import tell_of_uncalled
+from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.providers import provide
-from pyfeedback.values import check_callable, check_model, refuse_no_tensor, told
+from pyfeedback.values import check_callable, check_model, in_words, refuse_no_tensor
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def alignment(
     check_model(model)
     if batch is not None:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"batch is {told(batch)}, expected a pair (input, target)")
+            raise TypeError(f"batch is {in_words(batch)}, expected a pair (input, target)")
         if loss is None:
             raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
         check_callable("loss", loss, "a function of the model's output and the target")
     layers = {name: layer for name, layer in _layers(model) if layer.feedback is not None or layer.direct is not None}
     for name, layer in layers.items():
         _check_values(name, layer)
-    tell_of_uncalled(layers)
+    warn_of_uncalled(layers)
     with torch.no_grad():
         paths = [layer.standing_path() for layer in layers.values()]
         feedback = [torch.zeros_like(w.weight) if b is None else b for w, b in zip(layers.values(), paths, strict=True)]

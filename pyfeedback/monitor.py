@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from pyfeedback.metrics import LayerAlignment, alignment
-from pyfeedback.values import check_int, told
+from pyfeedback.values import check_int, in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ class Monitor:
             for step, layer, *values in state["readings"]:
                 readings.setdefault(step, {})[layer] = LayerAlignment(*values)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"state is {told(state)}, expected what state_dict returned") from None
+            raise ValueError(f"state is {in_words(state)}, expected what state_dict returned") from None
         self._last, self.readings = last, readings
 
     def draw(self, path: str | Path | None = None) -> "Figure":

@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 from pyfeedback import functional
 from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.nn import FeedbackLayer
-from pyfeedback.nn.layer import tell_of_uncalled
+from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.providers import provide
 from pyfeedback.step_rows import Row, Scaling, feedback_row, forward_row, is_computed, is_tied, unscaled
 
@@ -99,7 +99,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             return set()
         uncalled = {b for b, layer in self._layers.items() if not layer.called and layer.weight.grad is not None}
         if uncalled:
-            tell_of_uncalled(
+            warn_of_uncalled(
                 {self._names[b]: layer for b, layer in self._layers.items() if layer.called or b in uncalled}
             )
         return uncalled

@@ -37,7 +37,6 @@ from pyfeedback.values import (
     check_positive,
     is_int,
     is_number,
-    told,
 )
 
 Curve = Callable[[int], float]
@@ -119,7 +118,7 @@ class Schedule:
         values = {name: curve(self._last) for name, curve in self.curves.items()}
         for name, value in values.items():
             if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name} is {told(value)} at step {self._last}, expected a finite number")
+                raise ValueError(f"{name} is {in_words(value)} at step {self._last}, expected a finite number")
         return {name: float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict[str, int]:
@@ -133,7 +132,7 @@ class Schedule:
             ValueError: it is none.
         """
         if not isinstance(state, dict) or not is_int(state.get("step")):
-            raise ValueError(f"state is {told(state)}, expected what state_dict returned")
+            raise ValueError(f"state is {in_words(state)}, expected what state_dict returned")
         self._last = state["step"]
         self._apply()
 

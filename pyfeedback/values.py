@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-def told(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A value in a few words on one line: numbers and strings as they are, of anything else the type."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         text = repr(value)
@@ -41,7 +41,7 @@ def is_number(value: Any) -> bool:
 def check_int(name: str, value: Any, least: int = 0) -> None:
     """Raise where ``value`` is no whole number of ``least`` or more."""
     if not is_int(value):
-        raise TypeError(f"{name} is {told(value)}, expected an int of {least} or more")
+        raise TypeError(f"{name} is {in_words(value)}, expected an int of {least} or more")
     if value < least:
         raise ValueError(f"{name} is {value}, expected {least} or more")
 
@@ -49,7 +49,7 @@ def check_int(name: str, value: Any, least: int = 0) -> None:
 def check_number(name: str, value: Any) -> None:
     """Raise where ``value`` is no finite number."""
     if not is_number(value):
-        raise TypeError(f"{name} is {told(value)}, expected a finite number")
+        raise TypeError(f"{name} is {in_words(value)}, expected a finite number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}, expected a finite number")
 
@@ -58,33 +58,33 @@ def check_positive(name: str, value: Any) -> None:
     """Raise where ``value`` is no finite number above 0."""
     if not is_number(value) or not 0 < value < math.inf:
         kind = ValueError if is_number(value) else TypeError
-        raise kind(f"{name} is {told(value)}, expected a finite number above 0")
+        raise kind(f"{name} is {in_words(value)}, expected a finite number above 0")
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise where ``value`` is neither True nor False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} is {told(value)}, expected True or False")
+        raise TypeError(f"{name} is {in_words(value)}, expected True or False")
 
 
 def check_callable(name: str, value: Any, what: str) -> None:
     """Raise where ``value`` cannot be called."""
     if not callable(value):
-        raise TypeError(f"{name} is {told(value)}, expected {what}")
+        raise TypeError(f"{name} is {in_words(value)}, expected {what}")
 
 
 def check_model(value: Any) -> None:
     """Raise where ``value`` is no model."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f"model is {told(value)}, expected a torch.nn.Module")
+        raise TypeError(f"model is {in_words(value)}, expected a torch.nn.Module")
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
     """Raise where ``value`` is none of the words ``known``."""
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} is {told(value)}, expected one of {', '.join(known)}")
+        raise ValueError(f"{name} is {in_words(value)}, expected one of {', '.join(known)}")
 
 
 def refuse_no_tensor(name: str, value: Any) -> NoReturn:
     """Raise for a value in the place of a tensor."""
-    raise TypeError(f"{name} is {told(value)}, expected a tensor")
+    raise TypeError(f"{name} is {in_words(value)}, expected a tensor")

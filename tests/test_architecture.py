@@ -243,7 +243,7 @@ def test_what_is_undocumented_is_found():
         @property
         def bare_too(self): ...
 
-        def told(self):
+        def in_words(self):
             """Yes."""
 
     class Derived(Documented):

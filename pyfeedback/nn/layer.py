@@ -14,7 +14,7 @@ from pyfeedback.rules import rule as as_rule
 from pyfeedback.values import refuse_no_tensor
 
 _log = logging.getLogger("pyfeedback")
-_told: WeakSet[torch.nn.Module] = WeakSet()  # layers that a warning was given of
+_warned: WeakSet[torch.nn.Module] = WeakSet()  # layers that a warning was given of
 
 
 class FeedbackLayer(torch.nn.Module):
@@ -86,8 +86,8 @@ class FeedbackLayer(torch.nn.Module):
         """Warn, once for each layer, where the gradients of W were cleared and those of the feedback were not."""
         weight = self.weight
         learns = torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad
-        if learns and weight.grad is None and self not in _told:
-            _told.add(self)
+        if learns and weight.grad is None and self not in _warned:
+            _warned.add(self)
             _log.warning(
                 "%s(%s): feedback.grad keeps growing, since weight.grad was cleared and feedback.grad was not: an "
                 "optimizer that was built before convert does not have the feedback weights; build it afterwards, or "
@@ -150,11 +150,11 @@ class FeedbackLayer(torch.nn.Module):
         return f"{super().extra_repr()}, rule={self.rule}"
 
 
-def tell_of_uncalled(layers: Mapping[str, FeedbackLayer]) -> None:
+def warn_of_uncalled(layers: Mapping[str, FeedbackLayer]) -> None:
     """Warn, once for each layer, of those that no forward pass has called although it called others."""
-    left = [name for name, layer in layers.items() if not layer.called and layer not in _told]
+    left = [name for name, layer in layers.items() if not layer.called and layer not in _warned]
     if left and any(layer.called for layer in layers.values()):
-        _told.update(layers[name] for name in left)
+        _warned.update(layers[name] for name in left)
         _log.warning(
             "%s: in use, but never called; where the weight is read instead (F.linear(x, layer.weight)), the layer "
             "trains by backprop, without its feedback weight",
