@@ -91,6 +91,11 @@ def first_line(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
 
 
+def hide_paths(include: list[str]) -> list[str]:
+    """Flags that leave the build's folders out of what errors say of their place in a source."""
+    return [f"-fmacro-prefix-map={folder}/=" for folder in (os.getcwd(), *include)]
+
+
 def cpu_extension(include: list[str], library: list[str]) -> Extension:
     return Extension(
         "pyfeedback._C",
@@ -98,7 +103,7 @@ def cpu_extension(include: list[str], library: list[str]) -> Extension:
         include_dirs=[*include, os.path.abspath("csrc")],
         library_dirs=library,
         define_macros=DEFINES,
-        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *hide_paths(include)]},
         extra_link_args=LINK_FLAGS,
         language="c++",
         py_limited_api=True,
@@ -109,12 +114,15 @@ def cuda_extension(include: list[str], library: list[str], home: Path) -> Extens
     """The runtime is linked statically: the library then asks for no particular libcudart beside torch's own."""
     return Extension(
         "pyfeedback._C_cuda",
-        sources("arguments.cpp", "depthwise_arguments.cpp", "tensors.cpp", "cuda/*.cpp", "cuda/*.cu"),
+        sources("arguments.cpp", "depthwise_arguments.cpp", "sharing.cpp", "tensors.cpp", "cuda/*.cpp", "cuda/*.cu"),
         include_dirs=[*include, os.path.abspath("csrc"), str(home / "include")],
         library_dirs=[*library, str(home / "lib64"), str(home / "lib")],
         libraries=["cudart_static", "dl", "pthread", "rt"],
         define_macros=[*DEFINES, ("USE_CUDA", None)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *hide_paths(include)],
+            "nvcc": [*NVCC_FLAGS, *(f"-Xcompiler={flag}" for flag in hide_paths(include))],
+        },
         extra_link_args=LINK_FLAGS,
         language="c++",
         py_limited_api=True,

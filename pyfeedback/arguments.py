@@ -264,7 +264,7 @@ def _refuse_tensors(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
             refuse_no_tensor(name, tensor)
-    if not is_int(groups):  # a number that does not divide the channels is told of with their number
+    if not is_int(groups):  # the error of a number that does not divide the channels names theirs
         check_int("groups", groups, least=1)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.layout is not torch.strided:

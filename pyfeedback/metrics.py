@@ -145,7 +145,7 @@ def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tupl
             products = provide("alignment_products", device.type)(*pairs)
         except RuntimeError as error:  # of the compiled kernel, which looks at each pair in a fraction of the time
             step_arguments.check_pairs(*pairs)
-            raise RuntimeError(str(error).partition("\n")[0]) from None
+            raise step_arguments.kernel_error(error) from None
         found |= zip(here, products.tolist(), strict=True)
     return [found[i] for i in range(len(feedback))]
 

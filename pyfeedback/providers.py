@@ -65,7 +65,7 @@ def _native_feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, se
         step_arguments.check_step_tensors(
             feedback, weight, grad, momentum_buffer, coefficients, options, options["dynamic"]
         )
-        raise RuntimeError(str(error).partition("\n")[0]) from None
+        raise step_arguments.kernel_error(error) from None
     torch.autograd.graph.increment_version([*feedback, *buffers])  # of what no kernel of torch's has written
 
 
@@ -86,7 +86,7 @@ def _native_adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq
     except (RuntimeError, NotImplementedError, TypeError) as error:
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         step_arguments.check_adamw_tensors(param, weight, grad, moments, step, options)
-        raise RuntimeError(str(error).partition("\n")[0]) from None
+        raise step_arguments.kernel_error(error) from None
     torch.autograd.graph.increment_version([*param, *exp_avg, *exp_avg_sq, *step])
 
 

@@ -35,6 +35,7 @@ from pyfeedback.values import (
     check_model,
     check_number,
     check_positive,
+    in_words,
     is_int,
     is_number,
 )

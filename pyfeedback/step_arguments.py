@@ -4,6 +4,7 @@ The compiled ops check what keeps memory safe, in a fraction of the time; what t
 """
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import repeat
@@ -130,6 +131,11 @@ def check_in_place(lists: dict[str, Tensors]) -> None:
             if tensor.requires_grad:
                 kind = "leaf" if tensor.is_leaf else "tensor"
                 raise RuntimeError(f"{name}[{i}] is a {kind} that requires grad, expected the step in torch.no_grad()")
+
+
+def kernel_error(error: Exception) -> RuntimeError:
+    """What a kernel alone refuses, in one line: without the place in its source, and the dispatcher's explanations."""
+    return RuntimeError(re.sub(r"^\w+, \S+:\d+, ", "", str(error).partition("\n")[0]))
 
 
 def refuse_list(name: str, tensors: object) -> NoReturn:

@@ -16,12 +16,13 @@ namespace {
 // Every operand at the same place, one read of each and one write of what is stepped. T is float or double.
 template <typename T, bool kHasWeight, bool kHasGrad>
 void adamw_straight(const AdamWTensor& tensor, const AdamWStep<T>& step, int64_t begin, int64_t end) {
-  T* __restrict param = static_cast<T*>(tensor.operand[kParam]);
-  const T* __restrict weight = static_cast<const T*>(tensor.operand[kWeight]);
-  const T* __restrict grad = static_cast<const T*>(tensor.operand[kGrad]);
-  T* __restrict mean = static_cast<T*>(tensor.operand[kMean]);
-  T* __restrict square = static_cast<T*>(tensor.operand[kSquare]);
+  T* param = static_cast<T*>(tensor.operand[kParam]);
+  const T* weight = static_cast<const T*>(tensor.operand[kWeight]);
+  const T* grad = static_cast<const T*>(tensor.operand[kGrad]);
+  T* mean = static_cast<T*>(tensor.operand[kMean]);
+  T* square = static_cast<T*>(tensor.operand[kSquare]);
   const AdamWStep<T> local = step;
+  PYFEEDBACK_TURNS_ARE_APART
   for (int64_t i = begin; i < end; ++i) {
     const T gradient = local.gradient(param[i], kHasWeight ? weight[i] : T(0), kHasGrad ? grad[i] : T(0));
     param[i] = local.next(param[i], gradient, mean[i], square[i]);

@@ -16,11 +16,12 @@ namespace {
 // Every operand at the same place, one read of each and one write of feedback and momentum. T is float or double.
 template <typename T, bool kWeight, bool kGrad, bool kMomentum>
 void step_straight(const StepTensor& tensor, const FeedbackStep<T>& step, int64_t begin, int64_t end) {
-  T* __restrict feedback = static_cast<T*>(tensor.feedback);
-  const T* __restrict weight = static_cast<const T*>(tensor.weight);
-  const T* __restrict grad = static_cast<const T*>(tensor.grad);
-  T* __restrict momentum = static_cast<T*>(tensor.momentum);
+  T* feedback = static_cast<T*>(tensor.feedback);
+  const T* weight = static_cast<const T*>(tensor.weight);
+  const T* grad = static_cast<const T*>(tensor.grad);
+  T* momentum = static_cast<T*>(tensor.momentum);
   const FeedbackStep<T> local = step;
+  PYFEEDBACK_TURNS_ARE_APART
   for (int64_t i = begin; i < end; ++i) {
     const T old = feedback[i];
     T direction = local.gradient(old, kWeight ? weight[i] : T(0), kGrad ? grad[i] : T(0));

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback.aten.center import wide_dtype
+from pyfeedback.aten.centering import centered, centered_beside, combined
 from pyfeedback.forms import (
     Coefficients,
     Form,
@@ -25,8 +26,6 @@ from pyfeedback.forms import (
     needs_response,
     reads_data,
 )
-
-LARGE = 2**18  # elements of an input whose copy is worth avoiding
 
 Mask = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -160,6 +159,11 @@ class _Conv2d(NamedTuple):
     weight: Tensor
     window: Window
 
+    @property
+    def channel(self) -> int:
+        """The dimension of an activation's channels."""
+        return 1
+
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
         return conv2d_problem(input_shape, self.weight.shape, self.window, samples)
 
@@ -192,6 +196,10 @@ class _Convolution(NamedTuple):
     weight: Tensor
     window: WindowNd
 
+    @property
+    def channel(self) -> int:
+        return 1
+
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
         return convolution_problem(input_shape, self.weight.shape, self.window, samples)
 
@@ -209,6 +217,10 @@ class _Linear(NamedTuple):
     """The products of a linear layer: activations [n, ..., C], kernels [K, C]."""
 
     weight: Tensor
+
+    @property
+    def channel(self) -> int:
+        return -1
 
     def problem(self, input_shape: Sequence[int], samples: int) -> Problem:
         return linear_problem(input_shape, self.weight.shape, samples)
@@ -288,25 +300,25 @@ def _direct(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule:
     if rule.sparse:
         scale = max(abs(rule.sparse), abs(rule.amp))
         kernel = _blend(feedback, weight, rule.sparse / scale, rule.amp / scale).to(x.dtype)
-        x = _centered(x, rule)
+        x = centered(x, rule)
         total = layer.correlate(x, layer.respond(x, kernel))
         if rule.null:
-            y = _centered(y, rule)
+            y = centered(y, rule)
             total = total.add_(layer.correlate(layer.project(y, feedback, x), y), alpha=rule.null / scale)
         return total, scale
-    y = _centered(y, rule)
+    y = centered(y, rule)
     if not rule.null:
-        return layer.correlate(_centered_beside(layer, x, rule), y), -rule.amp
+        return layer.correlate(centered_beside(x, layer.channel, rule), y), -rule.amp
     z = layer.project(y, feedback, x)
     if abs(rule.amp) <= abs(rule.null):
-        return layer.correlate(_combined(z, 1.0, x, -rule.amp / rule.null, rule), y), rule.null
-    return layer.correlate(_combined(z, -rule.null / rule.amp, x, 1.0, rule), y), -rule.amp
+        return layer.correlate(combined(z, 1.0, x, -rule.amp / rule.null, rule), y), rule.null
+    return layer.correlate(combined(z, -rule.null / rule.amp, x, 1.0, rule), y), -rule.amp
 
 
 def _input_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """(sparse B - amp W) G + null W G W' B, with the second moment G = x'x."""
     wide = wide_dtype(x.dtype)
-    moment = layer.moment(_centered(x, rule)).to(wide)
+    moment = layer.moment(centered(x, rule)).to(wide)
     w, b = (t.reshape(t.shape[0], -1).to(wide) for t in (weight, feedback))
     if not rule.null:
         if not rule.sparse:
@@ -323,10 +335,10 @@ def _input_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor,
 def _response_moment(layer, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor, rule: Coefficients) -> Scaled:
     """null Y B - amp y'x, with the second moment Y = y'y."""
     wide = wide_dtype(x.dtype)
-    y = _centered(y, rule)
+    y = centered(y, rule)
     total = layer.moment(y).to(wide) @ feedback.reshape(feedback.shape[0], -1).to(wide)
     if rule.amp:
-        mixed = layer.correlate(_centered_beside(layer, x, rule), y)
+        mixed = layer.correlate(centered_beside(x, layer.channel, rule), y)
         total = total.sub_(mixed.reshape(total.shape), alpha=rule.amp / rule.null)
     return total.reshape(weight.shape), rule.null
 
@@ -337,49 +349,6 @@ _DATA_TERMS: dict[Form, Callable[..., Scaled]] = {
     Form.INPUT_MOMENT: _input_moment,
     Form.RESPONSE_MOMENT: _response_moment,
 }
-
-
-def _centered(x: Tensor, rule: Coefficients) -> Tensor:
-    """x, or x minus its mean over the samples."""
-    return torch.ops.pyfeedback.center.default(x, x.shape[0]) if rule.center else x
-
-
-def _centered_beside(layer: _Layer, x: Tensor, rule: Coefficients) -> Tensor:
-    """x as a factor of wgrad(x, y) where y is centred already.
-
-    In exact arithmetic the mean of x then cancels. In rounded arithmetic it leaves an error of (mean / standard
-    deviation)^2 units in the last place, so x is centred too. A copy of the large input of a 1x1 layer costs as much as
-    half a pass of the layer on a CPU: there it is left out where the mean is small.
-    """
-    if rule.center and x.is_cpu and x.numel() >= LARGE and not _mean_is_large(layer, x):
-        return x
-    return _centered(x, rule)
-
-
-def _mean_is_large(layer: _Layer, x: Tensor) -> bool:
-    """Whether the mean over the samples exceeds 2.5 standard deviations in some channel, judged by two samples.
-
-    A grid of about 64 positions of each is looked at. Where the two samples happen to differ more than most, the
-    standard deviation of all n is large as well: the ratio is underestimated by a factor of n ** 0.5 at most.
-    """
-    channel = x.dim() - 1 if isinstance(layer, _Linear) else 1
-    points = round(64 ** (1 / max(1, x.dim() - 2)))  # along each dimension of the map
-    steps = [1 if d == channel else -(-size // points) for d, size in enumerate(x.shape)]
-    steps[0] = max(1, x.shape[0] // 2)
-    grid = x[tuple(slice(None, None, step) for step in steps)].movedim(channel, -1).to(wide_dtype(x.dtype))
-    first, other = (grid[i].reshape(-1, x.shape[channel]) for i in (0, min(1, len(grid) - 1)))
-    power, difference = first.square().sum(0), (first - other).square().sum(0)  # the latter of two variances
-    return bool((power > (1 + 2.5**2) / 2 * difference).any())
-
-
-def _combined(z: Tensor, beta: float, x: Tensor, alpha: float, rule: Coefficients) -> Tensor:
-    """beta * z + alpha * x, with x centred where the rule asks for it, written to z; beta or alpha is 1."""
-    if not alpha:
-        return z
-    if rule.center:
-        torch.ops.pyfeedback.add_centered_.default(z, x, beta, alpha)
-        return z
-    return torch.add(z, x, alpha=alpha, out=z) if beta == 1.0 else torch.add(x, z, alpha=beta, out=z)
 
 
 def _blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
