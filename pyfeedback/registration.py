@@ -123,6 +123,7 @@ def _backward(op: str, check: Callable[..., tuple]) -> Callable:
     """The implementation of a backward op, by the provider of the device."""
 
     def backward(grad_output: Tensor, input: Tensor, *others, **options):
+        """The op's implementation: arguments are checked, the provider of the device computes."""
         checked = check(grad_output, input, *others, **options)
         return provide(op, input.device.type)(*checked)
 
