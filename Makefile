@@ -18,13 +18,14 @@ LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu)
 ROUNDING := tests/test_numerics.py tests/test_centering.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz mutants bench lint
+.PHONY: help demo test fuzz mutants asan tsan bench lint
 
 help:
 	@echo "make demo    train by every rule and compare: examples/two_routes.py"
 	@echo "make test    the test suite"
 	@echo "make fuzz    random cases for SECONDS=$(SECONDS), from a new SEED or from the one that is given"
 	@echo "make mutants faults put into a copy of the code, each of which some test must find: tests/mutants.md"
+	@echo "make asan    the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer; make tsan: ThreadSanitizer"
 	@echo "make bench   the benchmarks"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo
@@ -52,6 +53,10 @@ fuzz: $(VENV)/.pyfeedback-test
 
 mutants: $(VENV)/.pyfeedback-test
 	$(BIN)/python tests/mutants.py
+
+# The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer.
+asan tsan: $(VENV)/.pyfeedback-test
+	tests/sanitize.sh $@ $(BIN)/python
 
 bench: $(VENV)/.pyfeedback-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only

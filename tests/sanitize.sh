@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# sanitize.sh asan|tsan PYTHON: builds the CPU library with a sanitizer, apart from the environment, and runs the tests of
+# the compiled ops under it. tests/tsan.supp names what is torch's own.
+set -euo pipefail
+kind="$1" python="$(realpath -s "$2")"
+cd "$(dirname "$0")/.."
+root="$PWD" site="$PWD/.cache/$kind"
+
+case "$kind" in
+  asan) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined" runtime="libasan.so" ;;
+  tsan) flags="-fsanitize=thread" runtime="libtsan.so" ;;
+  *) echo "sanitize.sh: $kind, expected asan or tsan" && exit 2 ;;
+esac
+compiler="${CXX:-c++}"
+
+# From a copy, so that the objects of the ordinary build stay as they are.
+source="$root/.cache/$kind-source"
+rm -rf "$site" "$source"
+mkdir -p "$source"
+cp -R csrc kernels pyfeedback setup.py build_backend.py pyproject.toml MANIFEST.in README.md LICENSE "$source"
+rm -f "$source"/pyfeedback/*.so
+CFLAGS="-g -O1 -fno-omit-frame-pointer $flags" LDFLAGS="$flags" PYFEEDBACK_CUDA=0 PATH="$(dirname "$python"):$PATH" \
+  "$python" -m pip install --quiet --no-deps --no-build-isolation --target "$site" "$source"
+
+# Python itself is not instrumented: the runtime comes first, and what the interpreter never frees is no leak.
+export LD_PRELOAD="$("$compiler" -print-file-name="$runtime") $("$compiler" -print-file-name=libstdc++.so)"
+export ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0" UBSAN_OPTIONS="print_stacktrace=1"
+export TSAN_OPTIONS="suppressions=$root/tests/tsan.supp:ignore_noninstrumented_modules=1"
+export PYTHONPATH="$site" PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+cd "$site"
+"$python" -c "import pyfeedback; assert pyfeedback.__file__.startswith('$site'), pyfeedback.__file__"
+exec "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" -k "not simt and not cuda" \
+  "$root"/tests/test_native.py "$root"/tests/test_native_optimizers.py "$root"/tests/test_step_memory.py \
+  "$root"/tests/test_step_storage.py "$root"/tests/test_step_exactness.py "$root"/tests/test_depthwise.py
