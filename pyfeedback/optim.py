@@ -20,6 +20,7 @@ from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.providers import provide
 from pyfeedback.step_rows import Row, Scaling, feedback_row, forward_row, is_computed, is_tied, unscaled
+from pyfeedback.values import in_words
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -365,10 +366,11 @@ def _feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], d
 
 
 def _check_number(name: str, value: object, below: float = math.inf) -> None:
-    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = number or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not 0 <= value < below:  # type: ignore[operator]
         limit = "a finite number, 0 or more" if below == math.inf else f"a number in [0, {below:g})"
-        raise (ValueError if number else TypeError)(f"{name} is {value!r}, expected {limit}")
+        raise (ValueError if number else TypeError)(f"{name} is {in_words(value)}, expected {limit}")
 
 
 def _forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is
 
 def test_it_holds_no_path_of_the_machine_that_built_it():
     """Errors name their source, by its place in the repository."""
-    sources = re.findall(rb"[\w./+-]+\.(?:h|cpp|cuh|cu)\b", native.CPU_LIBRARY.read_bytes())
+    sources = re.findall(rb"[\w./+-]+\.(?:h|cpp|cuh|cu)\b", (native.PACKAGE / native.CPU_LIBRARY).read_bytes())
     assert any(source.startswith(b"csrc/") for source in sources)
     assert [source for source in sources if source.startswith(b"/")] == []
 
@@ -22,5 +22,4 @@ def test_what_the_kernel_alone_refuses_reaches_the_user_as_one_line_without_a_pa
     with pytest.raises(RuntimeError, match="expected at most 8") as refused:
         functional.feedback_step_([torch.ones(*[2] * 9)], [weight], [], decay=[0.1], self_=[0.1], tie=[0.0], lr=0.1)
     assert "\n" not in str(refused.value)
-    assert "/work" not in str(refused.value)
-    assert "csrc" not in str(refused.value)
+    assert "/" not in str(refused.value)

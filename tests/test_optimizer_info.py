@@ -127,9 +127,7 @@ def mistakes(name):
     for error in INFO[name].optim_error_inputs_func("cpu", torch.float32):
         sample = error.optimizer_error_input
         if NOT_OURS.isdisjoint(sample.kwargs):
-            broken = name == "SGD" and sample.desc == "Tensor lr must be 1-element"  # a RuntimeError about booleans
-            marks = pytest.mark.xfail(reason="SGD compares a learning rate of two elements", raises=RuntimeError)
-            yield pytest.param(name, sample, id=f"{name}: {sample.desc}", marks=[marks] if broken else [])
+            yield pytest.param(name, sample, id=f"{name}: {sample.desc}")
 
 
 @pytest.mark.parametrize(("name", "sample"), [case for name in OURS for case in mistakes(name)])
