@@ -46,31 +46,33 @@ def train(settings: Settings, options: argparse.Namespace, here: place.Place) ->
     def save():
         state = run.state_dict()
         if logs:
-            with errors_in_one_line():
-                checkpoint.save(state, path)
+            checkpoint.save(state, path)
 
     def after_step():
-        if logs:
-            logs.after_step()
-        if options.checkpoint_every and run.steps % options.checkpoint_every == 0:
-            save()
+        with errors_in_one_line((OSError,)):
+            if logs:
+                logs.after_step()
+            if options.checkpoint_every and run.steps % options.checkpoint_every == 0:
+                save()
 
     def after_epoch():
-        if logs:
-            logs.after_epoch()
-        save()  # last: what a kill in between has cost is written again
+        with errors_in_one_line((OSError,)):
+            if logs:
+                logs.after_epoch()
+            save()  # last: what a kill in between has cost is written again
 
     run.train(after_step, after_epoch)
     if logs:
-        logs.close()
+        with errors_in_one_line((OSError,)):
+            logs.close()
 
 
 @contextmanager
-def errors_in_one_line():
-    """What is refused, and what a disk refuses, needs no traceback."""
+def errors_in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
+    """What is refused before the first step needs no traceback, nor does a disk that is full later on."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         raise SystemExit(f"train.py: {error}") from None
 
 

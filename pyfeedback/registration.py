@@ -210,8 +210,8 @@ def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr
     scalars = {"lr": lr, "momentum": momentum, "noise": noise}
     switches = {"nesterov": nesterov, "skip_nonfinite": skip_nonfinite, "seed": seed}
     step_arguments.check_step_numbers(len(feedback), coefficients, scalars, switches)
-    step_arguments.refuse_meta({"feedback": feedback, "weight": weight, "grad": grad})
     step_arguments.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars, dynamic, False)
+    step_arguments.refuse_meta({"feedback": feedback})
 
 
 def _fake_native_step(feedback, weight, grad, momentum_buffer, **options) -> None:

@@ -42,7 +42,7 @@ def check_step_numbers(
         good = (
             all(len(values) == count and type(total := sum(values)) in (float, int) and math.isfinite(total)
                 for values in coefficients.values())
-            and all(0 <= value < math.inf for value in scalars.values())
+            and all(value >= 0 and math.isfinite(value) for value in scalars.values())
             and all(type(value) is bool or (name == "seed" and type(value) is int and -(2**63) <= value < 2**63)
                     for name, value in options.items())
         )  # fmt: skip

@@ -1,12 +1,12 @@
 """What a run leaves in its folder, and what it shows meanwhile."""
 
 import csv
-import os
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from training.checkpoint import replacing
 from training.loop import Run
 
 DRAWING = 30.0  # seconds between two drawings of a picture that takes about half of one
@@ -94,12 +94,10 @@ def _line(row: dict, epochs: int) -> str:
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "w", newline="") as file:
+    with replacing(path, "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    os.replace(unfinished, path)
 
 
 def _progress_bar(run: Run):

@@ -130,8 +130,10 @@ class Run:
         """Go on from a state.
 
         Raises:
-            ValueError: it is that of a run with other settings, or of another number of ranks.
+            ValueError: it is that of a run with other settings, or of another number of ranks; or of no run.
         """
+        if not isinstance(state, dict) or not {"settings", "ranks"} <= state.keys():
+            raise ValueError("the checkpoint is that of no run, expected what state_dict returned")
         ranks, then = self.place.ranks, state["ranks"]
         if ranks != then:
             raise ValueError(f"ranks is {ranks}, and was {then} in the checkpoint, expected the same")
