@@ -104,11 +104,16 @@ def test_thirty_steps_at_the_full_learning_rate(rule, photographs):
 def layers_in_use(network, images):
     """Each layer but the first with its input and its response, of one pass."""
     seen = {}
+
+    def remember(name):
+        def hook(module, inputs, output):
+            seen.setdefault(name, (module, inputs[0].detach(), output.detach()))
+
+        return hook
+
     for name, module in network.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name != "0":
-            module.register_forward_hook(
-                lambda m, inputs, output, name=name: seen.setdefault(name, (m, inputs[0].detach(), output.detach()))
-            )
+            module.register_forward_hook(remember(name))
     network(images)
     return seen
 
