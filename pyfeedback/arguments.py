@@ -186,7 +186,7 @@ def _consistent(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | 
         and input.layout is torch.strided
         and weight.layout is torch.strided
         and feedback.layout is torch.strided
-        and (bias is None or (bias.dtype is dtype and bias.device == device))
+        and (bias is None or (bias.dtype is dtype and bias.device == device and bias.layout is torch.strided))
     )
 
 

@@ -30,6 +30,7 @@ CONV_CASES = {
     "feedback dtype": ({"feedback": B.half()}, "feedback has dtype torch.float16, expected that of input"),
     "bias dtype": ({"bias": BIAS.bfloat16()}, "bias has dtype torch.bfloat16, expected that of input"),
     "input sparse": ({"input": X.to_sparse()}, "input has layout torch.sparse_coo, expected torch.strided"),
+    "bias sparse": ({"bias": BIAS.to_sparse()}, "bias has layout torch.sparse_coo, expected torch.strided"),
     "weight sparse": ({"weight": W.to_sparse()}, "weight has layout torch.sparse_coo, expected torch.strided"),
     "stride zero": ({"stride": 0}, "stride is (0, 0), expected 1 or more"),
     "stride negative": ({"stride": (1, -2)}, "stride is (1, -2), expected 1 or more"),
