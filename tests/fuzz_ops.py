@@ -56,8 +56,8 @@ def is_a_fault_of_torch(call: Call) -> bool:
 
     The weight gradient of a 3-D layer that pads by more than half of its dilated kernel, such as
     ``nn.Conv3d(1, 1, (5, 1, 1), (2, 1, 1), (3, 0, 0))`` on a map of [5, 3, 3], and its forward in channels_last; in
-    bfloat16 and channels_last that of any grouped 3-D layer, and in bfloat16 that of a tap which sees padding alone. That
-    of a 1x1 layer of stride 3 corrupts the heap; without padding ours goes another way (tests/test_ops.py).
+    bfloat16 and channels_last that of any grouped 3-D layer, and in bfloat16 that of a tap which sees padding alone.
+    That of a 1x1 layer of stride 3 corrupts the heap; without padding ours goes another way (tests/test_ops.py).
     """
     if call.op == "linear":
         return False
