@@ -14,6 +14,9 @@ export OMP_NUM_THREADS ?= 2
 SOURCES := pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
 LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu)
 
+# Of each of the WORKERS: more threads than cores wait for one another, and the tests take twice as long.
+ONE_THREAD := OMP_NUM_THREADS=1
+
 # How a sum rounds depends on the instruction set: these tests run again as on a processor without AVX-512.
 ROUNDING := tests/test_numerics.py tests/test_centering.py
 
@@ -45,8 +48,8 @@ demo: $(VENV)/.pyfeedback-examples
 	$(BIN)/python examples/two_routes.py
 
 test: $(VENV)/.pyfeedback-test
-	$(BIN)/python -m pytest -n $(WORKERS)
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(WORKERS) $(ROUNDING)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
+	$(ONE_THREAD) ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(WORKERS) $(ROUNDING)
 
 fuzz: $(VENV)/.pyfeedback-test
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
