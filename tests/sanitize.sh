@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sanitize.sh asan|tsan PYTHON: builds the CPU library with a sanitizer, apart from the environment, and runs the tests of
-# the compiled ops under it. tests/tsan.supp names what is torch's own.
+# the compiled ops under it. Reports go to .cache/asan or .cache/tsan; one of them fails the run.
 set -euo pipefail
 kind="$1" python="$(realpath -s "$2")"
 cd "$(dirname "$0")/.."
@@ -22,13 +22,26 @@ rm -f "$source"/pyfeedback/*.so
 CFLAGS="-g -O1 -fno-omit-frame-pointer $flags" LDFLAGS="$flags" PYFEEDBACK_CUDA=0 PATH="$(dirname "$python"):$PATH" \
   "$python" -m pip install --quiet --no-deps --no-build-isolation --target "$site" "$source"
 
+preload="$("$compiler" -print-file-name="$runtime") $("$compiler" -print-file-name=libstdc++.so)"
+if [ "$kind" = tsan ]; then
+  cc -g -O1 -fsanitize=thread -shared -fPIC tests/tsan_openmp.c -o "$site/openmp.so" -lpthread
+  preload="$preload $site/openmp.so"
+fi
+
 # Python itself is not instrumented: the runtime comes first, and what the interpreter never frees is no leak.
-export LD_PRELOAD="$("$compiler" -print-file-name="$runtime") $("$compiler" -print-file-name=libstdc++.so)"
-export ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0" UBSAN_OPTIONS="print_stacktrace=1"
-export TSAN_OPTIONS="suppressions=$root/tests/tsan.supp:ignore_noninstrumented_modules=1"
+export LD_PRELOAD="$preload"
+export ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0:log_path=$site/report"
+export UBSAN_OPTIONS="print_stacktrace=1:log_path=$site/report"
+export TSAN_OPTIONS="ignore_noninstrumented_modules=1:log_path=$site/report"
 export PYTHONPATH="$site" PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 cd "$site"
 "$python" -c "import pyfeedback; assert pyfeedback.__file__.startswith('$site'), pyfeedback.__file__"
-exec "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" -k "not simt and not cuda" \
+result=0
+"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" -k "not simt and not cuda" \
   "$root"/tests/test_native.py "$root"/tests/test_native_optimizers.py "$root"/tests/test_step_memory.py \
-  "$root"/tests/test_step_storage.py "$root"/tests/test_step_exactness.py "$root"/tests/test_depthwise.py
+  "$root"/tests/test_step_storage.py "$root"/tests/test_step_exactness.py "$root"/tests/test_depthwise.py || result=$?
+unset LD_PRELOAD
+for report in "$site"/report.*; do
+  [ -e "$report" ] && cat "$report" && result=1
+done
+exit "$result"
