@@ -59,7 +59,7 @@ def test_autocast_trains_as_a_model_in_that_dtype(rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
-    """The scaler steps the task, the rule steps by itself: its gradient was never scaled (a tied one no more is)."""
+    """The scaler unscales and steps the task; the rule steps by itself in between, before W moves."""
     trained = []
     for scale in (None, 1024.0):
         model = network(rule)
@@ -70,8 +70,9 @@ def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
             model.zero_grad()
             x, target = batch(step)
             scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
-            scaler.step(task)  # divides W's gradients by the scale
+            scaler.unscale_(task)  # W's gradients; those of the rules were never scaled
             feedback.step()
+            scaler.step(task)
             scaler.update()
         trained.append(list(model.parameters()))
     assert largest_error(*([p.detach() for p in each] for each in trained)) < 1e-5
@@ -87,9 +88,10 @@ def test_a_step_that_overflows_moves_nothing(rule):
     x, target = batch()
     x[0, 0, 0, 0] = float("inf")
     scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
-    scaler.step(task)
-    if rule != "sa":  # symmetric alignment sees the weights alone, which did not move
+    scaler.unscale_(task)
+    if rule != "sa":  # symmetric alignment reads the weights alone, and moves the feedback
         feedback.step()
+    scaler.step(task)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
