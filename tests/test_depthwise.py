@@ -107,6 +107,19 @@ def test_the_size_of_a_layer(dtype):
             assert largest_error([ours], [exact]) <= 2 * largest_error([plain], [exact]) + FLOOR[dtype]
 
 
+@pytest.mark.parametrize("rule", [{"decay": 0.3, "self_": 0.3}, {"amp": 0.3, "sparse": 0.3}], ids=["sa", "aa"])
+def test_equal_coefficients_near_the_weight(rule):
+    """B is W but for 1e-5 of it: the gradient is the rule's coefficient times B - W, and loses none of its digits."""
+    case = layer(12, (9, 8), 5)
+    x, weight, _, _ = (t.detach() for t in conv_tensors(case, 0, torch.float32))
+    feedback = weight * (1 + 1e-5 * torch.randn(weight.shape))
+    tensors = [x, weight, feedback, None]
+    with pyfeedback.backend("native"):
+        ours = step(functional.fa_conv2d, case, fresh(tensors), rule, torch.float32)[2]
+    exact = step(reference.conv2d, case, fresh(tensors, torch.float64), rule, torch.float32)[2]
+    assert largest_error([ours], [exact]) < 1e-6
+
+
 @pytest.mark.parametrize("number", [n for n in range(200) if random_conv(n).groups > 1])
 def test_random_layers(number):
     case, rule = random_conv(number), dict(RULES[list(RULES)[number % len(RULES)]])

@@ -108,6 +108,22 @@ def test_one_misaligned_operand(ops, misaligned, dtype):
     )
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_operands_that_are_dense_in_unlike_orders(ops, momentum):
+    """Each fills its memory without gaps, none is contiguous, and element i of one is not element i of another."""
+    generator = torch.Generator().manual_seed(0)
+    orders = [(2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0)]  # of the dimensions in memory
+    drawn = [torch.randn(3, 4, 5, generator=generator, dtype=torch.float64) for _ in orders]
+    feedback, weight, grad, buffer = (
+        t.permute(order).contiguous().permute([order.index(d) for d in range(3)])
+        for t, order in zip(drawn, orders, strict=True)
+    )
+    numbers = {"decay": [0.2], "self_": [0.3], "tie": [0.5], "lr": 0.1, "momentum": momentum}
+    ops.native_feedback_step_([feedback], [weight], [grad], [buffer] if momentum else [], **numbers)
+    direction = 0.2 * drawn[0] - 0.3 * drawn[1] + 0.5 * drawn[2] + momentum * drawn[3]
+    torch.testing.assert_close(feedback, drawn[0] - 0.1 * direction, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("misaligned", [0, 1], ids=["feedback", "weight"])
 def test_alignment_of_one_misaligned_operand(ops, misaligned):
     pair = []
