@@ -84,7 +84,7 @@ def sources(*patterns: str) -> list[str]:
 def source_digests() -> dict[str, str]:
     """What the libraries are built from; the package compares it with the sources when it loads them in a clone."""
     here = Path(__file__).parent
-    return runpy.run_path(str(here / "pyfeedback" / "sources.py"))["digests"](here / "csrc")
+    return runpy.run_path(str(here / "pyfeedback" / "backends" / "extension" / "sources.py"))["digests"](here / "csrc")
 
 
 def first_line(command: list[str]) -> str:

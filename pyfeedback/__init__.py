@@ -5,8 +5,10 @@ pyfeedback.alignment(model)                                  # angles between fe
 torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
 """
 
-from pyfeedback import schemas as schemas  # isort: skip  # defines the ops, before anything implements them
-from pyfeedback import functional, nn, optim, reference, schedules
+from pyfeedback import ops as ops  # isort: skip  # registers the ops
+from pyfeedback import functional, metrics, nn, optim, reference, schedules
+from pyfeedback.backends.dispatch import backend, current_backend, set_backend
+from pyfeedback.backends.extension.loading import build_info
 from pyfeedback.conversion import (
     Conversion,
     convert,
@@ -16,10 +18,7 @@ from pyfeedback.conversion import (
     unconvert,
 )
 from pyfeedback.init import Init
-from pyfeedback.metrics import LayerAlignment, alignment
-from pyfeedback.monitor import Monitor
-from pyfeedback.native import build_info
-from pyfeedback.providers import backend, current_backend, set_backend
+from pyfeedback.metrics import LayerAlignment, Monitor, alignment
 from pyfeedback.rules import Rule, rule
 
 __version__ = build_info().version
@@ -39,6 +38,7 @@ __all__ = [
     "feedback_parameters",
     "forward_parameters",
     "functional",
+    "metrics",
     "nn",
     "optim",
     "reference",

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyfeedback.direct import DirectFeedback, Tap
-from pyfeedback.forms import Form, needs_response
+from pyfeedback.core.algorithm import Algorithm, needs_response
+from pyfeedback.core.values import check_flag, check_model, in_words
 from pyfeedback.init import Init, as_init, fresh
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
+from pyfeedback.nn.direct import DirectFeedback, DirectInput
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
-from pyfeedback.values import check_flag, check_model, in_words
 
 _log = logging.getLogger("pyfeedback")
 
@@ -95,7 +95,7 @@ def convert(
             module.reset_feedback(_like(module.weight))
             if chosen.direct != "no":
                 direct = direct or DirectFeedback(init, chosen.direct == "shared")
-                module.direct = Tap(name, direct)
+                module.direct = DirectInput(name, direct)
             report.changed.append(name)
         elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
             report.left[name] = f"{type(module).__name__} has weights, and no feedback layer stands for it"
@@ -218,7 +218,7 @@ def _spare_responses(model: nn.Module) -> list[str]:
     for (_, layer), (name, follower) in pairwise(leaves):
         if not isinstance(layer, FeedbackLayer) or layer.feedback is None or layer.bias is not None:
             continue
-        reads_response = layer.rule.reads_data and needs_response(Form.DIRECT, layer.rule.coefficients(1, 1))
+        reads_response = layer.rule.reads_data and needs_response(Algorithm.DIRECT, layer.rule.coefficients(1, 1))
         if reads_response and getattr(follower, "inplace", False) is True:
             follower.inplace = False
             switched.append(name)

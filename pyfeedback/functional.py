@@ -1,21 +1,22 @@
-"""The ops as functions: what `torch.ops.pyfeedback` computes, documented, by the road with the least overhead.
+"""The ops as documented functions, with the least overhead: what `torch.ops.pyfeedback` computes.
 
-Each function equals the op of its name. Inside, a plain `torch.autograd.Function` calls the provider directly: on a
-tiny layer that costs two thirds of what the dispatcher's road costs. Under `torch.compile` the op itself is one node of
-the graph: what a compiler makes of an autograd.Function that carries symbolic numbers differs between releases, and
-torch 2.10 makes a wrong gradient of it.
+Each function equals the op of its name. Inside, a plain `torch.autograd.Function` calls the backend directly, in two
+thirds of the dispatcher's time on a tiny layer; :mod:`pyfeedback.ops.autograd` says when it is used.
 """
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pyfeedback import arguments, registration, step_arguments, transforms
-from pyfeedback import scheduled as scheduled  # defines ops
-from pyfeedback.forms import Coefficients, Window, WindowNd
-from pyfeedback.providers import current_backend, in_force, provide, saves_response
+from pyfeedback.backends.dispatch import current_backend
+from pyfeedback.core import step_checks
+from pyfeedback.core.coefficients import Coefficients, from_keywords
+from pyfeedback.core.geometry import LINEAR, Convolution, Geometry, to_arguments
+from pyfeedback.core.layer_checks import check_coefficients, check_layer, check_lengths
+from pyfeedback.ops import autograd, library
 
 
 def fa_conv2d(
@@ -27,15 +28,7 @@ def fa_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
-    *,
-    decay: float = 0.0,
-    amp: float = 0.0,
-    null: float = 0.0,
-    sparse: float = 0.0,
-    self_: float = 0.0,
-    tie: float = 0.0,
-    center: bool = False,
-    samples: int = 0,
+    **coefficients,
 ) -> Tensor:
     """2-D convolution whose input gradient goes through ``feedback``, and whose ``feedback.grad`` is the rule's.
 
@@ -65,10 +58,11 @@ def fa_conv2d(
 
     Source: Kunin et al., ICML 2020 (arXiv 2003.01513), section 3; tie: Akrout et al., NeurIPS 2019 (arXiv 1904.05391).
     """
-    window = Window(_for_each(2, stride), _for_each(2, padding), _for_each(2, dilation), groups)
-    rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
-    arguments.check_coefficients(rule, input)
-    return convolution(input, weight, feedback, bias, window, rule)
+    rule = _checked(coefficients, input)
+    stride, padding, dilation = (_for_each(2, n) for n in (stride, padding, dilation))
+    geometry = Convolution(stride, padding, dilation, groups=groups)
+    check_lengths(geometry, 2)
+    return layer(geometry, rule, input, weight, feedback, bias)
 
 
 def fa_convolution(
@@ -82,7 +76,7 @@ def fa_convolution(
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
-    **rule,
+    **coefficients,
 ) -> Tensor:
     """Convolution of any number of dimensions, or its transpose, whose input gradient goes through ``feedback``.
 
@@ -94,7 +88,7 @@ def fa_convolution(
         weight, feedback: [K, C/groups, ...]; [C, K/groups, ...] where ``transposed``.
         bias: [K] or None.
         stride, padding, dilation, output_padding: one number for all dimensions, or one for each.
-        rule: decay, amp, null, sparse, self_, tie, center, samples, as in :func:`fa_conv2d`.
+        coefficients: decay, amp, null, sparse, self_, tie, center, samples, as in :func:`fa_conv2d`.
 
     Returns:
         [N, K, ...].
@@ -105,10 +99,10 @@ def fa_convolution(
     stride, padding, dilation, output_padding = (
         _for_each(spatial, n) for n in (stride, padding, dilation, output_padding)
     )
-    coefficients = arguments.coefficients_of(rule)
-    arguments.check_coefficients(coefficients, input)
-    window = WindowNd(stride, padding, dilation, transposed, output_padding, groups)
-    return convolution(input, weight, feedback, bias, window, coefficients)
+    rule = _checked(coefficients, input)
+    geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups)
+    check_lengths(geometry, spatial)
+    return layer(geometry, rule, input, weight, feedback, bias)
 
 
 def fa_linear(
@@ -116,15 +110,7 @@ def fa_linear(
     weight: Tensor,
     feedback: Tensor,
     bias: Tensor | None = None,
-    *,
-    decay: float = 0.0,
-    amp: float = 0.0,
-    null: float = 0.0,
-    sparse: float = 0.0,
-    self_: float = 0.0,
-    tie: float = 0.0,
-    center: bool = False,
-    samples: int = 0,
+    **coefficients,
 ) -> Tensor:
     """Linear layer whose input gradient is ``grad_output @ feedback``: the 1x1 case of :func:`fa_conv2d`.
 
@@ -139,9 +125,7 @@ def fa_linear(
 
     Raises, Source: as :func:`fa_conv2d`.
     """
-    rule = Coefficients(decay, amp, null, sparse, self_, tie, center, samples)
-    arguments.check_coefficients(rule, input)
-    return linear(input, weight, feedback, bias, rule)
+    return layer(LINEAR, _checked(coefficients, input), input, weight, feedback, bias)
 
 
 def feedback_step_(
@@ -191,13 +175,13 @@ def feedback_step_(
         ValueError, TypeError: naming the argument, before anything is written.
         RuntimeError: a tensor that is written requires grad, and grad mode is on.
     """
-    step = registration.feedback_step_
+    step = library.feedback_step_
     if torch.compiler.is_compiling():
         if not feedback:  # nothing to dispatch on
             return
         if torch.is_grad_enabled():
             written = {"feedback": feedback, "momentum_buffer": momentum_buffer if momentum else ()}
-            step_arguments.check_in_place(written)
+            step_checks.check_in_place(written)
         step = torch.ops.pyfeedback.feedback_step_.default
     step(
         feedback, weight, grad, momentum_buffer, decay=decay, self_=self_, tie=tie, lr=lr, momentum=momentum,
@@ -205,66 +189,47 @@ def feedback_step_(
     )  # fmt: skip
 
 
-def convolution(
-    input: Tensor,
-    weight: Tensor,
-    feedback: Tensor,
-    bias: Tensor | None,
-    window: Window | WindowNd,
-    rule: Coefficients,
+def layer(
+    geometry: Geometry, rule: Coefficients, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """:func:`fa_conv2d`, or :func:`fa_convolution`, for coefficients already checked: the layers' road."""
-    if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
+    """Any of the layers above, for coefficients already checked: what :mod:`pyfeedback.nn` calls."""
+    if torch._C._is_any_autocast_enabled() and autograd.autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    if isinstance(window, Window):
-        arguments.check_conv2d(input, weight, feedback, bias, window)
-        op = torch.ops.pyfeedback.fa_conv2d
-    else:
-        arguments.check_convolution(input, weight, feedback, bias, window)
-        op = torch.ops.pyfeedback.fa_convolution
+    check_layer(geometry, input, weight, feedback, bias)
     if torch._C._are_functorch_transforms_active():
-        return transforms.convolution(input, weight, feedback, bias, window, rule)
+        return autograd.TransformableLayer.apply(input, weight, feedback, bias, geometry, rule, current_backend())
     if torch.compiler.is_compiling():
-        return op.default(input, weight, feedback, bias, *window, **rule._asdict())
-    return _Convolution.apply(input, weight, feedback, bias, (window, rule))
+        ops, tensors, options = torch.ops.pyfeedback, (input, weight, feedback, bias), rule._asdict()
+        if not isinstance(geometry, Convolution):
+            return ops.fa_linear.default(*tensors, **options)
+        if geometry.is_conv2d:
+            stride, padding, dilation, _, _, groups = geometry
+            return ops.fa_conv2d.default(*tensors, stride, padding, dilation, groups, **options)
+        return ops.fa_convolution.default(*tensors, *geometry, **options)
+    return autograd.EagerLayer.apply(input, weight, feedback, bias, geometry, rule)
 
 
-def linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, rule: Coefficients) -> Tensor:
-    """:func:`fa_linear` for coefficients already checked: the layers' road."""
-    if torch._C._is_any_autocast_enabled() and _autocasts(input.device.type):
-        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    arguments.check_linear(input, weight, feedback, bias)
-    if torch._C._are_functorch_transforms_active():
-        return transforms.linear(input, weight, feedback, bias, rule)
-    if torch.compiler.is_compiling():
-        return torch.ops.pyfeedback.fa_linear.default(input, weight, feedback, bias, **rule._asdict())
-    return _Linear.apply(input, weight, feedback, bias, (rule,))
-
-
-def scheduled_convolution(
-    input: Tensor,
-    weight: Tensor,
-    feedback: Tensor,
-    bias: Tensor | None,
+def scheduled_layer(
+    geometry: Geometry,
     coefficients: Tensor,
-    window: Window | WindowNd,
-    **rule,
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    bias: Tensor | None,
+    **options,
 ) -> Tensor:
-    """:func:`convolution` with a tensor of six coefficients, on the CPU: a compiled layer's road under a schedule."""
+    """:func:`layer` with a tensor of coefficients on the CPU: what a compiled layer under a schedule calls."""
     if torch.is_autocast_enabled(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    ops = torch.ops.pyfeedback
-    op = ops.scheduled_conv2d if isinstance(window, Window) else ops.scheduled_convolution
-    return op.default(input, weight, feedback, bias, coefficients, *window, **rule)
+    op = torch.ops.pyfeedback.scheduled_layer.default
+    return op(input, weight, feedback, bias, coefficients, *to_arguments(geometry), **options)
 
 
-def scheduled_linear(
-    input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, coefficients: Tensor, **rule
-) -> Tensor:
-    """:func:`linear` likewise."""
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, feedback, bias = _cast(input, weight, feedback, bias)
-    return torch.ops.pyfeedback.scheduled_linear.default(input, weight, feedback, bias, coefficients, **rule)
+def _checked(keywords: dict[str, Any], input: Tensor) -> Coefficients:
+    """The coefficients of a call."""
+    rule = from_keywords(keywords)
+    check_coefficients(rule, input)
+    return rule
 
 
 def _for_each(dimensions: int, number) -> tuple:
@@ -272,80 +237,18 @@ def _for_each(dimensions: int, number) -> tuple:
     return tuple(number) if isinstance(number, (tuple, list)) else (number,) * dimensions
 
 
-def _autocasts(device_type: str) -> bool:
-    """Whether autocast is on; the meta device has none, and torch raises when asked about it."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
 def _cast(input: Tensor, *tensors: Tensor | None) -> tuple:
-    """The arguments in the autocast dtype: the cast stands outside the function, so that autograd takes it back."""
+    """The arguments in the autocast dtype: the cast is outside of the Function, so that autograd reverses it."""
     device_type = input.device.type
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(registration.cast_to(t, dtype, device_type) for t in (input, *tensors))
+    return tuple(library.cast_to(t, dtype, device_type) for t in (input, *tensors))
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, weight, feedback, bias, options):
-        window, rule = options
-        convolve = torch.conv2d if isinstance(window, Window) else torch.convolution
-        output = convolve(input, weight, bias, *window)
-        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, window, rule)
-        ctx.save_for_backward(input, weight, feedback, output if keep else None)
-        ctx.options, ctx.backend = options, current_backend()
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        op = "conv2d_backward" if isinstance(ctx.options[0], Window) else "convolution_backward"
-        return *_backward(op, ctx, grad_output), None
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, weight, feedback, bias, options):
-        output = F.linear(input, weight, bias)
-        if output._is_view():
-            output = output.data  # as registration.not_a_view, which costs 3 microseconds
-        keep = ctx.needs_input_grad[2] and saves_response(input, weight, bias, None, *options)
-        ctx.save_for_backward(input, weight, feedback, output if keep else None)
-        ctx.options, ctx.backend = options, current_backend()
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return *_backward("linear_backward", ctx, grad_output), None
-
-
-def _backward(op: str, ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The four gradients. Wrapped only where it must be: each wrapper costs a tenth of a tiny layer's step."""
-    if ctx.backend != current_backend():
-        with in_force(ctx.backend):
-            return _backward(op, ctx, grad_output)
-    device_type = "cpu" if grad_output.is_cpu else grad_output.device.type  # this makes a string, of 5 microseconds
-    if torch.is_grad_enabled():  # create_graph=True
-        with torch.no_grad():
-            grads = _compute(ctx, op, device_type, grad_output)
-        return _NotAgain.apply(*grads, grad_output, *ctx.saved_tensors)
-    # Called inside an autocast region, products keep their dtype.
-    if torch._C._is_any_autocast_enabled() and _autocasts(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return _compute(ctx, op, device_type, grad_output)
-    return _compute(ctx, op, device_type, grad_output)
-
-
-def _compute(ctx, op: str, device_type: str, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    compute = provide(op, device_type)
-    return compute(grad_output, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad)
-
-
-class _NotAgain(torch.autograd.Function):
-    """Hands four gradients on as functions of all that made them, and refuses to differentiate them."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        return tensors[:4]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is no derivative")
+for _function in (fa_conv2d, fa_convolution, fa_linear):  # for help() and editors
+    _signature = inspect.signature(_function)
+    _keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default))
+        for name, default in Coefficients._field_defaults.items()
+    ]
+    _positional = list(_signature.parameters.values())[:-1]
+    _function.__signature__ = _signature.replace(parameters=[*_positional, *_keywords])  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from pyfeedback.values import check_callable, check_choice, check_number, in_words, is_int, is_number
+from pyfeedback.core.values import check_callable, check_choice, check_number, in_words, is_int, is_number
 
 SIGNS = ("free", "weight")
 _seeding = threading.RLock()  # of the global generator, which laws of torch.nn.init draw from

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
-from pyfeedback.forms import COEFFICIENTS, Coefficients
-from pyfeedback.values import check_choice, in_words, is_int, is_number
+from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients, Primitives
+from pyfeedback.core.values import check_choice, in_words, is_int, is_number
 
 REDUCTIONS = ("batch", "mean")
 SIGNS = ("free", "uniform", "fixed", "batch")
@@ -12,37 +13,32 @@ DIRECT = ("no", "each", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How a layer's feedback weight B learns; the formula stands in :func:`pyfeedback.functional.fa_conv2d`.
+class Rule(Primitives):
+    """How a layer's feedback weight B learns; the formula is in :func:`pyfeedback.functional.fa_conv2d`.
 
     Attributes:
-        decay: pulls B to zero.
-        amp: amplifies agreement of conv(x, B) with the response y; local.
+        decay: pulls B toward zero.
+        amp: rewards agreement of conv(x, B) with the response y; local.
         null: keeps conv_transpose(y, B) small; local.
         sparse: keeps conv(x, B) small; weight estimation.
         self_: pulls B toward W; weight estimation.
-        tie: adds the weight's own gradient; weight estimation.
+        tie: adds the gradient of the weight; weight estimation.
         center: amp, null and sparse see activations minus their mean over the samples, position by position.
-        samples: how much of a batch amp, null and sparse look at: an int is at most so many samples, a float in
-            (0, 1] that fraction of the batch, 0 all of it.
+        samples: how much of a batch amp, null and sparse see: an int is at most so many samples, a float in (0, 1]
+            that fraction of the batch, 0 all of it.
         reduction: "batch" sums over positions and averages over samples, as the paper does; "mean" averages over
-            positions as well, so that a coefficient means the same in every layer.
+            positions as well, so that a coefficient has the same meaning in every layer.
         transport: B is W itself, weight transport: plain backprop.
-        signs: B has the sign of W at every pass, and magnitudes of its own: one for the whole layer ("uniform"), drawn
+        signs: B has the sign of W in every pass, and magnitudes of its own: one for the whole layer ("uniform"), drawn
             once ("fixed") or for each batch ("batch"). "free" leaves the signs to B.
-        expansion: B is a product of two: a fixed random matrix [K, M], M this many times K, and the feedback weight
-            [M, ...], which learns. 0 is one matrix.
-        direct: the layer's input gets the error of the model's output by a random projection, and nothing from the
-            layers between: "each" layer has a projection of its own, or they have columns of one, "shared".
+        expansion: B is a product of two factors: a fixed random matrix [K, M], M this many times K, and the feedback
+            weight [M, ...], which learns. 0 is one matrix.
+        direct: the input of the layer receives the error of the model's output through a random projection, and nothing
+            from the layers between: "each" layer has its own projection, or all take rows of one, "shared".
         name: for reports.
+        fixed: the coefficients as the ops take them, where they do not depend on the batch; else None.
     """
 
-    decay: float = 0.0
-    amp: float = 0.0
-    null: float = 0.0
-    sparse: float = 0.0
-    self_: float = 0.0
-    tie: float = 0.0
     center: bool = False
     samples: int | float = 0
     reduction: str = "batch"
@@ -52,7 +48,7 @@ class Rule:
     direct: str = "no"
     name: str = field(default="custom", compare=False)
 
-    _fixed = None  # the coefficients where they depend on no batch
+    fixed: ClassVar[Coefficients | None] = None
 
     def __post_init__(self):
         for name in COEFFICIENTS:
@@ -86,29 +82,26 @@ class Rule:
         if self.expansion and (self.reads_data or self.self_):
             raise ValueError(f"expansion is {self.expansion} in {self}, expected no coefficients but tie and decay")
         if self.samples == 0 and self.reduction == "batch":
-            object.__setattr__(self, "_fixed", self._coefficients(1, 1))
+            object.__setattr__(self, "fixed", self.coefficients(1, 1))
 
     @property
     def learns(self) -> bool:
         """True where B has a gradient at all."""
-        return self.reads_data or self.decay != 0 or self.self_ != 0 or self.tie != 0
+        return any(getattr(self, name) for name in COEFFICIENTS)
 
     @property
     def reads_data(self) -> bool:
-        """True where some term depends on the activations; False where W, its gradient and B are all it takes."""
-        return self.amp != 0 or self.null != 0 or self.sparse != 0
+        """True where some term depends on the activations; False where B, W and the gradient of W suffice."""
+        return any(getattr(self, name) for name in READ_DATA)
 
     def coefficients(self, batch: int, positions: int) -> Coefficients:
-        """What the ops take, for a batch of this size and ``positions`` output positions per sample."""
-        return self._fixed or self._coefficients(batch, positions)
-
-    def _coefficients(self, batch: int, positions: int) -> Coefficients:
-        scale = 1.0 / positions if self.reduction == "mean" and positions else 1.0
-        return Coefficients(
-            0.0 if self.expansion else self.decay,  # of the factor that learns, not of the product
-            self.amp * scale, self.null * scale, self.sparse * scale, self.self_, self.tie,
-            self.center, self.samples_of(batch),
-        )  # fmt: skip
+        """The rule as the ops take it, for a batch of this size and ``positions`` output positions per sample."""
+        values = {name: getattr(self, name) for name in COEFFICIENTS}
+        if self.reduction == "mean" and positions:
+            values |= {name: values[name] * (1.0 / positions) for name in READ_DATA}
+        if self.expansion:
+            values["decay"] = 0.0  # acts on the factor that learns, not on the product
+        return Coefficients(**values, center=self.center, samples=self.samples_of(batch))
 
     def samples_of(self, batch: int) -> int:
         """How many samples of a batch of this size the data terms look at; 0 is all of them."""

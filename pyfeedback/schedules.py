@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from pyfeedback.conversion import feedback_layers, feedback_parameters, forward_parameters
-from pyfeedback.forms import COEFFICIENTS
-from pyfeedback.nn import FeedbackLayer
-from pyfeedback.values import (
+from pyfeedback.core.coefficients import COEFFICIENTS
+from pyfeedback.core.values import (
     check_callable,
     check_int,
     check_model,
@@ -39,6 +38,7 @@ from pyfeedback.values import (
     is_int,
     is_number,
 )
+from pyfeedback.nn import FeedbackLayer
 
 Curve = Callable[[int], float]
 
@@ -233,7 +233,7 @@ class Mirror:
             assert feedback is not None
             before, feedback.grad = feedback.grad, None  # or the layer would take it for one that nobody clears
             noise = self.amplitude * self.law(like.shape, dtype=like.dtype, device=like.device)
-            output = layer.respond(noise)
+            output = layer.forward_without_hooks(noise)
             torch.autograd.backward(output, torch.zeros_like(output), inputs=[feedback])
             if before is not None:
                 feedback.grad = before if feedback.grad is None else before.add_(feedback.grad)

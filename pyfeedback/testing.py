@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pyfeedback import functional, reference
-from pyfeedback.forms import Window
+from pyfeedback.core.geometry import Convolution
 
 
 class ConvShape(NamedTuple):
@@ -26,10 +26,15 @@ class ConvShape(NamedTuple):
     groups: int = 1
 
     @property
-    def window(self) -> Window:
-        """Stride, "same" padding and groups as the ops take them."""
+    def geometry(self) -> Convolution:
+        """Stride, "same" padding and groups."""
         pad = self.kernel // 2
-        return Window((self.stride,) * 2, (pad, pad), (1, 1), self.groups)
+        return Convolution((self.stride,) * 2, (pad, pad), groups=self.groups)
+
+    @property
+    def window(self) -> tuple:
+        """The same as the arguments of ``fa_conv2d``: stride, padding, dilation, groups."""
+        return *self.geometry[:3], self.groups
 
     @property
     def macs(self) -> int:
@@ -163,7 +168,7 @@ def conv_inputs(
     weight = normal(k, c // shape.groups, r, r, scale=scale)
     feedback = normal(k, c // shape.groups, r, r, scale=scale)
     input = normal(batch, c, shape.map_size, shape.map_size).relu_()
-    grad_output = normal(*shape.window.output_shape(input.shape, weight.shape))
+    grad_output = normal(*shape.geometry.output_shape(input.shape, weight.shape))
     return ConvInputs(input.requires_grad_(), weight.requires_grad_(), feedback.requires_grad_(), grad_output)
 
 
@@ -179,14 +184,16 @@ def by_reference() -> Iterator[list[Tensor]]:
         penalties.append(found[1])
         return found[0]
 
-    def convolution(input, weight, feedback, bias, window, rule):
-        op = reference.conv2d if isinstance(window, Window) else reference.convolution
-        return keep(op(input, weight, feedback, bias, *window, **rule._asdict()))
+    def layer(geometry, rule, input, weight, feedback, bias):
+        op = reference.linear
+        arguments: tuple = ()
+        if isinstance(geometry, Convolution):
+            op, arguments = reference.convolution, tuple(geometry)
+        if isinstance(geometry, Convolution) and geometry.is_conv2d:
+            op, arguments = reference.conv2d, (*geometry[:3], geometry.groups)
+        return keep(op(input, weight, feedback, bias, *arguments, **rule._asdict()))
 
-    def linear(input, weight, feedback, bias, rule):
-        return keep(reference.linear(input, weight, feedback, bias, **rule._asdict()))
-
-    with mock.patch.multiple(functional, convolution=convolution, linear=linear):
+    with mock.patch.object(functional, "layer", layer):
         yield penalties
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyfeedback import functional
+from pyfeedback.core.geometry import LINEAR
 from pyfeedback.init import Init
 from pyfeedback.nn import masks
 from pyfeedback.nn.layer import FeedbackLayer
@@ -80,8 +80,8 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         self.enter(query)
         sizes = masks.check_inputs(query, key, value, self.embed_dim, self.batch_first)
-        received = {id(t): self.receive(t) for t in (query, key, value)}
-        query, key, value = (received[id(t)] for t in (query, key, value))
+        detached = {id(t): self.detach_input(t) for t in (query, key, value)}
+        query, key, value = (detached[id(t)] for t in (query, key, value))
         if self.feedback is None and self.out_proj.feedback is None and self.out_proj.direct is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -108,7 +108,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             return output.squeeze(0), weights if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def respond(self, input: Tensor) -> Tensor:
+    def forward_without_hooks(self, input: Tensor) -> Tensor:
         """The three projections of one input, and not what attention makes of them."""
         return torch.cat(self._project(input, input, input), -1)
 
@@ -124,19 +124,15 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             inputs = tuple(t.unsqueeze(0) for t in inputs)
         elif not self.batch_first:
             inputs = tuple(t.transpose(0, 1) for t in inputs)
-        stacked = (self.weight, self.path(), self.bias)
+        stacked = (self.weight, self.effective_feedback(), self.bias)
         of_each = (t.chunk(parts) if t is not None else (None,) * parts for t in stacked)
-        projected = [self._respond(*each) for each in zip(inputs, *of_each, strict=True)]
+        projected = [self._run(*each) for each in zip(inputs, *of_each, strict=True)]
         return list(projected[0].chunk(3, -1)) if parts == 1 else projected
 
-    def _respond(self, input: Tensor, weight: Tensor, feedback: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _run(self, input: Tensor, weight: Tensor, feedback: Tensor | None, bias: Tensor | None) -> Tensor:
         if feedback is None:
             return F.linear(input, weight, bias)
-        positions = input.shape[1] if self.rule.reduction == "mean" else 1
-        if self.scheduled is not None and torch.compiler.is_compiling():
-            moving = self._moving(input, positions)
-            return functional.scheduled_linear(input, weight, feedback, bias, self.scheduled, **moving)
-        return functional.linear(input, weight, feedback, bias, self.rule.coefficients(input.shape[0], positions))
+        return self.run(LINEAR, input, weight, feedback, bias)
 
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values with what ``add_bias_kv`` and ``add_zero_attn`` append, which no mask hides."""

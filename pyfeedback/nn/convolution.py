@@ -1,6 +1,5 @@
 """Convolutions with a feedback path, of any number of dimensions and transposed."""
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfeedback import arguments, functional
-from pyfeedback.forms import Window, WindowNd
+from pyfeedback.core.geometry import Convolution
+from pyfeedback.core.layer_checks import check_padded
 from pyfeedback.init import Init
 from pyfeedback.nn.layer import FeedbackLayer
 from pyfeedback.rules import Rule
@@ -24,35 +23,18 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
         super().__init__(*args, **options)
         self.attach_feedback(rule, init)
 
-    def _convolve(
-        self, input: Tensor, feedback: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]
-    ) -> Tensor:
-        if input.dim() == len(self.stride) + 1:
-            return self._convolve(input.unsqueeze(0), feedback, padding, output_padding).squeeze(0)
-        window, weight, bias = self._window(padding, output_padding), self.weight, self.bias
-        positions = 1
-        if self.rule.reduction == "mean":
-            positions = math.prod(window.output_shape(input.shape, weight.shape)[2:])
-        if self.scheduled is not None and torch.compiler.is_compiling():
-            moving = self._moving(input, positions)
-            return functional.scheduled_convolution(input, weight, feedback, bias, self.scheduled, window, **moving)
-        coefficients = self.rule.coefficients(input.shape[0], positions)
-        return functional.convolution(input, weight, feedback, bias, window, coefficients)
-
-    def _window(self, padding, output_padding) -> Window | WindowNd:
-        return WindowNd(self.stride, padding, self.dilation, self.transposed, output_padding, self.groups)
-
 
 class _Conv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         feedback = self.enter(input)
         if feedback is None:
-            return super().forward(self.receive(input))
+            return super().forward(self.detach_input(input))
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
-            arguments.check_padded(input, self.weight)
+            check_padded(input, self.weight)
             input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
-        return self._convolve(input, feedback, padding, self.output_padding)
+        geometry = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
+        return self.run(geometry, input, self.weight, feedback, self.bias)
 
 
 class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
@@ -61,10 +43,11 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         feedback = self.enter(input)
         if feedback is None:
-            return super().forward(self.receive(input), output_size)
-        window = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
-        extra = self._output_padding(input, output_size, *window)  # type: ignore[arg-type]
-        return self._convolve(input, feedback, self.padding, tuple(extra))
+            return super().forward(self.detach_input(input), output_size)
+        sizes = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
+        extra = self._output_padding(input, output_size, *sizes)  # type: ignore[arg-type]
+        geometry = Convolution(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
+        return self.run(geometry, input, self.weight, feedback, self.bias)
 
 
 class Conv2d(_Conv, torch.nn.Conv2d):
@@ -104,9 +87,6 @@ class Conv2d(_Conv, torch.nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype, rule=rule, init=init,
         )  # fmt: skip
-
-    def _window(self, padding: tuple[int, int], output_padding: tuple[int, int]) -> Window:
-        return Window(self.stride, padding, self.dilation, self.groups)
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):

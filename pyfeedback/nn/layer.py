@@ -1,20 +1,23 @@
 """What the layers share: a feedback weight beside the weight, and a rule."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from pyfeedback.direct import Tap
+from pyfeedback import functional
+from pyfeedback.core.geometry import Geometry
+from pyfeedback.core.values import refuse_no_tensor
 from pyfeedback.init import Init, as_init, fresh
+from pyfeedback.nn.direct import DirectInput
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
-from pyfeedback.values import refuse_no_tensor
 
 _log = logging.getLogger("pyfeedback")
-_warned: WeakSet[torch.nn.Module] = WeakSet()  # layers that a warning was given of
+_warned: WeakSet[torch.nn.Module] = WeakSet()  # layers that were warned about
 
 
 class FeedbackLayer(torch.nn.Module):
@@ -29,10 +32,10 @@ class FeedbackLayer(torch.nn.Module):
     feedback: torch.nn.Parameter | None
     feedback_init: Init
     mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product
-    direct: Tap | None = None  # where the error comes straight from the model's output
+    direct: DirectInput | None = None  # under dfa, where the error comes straight from the model's output
     called = False  # True from the first forward on; stays False where a model only reads the weight
-    scheduled: Tensor | None = None  # the rule's coefficients where they move, for a graph compiled once
-    unscheduled: Rule | None = None  # and the rule as it was before they moved
+    scheduled: Tensor | None = None  # the coefficients under a schedule, as an input of a compiled graph
+    unscheduled: Rule | None = None  # the rule before the schedule
 
     def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
         """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
@@ -69,10 +72,10 @@ class FeedbackLayer(torch.nn.Module):
                 feedback.copy_(feedback.square().mean().sqrt().expand_as(feedback))
 
     def enter(self, input: Tensor) -> Tensor | None:
-        """Begin a forward pass: check that there is a tensor, mark the layer as called, return :meth:`path`."""
+        """Begin a forward pass: check the input, mark the layer as called, return :meth:`effective_feedback`."""
         if not isinstance(input, Tensor):
             refuse_no_tensor("input", input)
-        object.__setattr__(self, "called", True)  # nn.Module's own takes a microsecond
+        object.__setattr__(self, "called", True)  # that of nn.Module takes a microsecond
         feedback = self.feedback
         if feedback is None:
             return None
@@ -80,7 +83,26 @@ class FeedbackLayer(torch.nn.Module):
         if learns and feedback.grad is not None:
             self._check_gradients_are_cleared()
         rule = self.rule
-        return feedback if rule.signs == "free" and not rule.expansion else self.path()
+        return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
+
+    def run(self, geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
+        """The output of these weights under the layer's rule, for an input with or without a batch."""
+        if input.dim() == weight.dim() - 1:
+            return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
+        rule, coefficients = self.rule, self.rule.fixed
+        scheduled = self.scheduled is not None and torch.compiler.is_compiling()
+        if coefficients is None or scheduled:
+            positions = 1
+            if rule.reduction == "mean":
+                shape = geometry.output_shape(input.shape, weight.shape)
+                positions = math.prod(shape[2:] if geometry.channel == 1 else shape[1:-1])
+            if scheduled:
+                options = {"samples": rule.samples_of(input.shape[0]), "positions": positions or 1}
+                return functional.scheduled_layer(
+                    geometry, self.scheduled, input, weight, feedback, bias, center=rule.center, **options
+                )
+            coefficients = rule.coefficients(input.shape[0], positions)
+        return functional.layer(geometry, coefficients, input, weight, feedback, bias)
 
     def _check_gradients_are_cleared(self) -> None:
         """Warn, once for each layer, where the gradients of W were cleared and those of the feedback were not."""
@@ -96,36 +118,33 @@ class FeedbackLayer(torch.nn.Module):
                 self.extra_repr().removeprefix(", "),
             )
 
-    def path(self) -> Tensor | None:
-        """What errors travel back by in this pass: the feedback weight, with what the rule does to it."""
-        feedback, rule = self.feedback, self.rule
-        if feedback is None or (rule.signs == "free" and not rule.expansion):
-            return feedback
-        if rule.signs == "batch" and torch.is_grad_enabled():
-            return torch.copysign(feedback * torch.randn_like(feedback), self.weight.detach())
-        return self.standing_path()
+    def effective_feedback(self, random: bool = True) -> Tensor | None:
+        """The feedback weight of a pass: ``feedback`` with what the rule does to it.
 
-    def standing_path(self) -> Tensor | None:
-        """:meth:`path` without anything drawn."""
+        Args:
+            random: False leaves out the random magnitudes of brsf.
+        """
         feedback, rule = self.feedback, self.rule
         if feedback is None or (rule.signs == "free" and not rule.expansion):
             return feedback
         if rule.expansion:
             return torch.ops.pyfeedback.mix.default(self.mixing, feedback, rule.decay)
+        if random and rule.signs == "batch" and torch.is_grad_enabled():
+            feedback = feedback * torch.randn_like(feedback)
         return torch.copysign(feedback, self.weight.detach())
 
-    def respond(self, input: Tensor) -> Tensor:
-        """What the layer makes of an input, with no hook called."""
+    def forward_without_hooks(self, input: Tensor) -> Tensor:
+        """The output for an input, without a call of the layer's hooks."""
         return type(self).forward(self, input)
 
-    def through_mixing(self, grad: Tensor) -> Tensor:
-        """The gradient of a feedback that is a factor, from that of the product."""
+    def factor_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of a feedback that is a factor (pfa), from that of the product."""
         assert self.mixing is not None
         return (self.mixing.t() @ grad.flatten(1)).view(-1, *self.weight.shape[1:])
 
-    def receive(self, input: Tensor) -> Tensor:
-        """The input, cut from what made it where the error comes straight from the model's output."""
-        return input if self.direct is None else self.direct.cut(input)
+    def detach_input(self, input: Tensor) -> Tensor:
+        """The input, detached where the error comes straight from the model's output."""
+        return input if self.direct is None else self.direct.detach(input)
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and feedback afresh."""
@@ -140,11 +159,6 @@ class FeedbackLayer(torch.nn.Module):
             if f"{prefix}{name}" in missing_keys:
                 missing_keys.remove(f"{prefix}{name}")
                 _log.warning("%s%s is not in the state dict: the feedback weight stays as it is", prefix, name)
-
-    def _moving(self, input: Tensor, positions: int) -> dict:
-        """The rest of the rule, where its coefficients are a tensor."""
-        samples = self.rule.samples_of(input.shape[0])
-        return {"center": self.rule.center, "samples": samples, "positions": positions or 1}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"

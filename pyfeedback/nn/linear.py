@@ -1,12 +1,11 @@
 """The linear layer with a feedback path."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pyfeedback import functional
+from pyfeedback.core.geometry import LINEAR
 from pyfeedback.init import Init
 from pyfeedback.nn.layer import FeedbackLayer
 from pyfeedback.rules import Rule
@@ -43,15 +42,5 @@ class Linear(FeedbackLayer, torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         feedback = self.enter(input)
         if feedback is None:
-            return super().forward(self.receive(input))
-        alone = input.dim() == 1
-        if alone:
-            input = input.unsqueeze(0)
-        positions = math.prod(input.shape[1:-1]) if self.rule.reduction == "mean" else 1
-        if self.scheduled is not None and torch.compiler.is_compiling():
-            moving = self._moving(input, positions)
-            output = functional.scheduled_linear(input, self.weight, feedback, self.bias, self.scheduled, **moving)
-        else:
-            coefficients = self.rule.coefficients(input.shape[0], positions)
-            output = functional.linear(input, self.weight, feedback, self.bias, coefficients)
-        return output.squeeze(0) if alone else output
+            return super().forward(self.detach_input(input))
+        return self.run(LINEAR, input, self.weight, feedback, self.bias)

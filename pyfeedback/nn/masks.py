@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeedback.values import refuse_no_tensor
+from pyfeedback.core.values import refuse_no_tensor
 
 
 class Sizes(NamedTuple):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyfeedback import step_arguments
+from pyfeedback.backends.dispatch import provide
+from pyfeedback.core import step_checks
+from pyfeedback.core.values import check_callable, check_model, in_words, refuse_no_tensor
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
-from pyfeedback.providers import provide
-from pyfeedback.values import check_callable, check_model, in_words, refuse_no_tensor
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def alignment(
         _check_values(name, layer)
     warn_of_uncalled(layers)
     with torch.no_grad():
-        paths = [layer.standing_path() for layer in layers.values()]
+        paths = [layer.effective_feedback(random=False) for layer in layers.values()]
         feedback = [torch.zeros_like(w.weight) if b is None else b for w, b in zip(layers.values(), paths, strict=True)]
     products = _products(feedback, [layer.weight for layer in layers.values()])
     weights = {
@@ -144,8 +144,8 @@ def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tupl
         try:
             products = provide("alignment_products", device.type)(*pairs)
         except RuntimeError as error:  # of the compiled kernel, which looks at each pair in a fraction of the time
-            step_arguments.check_pairs(*pairs)
-            raise step_arguments.kernel_error(error) from None
+            step_checks.check_pairs(*pairs)
+            raise step_checks.kernel_error(error) from None
         found |= zip(here, products.tolist(), strict=True)
     return [found[i] for i in range(len(feedback))]
 

@@ -1,7 +1,8 @@
 """Centring over the batch, composed of PyTorch's own kernels."""
 
-import torch
 from torch import Tensor
+
+from pyfeedback.core.tensors import wide_dtype
 
 
 def center(input: Tensor, samples: int) -> Tensor:
@@ -18,8 +19,3 @@ def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> Non
 def _minus_mean(x: Tensor) -> Tensor:
     wide = x.to(wide_dtype(x.dtype))
     return wide.sub(wide.mean(0, keepdim=True))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums of ``dtype`` are kept: float32 for the 16-bit ones, itself for the others."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

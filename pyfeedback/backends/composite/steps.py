@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from pyfeedback import step_arguments
+from pyfeedback.core import step_checks
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def feedback_step_(
     if not feedback:
         return
     coefficients = {"decay": decay, "self_": self_, "tie": tie}
-    step_arguments.check_step_tensors(
+    step_checks.check_step_tensors(
         feedback, weight, grad, momentum_buffer, coefficients, {"momentum": momentum}, dynamic
     )
     feedback, buffers = list(feedback), list(momentum_buffer) if momentum else []
@@ -87,7 +87,7 @@ def adamw_step_(
     """
     moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     moments |= {"max_exp_avg_sq": max_exp_avg_sq} if max_exp_avg_sq else {}
-    step_arguments.check_adamw_tensors(param, weight, grad, moments, step, {"self_": self_, "tie": tie})
+    step_checks.check_adamw_tensors(param, weight, grad, moments, step, {"self_": self_, "tie": tie})
     stepped = {p.data_ptr() for p in param}
     gradient: list[Tensor] = list(grad) if grad else [param[0]] * len(param)
     made = [

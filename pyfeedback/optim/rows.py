@@ -72,7 +72,7 @@ def feedback_row(b: nn.Parameter, layer: FeedbackLayer, name: str, by_autograd: 
     else:
         grad, terms = w.grad if rule.tie else w, (rule.decay, rule.self_, rule.tie)
     if layer.mixing is not None:  # the feedback is a factor of what stands beside the weight
-        w, grad = b, grad if grad is b.grad or grad is None else layer.through_mixing(grad)
+        w, grad = b, grad if grad is b.grad or grad is None else layer.factor_gradient(grad)
     return Row(b, w, grad, *terms) if grad is not None and (rule.learns or noisy) else None
 
 

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, UntypedStorage
 
-from pyfeedback import sharing
-from pyfeedback.arguments import DTYPES
+from pyfeedback.core import overlap
+from pyfeedback.core.tensors import DTYPES
 
 Tensors = Sequence[Tensor]
 Rows = Sequence[Any]  # of tensors, and of None where a row has no such operand
@@ -114,7 +114,7 @@ def check_pairs(feedback: Tensors, weight: Tensors) -> None:
 def check_storage(name: str, tensor: Tensor) -> None:
     """Raise where the storage of ``tensor`` has been freed, as FSDP frees those of parameters."""
     offset = tensor.storage_offset() * tensor.itemsize
-    held, needed = tensor.untyped_storage().nbytes(), offset + sharing.span(tensor)
+    held, needed = tensor.untyped_storage().nbytes(), offset + overlap.span(tensor)
     if tensor.numel() and held < needed:
         raise ValueError(f"{name} has storage of {held} bytes, expected {needed}")
 
@@ -204,7 +204,7 @@ def _check_alike(operands: dict[str, Rows], written: Sequence[str]) -> None:
     for name in written:
         tensors = operands.get(name, ())
         for i, tensor in enumerate(() if all(map(Tensor.is_contiguous, tensors)) else tensors):
-            if not tensor.is_contiguous() and sharing.has_shared_places(tensor):
+            if not tensor.is_contiguous() and overlap.has_shared_places(tensor):
                 raise ValueError(
                     f"{name}[{i}] has several elements at one place, strides {tensor.stride()} of shape "
                     f"{_shape(tensor)}, expected a place for each"
@@ -261,18 +261,18 @@ def _check_memory(operands: dict[str, Rows], written: Sequence[str], extra: dict
     if not torch.is_inference_mode_enabled():
         _refuse_inference({name: operands[name] for name in written if name in operands})
 
-    def operand(row: int, order: int) -> sharing.Operand:
+    def operand(row: int, order: int) -> overlap.Operand:
         tensor = lists[names[order]][max(row, 0)]
         assert tensor is not None
         begin = tensor.data_ptr()
-        return sharing.Operand(
-            begin, begin + sharing.span(tensor), row, order, names[order], tensor, names[order] in written
+        return overlap.Operand(
+            begin, begin + overlap.span(tensor), row, order, names[order], tensor, names[order] in written
         )
 
-    if sharing.are_apart(begins, ends):
+    if overlap.are_apart(begins, ends):
         return
     extents = [(begin, end, *place) for begin, end, place in zip(begins, ends, places, strict=True)]
-    found = sharing.conflict(extents, operand, cache(lambda: _chains(operands)))
+    found = overlap.conflict(extents, operand, cache(lambda: _chains(operands)))
     if found is not None:
         _refuse_sharing(*found)
 
@@ -301,7 +301,7 @@ def _refuse_inference(lists: dict[str, Rows]) -> None:
             raise RuntimeError(f"{name}[{i}] is an inference tensor, expected the step in torch.inference_mode()")
 
 
-def _refuse_sharing(later: sharing.Operand, earlier: sharing.Operand) -> None:
+def _refuse_sharing(later: overlap.Operand, earlier: overlap.Operand) -> None:
     stepped = next((o for o in (later, earlier) if o.order == 0), None)
     expected = "expected memory of its own"
     if stepped is not None and not (later.written and earlier.written) and later.row >= 0:
@@ -325,9 +325,9 @@ def _chains(operands: dict[str, Rows]) -> list[int]:
             chains.append(-1)
             continue
         joined = before is not None and (
-            sharing.is_same(weights[before], like)
-            or sharing.is_same(weights[before], weights[i])
-            or sharing.is_same(grads[before], grads[i])
+            overlap.is_same(weights[before], like)
+            or overlap.is_same(weights[before], weights[i])
+            or overlap.is_same(grads[before], grads[i])
         )
         chains.append(chains[before] if joined and before is not None else i)
         before = i

@@ -1,64 +1,83 @@
-"""Checks of arguments: one line that names the argument, the value it had and the value expected.
+"""Checks of a layer's arguments: one line that names the argument, its value and what was expected.
 
-Each check is one expression over the good case, so that a good call pays for little; a bad call is looked at closely
-by a second function, which always raises.
+Each check is one expression over the good case, so that a good call pays little. A bad call is examined by a second
+function, which always raises.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from pyfeedback.forms import COEFFICIENTS, Coefficients, Window, WindowNd
-from pyfeedback.values import check_flag, check_int, check_number, in_words, is_int, refuse_no_tensor
+from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
+from pyfeedback.core.geometry import Convolution, Geometry
+from pyfeedback.core.tensors import DTYPES
+from pyfeedback.core.values import check_flag, check_int, check_number, in_words, is_int, refuse_no_tensor
 
-_NUMBERS = frozenset((int, float))
-_NOT_OF_THE_KIND = (AttributeError, TypeError, ValueError, IndexError)  # what a check of another kind of value raises
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS, _COUNT = frozenset((int, float)), len(COEFFICIENTS)
+_WRONG_TYPE = (AttributeError, TypeError, ValueError, IndexError)  # raised by the checks of another type of value
 
 
-def check_conv2d(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: Window) -> None:
-    """Raise where these are not the tensors of a convolution, or the window is none."""
+def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> None:
+    """Raise where these are not the tensors of a layer of this geometry, or the geometry itself is invalid."""
     try:
-        map_shape, kernel_shape = input.shape, weight.shape  # each look at a shape makes one
+        x, w, dtype, device = input.shape, weight.shape, input.dtype, input.device  # each access makes an object
+        if isinstance(geometry, Convolution):
+            stride, padding, dilation, transposed, output_padding, groups = geometry
+            rank, wide = max(len(stride), 1) + 2, w[1] * groups
+            fits = len(x) == rank and x[1] == (w[0] if transposed else wide)
+            outputs = wide if transposed else w[0]
+        else:
+            rank, outputs = 2, w[0]
+            fits = len(x) >= 2 and x[-1] == w[1]
         good = (
-            len(map_shape) == 4
-            and len(kernel_shape) == 4
-            and feedback.shape == kernel_shape
-            and map_shape[1] == kernel_shape[1] * window.groups
-            and _consistent(input, weight, feedback, bias)
-            and (bias is None or bias.shape == kernel_shape[:1])
-        )
-    except _NOT_OF_THE_KIND:
+            fits
+            and len(w) == rank
+            and feedback.shape == w
+            and dtype in DTYPES
+            and weight.dtype is dtype
+            and feedback.dtype is dtype
+            and weight.device == device
+            and feedback.device == device
+            and input.layout is torch.strided
+            and weight.layout is torch.strided
+            and feedback.layout is torch.strided
+            and (
+                bias is None
+                or (bias.shape == (outputs,) and bias.dtype is dtype and bias.device == device
+                    and bias.layout is torch.strided)
+            )
+        )  # fmt: skip
+    except _WRONG_TYPE:
         good = False
     if not good:
-        _refuse_tensors(input, weight, feedback, bias, 4, window.groups)
-    _check_window(map_shape, kernel_shape, window)
-
-
-def check_convolution(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None, window: WindowNd) -> None:
-    """Raise where these are not the tensors of a convolution of any number of dimensions, or the window is none."""
-    groups, transposed = window.groups, window.transposed
-    check_flag("transposed", transposed)
+        _refuse_tensors(geometry, input, weight, feedback, bias)
+    if rank == 2:
+        return
     try:
-        map_shape, kernel_shape = input.shape, weight.shape
-        rank = len(kernel_shape)
-        good = (
-            rank >= 3
-            and len(map_shape) == rank
-            and feedback.shape == kernel_shape
-            and map_shape[1] == (kernel_shape[0] if transposed else kernel_shape[1] * groups)
-            and _consistent(input, weight, feedback, bias)
-            and (bias is None or bias.shape == (kernel_shape[1] * groups if transposed else kernel_shape[0],))
-        )
-    except _NOT_OF_THE_KIND:
+        good = transposed is False and type(groups) is int and groups > 0 and w[0] % groups == 0
+        for size, taps, s, p, d, extra in zip(x[2:], w[2:], stride, padding, dilation, output_padding, strict=True):
+            good = (
+                good and type(s) is type(p) is type(d) is type(extra) is int
+                and s > 0 and p >= 0 and d > 0 and extra == 0 and taps > 0 and size + 2 * p > d * (taps - 1)
+            )  # fmt: skip
+    except _WRONG_TYPE:
         good = False
     if not good:
-        rank = weight.dim() if isinstance(weight, Tensor) else 0
-        _refuse_tensors(input, weight, feedback, bias, max(rank, 3), groups, transposed)
-    _check_window_nd(map_shape, kernel_shape, window)
+        _check_window(x, w, geometry)
+
+
+def check_lengths(geometry: Geometry, spatial: int) -> None:
+    """Raise where the numbers of a convolution are not one for each of so many dimensions of the map."""
+    if not isinstance(geometry, Convolution):
+        return
+    check_flag("transposed", geometry.transposed)
+    for name in ("stride", "padding", "dilation", "output_padding"):
+        numbers = getattr(geometry, name)
+        if spatial > 0 and len(numbers) != spatial:
+            raise ValueError(f"{name} is {numbers}, expected {spatial} numbers, one for each dimension of the map")
 
 
 def check_padded(input: Tensor, weight: Tensor) -> None:
@@ -70,59 +89,27 @@ def check_padded(input: Tensor, weight: Tensor) -> None:
         raise ValueError(f"input has rank {input.dim()}, shape {_shape(input)}, expected {what}")
 
 
-def check_linear(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> None:
-    """Raise where these are not the tensors of a linear layer."""
-    try:
-        input_shape, kernel_shape = input.shape, weight.shape
-        good = (
-            len(input_shape) >= 2
-            and len(kernel_shape) == 2
-            and feedback.shape == kernel_shape
-            and input_shape[-1] == kernel_shape[1]
-            and _consistent(input, weight, feedback, bias)
-            and (bias is None or bias.shape == kernel_shape[:1])
-        )
-    except _NOT_OF_THE_KIND:
-        good = False
-    if not good:
-        _refuse_tensors(input, weight, feedback, bias, rank=2, groups=1)
-
-
 def check_coefficients(rule: Coefficients, input: Tensor) -> None:
     """Raise where a coefficient is no finite number, ``center`` no flag, or ``samples`` not in 0..batch."""
     try:
         good = (
-            _NUMBERS.issuperset(map(type, rule[:6]))
-            and all(map(math.isfinite, rule[:6]))
+            _NUMBERS.issuperset(map(type, rule[:_COUNT]))
+            and all(map(math.isfinite, rule[:_COUNT]))
             and type(rule.center) is bool
             and type(rule.samples) is int
             and 0 <= rule.samples <= input.shape[0]
         )
-    except _NOT_OF_THE_KIND:
+    except _WRONG_TYPE:
         good = False
     if not good:
-        _look_at_coefficients(rule, input)
-
-
-def coefficients_of(rule: dict[str, Any]) -> Coefficients:
-    """The coefficients of a call by keywords.
-
-    Raises:
-        TypeError: a keyword is none of them.
-    """
-    try:
-        return Coefficients(**rule)
-    except TypeError:
-        unknown = next(name for name in rule if name not in Coefficients._fields)
-        expected = ", ".join(Coefficients._fields)
-        raise TypeError(f"{unknown} is no coefficient, expected one of {expected}") from None
+        _refuse_coefficients(rule, input)
 
 
 def check_scheduled(coefficients: Tensor, positions: int) -> None:
     """Raise where these are not the coefficients of a scheduled op."""
-    fits = len(coefficients.shape) == 1 and coefficients.shape[0] == 6 and coefficients.dtype is torch.float64
+    fits = len(coefficients.shape) == 1 and coefficients.shape[0] == _COUNT and coefficients.dtype is torch.float64
     if not fits or coefficients.device.type not in ("cpu", "meta"):
-        raise ValueError(f"coefficients is {_describe(coefficients)}, expected (6,) torch.float64 on cpu")
+        raise ValueError(f"coefficients is {_describe(coefficients)}, expected ({_COUNT},) torch.float64 on cpu")
     if positions < 1:
         raise ValueError(f"positions is {positions}, expected 1 or more")
 
@@ -175,42 +162,9 @@ def check_add_centered(self: Tensor, input: Tensor) -> None:
         raise ValueError(f"self is {_describe(self)}, expected that of input, {_describe(input)}")
 
 
-def _consistent(input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> bool:
-    dtype, device = input.dtype, input.device
-    return (
-        dtype in DTYPES
-        and weight.dtype is dtype
-        and feedback.dtype is dtype
-        and weight.device == device
-        and feedback.device == device
-        and input.layout is torch.strided
-        and weight.layout is torch.strided
-        and feedback.layout is torch.strided
-        and (bias is None or (bias.dtype is dtype and bias.device == device and bias.layout is torch.strided))
-    )
-
-
-def _check_window(map_shape: Sequence[int], kernel_shape: Sequence[int], window: Window) -> None:
-    try:
-        (sh, sw), (ph, pw), (dh, dw), groups = window
-        _, _, height, width = map_shape
-        out_channels, _, rows, columns = kernel_shape
-        if (
-            type(sh) is type(sw) is type(ph) is type(pw) is type(dh) is type(dw) is type(groups) is int
-            and sh > 0 and sw > 0 and ph >= 0 and pw >= 0 and dh > 0 and dw > 0 and groups > 0
-            and out_channels % groups == 0
-            and height + 2 * ph > dh * (rows - 1) and width + 2 * pw > dw * (columns - 1)
-            and rows > 0 and columns > 0
-        ):  # fmt: skip
-            return
-    except _NOT_OF_THE_KIND:
-        pass
-    _check_window_nd(map_shape, kernel_shape, WindowNd(*window[:3], False, (0, 0), window.groups))
-
-
-def _check_window_nd(map_shape: Sequence[int], kernel_shape: Sequence[int], window: WindowNd) -> None:
-    stride, padding, dilation, transposed, output_padding, groups = window
-    sizes, taps = tuple(map_shape[2:]), tuple(kernel_shape[2:])
+def _check_window(x: Sequence[int], kernel: Sequence[int], geometry: Convolution) -> None:
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    sizes, taps = tuple(x[2:]), tuple(kernel[2:])
     for name, numbers, least in (
         ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1), ("output_padding", output_padding, 0)
     ):  # fmt: skip
@@ -223,15 +177,13 @@ def _check_window_nd(map_shape: Sequence[int], kernel_shape: Sequence[int], wind
             raise ValueError(f"{name} is {numbers}, expected {least} or more")
     if not is_int(groups):
         check_int("groups", groups, least=1)
-    if groups < 1 or kernel_shape[0] % groups:
+    if groups < 1 or kernel[0] % groups:
         channels = "input" if transposed else "output"
-        raise ValueError(
-            f"groups is {groups}, expected a divisor of the {kernel_shape[0]} {channels} channels of weight"
-        )
+        raise ValueError(f"groups is {groups}, expected a divisor of the {kernel[0]} {channels} channels of weight")
     if min(taps) < 1:
-        raise ValueError(f"weight has shape {tuple(kernel_shape)}, expected a window of at least {_times(taps)}")
+        raise ValueError(f"weight has shape {tuple(kernel)}, expected a window of at least {_times(taps)}")
     if transposed:
-        _check_transposed_sizes(sizes, taps, window)
+        _check_transposed_sizes(sizes, taps, geometry)
         return
     if any(output_padding):
         raise ValueError(f"output_padding is {output_padding}, expected 0 where the convolution is not transposed")
@@ -241,25 +193,22 @@ def _check_window_nd(map_shape: Sequence[int], kernel_shape: Sequence[int], wind
         raise ValueError(f"input has a padded map of {padded}, expected at least the dilated kernel's {reach}")
 
 
-def _check_transposed_sizes(sizes: tuple[int, ...], taps: tuple[int, ...], window: WindowNd) -> None:
-    stride, extra, dilation = window.stride, window.output_padding, window.dilation
+def _check_transposed_sizes(sizes: tuple[int, ...], taps: tuple[int, ...], geometry: Convolution) -> None:
+    stride, extra, dilation = geometry.stride, geometry.output_padding, geometry.dilation
     if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise ValueError(f"output_padding is {extra}, expected less than stride {stride} or dilation {dilation}")
-    made = window.output_shape((1, 1, *sizes), (1, 1, *taps))[2:]
+    made = geometry.output_shape((1, 1, *sizes), (1, 1, *taps))[2:]
     if min(made) < 1:
         raise ValueError(f"input has a map of {sizes}, expected one whose output {made} is 1 or more everywhere")
 
 
 def _refuse_tensors(
-    input: Tensor,
-    weight: Tensor,
-    feedback: Tensor,
-    bias: Tensor | None,
-    rank: int,
-    groups: int,
-    transposed: bool = False,
+    geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> NoReturn:
     """Raise for the first argument that is wrong."""
+    convolution = isinstance(geometry, Convolution)
+    rank, groups = max(len(geometry.stride), 1) + 2 if convolution else 2, geometry.groups
+    transposed = convolution and geometry.transposed
     tensors = {"input": input, "weight": weight, "feedback": feedback, "bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
@@ -296,7 +245,7 @@ def _refuse_tensors(
     raise AssertionError("a refused argument was not found")
 
 
-def _look_at_coefficients(rule: Coefficients, input: Tensor) -> None:
+def _refuse_coefficients(rule: Coefficients, input: Tensor) -> None:
     """Raise for the first that is wrong; numbers of numpy and those that a compiler keeps symbolic are taken."""
     for name in COEFFICIENTS:
         check_number(name, getattr(rule, name))

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyfeedback import step_arguments
+from pyfeedback.core import step_checks
 
 
 def alignment_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tensor:
     """[n, 3] of float64: <B, B>, <W, W> and <B, W> of each of n pairs."""
-    step_arguments.check_pairs(feedback, weight)
+    step_checks.check_pairs(feedback, weight)
     rows = []
     for b, w in zip(feedback, weight, strict=True):
         b, w = b.detach().double().flatten(), w.detach().double().flatten()

@@ -1,6 +1,6 @@
 """The compiled libraries: loads what the build made and tells what that was.
 
-Loading registers the C++ implementations of the `native_*` ops; their schemas are in `pyfeedback.schemas`, and
+Loading registers the C++ implementations of the `native_*` ops; their schemas are in `pyfeedback.ops.schemas`, and
 either may come first. PYFEEDBACK_NATIVE=0 leaves the libraries alone: every op then runs its Python implementation.
 
 Python started in the root of a clone imports the clone's folder `pyfeedback` and not the installed package. That
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from pyfeedback import sources
+from pyfeedback.backends.extension import sources
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[2]
 RECORD = "_build_info.json"
 CPU_LIBRARY = "_C.abi3.so"
 CUDA_LIBRARY = "_C_cuda.abi3.so"

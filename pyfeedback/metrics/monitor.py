@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pyfeedback.metrics import LayerAlignment, alignment
-from pyfeedback.values import check_int, in_words
+from pyfeedback.core.values import check_int, in_words
+from pyfeedback.metrics.alignment import LayerAlignment, alignment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -52,7 +52,7 @@ class DirectFeedback:
             hook.remove()
         del model.direct_feedback, model.direct_feedback_seed
 
-    def cut(self, layer: str, input: Tensor) -> Tensor:
+    def detach_input(self, layer: str, input: Tensor) -> Tensor:
         """The input without its history, which the output takes along instead.
 
         Raises:
@@ -141,15 +141,15 @@ def _in_backward() -> bool:
 
 
 @dataclass
-class Tap:
-    """One layer's place in a :class:`DirectFeedback`."""
+class DirectInput:
+    """The input of one layer of a :class:`DirectFeedback`."""
 
     layer: str
     shared: DirectFeedback
 
-    def cut(self, input: Tensor) -> Tensor:
-        """:meth:`DirectFeedback.cut` under the layer's name."""
-        return self.shared.cut(self.layer, input)
+    def detach(self, input: Tensor) -> Tensor:
+        """:meth:`DirectFeedback.detach_input` under the layer's name."""
+        return self.shared.detach_input(self.layer, input)
 
 
 class _Broadcast(torch.autograd.Function):

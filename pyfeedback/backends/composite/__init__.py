@@ -1,0 +1,1 @@
+"""Every op composed of PyTorch's own kernels, on any device."""

@@ -1,0 +1,160 @@
+"""The backward of a feedback layer, composed of PyTorch's own kernels.
+
+The rule's gradient is written once, over the products of the layer's geometry (:mod:`pyfeedback.core.geometry`).
+Notation as in the contract of the ops: x the input, y = conv(x, W) the response without bias, B the feedback weight, n
+the samples.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyfeedback.backends.composite.centering import centered, centered_beside, combined
+from pyfeedback.core.algorithm import Algorithm
+from pyfeedback.core.call import Gradients, LayerCall
+from pyfeedback.core.tensors import laid_out_like, wide_dtype
+
+IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients
+
+Scaled = tuple[Tensor, float]  # a product, and the factor that it still lacks
+
+
+def backward(
+    call: LayerCall, grad_output: Tensor, input: Tensor, weight: Tensor, feedback: Tensor, response: Tensor | None
+) -> Gradients:
+    """The gradients of input, weight, feedback and bias; None where the call's mask is False."""
+    need_input, need_weight, need_feedback, need_bias = call.mask
+    rule = call.rule
+    geometry, x = call.geometry.dense(input, weight.shape)
+    needs = (need_input, need_weight or (need_feedback and rule.tie != 0), need_bias)
+    grad_input = grad_weight = grad_bias = grad_feedback = None
+    if True in needs:
+        grad_input, grad_weight, grad_bias = geometry.backward(grad_output, x, feedback, needs)
+    if need_feedback:
+        dense = call if x is input else call._replace(geometry=geometry)
+        grad_feedback = _feedback_gradient(dense, x, response, weight, feedback, grad_weight)
+        if grad_feedback.stride() != weight.stride():
+            grad_feedback = laid_out_like(grad_feedback, weight)
+    if grad_input is not None:
+        if x is not input:
+            spread = torch.zeros_like(input)
+            call.geometry.read_positions(spread).copy_(grad_input)
+            grad_input = spread
+        elif grad_input.stride() != input.stride():
+            grad_input = laid_out_like(grad_input, input)
+    if not need_weight:
+        grad_weight = None
+    elif grad_weight.stride() != weight.stride():
+        grad_weight = laid_out_like(grad_weight, weight)
+    return grad_input, grad_weight, grad_feedback, grad_bias
+
+
+def _feedback_gradient(
+    call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor, grad_weight: Tensor | None
+) -> Tensor:
+    """dR/dB + tie * grad_weight, rounded once to the dtype of the weight."""
+    rule = call.rule
+    n = rule.samples or x.shape[0]
+    if n == 0:
+        return torch.zeros_like(weight)
+    if call.algorithm is Algorithm.NONE:
+        grad = _blend(feedback, weight, rule.decay, rule.self_)
+    else:
+        if rule.samples:
+            x, y = x[:n], y[:n] if y is not None else None
+        grad = _data_gradient(call, x, y, weight, feedback)
+        if rule.self_:
+            grad = grad.add_(_blend(feedback, weight, rule.decay, rule.self_))
+        elif rule.decay:
+            grad = grad.add_(feedback, alpha=rule.decay)
+    if rule.tie and grad_weight is not None:
+        grad = grad.add_(grad_weight, alpha=rule.tie)
+    return grad.to(weight.dtype)
+
+
+def _data_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor) -> Tensor:
+    """The amp, null and sparse terms of dR/dB, in float32 or wider.
+
+    float16 is computed in float32: sums over a batch exceed 65504, the largest float16, long before their mean does.
+    """
+    if x.dtype is torch.float16:
+        x, weight, feedback = x.float(), weight.float(), feedback.float()
+        y = y.float() if y is not None else None
+    if y is None and call.reads_response:
+        y = call.geometry.fprop(x, weight)
+    data, scale = _DATA_TERMS[call.algorithm](call, x, y, weight, feedback)
+    return data.to(wide_dtype(data.dtype)).mul_(scale / x.shape[0])
+
+
+def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:
+    """wgrad(x, conv(x, sparse B - amp W)) and wgrad(null z - amp x, y), with z = conv_transpose(y, B).
+
+    The combined kernel stays exact where B is near W and the difference of two convolutions would cancel. amp is folded
+    into either product.
+    """
+    rule, geometry = call.rule, call.geometry
+    if rule.sparse:
+        scale = max(abs(rule.sparse), abs(rule.amp))
+        kernel = _blend(feedback, weight, rule.sparse / scale, rule.amp / scale).to(x.dtype)
+        x = centered(x, call)
+        total = geometry.wgrad(x, geometry.fprop(x, kernel), weight)
+        if rule.null:
+            y = centered(y, call)
+            total = total.add_(geometry.wgrad(geometry.dgrad(y, feedback, x), y, weight), alpha=rule.null / scale)
+        return total, scale
+    y = centered(y, call)
+    if not rule.null:
+        return geometry.wgrad(centered_beside(x, call), y, weight), -rule.amp
+    z = geometry.dgrad(y, feedback, x)
+    if abs(rule.amp) <= abs(rule.null):
+        return geometry.wgrad(combined(z, 1.0, x, -rule.amp / rule.null, call), y, weight), rule.null
+    return geometry.wgrad(combined(z, -rule.null / rule.amp, x, 1.0, call), y, weight), -rule.amp
+
+
+def _input_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:
+    """(sparse B - amp W) G + null W G W' B, with the gram matrix G = x'x."""
+    rule, wide = call.rule, wide_dtype(x.dtype)
+    gram = call.geometry.gram(centered(x, call)).to(wide)
+    w, b = (t.reshape(t.shape[0], -1).to(wide) for t in (weight, feedback))
+    if not rule.null:
+        if not rule.sparse:
+            return (w @ gram).reshape(weight.shape), -rule.amp
+        return (_blend(b, w, rule.sparse, rule.amp) @ gram).reshape(weight.shape), 1.0
+    mixed = w @ gram
+    spread = (mixed @ w.t()) @ b if w.shape[0] < w.shape[1] else mixed @ (w.t() @ b)
+    total = spread.mul_(rule.null).sub_(mixed, alpha=rule.amp)
+    if rule.sparse:
+        total = total.add_(b @ gram, alpha=rule.sparse)
+    return total.reshape(weight.shape), 1.0
+
+
+def _response_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:
+    """null Y B - amp y'x, with the gram matrix Y = y'y."""
+    rule, wide = call.rule, wide_dtype(x.dtype)
+    y = centered(y, call)
+    total = call.geometry.gram(y).to(wide) @ feedback.reshape(feedback.shape[0], -1).to(wide)
+    if rule.amp:
+        mixed = call.geometry.wgrad(centered_beside(x, call), y, weight)
+        total = total.sub_(mixed.reshape(total.shape), alpha=rule.amp / rule.null)
+    return total.reshape(weight.shape), rule.null
+
+
+# What computes the data terms; y is None where the algorithm does not read it.
+_DATA_TERMS: dict[Algorithm, Callable[..., Scaled]] = {
+    Algorithm.DIRECT: _direct,
+    Algorithm.INPUT_GRAM: _input_gram,
+    Algorithm.RESPONSE_GRAM: _response_gram,
+}
+
+
+def _blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
+    """b * B - w * W in float32 or wider, exact where b == w and B is near W."""
+    wide = wide_dtype(weight.dtype)
+    feedback, weight = feedback.to(wide), weight.to(wide)
+    if not w:
+        return feedback * b
+    difference = torch.sub(feedback, weight)
+    if b != 1.0:
+        difference = difference.mul_(b)
+    return difference if b == w else difference.add_(weight, alpha=b - w)

@@ -1,0 +1,253 @@
+"""Which implementation computes an op on a device, decided in this one place.
+
+"aten" composes PyTorch's own kernels and is always available; "native" is the compiled library (csrc); "triton" are the
+Triton kernels of a whole backward (kernels), "triton-unfused" the same without one-pass and grouped launches. Under
+"auto" an op takes the first available implementation of its row. A row names only those that were measured faster on
+that device than the ones after it: "measured" is either of Triton's for the layers in the device's own table, which
+`kernels/measured.py` keeps, and "depthwise" is the compiled backward for the layers that its module names.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, lru_cache, partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfeedback.backends import triton
+from pyfeedback.backends.composite import alignment, center, layer, steps
+from pyfeedback.backends.extension import depthwise, kernels, loading
+from pyfeedback.core.algorithm import Algorithm, choose_algorithm, needs_response
+from pyfeedback.core.call import Gradients, Kernels, LayerCall, Mask
+from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
+from pyfeedback.core.geometry import Geometry, Shape
+from pyfeedback.core.values import check_choice
+from pyfeedback.kernels import measured
+
+BACKENDS = ("auto", "aten", "native", "triton", "triton-unfused")
+
+
+class LayerBackend(NamedTuple):
+    """One implementation of a layer's backward."""
+
+    backward: Callable[..., Gradients]
+    implemented: frozenset[str]  # coefficients
+    supports: Callable[..., bool] | None = None  # of (geometry, input, weight, rule, algorithm); None: all of them
+    reads_response: Callable[[Coefficients, str], bool] | None = None  # of (rule, device type); None: as the algorithm
+
+
+_LAYER_BACKENDS = {
+    "aten": LayerBackend(layer.backward, layer.IMPLEMENTED),
+    "native": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
+    "depthwise": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.is_faster, depthwise.reads_response),
+}
+for _name, _fused in (("triton", True), ("triton-unfused", False)):
+    _backward = partial(triton.layer_backward, fused=_fused)
+    _is_faster = partial(triton.is_faster, path="fused" if _fused else "unfused")
+    _LAYER_BACKENDS[_name] = LayerBackend(_backward, triton.IMPLEMENTED, triton.supports)
+    _LAYER_BACKENDS[f"measured-{_name}"] = LayerBackend(_backward, triton.IMPLEMENTED, _is_faster)
+
+_IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    "adamw_step_": {"aten": steps.adamw_step_, "native": kernels.adamw_step_},
+    "add_centered_": {"aten": center.add_centered_, "native": kernels.add_centered_},
+    "alignment_products": {"aten": alignment.alignment_products, "native": kernels.alignment_products},
+    "center": {"aten": center.center, "native": kernels.center},
+    "feedback_step_": {"aten": steps.feedback_step_, "native": kernels.feedback_step_},
+}
+
+# The CUDA kernels of csrc have not been measured on any device: only backend("native") takes them.
+_FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
+    **{(op, "cpu"): ("native", "aten") for op in _IMPLEMENTATIONS},
+    ("grouped layer", "cpu"): ("depthwise", "aten"),
+    ("layer", "cuda"): ("measured-triton", "measured-triton-unfused", "aten"),
+}
+_LAYERS = {  # implementations of each kind of layer
+    "grouped layer": ("aten", "native", "depthwise"),
+    "layer": ("aten", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
+}
+
+_default = "auto"  # of the process
+_here: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # of the blocks open around the caller
+_open: list[str] = []  # of the blocks open in any thread
+
+
+@cache
+def implementation(op: str, device_type: str, backend: str) -> Callable:
+    """What computes ``op`` on a device of this type under a backend."""
+    return _IMPLEMENTATIONS[op][_choose(op, device_type, backend)]
+
+
+def provide(op: str, device_type: str) -> Callable:
+    """What computes ``op`` on a device of this type now."""
+    return implementation(op, device_type, current_backend())
+
+
+class Candidate(NamedTuple):
+    """A layer backend on one device, with the kernels that it runs on."""
+
+    backend: LayerBackend
+    kernels: Kernels
+    missing: tuple[str, ...]  # coefficients that it does not implement
+
+
+def plan(
+    geometry: Geometry,
+    input: Tensor,
+    weight: Tensor,
+    rule: Coefficients,
+    mask: Mask,
+    response_saved: bool,
+    backend: str | None = None,
+) -> LayerCall:
+    """Decide how the backward of a layer is computed: by which algorithm, on which kernels.
+
+    Args:
+        mask: which gradients are asked for: of input, weight, feedback and bias.
+        response_saved: False where the backward would have to compute the response again.
+        backend: the one in force by default.
+
+    Raises:
+        NotImplementedError: a coefficient that no backend for this layer implements.
+    """
+    device_type = "cpu" if input.is_cpu else input.device.type  # making the string takes 5 microseconds
+    backend = backend or _here.get() or (current_backend() if _open else _default)
+    algorithm, reads_response = Algorithm.NONE, False
+    if mask[2] and input.shape[0]:
+        try:
+            algorithm, reads_response = _cached_algorithm(geometry, input.shape, weight.shape, rule, response_saved)
+        except TypeError:  # symbolic sizes have no hash
+            algorithm, reads_response = _algorithm(geometry, input.shape, weight.shape, rule, response_saved)
+    for found, made_of, missing in _candidates(device_type, backend, geometry.groups > 1):
+        if missing and any(getattr(rule, name) for name in missing):
+            continue
+        if found.supports is None or found.supports(geometry, input, weight, rule, algorithm):
+            if found.reads_response is not None:
+                reads_response = mask[2] and found.reads_response(rule, device_type)
+            return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response)
+    name = next(name for name in COEFFICIENTS if getattr(rule, name) and name not in layer.IMPLEMENTED)
+    raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
+
+
+def _algorithm(
+    geometry: Geometry, input: Shape, weight: Shape, rule: Coefficients, response_saved: bool
+) -> tuple[Algorithm, bool]:
+    """The algorithm, and whether it reads the response."""
+    algorithm = choose_algorithm(geometry.sizes(input, weight, rule.samples), rule, response_saved)
+    return algorithm, needs_response(algorithm, rule)
+
+
+_cached_algorithm = lru_cache(maxsize=4096)(_algorithm)
+
+
+@cache
+def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidate, ...]:
+    """The implementations of a layer's backward, the preferred one first."""
+    kind = "grouped layer" if grouped else "layer"
+    center, add_centered_ = (implementation(op, device_type, backend) for op in ("center", "add_centered_"))
+    return tuple(
+        Candidate(found, Kernels(found.backward, center, add_centered_), tuple(set(COEFFICIENTS) - found.implemented))
+        for name in _preferred(kind, device_type, backend)
+        if name in _LAYERS[kind] and _is_available(name, "depthwise_backward", device_type)
+        for found in [_LAYER_BACKENDS[name]]
+    )
+
+
+def current_backend() -> str:
+    """The backend in force: that of the innermost ``backend`` block around, else that of ``set_backend``, or "auto"."""
+    name = _here.get()
+    if name is not None:
+        return name
+    return _default if not _open else _of_this_thread()
+
+
+def _of_this_thread() -> str:
+    """The backend outside of every block of this thread, while another thread has one open.
+
+    A thread that Python did not start is autograd's own, where the backward pass of a compiled model runs for a GPU.
+    Nothing there tells which forward it belongs to, so it takes the block that was opened last.
+    """
+    foreign = isinstance(threading.current_thread(), threading._DummyThread)
+    return next(iter(_open[-1:]), _default) if foreign else _default
+
+
+def set_backend(name: str) -> None:
+    """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the one at the start.
+
+    A ``backend`` block goes before it.
+
+    Raises:
+        ValueError: the name is none of :data:`BACKENDS`.
+        RuntimeError: "native" is asked for and the compiled library is not there; "triton", and triton is not, or
+            neither a GPU nor Triton's interpreter (TRITON_INTERPRET=1, set before the first use) is.
+    """
+    global _default
+    _check(name)
+    _default = name
+    implementation.cache_clear()
+    _candidates.cache_clear()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("aten"): ...``
+
+    It holds for the forward passes of this thread, and for their backward passes wherever and whenever they run. Ops
+    that the backend does not implement are composed of PyTorch's own.
+
+    Raises: as :func:`set_backend`.
+    """
+    _check(name)
+    _open.append(name)
+    try:
+        with in_force(name):
+            yield
+    finally:
+        _open.remove(name)
+
+
+@contextmanager
+def in_force(name: str) -> Iterator[None]:
+    """:func:`backend` for a backward pass: ``name`` was in force at its forward."""
+    token = _here.set(name)
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def _check(name: str) -> None:
+    check_choice("backend", name, BACKENDS)
+    if name == "native" and not loading.has_cpu():
+        raise RuntimeError(f'backend is "native", expected a compiled library: {loading.build_info().missing}')
+    triton = name.startswith("triton")
+    if triton and not find_spec("triton"):
+        raise RuntimeError(f'backend is "{name}", expected triton to be installed')
+    if triton and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f'backend is "{name}", expected a GPU, or TRITON_INTERPRET=1 for Triton\'s interpreter')
+
+
+def _preferred(op: str, device_type: str, backend: str) -> tuple[str, ...]:
+    return _FASTEST.get((op, device_type), ("aten",)) if backend == "auto" else (backend, "aten")
+
+
+def _choose(op: str, device_type: str, backend: str) -> str:
+    found = _IMPLEMENTATIONS[op]
+    preferred = _preferred(op, device_type, backend)
+    return next(name for name in preferred if name in found and _is_available(name, op, device_type))
+
+
+def _is_available(name: str, op: str, device_type: str) -> bool:
+    if name in ("native", "depthwise"):
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+        return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::native_{op}", key)
+    if name.startswith("measured"):
+        return bool(measured.devices()) and find_spec("triton") is not None
+    return True
+
+
+set_backend(os.environ.get("PYFEEDBACK_BACKEND", "auto"))

@@ -1,0 +1,67 @@
+"""The backward of depthwise and grouped convolutions by the compiled kernel: every gradient from one read.
+
+The mathematics and the measurements are in docs/depthwise.md.
+"""
+
+import torch
+from torch import Tensor
+
+from pyfeedback.core.algorithm import Algorithm
+from pyfeedback.core.call import Gradients, LayerCall
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import Convolution
+from pyfeedback.core.tensors import laid_out_like, wide_dtype
+
+IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients, in the kernel's order
+
+
+def supports(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
+    """True for a 2-D convolution of several groups with something to compute and an input that is dense in memory."""
+    dense = input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last)
+    return geometry.is_conv2d and geometry.groups > 1 and dense and 0 not in (*input.shape, *weight.shape)
+
+
+def is_faster(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
+    """True for the supported layers that were measured faster than PyTorch's own kernels (docs/depthwise.md).
+
+    They are depthwise, with a kernel of 5x5 or larger, or of 3x3 on a large map in contiguous memory.
+    """
+    if weight.shape[1] > 1 or not supports(geometry, input, weight, rule, algorithm):
+        return False
+    taps, positions = (t.shape[2] * t.shape[3] for t in (weight, input))
+    return taps >= 25 or (taps >= 9 and positions >= 48 * 48 and input.is_contiguous())
+
+
+def reads_response(rule: Coefficients, device_type: str) -> bool:
+    """True where the backward reads the response; on a CPU it is computed again, in the cache."""
+    return device_type != "cpu" and rule.null != 0
+
+
+def backward(
+    call: LayerCall, grad_output: Tensor, input: Tensor, weight: Tensor, feedback: Tensor, response: Tensor | None
+) -> Gradients:
+    """The gradients of a layer that :func:`supports` accepts."""
+    geometry, rule, mask = call.geometry, call.rule, call.mask
+    n = rule.samples or input.shape[0]
+    mean = response_mean = None
+    learns = mask[2] and rule.reads_data
+    if not call.reads_response:
+        response = None
+    elif response is None:
+        response = geometry.fprop(input, weight)
+    if learns and rule.center:
+        mean = _mean(input, n)
+        response_mean = None if response is None else _mean(response, n)
+    grads = torch.ops.pyfeedback.native_depthwise_backward.default(
+        grad_output, input, weight.contiguous(), feedback.contiguous(), mean, response, response_mean,
+        geometry.stride, geometry.padding, geometry.dilation, geometry.groups, list(rule[:6]), n, *mask[:4],
+    )  # fmt: skip
+    grad_input, grad_weight, grad_feedback, grad_bias = (
+        grad if needed else None for grad, needed in zip(grads, mask, strict=False)
+    )
+    return grad_input, laid_out_like(grad_weight, weight), laid_out_like(grad_feedback, weight), grad_bias
+
+
+def _mean(x: Tensor, samples: int) -> Tensor:
+    """[1, C, H, W] of the first samples, in float32 or wider."""
+    return x[:samples].mean(0, keepdim=True, dtype=wide_dtype(x.dtype))

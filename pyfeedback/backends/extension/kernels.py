@@ -1,0 +1,72 @@
+"""The compiled ops `native_*` behind the signatures of the composite ones.
+
+A kernel checks its tensors before it writes, in a fraction of the time that Python takes. What it refuses is checked
+again in Python, for the one line that names the argument.
+"""
+
+import torch
+from torch import Tensor
+
+from pyfeedback.backends.composite import center as composite_center
+from pyfeedback.backends.composite import steps as composite_steps
+from pyfeedback.core import step_checks
+
+_ops = torch.ops.pyfeedback
+
+alignment_products = _ops.native_alignment_products.default
+
+
+def center(input: Tensor, samples: int) -> Tensor:
+    """The kernel takes samples that are dense blocks; others are composed."""
+    if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+        return _ops.native_center.default(input, samples)
+    return composite_center.center(input, samples)
+
+
+def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
+    """The kernel takes samples that are dense blocks with the same strides in both tensors; others are composed."""
+    alike = self.stride() == input.stride()
+    if alike and (self.is_contiguous() or (self.dim() == 4 and self.is_contiguous(memory_format=torch.channels_last))):
+        _ops.native_add_centered_.default(self, input, beta, alpha)
+    else:
+        composite_center.add_centered_(self, input, beta, alpha)
+
+
+def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **options) -> None:
+    """See :func:`pyfeedback.functional.feedback_step_`."""
+    # A tensor costs as much to pass as a small one costs to step, and a number a quarter of that.
+    factors = {"decay": _compact(decay), "self_": _compact(self_), "tie": _compact(tie)}
+    read = weight if any(factors["self_"]) else [], grad if any(factors["tie"]) else []
+    buffers = momentum_buffer if options["momentum"] else []
+    try:
+        if not {len(weight), len(grad), len(momentum_buffer)} <= {0, len(feedback)}:
+            raise RuntimeError("lists differ in length")
+        _ops.native_feedback_step_.default(feedback, *read, buffers, **factors, **options)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        coefficients = {"decay": decay, "self_": self_, "tie": tie}
+        step_checks.check_step_tensors(
+            feedback, weight, grad, momentum_buffer, coefficients, options, options["dynamic"]
+        )
+        raise step_checks.kernel_error(error) from None
+    torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not see these writes
+
+
+def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
+    """See :func:`pyfeedback.backends.composite.steps.adamw_step_`, which computes amsgrad and other devices."""
+    if max_exp_avg_sq or param[0].device.type != "cpu":
+        composite_steps.adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **options)
+        return
+    weights = weight if any(options["self_"]) else []
+    grads = grad if any(options["tie"]) else []
+    try:
+        _ops.native_adamw_step_.default(param, weights, grads, exp_avg, exp_avg_sq, step, **options)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        step_checks.check_adamw_tensors(param, weight, grad, moments, step, options)
+        raise step_checks.kernel_error(error) from None
+    torch.autograd.graph.increment_version([*param, *exp_avg, *exp_avg_sq, *step])
+
+
+def _compact(values):
+    """One number where all are the same."""
+    return values[:1] if values.count(values[0]) == len(values) else values

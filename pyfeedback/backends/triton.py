@@ -1,0 +1,54 @@
+"""The backward of a layer by the Triton kernels.
+
+Triton is optional, and importing it takes a second: the kernels are imported when the first layer is offered to them.
+"""
+
+from torch import Tensor
+
+from pyfeedback.core.algorithm import Algorithm
+from pyfeedback.core.call import Gradients, LayerCall
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import Convolution, Geometry
+from pyfeedback.kernels import measured
+
+IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients
+
+
+def supports(geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
+    """True for the linear layers and 2-D convolutions that the kernels compute."""
+    from pyfeedback.kernels import backward
+
+    conv2d_or_linear = not isinstance(geometry, Convolution) or geometry.is_conv2d
+    return conv2d_or_linear and backward.supports(input, weight, geometry.groups)
+
+
+def is_faster(
+    geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm, *, path: str
+) -> bool:
+    """True for the layers whose ``path``, "fused" or "unfused", was measured as the fastest on this device."""
+    table = measured.load(measured.device_name(input.device))
+    if not table or not supports(geometry, input, weight, rule, algorithm):
+        return False
+    sizes = geometry.sizes(input.shape, weight.shape, rule.samples)
+    return table.get(measured.key(sizes, algorithm.value, input.dtype)) == path
+
+
+def layer_backward(
+    call: LayerCall,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    response: Tensor | None,
+    *,
+    fused: bool,
+) -> Gradients:
+    """The gradients of a layer that :func:`supports` accepts, by fused launches or by one for each product."""
+    from pyfeedback.kernels import backward
+
+    geometry = call.geometry
+    return backward.layer_backward(
+        grad_output, input, weight, feedback, response, rule=call.rule, mask=call.mask,
+        convolution=geometry[:3] if isinstance(geometry, Convolution) else None,
+        algorithm=call.algorithm.value, center=call.kernels.center, fused=fused,
+    )  # fmt: skip

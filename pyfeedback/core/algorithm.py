@@ -1,0 +1,87 @@
+"""Which algorithm computes the data terms of the feedback gradient: one pure function, no tensors.
+
+The amp, null and sparse terms of a layer can be computed from its response, from the response to the combined kernel
+``sparse * B - amp * W`` or, where the layer is pointwise (a 1x1 convolution without padding, or linear), from the gram
+matrix of its input or of its response. All are exact. They differ in arithmetic alone, so the cheapest is taken.
+"""
+
+import enum
+from typing import NamedTuple
+
+from pyfeedback.core.coefficients import Coefficients
+
+
+class Sizes(NamedTuple):
+    """What the cost of a layer depends on: ``positions`` is the samples used times the output positions of each."""
+
+    positions: int
+    in_channels: int
+    out_channels: int
+    taps: int = 1
+    groups: int = 1
+    pointwise: bool = True
+
+
+class Algorithm(enum.Enum):
+    """How the data terms are computed; y is the response conv(x, W), z is conv_transpose(y, B)."""
+
+    NONE = "none"  # no term reads the data
+    DIRECT = "direct"  # wgrad(x, conv(x, sparse B - amp W)) and wgrad(null z - amp x, y)
+    INPUT_GRAM = "input_gram"  # G = x'x: (sparse B - amp W) G + null W G W' B
+    RESPONSE_GRAM = "response_gram"  # Y = y'y: null Y B - amp y'x
+
+
+def choose_algorithm(sizes: Sizes, rule: Coefficients, response_saved: bool) -> Algorithm:
+    """The algorithm with the fewest multiply-adds; of equals the one that reads the response least.
+
+    Args:
+        response_saved: False where the response would have to be computed again, which is one more pass.
+    """
+    if not rule.reads_data:
+        return Algorithm.NONE
+    costs = {Algorithm.DIRECT: _direct_macs(sizes, rule, response_saved)}
+    if sizes.pointwise and sizes.groups == 1:
+        costs[Algorithm.INPUT_GRAM] = _input_gram_macs(sizes, rule)
+        if rule.null and not rule.sparse:
+            costs[Algorithm.RESPONSE_GRAM] = _response_gram_macs(sizes, rule, response_saved)
+    best = Algorithm.INPUT_GRAM if Algorithm.INPUT_GRAM in costs else Algorithm.DIRECT
+    for algorithm, macs in costs.items():
+        if macs < costs[best]:
+            best = algorithm
+    return best
+
+
+def needs_response(algorithm: Algorithm, rule: Coefficients) -> bool:
+    """True where ``algorithm`` reads the response conv(x, W)."""
+    if algorithm is Algorithm.DIRECT:
+        return rule.null != 0 or rule.sparse == 0
+    return algorithm is Algorithm.RESPONSE_GRAM
+
+
+def pass_macs(sizes: Sizes) -> int:
+    """Multiply-adds of one pass of the layer, forward or either gradient."""
+    return sizes.positions * sizes.in_channels * sizes.out_channels * sizes.taps // sizes.groups
+
+
+def _direct_macs(sizes: Sizes, rule: Coefficients, response_saved: bool) -> int:
+    passes = 2 * int(rule.sparse != 0) + 2 * int(rule.null != 0)
+    passes = max(passes, 1)  # amp is folded into either of them; alone it is one wgrad
+    if needs_response(Algorithm.DIRECT, rule) and not response_saved:
+        passes += 1
+    return passes * pass_macs(sizes)
+
+
+def _input_gram_macs(sizes: Sizes, rule: Coefficients) -> int:
+    _, c, k, *_ = sizes
+    macs = sizes.positions * c * c
+    if rule.amp or rule.sparse:
+        macs += k * c * c
+    if rule.null:
+        macs += k * c * c + 2 * c * k * min(c, k)
+    return macs
+
+
+def _response_gram_macs(sizes: Sizes, rule: Coefficients, response_saved: bool) -> int:
+    _, c, k, *_ = sizes
+    passes = int(rule.amp != 0) + int(not response_saved)
+    return sizes.positions * k * k + k * k * c + passes * pass_macs(sizes)

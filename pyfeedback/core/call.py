@@ -1,0 +1,32 @@
+"""One call of a layer: what its forward decides and its backward needs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyfeedback.core.algorithm import Algorithm
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import Geometry
+
+Mask = tuple[bool, ...]  # which gradients are asked for: of input, weight, feedback and bias
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # in that order
+
+
+class Kernels(NamedTuple):
+    """The implementations that a layer's backward runs on, chosen for its device and backend."""
+
+    backward: Callable[..., Gradients]  # of (call, grad_output, input, weight, feedback, response)
+    center: Callable[[Tensor, int], Tensor]
+    add_centered_: Callable[[Tensor, Tensor, float, float], None]
+
+
+class LayerCall(NamedTuple):
+    """Made once by the forward, see :func:`pyfeedback.backends.dispatch.plan`, and kept for the backward."""
+
+    geometry: Geometry
+    rule: Coefficients
+    mask: Mask
+    algorithm: Algorithm
+    kernels: Kernels
+    reads_response: bool  # whether the backward reads the response, the output without bias

@@ -1,0 +1,63 @@
+"""The table of a rule's coefficients. A new primitive gets a line in both classes here.
+
+The regularizer of each primitive is written in :mod:`pyfeedback.reference`, its gradient in
+:mod:`pyfeedback.backends.composite.layer` and its cost in :mod:`pyfeedback.core.algorithm`; schemas, checks and keyword
+arguments follow this table.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Primitives:
+    """The coefficient of each primitive, as the fields of :class:`pyfeedback.Rule`, which documents them."""
+
+    decay: float = 0.0
+    amp: float = 0.0
+    null: float = 0.0
+    sparse: float = 0.0
+    self_: float = 0.0
+    tie: float = 0.0
+
+
+class Coefficients(NamedTuple):
+    """A rule as the ops take it: the coefficients of its primitives, and what its statistics are taken of.
+
+    Attributes:
+        center: amp, null and sparse see activations minus their mean over the samples.
+        samples: the first samples of the batch that amp, null and sparse see; 0 is all of them.
+    """
+
+    decay: float = 0.0
+    amp: float = 0.0
+    null: float = 0.0
+    sparse: float = 0.0
+    self_: float = 0.0
+    tie: float = 0.0
+    center: bool = False
+    samples: int = 0
+
+    @property
+    def reads_data(self) -> bool:
+        """True where some term depends on the activations."""
+        return any(getattr(self, name) for name in READ_DATA)
+
+
+COEFFICIENTS = tuple(Primitives.__dataclass_fields__)
+ELEMENTWISE = ("decay", "self_", "tie")  # of B, W and the gradient of W: the optimizers compute them
+READ_DATA = tuple(name for name in COEFFICIENTS if name not in ELEMENTWISE)  # of the activations, summed over positions
+
+
+def from_keywords(keywords: dict[str, Any]) -> Coefficients:
+    """The coefficients of a call by keywords.
+
+    Raises:
+        TypeError: a keyword is no coefficient.
+    """
+    try:
+        return Coefficients(**keywords)
+    except TypeError:
+        unknown = next(name for name in keywords if name not in Coefficients._fields)
+        expected = ", ".join(Coefficients._fields)
+        raise TypeError(f"{unknown} is no coefficient, expected one of {expected}") from None

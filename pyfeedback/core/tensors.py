@@ -1,0 +1,29 @@
+"""Dtypes and layouts of tensors that several backends share."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums of ``dtype`` are kept: float32 for the 16-bit ones, itself for the others."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def laid_out_like(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    """``grad`` with the strides of ``like``: the same tensor where it has them already."""
+    if grad is None or grad.stride() == like.stride():
+        return grad
+    if grad.is_contiguous() and like.is_contiguous():  # they differ in dimensions of size one alone
+        return grad.as_strided(like.shape, like.stride())
+    return torch.empty_like(like).copy_(grad)
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last where ``x`` is laid out so and is not contiguous too."""
+    if not x.is_contiguous():
+        for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == rank and x.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format

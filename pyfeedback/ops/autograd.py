@@ -1,0 +1,171 @@
+"""The autograd formula of a layer, and the three wrappers that PyTorch needs of it.
+
+The formula is :func:`gradients`: what :func:`pyfeedback.backends.dispatch.plan` decided in the forward computes every
+gradient, once and outside of autocast. It cannot be differentiated again.
+
+* :class:`EagerLayer` is a Function whose forward receives its context, the form with the least overhead: two thirds of
+  what the dispatcher costs on a tiny layer.
+* :class:`TransformableLayer` separates its context from its forward, as torch.func requires, which costs a tiny layer a
+  third more. It is used inside a transform alone.
+* :func:`register` gives the formula to the ops themselves, for the dispatcher and torch.compile: what a compiler makes
+  of a Function that carries symbolic numbers differs between releases, and torch 2.10 makes a wrong gradient of it. The
+  backward is an op as well, so that a compiled graph has one node for it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from pyfeedback.backends.dispatch import current_backend, in_force, plan
+from pyfeedback.core.call import Gradients, LayerCall
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import Geometry
+from pyfeedback.ops.schemas import LIBRARY
+
+ONCE = "pyfeedback: double backward is not supported: the feedback path is not the derivative of the forward pass"
+
+
+def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | None]) -> Gradients:
+    """The gradients of input, weight, feedback and bias, from the saved input, weight, feedback and response."""
+    if torch.is_grad_enabled():  # create_graph=True
+        with torch.no_grad():
+            grads = gradients(call, grad_output, saved)
+        return _Once.apply(*grads, grad_output, *saved)
+    if torch._C._is_any_autocast_enabled() and autocasts(grad_output.device.type):
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return call.kernels.backward(call, grad_output, *saved)
+    return call.kernels.backward(call, grad_output, *saved)
+
+
+class EagerLayer(torch.autograd.Function):
+    """A layer called outside of torch.func and torch.compile."""
+
+    @staticmethod
+    def forward(ctx, input, weight, feedback, bias, geometry: Geometry, rule: Coefficients):
+        output = geometry.fprop(input, weight, bias)
+        if output._is_view():
+            output = output.data  # as not_a_view, which takes 3 microseconds
+        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], bias is None)
+        response = output if call.reads_response and bias is None else None
+        ctx.save_for_backward(input, weight, feedback, response)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *gradients(ctx.call, grad_output, ctx.saved_tensors), None, None
+
+
+class TransformableLayer(torch.autograd.Function):
+    """A layer under torch.func: grad and vjp by the formula, vmap by a loop."""
+
+    @staticmethod
+    def forward(input, weight, feedback, bias, geometry, rule, backend):
+        return not_a_view(geometry.fprop(input, weight, bias))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, feedback, _, *ctx.options = inputs
+        ctx.save_for_backward(input, weight, feedback)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grads = _TransformableGradients.apply(grad_output, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:4])
+        return *grads, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        outputs = [TransformableLayer.apply(*each) for each in _unstacked(info.batch_size, in_dims, arguments)]
+        return torch.stack(outputs), 0
+
+
+class _TransformableGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(grad_output, input, weight, feedback, geometry, rule, backend, mask):
+        call = plan(geometry, input, weight, rule, mask, False, backend)
+        with torch.no_grad():
+            return gradients(call, grad_output, (input, weight, feedback, None))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(ONCE)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        each = [_TransformableGradients.apply(*a) for a in _unstacked(info.batch_size, in_dims, arguments)]
+        stacked = tuple(None if grads[0] is None else torch.stack(grads) for grads in zip(*each, strict=True))
+        return stacked, tuple(None if grad is None else 0 for grad in stacked)
+
+
+def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
+    """Give the op ``name`` the formula, by way of its op ``{name}_backward``.
+
+    Args:
+        geometry_of: the geometry, from the op's arguments after the tensors.
+        scheduled: the coefficients are a tensor behind the others, whose values the forward does not know. The response
+            is then saved wherever it is available.
+    """
+    backward_op = getattr(torch.ops.pyfeedback, f"{name}_backward").default
+
+    def save(ctx, inputs, keyword_only_inputs, output):
+        input, weight, feedback, bias, *ctx.arguments = inputs
+        ctx.rule, ctx.backend = keyword_only_inputs, current_backend()
+        coefficients = [ctx.arguments.pop(0)] if scheduled else []
+        keep = bias is None and ctx.needs_input_grad[2]
+        if keep and not scheduled:
+            mask = (True,) * 4
+            keep = plan(geometry_of(*ctx.arguments), input, weight, Coefficients(**ctx.rule), mask, True).reads_response
+        ctx.save_for_backward(input, weight, feedback, output if keep else None, *coefficients)
+
+    def backward(ctx, grad_output):
+        # The dispatcher drops trailing arguments that have their default, from the gradients that it expects too.
+        expected = len(ctx.needs_input_grad)
+        mask = [*ctx.needs_input_grad, False][:4]
+        with in_force(ctx.backend):
+            grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.arguments, **ctx.rule, output_mask=mask)
+        return (*grads, *(None,) * (len(ctx.arguments) + scheduled))[:expected]
+
+    torch.library.register_autograd(f"pyfeedback::{name}", backward, setup_context=save, lib=LIBRARY)
+    torch.library.register_autograd(f"pyfeedback::{name}_backward", _refuse, lib=LIBRARY)
+
+
+class _Once(torch.autograd.Function):
+    """Four gradients as functions of all that made them, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tensors[:4]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(ONCE)
+
+
+def _refuse(ctx, *grads) -> NoReturn:
+    raise RuntimeError(ONCE)
+
+
+def not_a_view(output: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: autograd refuses in-place work on a view that a custom function returns.
+
+    F.linear returns one where the input has more than two dimensions.
+    """
+    return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; the meta device has none, and torch raises when asked about it."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _unstacked(size: int, in_dims: tuple, arguments: tuple) -> list[tuple]:
+    """The arguments of each element of a batch; one without a batch dimension is the same for all."""
+    pairs = list(zip(arguments, in_dims, strict=True))
+    return [
+        tuple(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in pairs) for i in range(size)
+    ]

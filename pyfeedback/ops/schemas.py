@@ -1,0 +1,66 @@
+"""The schema of every op, once.
+
+`fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`; `center` and `add_centered_` are
+steps of their backward; `mix` makes the feedback of pfa; `scheduled_layer` takes the coefficients as a tensor;
+`native_*` are implemented by the compiled library and called by :mod:`pyfeedback.backends` alone.
+"""
+
+import torch
+
+from pyfeedback.core.coefficients import Coefficients
+
+_RULE = ", ".join(
+    f"{'bool' if name == 'center' else 'SymInt' if name == 'samples' else 'float'} {name}={default}"
+    for name, default in Coefficients._field_defaults.items()
+)
+_SCHEDULED = "bool center, SymInt samples, SymInt positions"
+_WINDOW = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+_LAYER = "Tensor input, Tensor weight, Tensor feedback, Tensor? bias"
+_SAVED = "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, Tensor? response"
+_MASK = "bool[4] output_mask=[True, True, True, True]"
+_GRADS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_feedback, Tensor grad_bias)"
+_STEP = (
+    "Tensor(a!)[] feedback, Tensor[] weight, Tensor[] grad, Tensor(b!)[] momentum_buffer, *, "
+    "float[] decay, float[] self_, float[] tie, float lr, float momentum=0.0, bool nesterov=False, "
+    "float noise=0.0, int seed=0, bool skip_nonfinite=False, Tensor? dynamic=None"
+)
+_ADAMW = (
+    "Tensor(a!)[] param, Tensor[] weight, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+    "Tensor(d!)[] step, *, float[] decay, float[] self_, float[] tie, float[] weight_decay, "
+    "float lr, float beta1, float beta2, float eps"
+)
+
+_ADD_CENTERED = "(Tensor(a!) self, Tensor input, float beta, float alpha) -> ()"
+
+_DEPTHWISE = (
+    "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, "
+    "Tensor? mean, Tensor? response, Tensor? response_mean, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, float[] coefficients, int samples, "
+    "bool need_input, bool need_weight, bool need_feedback, bool need_bias"
+)
+
+SCHEMAS = {
+    "fa_conv2d": f"({_LAYER}=None, {_WINDOW}, *, {_RULE}) -> Tensor",
+    "fa_convolution": f"({_LAYER}, {_GEOMETRY}, *, {_RULE}) -> Tensor",
+    "fa_linear": f"({_LAYER}=None, *, {_RULE}) -> Tensor",
+    "fa_conv2d_backward": f"({_SAVED}=None, {_WINDOW}, *, {_RULE}, {_MASK}) -> {_GRADS}",
+    "fa_convolution_backward": f"({_SAVED}, {_GEOMETRY}, *, {_RULE}, {_MASK}) -> {_GRADS}",
+    "fa_linear_backward": f"({_SAVED}=None, *, {_RULE}, {_MASK}) -> {_GRADS}",
+    "scheduled_layer": f"({_LAYER}, Tensor coefficients, {_GEOMETRY}, *, {_SCHEDULED}) -> Tensor",
+    "scheduled_layer_backward": f"({_SAVED}, Tensor coefficients, {_GEOMETRY}, *, {_SCHEDULED}, {_MASK}) -> {_GRADS}",
+    "feedback_step_": f"({_STEP}) -> ()",
+    "native_adamw_step_": f"({_ADAMW}) -> ()",
+    "native_depthwise_backward": f"({_DEPTHWISE}) -> {_GRADS}",
+    "native_feedback_step_": f"({_STEP}) -> ()",
+    "native_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
+    "mix": "(Tensor mixing, Tensor feedback, float decay) -> Tensor",
+    "center": "(Tensor input, SymInt samples) -> Tensor",
+    "add_centered_": _ADD_CENTERED,
+    "native_center": "(Tensor input, SymInt samples) -> Tensor",
+    "native_add_centered_": _ADD_CENTERED,
+}
+
+LIBRARY = torch.library.Library("pyfeedback", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)

@@ -1,0 +1,169 @@
+"""SGD of the feedback weights beside an optimizer of torch.optim, or of a whole model at once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from pyfeedback import functional
+from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
+from pyfeedback.optim.rows import Row, feedback_row, forward_row
+
+
+class FeedbackSGD(RowOptimizer):
+    """SGD for the feedback weights of a model, all of them in one pass.
+
+    Under a rule that reads no activations (sa, kp and fa) the step computes the rule's gradient itself, from W, its
+    gradient and B, and autograd is spared all work: the constructor sets ``feedback.requires_grad_(False)`` on those
+    layers (build it before DistributedDataParallel wraps the model, or of the wrapped model, whose promise of gradients
+    is kept). Other rules leave ``feedback.grad``, which the step takes; so does every rule of a layer whose weight is
+    computed from other parameters (weight_norm, parametrizations, pruning), which must be so when the optimizer is
+    built. Step it before the optimizer of the forward weights (:func:`pyfeedback.forward_parameters`), since sa reads W
+    before it moves, and before their gradients are cleared. Kolen-Pollack aligns where both step alike: the same
+    learning rate and momentum, and a weight decay equal to the rule's ``decay``.
+
+    Under ``torch.amp.GradScaler`` call ``scaler.step`` on both optimizers, this one first. Kolen-Pollack reads W's
+    gradient, of which only the optimizer of W has the scale: it wants :class:`SGD` or :class:`AdamW`.
+
+    Args:
+        model: a model with feedback layers; the rule each has at the time of a step is followed.
+        lr: learning rate. A tensor on the parameters' device is read there by each step, so that a captured CUDA graph
+            follows it, and draws its noise from the device's generator.
+        momentum, nesterov: as torch.optim.SGD.
+        noise: standard deviation of Gaussian noise added to each gradient element before momentum; it follows
+            ``torch.manual_seed``.
+        skip_nonfinite: leave every feedback weight as it is when a gradient holds an infinity or nan.
+
+    Source: the update with noise is that of Kunin et al., ICML 2020, section 5.
+
+    Raises:
+        ValueError: no feedback layer in ``model``, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        noise: float = 0.0,
+        skip_nonfinite: bool = False,
+    ):
+        for name, value in {"lr": lr, "momentum": momentum, "noise": noise}.items():
+            check_option(name, value)
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov is True with momentum 0, expected a momentum above 0")
+        self._layers, self._names = feedback_of(model)
+        options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "noise": noise}
+        super().__init__([{"params": list(self._layers)}], {**options, "skip_nonfinite": skip_nonfinite})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """A group of feedback weights with options of its own, as torch.optim's; they must be the model's."""
+        params = param_group["params"]
+        for p in [params] if isinstance(params, torch.Tensor) else params:
+            if p not in self._layers:
+                raise ValueError(
+                    f"params holds a tensor of shape {tuple(p.shape)}, expected feedback weights of the model"
+                )
+        super().add_param_group(param_group)
+
+    def _options(self, group: dict[str, Any]) -> tuple:
+        return group["lr"], group["momentum"], group["nesterov"], group["noise"], group["skip_nonfinite"]
+
+    def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
+        layer = self._layers[p]
+        return feedback_row(p, layer, self._names[p], p.requires_grad, bool(group["noise"]))
+
+    def _update(self, rows: list[Row], *options) -> None:
+        lr, momentum, nesterov, noise, skip_nonfinite = options
+        param, weight, grad, decay, self_, tie, *_ = zip(*rows, strict=True)
+        buffers = [self._buffer(p) for p in param] if momentum else []
+        on_device = isinstance(lr, Tensor)
+        functional.feedback_step_(
+            *map(local, (param, weight, grad, buffers)), decay=decay, self_=self_, tie=tie,
+            lr=1.0 if on_device else float(lr), momentum=momentum, nesterov=nesterov, noise=noise,
+            skip_nonfinite=skip_nonfinite, seed=int(torch.randint(2**62, ())) if noise and not on_device else 0,
+            dynamic=_dynamic(lr, noise, param[0].device) if on_device else None,
+        )  # fmt: skip
+
+    def _update_by_torch(self, rows: list[Row], *options) -> None:
+        lr, momentum, nesterov, _, skip_nonfinite = options
+        grads = [row.grad if row.tie == 1.0 else row.grad * row.tie for row in rows]
+        if skip_nonfinite and not all((g._values() if g.is_sparse else g).isfinite().all() for g in grads):
+            return
+        for row, grad in zip(rows, grads, strict=True):
+            sgd(
+                [row.param], [grad], [self._buffer(row.param) if momentum else None], has_sparse_grad=grad.is_sparse,
+                foreach=False, weight_decay=row.decay, momentum=momentum, lr=lr, dampening=0.0, nesterov=nesterov,
+                maximize=False,
+            )  # fmt: skip
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+class SGD(FeedbackSGD):
+    """``torch.optim.SGD`` for a converted model: W, B and every other parameter, one pass over memory each.
+
+    Forward parameters step as under torch.optim.SGD with the same arguments, which ``state_dict``, parameter groups,
+    schedulers and gradient clipping follow too. Each B follows its rule with the same learning rate and momentum; its
+    decay is the rule's, not ``weight_decay``. Kolen-Pollack therefore wants ``weight_decay`` equal to the rule's
+    ``decay``: ``SGD(convert(model, rule("kp", decay=1e-4)), lr, momentum=0.9, weight_decay=1e-4)``.
+
+    Args:
+        model: a model with feedback layers; its parameters are taken as they are now.
+        lr, momentum, weight_decay, nesterov: as torch.optim.SGD.
+        params: forward parameters, or groups of them with options of their own, as torch.optim.SGD takes them; every
+            one of the model by default.
+        noise, skip_nonfinite: as :class:`FeedbackSGD`; noise is added to the feedback's gradients alone.
+
+    Under ``torch.amp.GradScaler`` a plain ``scaler.step(optimizer)`` is right: the step divides by the loss scale what
+    was scaled, and not a rule's own gradient. ``scaler.unscale_`` divides that too, so clip with two optimizers,
+    torch's and :class:`FeedbackSGD`.
+
+    Raises:
+        ValueError: no feedback layer in ``model``, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        params: Params | None = None,
+        noise: float = 0.0,
+        skip_nonfinite: bool = False,
+    ):
+        check_option("weight_decay", weight_decay)
+        super().__init__(model, lr, momentum, nesterov, noise, skip_nonfinite)
+        self.defaults["weight_decay"] = weight_decay
+        for group in forward_groups(model, params):
+            self.add_param_group(group)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """A group with options of its own, as torch.optim's, of feedback weights or of forward parameters."""
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if all(p in self._layers for p in params):
+            super().add_param_group({**param_group, "params": params})
+        else:
+            options = {"weight_decay": self.defaults["weight_decay"], "noise": 0.0}
+            torch.optim.Optimizer.add_param_group(self, {**options, **param_group, "params": params})
+
+    def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
+        return super()._row(p, group) if p in self._layers else forward_row(p, group["weight_decay"], 0.0)
+
+
+def _dynamic(lr: Tensor, noise: float, device: torch.device) -> Tensor:
+    """The factors and the seed that ``feedback_step_`` reads when it runs."""
+    factors = torch.ones(5, dtype=torch.float64, device=device)
+    factors[0] = lr
+    factors[4] = torch.randint(2**53, (), device=device) if noise else 0
+    return factors
