@@ -4,24 +4,17 @@ import copy
 import logging
 import math
 
+import layer_cases
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch.nn import functional as F
 
 import pyfeedback
 from pyfeedback import Rule, reference
 
-# Coefficients large enough for every term to be seen in the gradient.
-RULES = {
-    "bp": pyfeedback.rule("bp"),
-    "fa": Rule(name="fa"),
-    "wm": Rule(amp=0.3, decay=0.2, center=True, name="wm"),
-    "ia": Rule(amp=0.3, null=0.2, decay=0.1, center=True, name="ia"),
-    "sa": Rule(self_=0.3, decay=0.2, name="sa"),
-    "aa": Rule(amp=0.3, sparse=0.2, name="aa"),
-    "kp": Rule(tie=1.0, decay=0.2, name="kp"),
-}
+RULES = {"bp": pyfeedback.rule("bp")} | {name: layer_cases.RULES[name] for name in ("fa", "wm", "ia", "sa", "aa", "kp")}
 READ_RESPONSE = ("wm", "ia")
 
 
@@ -237,7 +230,7 @@ def test_a_shared_layer_is_converted_once():
 
 
 def test_layers_that_share_a_weight_go_on_sharing_it():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model = perceptron(4, 4, 4)
     model[2].weight = model[0].weight
     _, report = pyfeedback.convert(model, "ia", return_report=True)
     assert model[2].weight is model[0].weight
