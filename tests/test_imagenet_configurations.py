@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from test_train import example_folder, part
 from torch import nn
 from torch.nn import functional as F
+from training_program import part
 
 import pyfeedback
 
-__all__ = ["example_folder"]  # a fixture
+pytestmark = pytest.mark.usefixtures("example_folder")
 
 RULES = ("wm", "ia", "aa")
 

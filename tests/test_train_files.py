@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from test_train import PROGRAM, example_folder, part, run_program
+from training_program import PROGRAM, part
 
-__all__ = ["example_folder", "run_program"]  # fixtures
+pytestmark = pytest.mark.usefixtures("example_folder")
 
 COMMAND = ["digits-fa", "--no-frozen", "--probe", "0", "--every", "1000", "--epochs"]
 
