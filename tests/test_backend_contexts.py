@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from torch import nn
+from small_networks import perceptron
 
 import pyfeedback
 from pyfeedback import functional, providers
@@ -211,7 +211,7 @@ def test_create_graph_takes_it_too(used):
 def test_a_model_over_two_threads_with_a_backend_each(used):
     """Forward and backward passes of two threads, interleaved."""
     turns = threading.Barrier(2, timeout=60)
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), RULES["dense"])
+    model = pyfeedback.convert(perceptron(4, 4, 4), RULES["dense"])
     seen = {}
 
     def train(name):

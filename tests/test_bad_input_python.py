@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 
 import pyfeedback
@@ -18,7 +19,7 @@ NO_MODELS = {
 
 
 def model(rule="ia"):
-    return pyfeedback.convert(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rule)
+    return pyfeedback.convert(perceptron(3, 4, 2), rule)
 
 
 def refuses(call, message):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -127,7 +128,7 @@ def train(model, optimizer, steps=3):
 
 
 def test_an_optimizer_built_before_convert_is_told(caplog):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model = perceptron(4, 4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pyfeedback.convert(model, "ia")
     train(model, optimizer)
@@ -160,7 +161,7 @@ def test_attention_tells_as_well(caplog):
 
 @pytest.mark.parametrize("rule", ["fa", "ia", "kp", "pfa"])
 def test_who_clears_or_accumulates_both_is_told_nothing(rule, caplog):
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), rule)
+    model = pyfeedback.convert(perceptron(4, 4, 4), rule)
     train(model, torch.optim.SGD(model.parameters(), lr=0.01))
     train(model, pyfeedback.optim.SGD(model, lr=0.01))
     for _ in range(3):
@@ -171,7 +172,7 @@ def test_who_clears_or_accumulates_both_is_told_nothing(rule, caplog):
 
 
 def test_a_frozen_weight_and_evaluation_are_told_nothing(caplog):
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), "ia")
+    model = pyfeedback.convert(perceptron(4, 4, 4), "ia")
     with pyfeedback.schedules.alignment_only(model):
         for _ in range(2):
             model(torch.randn(2, 4)).sum().backward()
@@ -181,7 +182,7 @@ def test_a_frozen_weight_and_evaluation_are_told_nothing(caplog):
 
 
 def test_mirror_steps_that_add_up_are_told_nothing(caplog):
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), "wm")
+    model = pyfeedback.convert(perceptron(4, 4, 4), "wm")
     mirror = pyfeedback.schedules.Mirror(model)
     model(torch.randn(2, 4))
     grads = []

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -162,7 +163,7 @@ def test_evaluation_and_a_part_without_gradients_are_left_alone():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_model_is_copied_in_the_middle_of_a_pass(duplicate):
-    model, x = pyfeedback.convert(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), "dfa"), torch.randn(4, 6)
+    model, x = pyfeedback.convert(perceptron(6, 6, 3), "dfa"), torch.randn(4, 6)
     expected = gradients(model, x)
     copies = []
 

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from cases import RULES, gradients, largest_error
+from small_networks import classification, normalized_convnet
 from torch import nn
 from torch.nn import functional as F
 
@@ -221,9 +222,7 @@ TRAINED = ("ia", "kp", "sa")
 
 
 def batches():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(STEPS * BATCH, 3, 8, 8, generator=generator)
-    return x, torch.randint(CLASSES, (STEPS * BATCH,), generator=generator)
+    return classification(1, STEPS * BATCH, 3)
 
 
 def loader():
@@ -231,11 +230,7 @@ def loader():
 
 
 def network(rule):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, CLASSES)
-    )
-    return pyfeedback.convert(model, rule)
+    return pyfeedback.convert(normalized_convnet(), rule)
 
 
 def optimizer_of(model):

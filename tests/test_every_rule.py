@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import largest_error
+from small_networks import convnet, regression
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,16 +23,11 @@ SIGNED = ("usf", "frsf", "brsf")
 
 
 def network(rule, **options):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 7), nn.ReLU(), nn.Linear(7, 3)
-    ).double()  # fmt: skip
-    return pyfeedback.convert(model, rule, **options)
+    return pyfeedback.convert(convnet(6, 5, 7).double(), rule, **options)
 
 
 def batch():
-    torch.manual_seed(1)
-    return torch.randn(4, 2, 5, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    return regression(count=4, side=5)
 
 
 def gradients(model):
@@ -176,9 +172,9 @@ def by_hand(model, projections):
     a = F.conv2d(x, conv.weight, conv.bias)
     h = a.tanh()
     b = F.linear(h.flatten(1), hidden.weight, hidden.bias)
-    g = b.relu()
+    g = b.tanh()
     error = 2 * (F.linear(g, last.weight, last.bias) - target) / target.numel()
-    at_b = (error @ projections[1].T) * (b > 0)
+    at_b = (error @ projections[1].T) * (1 - g**2)
     at_a = (error @ projections[0].T).view_as(a) * (1 - h**2)
     kernel = torch.nn.grad.conv2d_weight(x, conv.weight.shape, at_a)
     found = [kernel, at_a.sum((0, 2, 3)), at_b.T @ h.flatten(1), at_b.sum(0), error.T @ g, error.sum(0)]

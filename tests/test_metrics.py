@@ -5,6 +5,7 @@ import math
 import numpy
 import pytest
 import torch
+from small_networks import convnet, regression
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,20 +19,7 @@ def angle_by_numpy(a, b):
 
 
 def network(rule="fa", dtype=torch.float64):
-    torch.manual_seed(0)
-    return pyfeedback.convert(
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 3)
-        ),
-        rule,
-    ).to(dtype)
-
-
-def batch(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(6, 2, 3, 3, dtype=dtype, generator=generator), torch.randn(
-        6, 3, dtype=dtype, generator=generator
-    )
+    return pyfeedback.convert(convnet(), rule).to(dtype)
 
 
 def set_feedback(model, function):
@@ -116,12 +104,12 @@ def test_alignment_with_a_zero_weight_is_nan():
 
 def test_a_model_without_feedback_has_no_alignment():
     assert pyfeedback.alignment(nn.Linear(2, 3)) == {}
-    assert pyfeedback.alignment(network("bp"), batch(), F.mse_loss) == {}
+    assert pyfeedback.alignment(network("bp"), regression(), F.mse_loss) == {}
 
 
 def test_a_batch_needs_a_loss():
     with pytest.raises(ValueError, match="loss is None with a batch"):
-        pyfeedback.alignment(network(), batch())
+        pyfeedback.alignment(network(), regression())
 
 
 # Projection and gradient angles
@@ -130,14 +118,14 @@ def test_a_batch_needs_a_loss():
 @pytest.mark.parametrize("rule", ["fa", "ia"])
 def test_angles_are_zero_where_feedback_is_weight(rule):
     model = set_feedback(network(rule), lambda weight: weight)
-    for found in pyfeedback.alignment(model, batch(), F.mse_loss).values():
+    for found in pyfeedback.alignment(model, regression(), F.mse_loss).values():
         assert found.projection_angle == pytest.approx(0, abs=1e-4)
         assert found.gradient_angle == pytest.approx(0, abs=1e-4)
 
 
 def test_negated_feedback_turns_every_second_gradient():
     model = set_feedback(network(), torch.neg)
-    found = pyfeedback.alignment(model, batch(), F.mse_loss)
+    found = pyfeedback.alignment(model, regression(), F.mse_loss)
     assert [round(a.projection_angle, 3) for a in found.values()] == [180, 180, 180]
     assert [round(a.gradient_angle, 3) for a in found.values()] == [0, 180, 0]
 
@@ -244,10 +232,10 @@ def test_layers_that_the_loss_does_not_reach_are_nan():
 
 def test_frozen_weights_have_a_projection_and_no_gradient():
     model = network()
-    expected = pyfeedback.alignment(model, batch(), F.mse_loss)
+    expected = pyfeedback.alignment(model, regression(), F.mse_loss)
     model[0].requires_grad_(False)
     model[3].weight.requires_grad_(False)
-    found = pyfeedback.alignment(model, batch(), F.mse_loss)
+    found = pyfeedback.alignment(model, regression(), F.mse_loss)
     assert [a.projection_angle for a in found.values()] == [a.projection_angle for a in expected.values()]
     assert math.isnan(found["0"].gradient_angle)
     assert math.isnan(found["3"].gradient_angle)
@@ -256,7 +244,7 @@ def test_frozen_weights_have_a_projection_and_no_gradient():
 
 def test_a_wholly_frozen_model():
     model = network().requires_grad_(False)
-    for found in pyfeedback.alignment(model, batch(), F.mse_loss).values():
+    for found in pyfeedback.alignment(model, regression(), F.mse_loss).values():
         assert math.isfinite(found.projection_angle)
         assert math.isnan(found.gradient_angle)
 
@@ -264,8 +252,8 @@ def test_a_wholly_frozen_model():
 def test_inside_no_grad():
     model = network()
     with torch.no_grad():
-        found = pyfeedback.alignment(model, batch(), F.mse_loss)
-    assert found == pyfeedback.alignment(model, batch(), F.mse_loss)
+        found = pyfeedback.alignment(model, regression(), F.mse_loss)
+    assert found == pyfeedback.alignment(model, regression(), F.mse_loss)
 
 
 # Nothing is left behind
@@ -340,6 +328,6 @@ def test_a_failing_model_is_left_as_it_was():
         raise ArithmeticError("broken")
 
     with pytest.raises(ArithmeticError):
-        pyfeedback.alignment(model, batch(), broken)
+        pyfeedback.alignment(model, regression(), broken)
     assert [(name, id(p)) for name, p in model.named_parameters()] == state
     assert not any(m._forward_hooks for m in model.modules())

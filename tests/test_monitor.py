@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from small_networks import perceptron
 from torch.nn import functional as F
 
 import pyfeedback
@@ -14,9 +14,7 @@ from pyfeedback import monitor as monitor_module
 
 
 def network(rule="kp", layers=2):
-    torch.manual_seed(0)
-    hidden = [module for _ in range(layers - 1) for module in (nn.Linear(6, 6), nn.Tanh())]
-    return pyfeedback.convert(nn.Sequential(*hidden, nn.Linear(6, 3)), rule)
+    return pyfeedback.convert(perceptron(*[6] * layers, 3), rule)
 
 
 def train(model, monitor, steps):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_networks import convnet, regression
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,15 +34,11 @@ MOMENTA = {
 
 
 def network(rule, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))
-    return pyfeedback.convert(model.to(dtype), RULES[rule] if isinstance(rule, str) else rule)
+    return pyfeedback.convert(convnet().to(dtype), RULES[rule] if isinstance(rule, str) else rule)
 
 
 def batches(steps, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        yield [torch.randn(*shape, dtype=dtype, generator=generator) for shape in ((6, 2, 4, 4), (6, 3))]
+    return (regression(step, dtype=dtype) for step in range(steps))
 
 
 def backward(model, x, target):

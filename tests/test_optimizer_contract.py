@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -26,8 +27,7 @@ RULES = {
 
 
 def network(rule):
-    torch.manual_seed(0)
-    return pyfeedback.convert(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), rule)
+    return pyfeedback.convert(perceptron(6, 8, 3), rule)
 
 
 def train(model, step, scaler=None, steps=4):

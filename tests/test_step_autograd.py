@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 
 import pyfeedback
@@ -75,8 +76,7 @@ def test_a_step_that_is_refused_leaves_the_versions():
 
 
 def network(rule):
-    torch.manual_seed(0)
-    return pyfeedback.convert(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), rule)
+    return pyfeedback.convert(perceptron(4, 5, 3), rule)
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW, FeedbackSGD])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import largest_error
+from small_networks import classification, normalized_convnet, perceptron
 from torch import nn
 
 import pyfeedback
@@ -27,18 +28,12 @@ BOTH = [(make, options) for make, each in OPTIONS.items() for options in each]
 
 
 def network(rule, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3)
-    )
-    return pyfeedback.convert(model, RULES[rule]).to(dtype)
+    return pyfeedback.convert(normalized_convnet(), RULES[rule]).to(dtype)
 
 
 def loss(model, seed, scale=1.0):
-    dtype = model[0].weight.dtype
-    generator = torch.Generator().manual_seed(seed)
-    x, target = torch.randn(6, 2, 4, 4, generator=generator), torch.randint(3, (6,), generator=generator)
-    return nn.functional.cross_entropy(model(x.to(dtype)), target) * scale
+    x, target = classification(seed, 6, 3)
+    return nn.functional.cross_entropy(model(x.to(model[0].weight.dtype)), target) * scale
 
 
 def train(model, optimizer, steps=4, scaler=None):
@@ -217,8 +212,7 @@ def test_a_rule_reads_the_weight_before_it_moves(rule, make):
 @pytest.mark.parametrize("make", [SGD, AdamW])
 def test_layers_that_share_a_weight_share_none_of_their_feedback(make):
     def tied():
-        torch.manual_seed(0)
-        model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), RULES["sa"]).double()
+        model = pyfeedback.convert(perceptron(4, 4, 4), RULES["sa"]).double()
         model[2].weight = model[0].weight
         return model
 
