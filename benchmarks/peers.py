@@ -164,7 +164,7 @@ def _(package):
 # Conversion
 
 
-@check("one layer as the model", "test_one_layer_is_a_model")
+@check("one layer as the model", "test_a_single_layer_is_a_model")
 def _(package):
     model = package.convert(nn.Linear(6, 5))
     x = torch.randn(2, 6, requires_grad=True)
@@ -172,14 +172,14 @@ def _(package):
     assert not torch.allclose(x.grad, model.weight.sum(0).expand_as(x)), "not converted"
 
 
-@check("dtype and eval mode are kept", "test_everything_but_the_feedback_stays")
+@check("dtype and eval mode are kept", "test_everything_but_the_feedback_is_kept")
 def _(package):
     model = package.convert(conv().double().eval())
     assert not model[0].training, "back in training mode"
     model(images().double())
 
 
-@check("the meta device is kept", "test_the_meta_device_stays")
+@check("the meta device is kept", "test_the_meta_device_is_kept")
 def _(package):
     with torch.device("meta"):
         model = conv()
@@ -187,7 +187,7 @@ def _(package):
     assert devices == {"meta"}, f"parameters on {', '.join(sorted(devices))}"
 
 
-@check("hooks are kept", "test_everything_but_the_feedback_stays")
+@check("hooks are kept", "test_everything_but_the_feedback_is_kept")
 def _(package):
     model, calls = conv(), []
     model[0].register_forward_hook(lambda *_: calls.append(1))
@@ -304,7 +304,7 @@ def _(package):
 
 @check(
     "a checkpoint of the plain model loads strictly",
-    "test_checkpoint_of_the_plain_layer_loads_and_the_missing_feedback_is_told",
+    "test_checkpoint_of_the_plain_layer_loads_and_the_missing_feedback_is_logged",
 )
 def _(package):
     package.convert(conv()).load_state_dict(conv().state_dict(), strict=True)

@@ -1,4 +1,4 @@
-"""What PyTorch users do to a model, done to a converted one: each a place where other packages break."""
+"""Common operations on a PyTorch model, applied to a converted one."""
 
 import copy
 
@@ -50,8 +50,8 @@ def test_autocast_trains_as_a_model_in_that_dtype(rule, dtype):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
-    """The scaler unscales and steps the task; the rule steps by itself in between, before W moves."""
+def test_the_documented_gradient_scaling_equals_training_without_it(rule):
+    """The scaler unscales and steps the task. The rule's optimizer steps in between, before W is updated."""
     trained = []
     for scale in (None, 1024.0):
         model = network(rule)
@@ -62,7 +62,7 @@ def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
             model.zero_grad()
             x, target = classification(step)
             scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
-            scaler.unscale_(task)  # W's gradients; those of the rules were never scaled
+            scaler.unscale_(task)  # the gradients of W; those of the rules were never scaled
             feedback.step()
             scaler.step(task)
             scaler.update()
@@ -71,7 +71,7 @@ def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
 
 
 @pytest.mark.parametrize("rule", ["ia", "kp", "sa"])
-def test_a_step_that_overflows_moves_nothing(rule):
+def test_an_overflowing_step_changes_nothing(rule):
     model = network(rule)
     task = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.1)
     feedback = pyfeedback.optim.FeedbackSGD(model, lr=0.1, skip_nonfinite=True)
@@ -81,13 +81,13 @@ def test_a_step_that_overflows_moves_nothing(rule):
     x[0, 0, 0, 0] = float("inf")
     scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
     scaler.unscale_(task)
-    if rule != "sa":  # symmetric alignment reads the weights alone, and moves the feedback
+    if rule != "sa":  # symmetric alignment reads only the weights, and updates the feedback
         feedback.step()
     scaler.step(task)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
-# The weight may be a function of other parameters
+# Weights computed from other parameters
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -127,7 +127,7 @@ def test_hooks_run_and_see_the_gradients(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_shared_layer_adds_up_the_gradients_of_its_places(rule):
+def test_a_shared_layer_sums_the_gradients_of_its_uses(rule):
     torch.manual_seed(0)
     layer = pyfeedback.nn.Linear(6, 6, bias=False, rule=RULES[rule])
     x = torch.randn(5, 6)

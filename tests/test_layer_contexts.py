@@ -86,7 +86,7 @@ def test_gradients_keep_channels_last(case, rule):
 
 
 def bf16_gradients(layer, x):
-    """What autocast does, by hand: everything cast before, every gradient cast back."""
+    """Autocast by hand: cast all inputs to bfloat16, and cast every gradient back."""
     grads = gradients(copy.deepcopy(layer).bfloat16(), x.bfloat16())
     return {name: None if g is None else g.float() for name, g in grads.items()}
 
@@ -117,7 +117,7 @@ def test_autocast(kind, rule, inside):
         y.backward(grad_output)
     found = {"input": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
     assert {g.dtype for g in found.values() if g is not None} == {torch.float32}
-    if rule != "bp":  # torch's own backward is not ours to pin
+    if rule != "bp":  # the rounding of torch's own backward is not tested
         assert_same(found, bf16_gradients(layer, x))
 
 
@@ -165,9 +165,10 @@ def test_activation_checkpoint_gives_equal_gradients(rule, use_reentrant):
 @pytest.mark.parametrize("rule", ["wm", "ia", "sa", "aa", "kp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_gradients_of_two_half_batches(kind, rule):
-    """R is a mean over the samples of a backward pass, as the decay is per pass: two passes give it twice.
+    """The regulariser is a mean over the samples of a backward pass, and decay is per pass: two passes add them twice.
 
-    The task's own gradients are sums over samples, and with them tie. Uncentred: halves have other means.
+    The gradients of the task, and with them tie, are sums over samples. The rule is uncentred, since the halves have
+    different means.
     """
     layer, x = small_layer(kind, pyfeedback.rule(RULES[rule], center=False), dtype=torch.float64)
     rule = layer.rule

@@ -56,7 +56,7 @@ def test_meta_tensors_flow_through_both_passes(kind, rule):
 
 
 @pytest.mark.parametrize("make", BIG_LAYERS.values(), ids=BIG_LAYERS)
-def test_reset_draws_feedback_by_the_law_of_the_weight(make):
+def test_reset_draws_feedback_from_the_distribution_of_the_weight(make):
     torch.manual_seed(7)
     layer = make()
     bound = layer.weight[0].numel() ** -0.5
@@ -72,7 +72,7 @@ def test_reset_draws_feedback_by_the_law_of_the_weight(make):
 
 
 def test_weights_are_drawn_as_torch_nn_draws_them():
-    """The feedback is drawn after the weight and bias."""
+    """The feedback is drawn after the weight and the bias."""
     torch.manual_seed(8)
     layer = pyfeedback.nn.Conv2d(3, 4, 3, rule="ia")
     torch.manual_seed(8)
@@ -114,7 +114,7 @@ def test_state_dict_round_trip(kind, rule):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_of_the_plain_layer_loads_and_the_missing_feedback_is_told(kind, caplog):
+def test_checkpoint_of_the_plain_layer_loads_and_the_missing_feedback_is_logged(kind, caplog):
     layer, _ = small_layer(kind, "ia")
     plain = plain_twin(layer)
     plain.reset_parameters()

@@ -1,4 +1,4 @@
-"""Layers: the forward pass is bit for bit that of torch.nn, the backward pass that of the reference."""
+"""Layers: the forward pass is bit for bit that of torch.nn, and the backward pass is that of the reference."""
 
 import itertools
 
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyfeedback
 
-# torch says this of its own layer, for an even kernel with padding "same".
+# torch raises this warning for its own layer too, with an even kernel and padding "same".
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
 
@@ -156,7 +156,7 @@ def test_empty_batch_has_zero_gradients(kind, rule):
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run inside."""
+    """Records the operators that run in its context."""
 
     def __init__(self):
         super().__init__()
@@ -221,7 +221,7 @@ def test_parts_that_need_no_gradient(kind, rule, live):
     ],
 )
 def test_double_backward_raises(loss, kind, rule):
-    """Backprop's gradient depends on W even under a linear loss: a penalty on it must not be dropped."""
+    """The true gradient depends on W even for a linear loss, so a penalty on it must not be ignored silently."""
     layer, x = small_layer(kind, rule)
     x = x.clone().requires_grad_()
     y = layer(x)

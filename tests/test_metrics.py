@@ -1,4 +1,4 @@
-"""Alignment metrics: against numpy and by-hand gradients, and without a trace left on the model."""
+"""Alignment metrics: compared with numpy and gradients by hand; the model is not changed."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_angle_is_numpy_s(shape, dtype):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_angle_of_copies_and_opposites_is_never_nan(seed):
-    """The cosine rounds to more than 1 for about every third tensor."""
+    """The cosine is rounded to more than 1 for about a third of the tensors."""
     a = torch.randn(1000, generator=torch.Generator().manual_seed(seed))
     assert angle(a, 3 * a) == pytest.approx(0, abs=1e-5)
     assert angle(a, -a) == pytest.approx(180, abs=1e-5)
@@ -107,7 +107,7 @@ def test_a_model_without_feedback_has_no_alignment():
     assert pyfeedback.alignment(network("bp"), regression(), F.mse_loss) == {}
 
 
-def test_a_batch_needs_a_loss():
+def test_a_batch_requires_a_loss():
     with pytest.raises(ValueError, match="loss is None with a batch"):
         pyfeedback.alignment(network(), regression())
 
@@ -153,7 +153,7 @@ def test_angles_of_a_network_by_hand():
 
 @pytest.mark.parametrize("rule", ["fa", "ia"])
 def test_an_activation_in_place_changes_no_angle(rule):
-    """The projection is of the gradient before the activation, whose output takes the layer's place in memory."""
+    """The projection uses the gradient before the activation, which overwrites the output of the layer."""
     found = []
     for inplace in (False, True):
         torch.manual_seed(4)
@@ -167,7 +167,7 @@ def test_an_activation_in_place_changes_no_angle(rule):
 
 
 class Twice(nn.Module):
-    """One layer called twice in a pass."""
+    """A layer called twice in a pass."""
 
     def __init__(self):
         super().__init__()
@@ -199,7 +199,7 @@ def test_a_layer_called_twice_counts_both_calls():
     )
 
 
-def test_a_shared_module_stands_once():
+def test_a_shared_module_is_listed_once():
     torch.manual_seed(5)
     layer = nn.Linear(4, 4)
     model = pyfeedback.convert(nn.Sequential(layer, nn.Tanh(), layer), "fa")
@@ -209,7 +209,7 @@ def test_a_shared_module_stands_once():
 
 
 class Aside(nn.Module):
-    """A layer that no batch reaches, and one whose output is dropped."""
+    """A layer that is never called, and one whose output is discarded."""
 
     def __init__(self):
         super().__init__()
@@ -256,11 +256,11 @@ def test_inside_no_grad():
     assert found == pyfeedback.alignment(model, regression(), F.mse_loss)
 
 
-# Nothing is left behind
+# The model is not changed
 
 
 class Drifting(nn.Module):
-    """A buffer that every forward replaces."""
+    """A buffer that every forward pass replaces."""
 
     def __init__(self):
         super().__init__()

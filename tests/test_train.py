@@ -1,4 +1,4 @@
-"""The training program: killed and resumed, it ends bit for bit where an unbroken run does, however it is run."""
+"""The training program: a resumed run is bit for bit an uninterrupted one; ways to run it."""
 
 import math
 import os
@@ -28,7 +28,7 @@ class PowerCutError(Exception):
 
 
 def interrupted(chosen, images, at, path, workers=0):
-    """A run stopped after ``at`` steps and gone on with by another that loads its checkpoint."""
+    """A run that is stopped after ``at`` steps and continued by another one from its checkpoint."""
     first = new_run(chosen, images, workers)
 
     def stop():
@@ -58,7 +58,7 @@ def assert_same(run, other):
 
 
 @pytest.mark.parametrize("at", [2, 4, 6], ids=["in the first epoch", "after its last step", "in the second epoch"])
-def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, at):
+def test_resuming_is_exact(tmp_path, at):
     unbroken = new_run(settings())
     unbroken.train(nothing, nothing)
     assert unbroken.loader.steps == 4
@@ -66,7 +66,7 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, at):
 
 
 @pytest.mark.parametrize("rule", PRESETS)
-def test_so_it_does_under_every_rule(tmp_path, rule):
+def test_resuming_is_exact_under_every_rule(tmp_path, rule):
     chosen = settings(rule=pyfeedback.rule(rule))
     unbroken = new_run(chosen)
     unbroken.train(nothing, nothing)
@@ -77,14 +77,14 @@ OPTIMIZERS = [{"optimizer": "adam"}, {"optimizer": "adamw"}, {"noise": 0.1}, {"n
 
 
 @pytest.mark.parametrize("changes", OPTIMIZERS, ids=str)
-def test_so_it_does_with_another_optimizer(tmp_path, changes):
+def test_resuming_is_exact_with_other_optimizers(tmp_path, changes):
     chosen = settings("digits-kp", lr=1e-3, **changes)
     unbroken = new_run(chosen)
     unbroken.train(nothing, nothing)
     assert_same(interrupted(chosen, few_digits(), 6, tmp_path / "checkpoint.pt"), unbroken)
 
 
-def test_so_it_does_with_dropout_augmentation_and_workers(tmp_path, monkeypatch):
+def test_resuming_is_exact_with_dropout_augmentation_and_workers(tmp_path, monkeypatch):
     build = part("models").build
     monkeypatch.setattr(
         part("models"), "build", lambda *a: nn.Sequential(build(*a)[0], nn.Dropout(0.3), *build(*a)[1:])
@@ -109,7 +109,7 @@ def test_another_number_of_ranks_is_refused():
         run.load_state_dict({**run.state_dict(), "ranks": 4})
 
 
-def test_a_checkpoint_half_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_half_written_checkpoint_leaves_the_previous_one(tmp_path, monkeypatch):
     checkpoint = part("checkpoint")
     checkpoint.save({"step": 1}, tmp_path / "checkpoint.pt")
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_half_written_leaves_the_one_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_kill_minus_nine_within_an_epoch(tmp_path, run_program, where):
+def test_a_killed_run_resumes_exactly(tmp_path, run_program, where):
     command = ["digits-ia", "--epochs", "6", "--checkpoint-every", "4", "--device", where, "--deterministic", "--out"]
     run_program(*command, tmp_path / "unbroken")
 
@@ -149,14 +149,14 @@ def test_kill_minus_nine_within_an_epoch(tmp_path, run_program, where):
 
 
 def _within_an_epoch(path):
-    """An epoch is done, and steps of the next."""
+    """Whether the checkpoint is within the second epoch or later."""
     if not path.exists():
         return False
     state = part("checkpoint").load(path)
     return state["epoch"] >= 1 and 0 < state["step"] < 18
 
 
-# However it runs
+# Ways to run
 
 
 @pytest.mark.parametrize("how", [{"autocast": True}, {"channels_last": True}, {"frozen": False, "probe": 0}], ids=str)
@@ -169,7 +169,7 @@ def test_ways_to_run(how):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiled_it_trains_as_it_does_otherwise():
+def test_a_compiled_run_has_the_same_loss():
     one_epoch = settings(epochs=1, frozen=False)
     plain, compiled = new_run(one_epoch), new_run(replace(one_epoch, compile=True))
     for run in (plain, compiled):

@@ -21,7 +21,7 @@ def test_the_folder_of_a_run(tmp_path, run_program, capfd):
     run_program("digits-fa", "--epochs", "2", "--every", "6", "--resume", "--out", tmp_path / "run")
     shown = capfd.readouterr()
     assert [line.split()[:2] for line in shown.out.splitlines()[:2]] == [["epoch", "1/2"], ["epoch", "2/2"]]
-    assert not shown.err  # a bar is for a terminal
+    assert not shown.err  # the progress bar requires a terminal
 
     last = table(tmp_path / "run" / "metrics.csv")[-1]
     assert float(last["test_accuracy"]) > float(last["frozen_accuracy"]) > 10
@@ -49,7 +49,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, run_program):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_is_for_a_terminal(monkeypatch, tmp_path, capsys, terminal):
+def test_the_progress_bar_requires_a_terminal(monkeypatch, tmp_path, capsys, terminal):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     run = new_run(settings())
@@ -103,7 +103,7 @@ def test_kolen_pollack_decays_as_the_weights_do(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["digits-bp", "cifar10", "imagenet-ia", "cluttered-kp"])
-def test_a_configuration_is_what_it_was(monkeypatch, name):
+def test_a_configuration_without_options_is_unchanged(monkeypatch, name):
     assert chosen(monkeypatch, name) == part("configurations").CONFIGURATIONS[name].settings
 
 

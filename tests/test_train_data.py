@@ -1,4 +1,4 @@
-"""The training program: the order of the images, their augmentation, and the data sets of torchvision."""
+"""The training program: order and augmentation of the images, and the data sets of torchvision."""
 
 import math
 import pickle
@@ -41,7 +41,7 @@ def test_the_order_is_that_of_seed_and_epoch_wherever_it_starts():
     assert order(epoch=1) != order() != order(seed=1)
 
 
-def test_an_image_is_augmented_alike_by_whoever_loads_it():
+def test_augmentation_does_not_depend_on_the_workers():
     data = part("data")
     images = data.Images(Noisy(TensorDataset(torch.zeros(12, 1, 2, 2), torch.zeros(12))), [0] * 4, 2)
     place = part("place").Place(torch.device("cpu"))
@@ -56,7 +56,7 @@ def test_an_image_is_augmented_alike_by_whoever_loads_it():
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, other, strict=True))
     assert torch.equal(epoch(0, start=2)[0][0], first[2][0])
     drawn = torch.stack([images for images, _ in first]).flatten()
-    assert len(drawn.unique()) == len(drawn)  # no image like another
+    assert len(drawn.unique()) == len(drawn)  # all images differ
     assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(first, epoch(1), strict=True))
 
 
@@ -67,7 +67,7 @@ def test_a_batch_that_does_not_fit_is_named(batch, ranks, named):
         part("order").Loader(few_digits(), batch, 0, place)
 
 
-# The data sets of torchvision, in small
+# Tiny data sets in the formats of torchvision
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def torchvision():
 
 
 def write_cifar(root, name):
-    """The pickles of Krizhevsky's page; returns the first test image, [3, 32, 32]."""
+    """Write the pickles of CIFAR; return the first test image, [3, 32, 32]."""
     fine = name == "cifar100"
     folder = root / ("cifar-100-python" if fine else "cifar-10-batches-py")
     folder.mkdir()
@@ -92,7 +92,7 @@ def write_cifar(root, name):
 
 
 def write_mnist(root):
-    """The idx files of LeCun's page."""
+    """Write the idx files of MNIST; return the first test image."""
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
     generator = numpy.random.default_rng(0)
@@ -106,7 +106,7 @@ def write_mnist(root):
 
 
 def write_imagenet(root):
-    """A folder of JPEG files for each class of each side; every test image is of one colour."""
+    """Write a folder of JPEG files for each class of both sets. Each image has a single colour."""
     image = pytest.importorskip("PIL.Image")
     for side in ("train", "val"):
         for name in ("n01440764", "n01443537"):
@@ -134,7 +134,7 @@ def test_torchvision_reads_the_files_it_expects(folder):
     mean, deviation = (numpy.reshape(values, (-1, 1, 1)) for values in data.CHANNELS[name])
     expected = torch.tensor((pixels / 255 - mean) / deviation, dtype=torch.float32)
     assert images.shape == expected.shape
-    tolerance = 0.05 if name == "imagenet" else 1e-5  # JPEG changes a colour a little
+    tolerance = 0.05 if name == "imagenet" else 1e-5  # JPEG is lossy
     assert torch.allclose(images.test[0][0], expected, atol=tolerance)
     assert images.classes == {"mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 2}[name]
     augmented = [image for image, _ in part("order").Drawn(images.training, 0).images]

@@ -1,4 +1,4 @@
-"""The training program: recipes, networks, and what it measures."""
+"""The training program: recipes, networks and measurements."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_the_published_settings():
     paper = found["imagenet-kp"]
     assert (paper.epochs, paper.batch, paper.warmup, paper.milestones) == (90, 256, 5, (30, 60, 80))
     assert (paper.momentum, paper.nesterov, paper.weight_decay) == (0.9, True, 1e-4)
-    assert paper.rule.decay == paper.weight_decay  # or W and B do not meet
+    assert paper.rule.decay == paper.weight_decay  # otherwise W and B do not converge
     he = found["cifar10"]
     steps = 50_000 // he.batch
     assert [round(epoch * steps, -3) for epoch in (*he.milestones, he.epochs)] == [32_000, 48_000, 64_000]
@@ -55,7 +55,7 @@ def test_the_published_settings():
     ids=["bp", "together", "apart", "adam", "adamw", "adam apart"],
 )
 @pytest.mark.parametrize("rule", ["ia", "sa"])
-def test_what_learns_is_stepped_by_one_optimizer(rule, changes, expected):
+def test_every_parameter_has_one_optimizer(rule, changes, expected):
     run = new_run(settings(**{"rule": pyfeedback.rule(rule), **changes}))
     assert [type(optimizer).__name__ for optimizer in run.optimizers] == expected
     stepped = [id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -71,7 +71,7 @@ def test_feedback_is_drawn_to_scale():
         assert b.norm_ratio == pytest.approx(0.1 * a.norm_ratio)
 
 
-def test_noise_keeps_feedback_from_the_weight():
+def test_noise_reduces_the_alignment():
     angles = {}
     for noise in (0.0, 1.0):
         run = new_run(settings("digits-sa", noise=noise, epochs=4), few_digits(1024))
@@ -107,7 +107,7 @@ def test_every_layer_but_the_first_gets_feedback():
     assert [name for name, _ in pyfeedback.feedback_layers(network)] == names[1:]
 
 
-def test_frozen_features_learn_nothing_but_their_classifier():
+def test_frozen_features_train_only_the_classifier():
     run = new_run(settings(epochs=3), few_digits(1024, 512))
     before = {name: p.clone() for name, p in run.frozen.named_parameters()}
     run.train(nothing, nothing)
@@ -124,7 +124,7 @@ def test_a_network_that_does_not_fit_is_named(name):
         part("models").build(name, 10, torch.Size([3, 32, 32]))
 
 
-# Measures
+# Measurements
 
 
 def test_evaluation_counts_every_test_image():
@@ -137,7 +137,7 @@ def test_evaluation_counts_every_test_image():
     assert accuracy == 100 * (scores.argmax(1) == labels).double().mean().item()
 
 
-def test_the_moving_average_weighs_what_it_saw():
+def test_the_moving_average_has_exponential_weights():
     place = part("place").Place(torch.device("cpu"))
     average = part("loop").MovingAverage(0.9, place.device)
     values = torch.randn(5, 2, dtype=torch.float64)
