@@ -165,6 +165,7 @@ def test_only_measured_layers_use_the_kernels(monkeypatch, tmp_path):
     measured.load.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_devices_table_is_written_from_its_results(tmp_path):
     def record(layer, joined, apart):
         ratios = {"ratio_to_triton": joined, "ratio_to_triton-apart": apart}

@@ -233,6 +233,7 @@ def on_simt(monkeypatch):
     monkeypatch.setattr(depthwise, "_reads_response", lambda input, rule: rule.null != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", SMALL)
@@ -241,6 +242,7 @@ def test_the_cuda_kernel(on_simt, name, dtype):
         assert_as_accurate(SMALL[name], {**RULES[rule], "samples": SMALL[name].input[0] - 1}, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
 def test_the_cuda_kernel_in_any_order(on_simt):
     args = arguments(SMALL["3x3"])

@@ -13,6 +13,8 @@ from cases import largest_error
 
 import pyfeedback
 
+pytestmark = pytest.mark.slow  # two processes that import torch and train
+
 PER_RANK = ("centered", "sampled")  # rules with statistics of the batch of each rank
 
 

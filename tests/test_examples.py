@@ -37,6 +37,7 @@ def test_the_quickstart_learns_the_digits_and_aligns_every_layer():
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_table_json_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")

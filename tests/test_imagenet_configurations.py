@@ -79,6 +79,7 @@ def settings(rule):
     return part("configurations").CONFIGURATIONS[f"imagenet-{rule}"].settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_thirty_steps_at_the_full_learning_rate(rule, photographs):
     """Without the warm-up of the settings. With the authors' coefficients, wm, ia and aa diverge."""
@@ -137,6 +138,7 @@ def largest_eigenvalue(layer, input, rule):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["ia", "aa"])
 def test_steps_are_far_from_where_they_diverge(rule, photographs):
     """lr * lambda / (1 - momentum) < 2 with a margin, for the largest curvature over the layers of a new network.

@@ -154,6 +154,7 @@ def test_backprop_has_nothing_to_draw():
         pyfeedback.Monitor(network("bp")).draw()
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_draw(tmp_path):
     code = """
 import sys, torch, pyfeedback

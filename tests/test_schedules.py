@@ -168,7 +168,7 @@ def test_mirror_noise_may_have_any_distribution():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_schedule_does_not_recompile_at_every_step(compiler):
     from torch._dynamo.testing import CompileCounterWithBackend
 

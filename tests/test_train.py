@@ -123,6 +123,7 @@ def test_a_half_written_checkpoint_leaves_the_previous_one(tmp_path, monkeypatch
     assert checkpoint.load(tmp_path / "checkpoint.pt") == {"step": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_killed_run_resumes_exactly(tmp_path, run_program, where):
     command = ["digits-ia", "--epochs", "6", "--checkpoint-every", "4", "--device", where, "--deterministic", "--out"]
@@ -168,6 +169,7 @@ def test_ways_to_run(how):
         assert run.network[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_compiled_run_has_the_same_loss():
     one_epoch = settings(epochs=1, frozen=False)
@@ -177,6 +179,7 @@ def test_a_compiled_run_has_the_same_loss():
     assert compiled.rows[-1]["train_loss"] == pytest.approx(plain.rows[-1]["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_torchrun_runs_it_unchanged(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", PROGRAM]
     command = [*launch, "digits-ia", "--epochs", "2", "--checkpoint-every", "5", "--out", tmp_path]

@@ -23,6 +23,7 @@ def ends_in_one_line(started):
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 20_000], ids=["log", "checkpoint"])
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path, limit):
     """Limit the size of the files of the running process, so that the log or the checkpoint cannot be written."""

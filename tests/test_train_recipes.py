@@ -71,6 +71,7 @@ def test_feedback_is_drawn_to_scale():
         assert b.norm_ratio == pytest.approx(0.1 * a.norm_ratio)
 
 
+@pytest.mark.slow
 def test_noise_reduces_the_alignment():
     angles = {}
     for noise in (0.0, 1.0):

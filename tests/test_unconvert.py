@@ -82,6 +82,7 @@ def test_layers_that_cannot_be_unconverted_are_refused_before_any_change(kind):
     assert len(list(pyfeedback.feedback_layers(model))) == 2
 
 
+@pytest.mark.slow
 def test_export_needs_no_pyfeedback(tmp_path):
     """A pickled module and an exported program run in a process that cannot import pyfeedback."""
     model = pyfeedback.unconvert(trained("ia"))
