@@ -349,7 +349,7 @@ def outcome(run: Callable[[Package], None], package: Package) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(f"| | BioTorch {version('biotorch')} | pyfeedback | the test here |")
+    print(f"| operation | BioTorch {version('biotorch')} | pyfeedback | test |")
     print("|---|---|---|---|")
     for what, test, run in CHECKS:
         print(f"| {what} | {outcome(run, BioTorch)} | {outcome(run, PyFeedback)} | `{test}` |")

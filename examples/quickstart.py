@@ -12,9 +12,11 @@ images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # [
 labels, (train, test) = torch.tensor(digits.target), torch.randperm(len(images)).split([1400, 397])
 
 model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 64), nn.ReLU(), nn.Linear(64, 10))
-pyfeedback.convert(model, pyfeedback.rule("kp", decay=0.01))  # each layer gets a random weight B for the errors
-optimizer = pyfeedback.optim.SGD(model, lr=0.05, momentum=0.9, weight_decay=0.01)  # updates W and B together
-for _ in range(20):  # epochs; a converted model trains like any other
+pyfeedback.convert(model, pyfeedback.rule("kp", decay=0.01))  # errors go back through a random B per layer
+optimizer = pyfeedback.optim.SGD(
+    model, lr=0.05, momentum=0.9, weight_decay=0.01
+)  # for W and B; equal decays let B meet W
+for _ in range(20):  # epochs: a converted model trains like any other
     for batch in train[torch.randperm(len(train))].split(50):
         nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step(), optimizer.zero_grad()
