@@ -1,5 +1,5 @@
-# Each target works as the first command on a fresh machine: it makes the environment and installs what is missing.
-# In an active virtual environment that one is used, with the torch that it has.
+# Each target works on a fresh machine: it creates the environment and installs missing packages. An active virtual
+# environment is used instead, with its own torch.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,37 +8,44 @@ WORKERS ?= 2
 SECONDS ?= 120
 BIN := $(VENV)/bin
 
-# Threads of one process; with WORKERS of them a laptop stays usable.
+# Threads per process.
 export OMP_NUM_THREADS ?= 2
 
 SOURCES := pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
 LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu)
 
-# Of each of the WORKERS: more threads than cores wait for one another, and the tests take twice as long.
+# One thread per worker: with more threads than cores, the tests take twice as long.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-# How a sum rounds depends on the instruction set: these tests run again as on a processor without AVX-512.
+# The rounding of sums depends on the instruction set. These tests are repeated without AVX-512.
 ROUNDING := tests/test_numerics.py tests/test_centering.py
 
+# The subset of `make test-fast`: files of every area, without the tests marked slow or run by the CUDA emulator.
+FAST := $(addprefix tests/test_,$(addsuffix .py,ops forms layers rules conversion optim whole_model_optimizers \
+	schedules metrics native backends bad_input docs architecture))
+FAST_ONLY := -m "not slow" -k "not simt and not emulator and not cuda"
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz mutants asan tsan bench lint
+.PHONY: help demo test test-fast fuzz mutants asan tsan bench lint
 
 help:
-	@echo "make demo    train by every rule and compare: examples/two_routes.py"
-	@echo "make test    the test suite"
-	@echo "make fuzz    random cases for SECONDS=$(SECONDS), from a new SEED or from the one that is given"
-	@echo "make mutants faults put into a copy of the code, each of which some test must find: tests/mutants.md"
-	@echo "make asan    the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer; make tsan: ThreadSanitizer"
-	@echo "make bench   the benchmarks"
-	@echo "make lint    ruff, mypy and clang-format"
+	@echo "make demo       train by every rule and compare: examples/two_routes.py"
+	@echo "make test       the whole test suite"
+	@echo "make test-fast  a subset with tests of every area, in less than a minute on two cores"
+	@echo "make fuzz       random cases for SECONDS=$(SECONDS), from a random SEED unless one is given"
+	@echo "make mutants    mutation testing: each fault in a copy of the code must fail a test; writes tests/mutants.md"
+	@echo "make asan       the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make tsan       the compiled ops under ThreadSanitizer"
+	@echo "make bench      the benchmarks"
+	@echo "make lint       ruff, mypy and clang-format"
 	@echo
-	@echo "The environment is $(VENV); torch is installed there as TORCH=$(TORCH) unless it has one."
-	@echo "TORCH may be anything that pip understands, e.g. TORCH=torch for the newest; WORKERS=$(WORKERS) tests run at once."
+	@echo "The environment is $(VENV). If it has no torch, TORCH=$(TORCH) is installed; TORCH may be any pip requirement."
+	@echo "WORKERS=$(WORKERS) tests run in parallel."
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package, editable, with one extra; again whenever what is compiled has changed.
+# Install the package in editable mode with one extra; repeated when a compiled source has changed.
 $(VENV)/.pyfeedback-%: $(SOURCES) | $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install --editable ".[$*]"
@@ -50,6 +57,9 @@ demo: $(VENV)/.pyfeedback-examples
 test: $(VENV)/.pyfeedback-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 	$(ONE_THREAD) ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(WORKERS) $(ROUNDING)
+
+test-fast: $(VENV)/.pyfeedback-test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(FAST_ONLY) $(FAST)
 
 fuzz: $(VENV)/.pyfeedback-test
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))

@@ -1,6 +1,6 @@
-"""Fails unless a wheel is one for every Python from 3.10 and every torch from 2.10: `audit_wheel.py WHEEL`.
+"""Check that a wheel supports every Python from 3.10 and every torch from 2.10: `audit_wheel.py WHEEL`.
 
-Run with torch-abi-audit and abi3audit installed.
+Requires torch-abi-audit and abi3audit.
 """
 
 import json
@@ -28,13 +28,13 @@ def main(wheel: Path) -> None:
 
 
 def audit_library(tools: Path, library: Path) -> None:
-    """The stable ABI of torch 2.10 and nothing else, and both torch libraries linked."""
+    """Check that a library uses only the stable ABI of torch 2.10 and links both torch libraries."""
     command = [tools / "torch-abi-audit", "--json", "--check", "torch", library]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     (entry,) = report["bundled_libs"] + report["extensions"]
     torch = entry["torch"]
     if not torch["stable"] or torch["min_torch_version"] != TORCH or torch["unknown_shim_symbols"]:
-        sys.exit(f"{library.name} does not keep to the stable ABI of torch {TORCH}: {json.dumps(torch)}")
+        sys.exit(f"{library.name} does not use only the stable ABI of torch {TORCH}: {json.dumps(torch)}")
     dynamic = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
     for needed in ("libtorch.so", "libtorch_cpu.so"):
         if f"[{needed}]" not in dynamic:

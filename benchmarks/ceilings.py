@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured: a large copy and a large matrix product.
+"""Measure the ceilings of the machine: the rate of a large copy and of a large matrix product.
 
 python benchmarks/ceilings.py [--device cuda]
 """
@@ -14,7 +14,7 @@ WARM_UPS = 3
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy within the device, read and written both counted."""
+    """Bytes per second of a copy within the device, counting both reads and writes."""
     size = 2**31 if device.type == "cuda" else 2**27
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -22,7 +22,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def product_rate(device: torch.device) -> float:
-    """FLOP per second of a matrix product of random numbers: 8192^3 in bfloat16, on a CPU 2048^3 in float32."""
+    """FLOP per second of a random matrix product: 8192^3 in bfloat16 on a GPU, 2048^3 in float32 on a CPU."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / _median(Step(lambda: a @ b), device)

@@ -1,13 +1,13 @@
-"""The best composition of PyTorch's own calls without the algebra of this package: the honest baseline.
+"""The baseline: the best composition of PyTorch calls that does not use the algebra of this package.
 
-One aten::convolution_backward gives the task gradients (it does not read the weight for grad_weight, so the feedback
-stands in). Each rule is then the calls its formula names, with the elementwise parts folded as far as they go:
+One aten::convolution_backward computes the task gradients. It does not read the weight for grad_weight, so the
+feedback is passed as the weight. Each rule then takes the calls of its formula, with elementwise operations folded:
 
     amp            wgrad(x, y)
     amp, null      z = convT(y, B);  wgrad(null z - amp x, y)
     amp, sparse    e = conv(x, B);   wgrad(x, sparse e - amp y)
 
-where y is the response that the forward saved, and x and y are centred by copies.
+Here y is the response saved by the forward pass. Centring copies x and y.
 """
 
 import torch
@@ -19,7 +19,7 @@ _backward = torch.ops.aten.convolution_backward.default
 
 
 def conv2d(input: Tensor, weight: Tensor, feedback: Tensor, window: Window, rule: Coefficients) -> Tensor:
-    """What ``pyfeedback.functional.fa_conv2d`` computes, without bias."""
+    """The same result as ``pyfeedback.functional.fa_conv2d``, without bias."""
     return _Conv2d.apply(input, weight, feedback, window, rule)
 
 
@@ -64,17 +64,17 @@ def _data_terms(x: Tensor, y: Tensor, b: Tensor, window: Window, rule: Coefficie
     if rule.null:
         z = _products(y, x, b, window, (True, False, False))[0]
         z.mul_(rule.null).add_(x, alpha=-rule.amp)
-        total = _correlate(z, y, b, window)
+        total = _wgrad(z, y, b, window)
     if rule.sparse:
         e = torch.conv2d(x, b, None, *window).mul_(rule.sparse)
         if rule.amp and total is None:
             e.add_(y, alpha=-rule.amp)
-        part = _correlate(x, e, b, window)
+        part = _wgrad(x, e, b, window)
         total = part if total is None else total.add_(part)
-    return total if total is not None else _correlate(x, y, b, window).mul_(-rule.amp)
+    return total if total is not None else _wgrad(x, y, b, window).mul_(-rule.amp)
 
 
-def _correlate(x: Tensor, y: Tensor, kernel: Tensor, window: Window) -> Tensor:
+def _wgrad(x: Tensor, y: Tensor, kernel: Tensor, window: Window) -> Tensor:
     """wgrad(x, y)"""
     return _products(y, x, kernel, window, (False, True, False))[1]
 

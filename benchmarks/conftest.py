@@ -1,26 +1,26 @@
-"""Benchmarks: what a training step costs under each rule, beside backprop and the other ways to compute it.
+"""Benchmarks: the cost of a training step under each rule, relative to backprop and to other implementations.
 
     pytest benchmarks --benchmark-only                       # everything; ResNet-50's layers take most of the time
     pytest benchmarks --benchmark-only --quick               # under 3 minutes on two cores
     pytest benchmarks --benchmark-only --network resnet20 --rule ia --benchmark-json out.json
-    pytest benchmarks                                        # checks every answer, times nothing
+    pytest benchmarks                                        # check every result, time nothing
 
 `test_layer_steps.py`   forward and backward of one layer: plain backprop, pyfeedback, the reference (the paper's
                         regularisers by autograd), the composition of PyTorch's calls; --compile adds the compiled
                         reference
-`test_network_steps.py` a whole training step of a network, optimizer included, and its peak of memory
+`test_network_steps.py` a whole training step of a network with its optimizer, and its peak memory
 `test_feedback_step.py` the multi-tensor update of all feedback weights
-`test_optimizers.py`    the optimizers of a whole model beside torch.optim and a separate update of the feedback
+`test_optimizers.py`    the whole-model optimizers against torch.optim with a separate update of the feedback
 `test_alignment.py`     angles and norms of all layers in one call
-`test_peers.py`         a step under feedback alignment beside BioTorch's; `peers.py` prints what else either can do
-`test_call_overhead.py` what a tiny layer pays per call
+`test_peers.py`         a step under feedback alignment against BioTorch's; `peers.py` compares features
+`test_call_overhead.py` the overhead per call of a tiny layer
 
-Machines are noisy, so the implementations take turns within one benchmark, A B C A B C, and what is reported is the
-median over the rounds of the ratio within a round. pytest-benchmark's own statistics are those of pyfeedback in that
-race; ratios and times of the others stand in ``extra_info``. Nothing is timed before its gradients agree with float64.
-Threads are those of torch (OMP_NUM_THREADS); on a machine that others use, take one thread and --processor-time. On a
-GPU, times come from CUDA events behind a flushed L2, with cudnn.benchmark on and the launches hidden where a layer's
-kernels are measured.
+Machines are noisy, so the implementations alternate within one benchmark, A B C A B C. The reported figure is the
+median over the rounds of the ratio within a round. pytest-benchmark's own statistics are those of pyfeedback;
+``extra_info`` has the ratios and the times of the others. Nothing is timed before its gradients agree with float64.
+OMP_NUM_THREADS sets the number of threads; on a shared machine, use one thread and --processor-time. On a GPU, times
+come from CUDA events after the L2 is flushed, with cudnn.benchmark on. Launch overhead is hidden where the kernels of a
+layer are measured.
 """
 
 import sys
@@ -79,7 +79,7 @@ def pytest_configure(config):
         time_limit=option("time_limit"),
     )
     config.stash[RECORDS] = []
-    # Without --benchmark-only every step runs once and nothing is timed.
+    # Without --benchmark-only, every step runs once and nothing is timed.
     config.option.benchmark_disable = config.option.benchmark_disable or not option("benchmark_only")
     torch.backends.cudnn.benchmark = True
 
@@ -111,7 +111,7 @@ def selection(request):
 
 @pytest.fixture
 def race(request, benchmark, selection):
-    """``race(kind, steps, **info)``: time the steps in turn, record the medians and the ratios to pyfeedback's."""
+    """``race(kind, steps, **info)``: time the steps alternately; record the medians and the ratios to pyfeedback."""
 
     def run(kind: str, steps: dict[str, Step], timer=None, hide_launches: bool = True, group: str = "", **info) -> None:
         timer = timer or timer_for(selection.device, hide_launches, selection.processor_time)

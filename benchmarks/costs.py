@@ -1,4 +1,4 @@
-"""What a layer's step must cost at least: the rule's multiply-adds, and each tensor moved once."""
+"""Lower bounds on the cost of a layer's step: the rule's multiply-adds, and each tensor moved once."""
 
 import math
 
@@ -17,18 +17,18 @@ def sampled(rule: Rule, batch: int) -> float:
 
 
 def rule_passes(rule: Rule) -> int:
-    """Passes over the whole batch that the data terms add, as the primitives define them; amp rides on a longer one."""
+    """Extra passes over the batch for the data terms, by definition of the primitives. amp alone costs one pass."""
     return max(2 * (rule.null != 0) + 2 * (rule.sparse != 0), int(rule.amp != 0))
 
 
 def flops(shape: ConvShape, rule: Rule, batch: int, backward_only: bool = False) -> int:
-    """Floating-point operations of a step, by the definition of the rule and not by the form that computes it."""
+    """Floating-point operations of a step, by the definition of the rule rather than by the algorithm used."""
     passes = BACKPROP_PASSES - backward_only + rule_passes(rule) * sampled(rule, batch)
     return int(2 * shape.macs * batch * passes)
 
 
 def minimum_bytes(shape: ConvShape, rule: Rule, batch: int, dtype: torch.dtype, backward_only: bool = False) -> int:
-    """Bytes of a step in which forward and backward each read and write every tensor once."""
+    """Bytes moved by a step whose forward and backward passes read and write every tensor once each."""
     x = batch * shape.in_channels * shape.map_size**2
     w = shape.out_channels * (shape.in_channels // shape.groups) * shape.kernel**2
     sizes = (batch, shape.in_channels, *2 * [shape.map_size]), (shape.out_channels, 0, *2 * [shape.kernel])

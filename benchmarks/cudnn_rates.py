@@ -2,9 +2,9 @@
 
     python benchmarks/cudnn_rates.py --network resnet50 --batch 128 --dtype bfloat16 --out rates.json
 
-channels_last, cudnn.benchmark on, median of events behind a flushed L2. The 1x1 convolutions of stride 1 are measured
-as matrix products too. "roof" is the fraction of what the slower of two measured ceilings allows: a large copy for
-the three tensors moved once, a large matrix product for the multiply-adds.
+The format is channels_last, cudnn.benchmark is on, and each time is the median of CUDA events after the L2 is flushed.
+Convolutions with a 1x1 kernel and stride 1 are also measured as matrix products. "roof" is the fraction of the lower of
+two measured ceilings: a large copy for the three tensors moved once, and a large matrix product for the multiply-adds.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def matrix_product(shape: ConvShape, x, w, dy) -> dict[str, Step]:
 def rates(
     shape: ConvShape, batch: int, dtype: torch.dtype, device: torch.device, rounds: int, ceilings
 ) -> Iterator[dict]:
-    """One row for each pass and each way to compute it."""
+    """One row for each pass and each method of computing it."""
     x, w, _, dy = (t.detach() for t in conv_inputs(shape, batch, dtype, device))
     flops = 2 * shape.macs * batch
     moved = (x.numel() + w.numel() + dy.numel()) * dtype.itemsize
@@ -74,7 +74,7 @@ def rates(
 
 
 def table(rows: list[dict]) -> Iterator[str]:
-    """Lines: each layer's three passes, microseconds, TFLOP/s and fraction of the roof."""
+    """Lines with microseconds, TFLOP/s and the fraction of the roof for the three passes of each layer."""
     yield f"{'layer':22}{'':>3}{'way':>16}" + "".join(f"{name + ' us':>12}{'TFLOP/s':>9}{'roof':>6}" for name in PASSES)
     for layer, way in dict.fromkeys((r["layer"], r["way"]) for r in rows):
         found = {r["pass"]: r for r in rows if (r["layer"], r["way"]) == (layer, way)}

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under nine minutes: benchmarks/gpu_check.sh OUTDIR
+# All checks that need a GPU, in less than nine minutes: benchmarks/gpu_check.sh OUTDIR
 #
-# Needs a CUDA device, nvcc, and python3 with torch, pytest and pytest-benchmark ($PYTHON names another); fetches
-# nothing. Builds the package, runs the GPU tests, checks the kernels' memory accesses and races, measures. Each stage has its
-# time limit; one that fails shows in the last table and in the exit code, and the others go on. OUTDIR gets
-# stages.tsv, log.txt, table.txt and rates.json, layers.json, depthwise.json, update.json, networks.json.
+# Requires a CUDA device, nvcc, and python3 (or $PYTHON) with torch, pytest and pytest-benchmark. Downloads nothing. Builds
+# the package, runs the GPU tests, checks memory accesses and races of the kernels, and measures. Each stage has a time
+# limit. A failed stage is listed in the final table and sets the exit code; the other stages still run. OUTDIR receives
+# stages.tsv, log.txt, table.txt, rates.json, layers.json, depthwise.json, update.json and networks.json.
 #
-# STAND_IN=1 goes through all of it on a CPU with tiny sizes: a test of this script, not of a GPU.
+# STAND_IN=1 runs all stages on a CPU with tiny sizes, which tests this script.
 set -uo pipefail
 
 [[ $# -eq 1 ]] || { echo "usage: $0 OUTDIR" >&2; exit 2; }
@@ -49,7 +49,7 @@ export MAX_JOBS="${MAX_JOBS:-$(nproc)}" PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_C
 : > "$out/stages.tsv"
 : > "$out/log.txt"
 
-# stage NAME LIMIT COMMAND...: interrupted at the limit, so that what was measured until then is written.
+# stage NAME LIMIT COMMAND...: interrupted at the limit, so that partial measurements are written.
 stage() {
   local name="$1" limit="$2" status result start=$SECONDS
   shift 2
@@ -81,14 +81,14 @@ skip() { printf '%s\t%s\t0\n' "$1" "$2" >> "$out/stages.tsv"; }
 measure() {
   local name="$1" limit="$2" file="$3"
   shift 3
-  # --time-limit lets a long run end by itself, before it is interrupted.
+  # --time-limit ends a long run before it is interrupted.
   stage "$name" "$limit" "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider "$root/benchmarks/$file" \
     --benchmark-only --benchmark-quiet --benchmark-json "$out/$name.json" --device "$device" \
     --time-limit $((limit - 15)) "$@"
 }
 
 stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-cache-dir --target "$work/site" "$root"
-# The tree of the sources must not be found before what was built of it.
+# The installed package must come before the source tree.
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 
 stage tests 110 "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider -q --maxfail=20 "${marked[@]}" \

@@ -1,4 +1,4 @@
-"""Runs every kernel of csrc and of kernels over awkward sizes, for compute-sanitizer to watch.
+"""Run every kernel of csrc/ and kernels/ on awkward sizes under compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python benchmarks/gpu_memcheck.py
 """
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def draw(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Tensors of every size, one of them in channels_last, one not dense, and one that starts at an odd element."""
+    """Tensors of every size: one in channels_last, one that is not dense, and one that starts at an odd element."""
     tensors = [torch.randn(size, device=device).to(dtype) for size in SIZES]
     tensors.append(torch.randn(4, 6, 3, 3, device=device).to(dtype, memory_format=torch.channels_last))
     tensors.append(torch.randn(9, 14, device=device).to(dtype)[:, ::2])
@@ -24,7 +24,7 @@ def draw(dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
 
 
 def step(dtype: torch.dtype, device: torch.device, momentum: float, noise: float, skip_nonfinite: bool) -> None:
-    """One update of such tensors."""
+    """One feedback update of these tensors."""
     feedback, weight, grad, buffers = (draw(dtype, device) for _ in range(4))
     count = len(feedback)
     pyfeedback.functional.feedback_step_(
@@ -36,7 +36,7 @@ def step(dtype: torch.dtype, device: torch.device, momentum: float, noise: float
 
 
 def alignment(dtype: torch.dtype, device: torch.device) -> None:
-    """The products of such pairs, some of them in unlike layouts, against torch's own."""
+    """The products of pairs, some with different layouts, against torch."""
     feedback, weight = draw(dtype, device), draw(dtype, device)
     weight[5] = weight[5].t().contiguous().t()
     found = torch.ops.pyfeedback.native_alignment_products(feedback, weight)
@@ -45,7 +45,7 @@ def alignment(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def center(dtype: torch.dtype, device: torch.device) -> None:
-    """Means over samples of maps with ragged sizes, in both memory formats, against torch's own."""
+    """Means over the samples of maps with ragged sizes, in both memory formats, against torch."""
     for size, memory_format in itertools.product(
         [(1, 3, 5, 5), (7, 5, 3, 9), (4, 64, 7, 7)], (torch.contiguous_format, torch.channels_last)
     ):
@@ -58,7 +58,7 @@ def center(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def fused(device: torch.device) -> None:
-    """The backward of ragged layers by the Triton kernels, one of which splits its sums over several programs."""
+    """The backward pass of ragged layers by the Triton kernels; one layer uses split-K."""
     for size, weight, window in [
         ((3, 17, 7, 5), (19, 17, 3, 3), ((2, 2), (1, 1))),
         ((2, 16, 40, 40), (24, 16, 1, 1), ((1, 1), (0, 0))),

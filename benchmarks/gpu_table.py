@@ -1,4 +1,4 @@
-"""The short table at the end of gpu_check.sh: how each stage ended, and what was measured.
+"""The summary of gpu_check.sh: the result of each stage and the measurements.
 
 python benchmarks/gpu_table.py OUTDIR
 """
@@ -12,7 +12,7 @@ import tables
 
 
 def main(folder: Path) -> int:
-    """Print the tables; 0 where every stage ended well."""
+    """Print the tables; return 0 if every stage succeeded."""
     ceilings = None
     if (folder / "rates.json").exists():
         found = json.loads((folder / "rates.json").read_text())

@@ -1,4 +1,4 @@
-"""One layer's training step by each implementation, and the check of its gradients against float64."""
+"""The training step of one layer by each implementation, and the check of its gradients against float64."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-3, torch.float16: 1e-2, tor
 
 
 class LayerStep:
-    """Forward and backward of one layer; ``outputs`` makes what backward starts from, of ``leaves``."""
+    """Forward and backward pass of one layer; ``outputs`` computes the outputs from ``leaves``."""
 
     def __init__(
         self, outputs: Callable[[], list[Tensor]], leaves: dict[str, Tensor], grad_output: Tensor, backend: str = "auto"
@@ -33,7 +33,7 @@ class LayerStep:
         self._ready: list[Tensor] = []
 
     def step(self, backward_only: bool = False) -> Step:
-        """What is timed; gradients are None at its start."""
+        """The timed function. Gradients are None when it starts."""
         if backward_only:
             return Step(self._backward, self._forward)
         return Step(self._both, self._clear)
@@ -53,7 +53,7 @@ class LayerStep:
         self._ready = self._outputs()
 
     def _backward(self) -> None:
-        if self._backend == "auto":  # what is not forced pays for no switch
+        if self._backend == "auto":  # no context manager in the timed step
             torch.autograd.backward(self._ready, [self._grad_output, *[None] * (len(self._ready) - 1)])
             return
         with pyfeedback.backend(self._backend):
@@ -66,7 +66,7 @@ class LayerStep:
 
 
 def layer_step(name: str, shape: ConvShape, rule: Rule, inputs: ConvInputs) -> LayerStep:
-    """The step of one implementation, for tensors that it may share with the others."""
+    """The step of one implementation. The tensors may be shared with other implementations."""
     x, w, b, grad_output = inputs
     b = b.detach().requires_grad_(rule.learns)
     leaves = {"input": x, "weight": w, "feedback": b}
@@ -103,7 +103,7 @@ def layer_step(name: str, shape: ConvShape, rule: Rule, inputs: ConvInputs) -> L
 
 @contextmanager
 def _no_autotuning() -> Iterator[None]:
-    """cuDNN tries no algorithms for what runs once."""
+    """Disable cuDNN's autotuning for a step that runs once."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -113,9 +113,9 @@ def _no_autotuning() -> Iterator[None]:
 
 @_no_autotuning()
 def check(names: list[str], shape: ConvShape, rule: Rule, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Raise where a gradient is not that of the reference in float64; returns each implementation's largest error.
+    """Raise if a gradient differs from the float64 reference; return the largest error of each implementation.
 
-    A small batch, of which a rule that samples sees half; errors are relative, in the 2-norm.
+    The batch is small; a rule with ``samples`` uses half of it. Errors are relative, in the 2-norm.
     """
     if isinstance(rule.samples, float):
         rule = pyfeedback.rule(rule, samples=0.5)
@@ -135,7 +135,7 @@ def check(names: list[str], shape: ConvShape, rule: Rule, dtype: torch.dtype, de
 
 
 def largest_error(gradients: dict[str, Tensor], oracle: dict[str, Tensor]) -> float:
-    """The largest relative error over the gradients, in the 2-norm."""
+    """The largest relative error over all gradients, in the 2-norm."""
     if gradients.keys() != oracle.keys():
         raise AssertionError(f"gradients of {sorted(gradients)}, expected those of {sorted(oracle)}")
     errors = []
@@ -147,11 +147,11 @@ def largest_error(gradients: dict[str, Tensor], oracle: dict[str, Tensor]) -> fl
 
 
 def first_run(step: LayerStep) -> str:
-    """Why a step that torch.compile makes cannot run here, or ""."""
+    """The reason why a torch.compile step cannot run here, or ""."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             step.gradients()
-        except Exception as error:  # whatever a compiler may raise
+        except Exception as error:  # compilers raise many types
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return ""

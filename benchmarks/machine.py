@@ -1,4 +1,4 @@
-"""Facts about the machine, for the results: what no timing means anything without."""
+"""Facts about the machine, stored with the results."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ GPU_QUERY = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem
 
 
 def facts(device: torch.device) -> dict[str, object]:
-    """Versions, threads and processor; of a GPU its name, driver and clocks too."""
+    """Versions, number of threads and processor; for a GPU also its name, driver and clocks."""
     info = pyfeedback.build_info()
     found: dict[str, object] = {
         "device": device.type,
@@ -39,7 +39,7 @@ def facts(device: torch.device) -> dict[str, object]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the kernel gives it."""
+    """The name of the processor as reported by the kernel."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -60,7 +60,7 @@ def _nvidia_smi() -> dict[str, str]:
 
 
 def _first_line(command: list[str]) -> str:
-    """The first line a command prints, "" where it cannot run."""
+    """The first line of a command's output, or "" if it cannot run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,9 +1,9 @@
-"""Peak memory of a whole training step under every rule, relative to backprop and to the reference.
+"""Peak memory of a whole training step under each rule, relative to backprop and to the reference.
 
     python benchmarks/memory.py --network resnet50 --batch 32      # on a CPU or a GPU
 
-What is counted is what PyTorch's allocator holds at one time in a first step beyond the model, its feedback and the
-images: activations, gradients, temporaries, and at last the state of the optimizer. float32, channels_last.
+The count is the peak of PyTorch's allocator in the first step, without the model, its feedback and the images:
+activations, gradients, temporaries and the state of the optimizer. float32, channels_last.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pyfeedback.testing import peak_bytes
 
 
 def peak(network: str, rule: str, batch: int, image: int, device: torch.device, make_step=training_step) -> int:
-    """Bytes of a first step."""
+    """Peak bytes of the first step."""
     torch.manual_seed(0)
     model = pyfeedback.convert(MODELS[network]().to(device, memory_format=torch.channels_last), RULES[rule])
     images = torch.randn(batch, 3, image, image, device=device).to(memory_format=torch.channels_last)

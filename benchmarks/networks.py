@@ -1,4 +1,4 @@
-"""The networks whose training steps are measured, in the plainest form, and those steps."""
+"""The networks of the benchmarks, in their simplest form, and their training steps."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 import pyfeedback
 from pyfeedback.testing import by_reference
 
-UPDATE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 2e-3}  # so small that a thousand steps change nothing
+UPDATE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 2e-3}  # small: a thousand steps change nothing
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a strided 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut: a strided 1x1 convolution if the shape changes."""
 
     def __init__(self, c: int, k: int, stride: int):
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1, the middle ones of a quarter of the width, and the shortcut of :class:`Block`."""
+    """1x1, 3x3 and 1x1 convolutions with a bottleneck of a quarter of the width, and the shortcut of :class:`Block`."""
 
     def __init__(self, c: int, k: int, stride: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of blocks, and a linear classifier on the mean of each channel."""
+    """A stem, stages of blocks, global average pooling and a linear classifier."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ def resnet18() -> ResNet:
 
 
 def resnet18_cifar() -> ResNet:
-    """The same for 32x32 images: a 3x3 stem, and no pooling."""
+    """ResNet-18 for 32x32 images: a 3x3 stem without pooling."""
     return ResNet(_stem(64, 3, 1), 64, (64, 128, 256, 512), (2, 2, 2, 2), 10)
 
 
 def resnet50() -> ResNet:
-    """He et al. 2016, for ImageNet, the stride in the 3x3 convolutions."""
+    """He et al. 2016, for ImageNet, with the stride in the 3x3 convolutions."""
     return ResNet(_imagenet_stem(), 64, (256, 512, 1024, 2048), (3, 4, 6, 3), 1000, Bottleneck)
 
 
@@ -113,7 +113,7 @@ MODELS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "resnet20": re
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor, compiled: bool = False) -> Step:
-    """The step of a training loop, the update of all parameters in one pass."""
+    """The step of a training loop; one optimizer updates all parameters."""
     run_model = torch.compile(model) if compiled else model
 
     def backward():
@@ -123,7 +123,7 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, compiled: bo
 
 
 def reference_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    """The same, the layers those of pyfeedback.reference: autograd computes every rule's gradient."""
+    """The same step with the layers of pyfeedback.reference: autograd computes the gradient of the rule."""
 
     def backward():
         with by_reference() as penalties:

@@ -1,9 +1,9 @@
-"""What PyTorch users do to a model, done to one converted by BioTorch and to one converted by pyfeedback.
+"""Common operations on a PyTorch model, applied to a model converted by BioTorch and one converted by pyfeedback.
 
     pip install '.[peers]' && python benchmarks/peers.py        # prints the table of docs/peers.md
 
-Both convert to feedback alignment or, where that is said, to frsf, feedback of the signs of W. A check passes where it
-returns, and the table names what it raised otherwise.
+Both convert to feedback alignment, or to frsf (feedback with the signs of W) where noted. A check passes if it returns;
+otherwise the table names the exception.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class PyFeedback:
 
     @staticmethod
     def constrained(model: nn.Module) -> nn.Module:
-        """With W of a norm that does not change."""
+        """A layer whose W has a constant norm."""
         for layer in pyfeedback.convert(model, "fa"):
             parametrizations.weight_norm(layer, dim=None)
             layer.parametrizations.weight.original0.requires_grad_(False)
@@ -55,7 +55,7 @@ class PyFeedback:
 
 
 class BioTorch:
-    """The peer, whose conversion prints."""
+    """BioTorch. Its conversion prints to stdout."""
 
     @staticmethod
     def convert(model: nn.Module, rule: str = "fa", **options) -> nn.Module:
@@ -88,7 +88,7 @@ Package = type[PyFeedback] | type[BioTorch]
 
 
 class Check(NamedTuple):
-    """A row of the table: what is done, the test of this repository that holds it, and the doing."""
+    """A row of the table: the operation, the test of this repository that covers it, and the function."""
 
     what: str
     test: str
@@ -99,7 +99,7 @@ CHECKS: list[Check] = []
 
 
 def check(what: str, test: str):
-    """Make a row of a function."""
+    """Decorator that registers a function as a row."""
     return lambda run: CHECKS.append(Check(what, test, run)) or run
 
 
@@ -116,7 +116,7 @@ def images() -> torch.Tensor:
 
 
 def learns(model: nn.Module, x: torch.Tensor) -> None:
-    """The model's weights and its input get gradients."""
+    """Whether the weights of the model and its input receive gradients."""
     model(x).square().sum().backward()
     assert x.grad is not None, "the input has no gradient"
     assert next(model.parameters()).grad is not None, "the weight has no gradient"
@@ -164,7 +164,7 @@ def _(package):
 # Conversion
 
 
-@check("one layer as the model", "test_one_layer_is_a_model")
+@check("one layer as the model", "test_a_single_layer_is_a_model")
 def _(package):
     model = package.convert(nn.Linear(6, 5))
     x = torch.randn(2, 6, requires_grad=True)
@@ -172,14 +172,14 @@ def _(package):
     assert not torch.allclose(x.grad, model.weight.sum(0).expand_as(x)), "not converted"
 
 
-@check("dtype and eval mode are kept", "test_everything_but_the_feedback_stays")
+@check("dtype and eval mode are kept", "test_everything_but_the_feedback_is_kept")
 def _(package):
     model = package.convert(conv().double().eval())
     assert not model[0].training, "back in training mode"
     model(images().double())
 
 
-@check("the meta device is kept", "test_the_meta_device_stays")
+@check("the meta device is kept", "test_the_meta_device_is_kept")
 def _(package):
     with torch.device("meta"):
         model = conv()
@@ -187,7 +187,7 @@ def _(package):
     assert devices == {"meta"}, f"parameters on {', '.join(sorted(devices))}"
 
 
-@check("hooks are kept", "test_everything_but_the_feedback_stays")
+@check("hooks are kept", "test_everything_but_the_feedback_is_kept")
 def _(package):
     model, calls = conv(), []
     model[0].register_forward_hook(lambda *_: calls.append(1))
@@ -268,7 +268,7 @@ def _(package):
     learns(model, images())
 
 
-# What goes with a rule
+# Rules
 
 
 @check("frsf, compiled whole", "test_every_rule_compiles_whole")
@@ -304,7 +304,7 @@ def _(package):
 
 @check(
     "a checkpoint of the plain model loads strictly",
-    "test_checkpoint_of_the_plain_layer_loads_and_the_missing_feedback_is_told",
+    "test_checkpoint_of_the_plain_layer_loads_and_the_missing_feedback_is_logged",
 )
 def _(package):
     package.convert(conv()).load_state_dict(conv().state_dict(), strict=True)
@@ -335,7 +335,7 @@ def _(package):
 
 
 def outcome(run: Callable[[Package], None], package: Package) -> str:
-    """What became of a check: "yes", or in a few words what went wrong."""
+    """The result of a check: "yes", or the problem in a few words."""
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings():
@@ -349,7 +349,7 @@ def outcome(run: Callable[[Package], None], package: Package) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(f"| | BioTorch {version('biotorch')} | pyfeedback | the test here |")
+    print(f"| operation | BioTorch {version('biotorch')} | pyfeedback | test |")
     print("|---|---|---|---|")
     for what, test, run in CHECKS:
         print(f"| {what} | {outcome(run, BioTorch)} | {outcome(run, PyFeedback)} | `{test}` |")

@@ -1,4 +1,4 @@
-"""What a run measures: layers, rules, batch, rounds and device, from the command line."""
+"""The selection of a run: layers, rules, batch, rounds and device, from the command line."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pyfeedback.testing import (
 
 RESNETS = {"resnet18": RESNET18, "resnet50": RESNET50, "resnet20": RESNET20_CIFAR}
 DEPTHWISE = {"mobilenet_v2": MOBILENET_V2, "efficientnet_b0": EFFICIENTNET_B0, "convnext_t": CONVNEXT_T}
-NETWORKS = RESNETS | DEPTHWISE  # their layers; of the second, the depthwise ones, measured where they are named
+NETWORKS = RESNETS | DEPTHWISE  # of DEPTHWISE only the depthwise layers, and only if named
 
 WHOLE_NETWORKS = (*RESNETS, "resnet18-cifar")
 
-# One of each kind: pointwise up, down and strided, 3x3 dense and strided, large and small maps.
+# One layer of each kind: pointwise up, down and strided, 3x3 dense and strided, large and small maps.
 QUICK_LAYERS = {
     "resnet50": ("64-256-1x1s1@56", "512-128-1x1s1@28", "128-128-3x3s1@28", "1024-2048-1x1s2@14"),
     "resnet18": ("256-512-3x3s2@14",),
@@ -43,7 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Selection:
-    """The command line, with the defaults of the device filled in."""
+    """The command-line options, with the defaults of the device."""
 
     device: torch.device
     quick: bool = False
@@ -80,11 +80,11 @@ class Selection:
         return list(chosen.values())
 
     def implementations(self, rule: Rule) -> list[str]:
-        """The subject and what it is compared with; under backprop there is nothing but torch to compare with."""
+        """pyfeedback and the implementations it is compared with; under backprop, torch alone."""
         return [SUBJECT, *(name for name in self.against if name == "plain" or not rule.transport)]
 
     def rounds(self, seconds: float) -> int:
-        """How many rounds to measure, when one takes so long."""
+        """The number of rounds to measure, given the duration of one."""
         if self.device.type == "cuda":
             least, most, budget = (10, 30, 0.2) if self.quick else (10, 200, 1.0)
         else:

@@ -1,4 +1,4 @@
-"""The summary of a run: tables of ratios, from the records of its benchmarks."""
+"""The summary of a run: tables of ratios from the benchmark records."""
 
 import statistics
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ TITLES = {name: name for name in BASELINES} | {"plain": "backprop"}
 
 
 def report(records: list[Record], per_layer: bool = False) -> list[str]:
-    """Every table that the records have the numbers of; below 1 is faster than what the column names."""
+    """Every table for which the records have data. A ratio below 1 is faster than the implementation of the column."""
     lines: list[str] = []
     layers = [r for r in records if r["kind"] == "layer"]
     for dtype in _distinct(r["dtype"] for r in layers):
@@ -30,7 +30,7 @@ def report(records: list[Record], per_layer: bool = False) -> list[str]:
 
 
 def weighted_ratio(records: Iterable[Record], counts: dict[str, int], other: str) -> float:
-    """Time of all layers of a network, each as often as it occurs, relative to another implementation's."""
+    """Time of all layers of a network, weighted by their number of occurrences, relative to another implementation."""
     mine = theirs = 0.0
     for record in records:
         seconds = counts[record["layer"]] * record["seconds"][other]
@@ -81,7 +81,7 @@ def _layer_table(dtype: str, records: list[Record]) -> list[str]:
 
 
 def floors(records: list[Record], copy_gb_s: float, product_tflop_s: float) -> list[str]:
-    """Each layer and rule beside the least time its bytes or its operations take at the rates of the same run."""
+    """Each layer and rule against the lower bound of its bytes and operations at the rates measured in the same run."""
     names = [name for name in ("pyfeedback", "composed", "triton") if any(name in r["seconds"] for r in records)]
     lines = [f"microseconds of each layer  {'':18}{'floor':>9}" + "".join(f"{name:>12}" for name in names)]
     for r in records:

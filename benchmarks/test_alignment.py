@@ -13,7 +13,7 @@ from pyfeedback.testing import RESNET50
 
 @pytest.fixture(scope="module")
 def resnet50():
-    """The convolutions and the classifier of ResNet-50, one after another: nobody runs them."""
+    """The convolutions and the classifier of ResNet-50 in a Sequential that is never called."""
     torch.manual_seed(0)
     convolutions = [
         nn.Conv2d(s.in_channels, s.out_channels, s.kernel, bias=False) for s in RESNET50 for _ in range(s.repeats)
@@ -49,7 +49,7 @@ def test_alignment(race, selection, resnet50, memory_format, dtype_name):
 
 
 def loop(pairs, dtype):
-    """(angle, norm ratio) of each pair by PyTorch's calls in ``dtype``, waited for once."""
+    """(angle, norm ratio) of each pair by PyTorch calls in ``dtype``, with a single synchronisation."""
     found = []
     for b, w in pairs:
         b, w = b.to(dtype).flatten(), w.to(dtype).flatten()

@@ -1,4 +1,4 @@
-"""What a layer pays per call beside its products: a tiny convolution, forward and backward, on one thread."""
+"""The overhead of a layer per call: forward and backward pass of a tiny convolution on one thread."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LAYERS = {  # input, and the convolution's channels, window and padding
     "8-8-3x3 on (2, 8, 8, 8)": ((2, 8, 8, 8), (8, 8, 3, 1, 1)),
     "4-4-3x3 on (1, 4, 5, 5)": ((1, 4, 5, 5), (4, 4, 3, 1, 0)),
 }
-CALLS = 100  # in one time
+CALLS = 100  # per measurement
 
 
 @pytest.fixture(autouse=True)

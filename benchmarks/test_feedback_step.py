@@ -10,7 +10,7 @@ import pyfeedback
 from pyfeedback.testing import RESNET50
 
 TENSORS = 160
-CHECKED = 20  # tensors of each case
+CHECKED = 20  # tensors per case
 CASES = {str(size): [(size,)] * TENSORS for size in (64, 1024, 65536)}
 CASES["1000"] = [(1000,)] * 300
 CASES["ResNet-50"] = [
@@ -53,7 +53,7 @@ def make_tensors(shapes, momentum, dtype, device):
 
 
 def update(tensors, rule, momentum, backend):
-    """One update by this backend, which is forced before the time starts."""
+    """One update by this backend, which is selected outside the timing."""
     count = len(tensors["feedback"])
     options = {"decay": [rule.decay] * count, "self_": [rule.self_] * count, "tie": [rule.tie] * count}
 
@@ -71,7 +71,7 @@ def restored_backend():
 
 
 def check(tensors, rule, momentum):
-    """Both backends against float64."""
+    """Compare both backends with float64."""
     results = {}
     for name in ("native", "aten", "float64"):
         wide = torch.float64 if name == "float64" else None

@@ -1,4 +1,4 @@
-"""One training step of one layer: each rule by each implementation, taking turns."""
+"""One training step of one layer: each rule by each implementation, alternating."""
 
 from costs import flops, minimum_bytes
 from implementations import SUBJECT, TOLERANCE, check, first_run, largest_error, layer_step
@@ -37,7 +37,7 @@ def test_layer_step(race, selection, layer, rule_name, dtype_name):
 
 
 def gradients_agree(steps, tolerance):
-    """At the size that is timed another form may be the cheapest: the answers must still be the same."""
+    """At the timed size, another algorithm may be chosen: its results must agree too."""
     mine = steps[SUBJECT].gradients()
     for name, step in steps.items():
         if name != SUBJECT:

@@ -1,7 +1,7 @@
-"""A whole training step, forward, backward and the update of W and B: its time, and its peak of memory.
+"""Time and peak memory of a whole training step: forward, backward, and the update of W and B.
 
-`plain` is the model before it was converted, with torch's fused SGD; `reference` the converted model whose layers are
-the paper's regularisers by autograd. With --compile, torch.compile of the model races torch.compile of the plain one.
+`plain` is the unconverted model with torch's fused SGD. `reference` is the converted model with the layers of the
+reference: the paper's regularisers by autograd. --compile compares torch.compile of both models.
 """
 
 import copy

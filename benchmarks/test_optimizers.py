@@ -1,8 +1,9 @@
-"""A step of all of ResNet-50's tensors, W, B and batch norm, against torch.optim beside an update of the feedback.
+"""A step of all tensors of ResNet-50 (W, B and batch norm) against torch.optim with a separate update of the feedback.
 
-`foreach` is torch.optim(foreach=True) for the forward parameters, and for B what a user would write in torch._foreach:
-the rule's gradient, then SGD's own update by hand, or another torch.optim.AdamW. `fused` is torch.optim(fused=True) for
-both, on the same gradient. `FeedbackSGD` is torch.optim.SGD(foreach=True) beside pyfeedback's optimizer of B alone.
+`foreach` is torch.optim(foreach=True) for the forward parameters. For B it is the code a user would write with
+torch._foreach: the gradient of the rule, then an SGD update by hand or a second torch.optim.AdamW. `fused` is
+torch.optim(fused=True) for both, on the same gradient. `FeedbackSGD` is torch.optim.SGD(foreach=True) and pyfeedback's
+optimizer of B.
 """
 
 import copy
@@ -41,7 +42,7 @@ def test_optimizer_step(race, selection, optimizer, update_rule, dtype_name):
 
 
 def tensors_of(convolutions, rule):
-    """The convolutions, batch norms and classifier one after another: nobody runs them."""
+    """The convolutions, batch norms and classifier in a Sequential that is never called."""
     torch.manual_seed(0)
     layers = [
         layer
@@ -64,7 +65,7 @@ def ours(make, model, **options):
 
 
 def theirs(make, model, rule, **options):
-    """torch.optim of W, beside torch.optim of B on a gradient made of torch._foreach calls."""
+    """torch.optim for W, and torch.optim for B on a gradient computed by torch._foreach calls."""
     step_forward = forward_step(make, model, **options)
     tied_decay = rule.decay if make is torch.optim.AdamW and rule.tie else 0.0  # as pyfeedback.optim.AdamW
     step_feedback = make(pyfeedback.feedback_parameters(model), weight_decay=tied_decay, **options).step
@@ -83,7 +84,7 @@ def theirs(make, model, rule, **options):
 
 
 def by_hand(model, rule):
-    """torch.optim.SGD of W, beside SGD of B written out."""
+    """torch.optim.SGD for W, and SGD written out for B."""
     step_forward = forward_step(torch.optim.SGD, model, foreach=True, **SGD)
     buffers = [torch.zeros_like(b) for b in pyfeedback.feedback_parameters(model)]
     lr, momentum = SGD["lr"], SGD["momentum"]
@@ -112,7 +113,7 @@ def forward_step(make, model, **options):
 
 @torch.no_grad()
 def rule_gradients(model, rule, decay):
-    """Feedback weights and their gradients, from as few torch._foreach calls as the rule needs."""
+    """The feedback weights and their gradients, by the smallest number of torch._foreach calls for the rule."""
     layers = [layer for _, layer in pyfeedback.feedback_layers(model)]
     feedback, weight = [layer.feedback for layer in layers], [layer.weight for layer in layers]
     if rule.reads_data:
@@ -141,7 +142,7 @@ WAYS = {
 
 
 def check(ways, model, rule):
-    """Two steps by each way against the last of them in float64."""
+    """Compare two steps of each implementation with the last one in float64."""
     expected = [p.float() for p in stepped(list(ways.values())[-1], copy.deepcopy(model).double(), rule)]
     for make in ways.values():
         torch.testing.assert_close(stepped(make, copy.deepcopy(model), rule), expected, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""A training step under the rules that BioTorch has too: by it, by pyfeedback and, by backprop, of the plain model.
+"""A training step under the rules that BioTorch also has: BioTorch, pyfeedback, and backprop on the plain model.
 
 pip install '.[test,peers]' && pytest benchmarks/test_peers.py --benchmark-only
 """
@@ -61,7 +61,7 @@ def test_training_step_beside_biotorch(race, selection, network, layout_name, ru
 
 
 def share_feedback(ours, theirs):
-    """Give BioTorch's layers the feedback weights of ours; those of frsf are magnitudes, and of usf one for a layer."""
+    """Copy our feedback weights into BioTorch's layers: magnitudes for frsf, one magnitude per layer for usf."""
     for name, layer in pyfeedback.feedback_layers(ours):
         other, feedback = theirs.get_submodule(name), layer.feedback.detach()
         other.weight_backward.data.copy_(feedback if layer.rule.name == "fa" else feedback.abs())
@@ -84,7 +84,7 @@ def backward(model, images):
 
 
 def check(ours, theirs, images):
-    """Both have the same gradients, in float64 to all digits."""
+    """Check in float64 that both have the same gradients."""
     gradients = []
     for model in (ours, theirs):
         wide = copy.deepcopy(model).double()

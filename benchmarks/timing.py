@@ -1,4 +1,4 @@
-"""The one timing loop: implementations in turn, by the clock on a CPU, by events behind a flushed cache on a GPU."""
+"""The timing loop: implementations alternate, timed by the clock on a CPU and by events with a cold L2 on a GPU."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ import torch
 
 FLUSHED_BYTES = 256 * 2**20  # several times the L2 of any GPU
 LONGEST_SLEEP = 0.02
-SLEEP_HERTZ = 2e9  # at or above the clock of any GPU, so that a sleep is never too short
+SLEEP_HERTZ = 2e9  # at or above the clock of any GPU: a sleep is never too short
 
 
 def _nothing() -> None:
@@ -17,14 +17,14 @@ def _nothing() -> None:
 
 
 class Step(NamedTuple):
-    """What is timed, and what is done before each time, outside the timing."""
+    """A timed function, and a preparation that runs before each measurement, outside the timing."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = _nothing
 
 
 class HostTimer:
-    """Seconds of one run, the mean of ``repeats`` runs, by the monotonic clock or by another one."""
+    """Seconds per run, averaged over ``repeats`` runs, by the monotonic clock or another clock."""
 
     def __init__(self, repeats: int = 1, clock: Callable[[], float] = time.perf_counter):
         self.repeats, self._clock = repeats, clock
@@ -38,10 +38,10 @@ class HostTimer:
 
 
 class DeviceTimer:
-    """Seconds of one run between two CUDA events, from a cold L2.
+    """Seconds of one run between two CUDA events, with a cold L2.
 
-    With ``hide_launches`` the device sleeps first, so long that the whole run is queued when it wakes: the time is that
-    of the kernels, not of Python. Without, the time is what a training loop sees.
+    With ``hide_launches``, the device sleeps until the whole run is queued: the result is the time of the kernels,
+    without Python's. Otherwise it is the time that a training loop takes.
     """
 
     def __init__(self, device: torch.device, hide_launches: bool = True):
@@ -69,14 +69,14 @@ class DeviceTimer:
 def timer_for(
     device: torch.device, hide_launches: bool = True, processor_time: bool = False
 ) -> HostTimer | DeviceTimer:
-    """The timer of one run on this device."""
+    """The timer for this device."""
     if device.type == "cuda":
         return DeviceTimer(device, hide_launches)
     return HostTimer(clock=time.process_time if processor_time else time.perf_counter)
 
 
 class Clock:
-    """A clock that only the race moves on: pytest-benchmark's timer, so that its statistics are those of one step."""
+    """The timer passed to pytest-benchmark. Only the race advances it, so the statistics are those of one step."""
 
     __name__ = "race"
 
@@ -88,11 +88,11 @@ class Clock:
 
 
 class Race:
-    """Steps timed in turn, A B C A B C, so that whatever slows the machine down meets all of them alike.
+    """Times steps alternately, A B C A B C, so that other load on the machine affects all of them alike.
 
     Args:
-        steps: by name; ``subject`` is the one the others are compared with.
-        clock: advanced in each round by the time of the subject.
+        steps: by name; the others are compared with ``subject``.
+        clock: advanced by the time of the subject in each round.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Race:
         self.seconds: dict[str, list[float]] = {name: [] for name in steps}
 
     def warm_up(self, turns: int) -> float:
-        """Untimed rounds; returns the seconds that the last one took."""
+        """Run untimed rounds; return the seconds of the last one."""
         for _ in range(turns):
             begun = time.perf_counter()
             for step in self.steps.values():
@@ -111,16 +111,16 @@ class Race:
         return spent
 
     def round(self) -> None:
-        """One run of each step."""
+        """Run and time each step once."""
         for name, step in self.steps.items():
             self.seconds[name].append(self._timer(step))
         self._clock.now += self.seconds[self.subject][-1]
 
     def median(self, name: str) -> float:
-        """Median seconds of one step."""
+        """The median time of one step in seconds."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, other: str) -> float:
-        """Time of the subject relative to another step: the median over the rounds, each round by itself."""
+        """Time of the subject relative to another step: the median over the rounds of the ratio within a round."""
         rounds = zip(self.seconds[self.subject], self.seconds[other], strict=True)
         return statistics.median(mine / theirs for mine, theirs in rounds)

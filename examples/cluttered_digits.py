@@ -1,7 +1,7 @@
-"""Two image sets made from the 1797 handwritten digits that scikit-learn carries: nothing is downloaded.
+"""Two image data sets made from the 1797 handwritten digits shipped with scikit-learn. Nothing is downloaded.
 
-The digits are split first, two thirds for training and one third for tests, by seed. Every image of a set is made
-from digits of its own side alone, its clutter included.
+The digits are first split by seed, two thirds for training and one third for testing. Each image, including its
+clutter, is made only from digits of its own side of the split.
 """
 
 from typing import NamedTuple
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NAMES = ("cluttered", "digits")
-CANVAS = 32  # pixels a side of a cluttered image
-PATCHES = 6  # pieces of other digits in each
-CLUTTER_INK = 0.7  # clutter is fainter than the digit; at full ink backprop itself stops near 88 %
+CANVAS = 32  # height and width of a cluttered image in pixels
+PATCHES = 6  # pieces of other digits in each image
+CLUTTER_INK = 0.7  # clutter is fainter than the digit; at full ink even backprop stops near 88 %
 
 
 class Images(NamedTuple):
-    """``images`` [N, 1, H, W] float32, ink 1 on paper 0; ``labels`` [N]; ``sources`` [N, 1 + patches], see below.
+    """``images`` [N, 1, H, W] in float32, with ink 1 on paper 0; ``labels`` [N]; ``sources`` [N, 1 + patches].
 
-    ``sources`` says which of the 1797 digits an image is made of: the digit itself first, then those of its clutter.
+    ``sources`` are the indices of the digits in an image: first the digit itself, then those of the clutter.
     """
 
     images: Tensor
@@ -31,17 +31,17 @@ class Images(NamedTuple):
 def load(
     name: str, seed: int = 0, train_size: int = 6000, test_size: int = 2000, validation: bool = False
 ) -> tuple[Images, Images]:
-    """Training and test set, the same for the same seed.
+    """Return the training set and the test set. The same seed gives the same sets.
 
     Args:
-        name: "digits", the 8x8 images as they are (the sizes do not count), or "cluttered", 32x32 images of a digit
-            enlarged twice, slightly rotated, at a random place, over pieces of other digits of the same size.
-        seed: of the split and of the images.
-        validation: split the training digits again, five sixths and one sixth, and make both sets of these: what is
-            chosen on the second has seen no test digit.
+        name: "digits" for the original 8x8 images, which ignores the sizes; "cluttered" for 32x32 images of a digit
+            at twice its size, slightly rotated, at a random position, over pieces of other digits.
+        seed: the seed of the split and of the images.
+        validation: split the training digits again, five sixths to one sixth, and make both sets from them, so that
+            choices made on the second set involve no test digit.
 
     Raises:
-        ValueError: no set has this name.
+        ValueError: if there is no data set of this name.
     """
     if name not in NAMES:
         raise ValueError(f"data is {name!r}, expected one of {', '.join(NAMES)}")
@@ -67,7 +67,7 @@ def _split(order: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _cluttered(images: Tensor, labels: Tensor, side: Tensor, size: int, generator: torch.Generator) -> Images:
-    """``size`` images made of the digits whose numbers are in ``side``."""
+    """``size`` images made from the digits with indices in ``side``."""
     sources = side[torch.randint(len(side), (size, 1 + PATCHES), generator=generator)]
     canvas = torch.zeros(size, 1, CANVAS, CANVAS)
     for patch in range(1, 1 + PATCHES):
@@ -78,16 +78,16 @@ def _cluttered(images: Tensor, labels: Tensor, side: Tensor, size: int, generato
 
 
 def _one_quarter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each 8x8 image with all but one of its 4x4 quarters blank."""
+    """Blank all but one 4x4 quarter of each 8x8 image."""
     quarter = torch.randint(4, (len(images),), generator=generator)
     mask = F.one_hot(quarter, 4).view(-1, 1, 2, 2).float()
     return images * F.interpolate(mask, scale_factor=4)
 
 
 def _placed(images: Tensor, reach: float, generator: torch.Generator) -> Tensor:
-    """8x8 images on a canvas: twice enlarged, rotated by up to 15 degrees, their centre up to ``reach`` off the middle.
+    """Place 8x8 images on a canvas at twice their size, rotated by up to 15 degrees, up to ``reach`` off the centre.
 
-    ``reach`` is in half-canvases: at 0.5 the whole digit stays on the canvas, at 0.9 it may be cut by the edge.
+    The unit of ``reach`` is half a canvas. At 0.5 the whole digit stays on the canvas; at 0.9 the edge may cut it.
     """
     n = len(images)
     angle = torch.deg2rad(30 * torch.rand(n, generator=generator) - 15)

@@ -1,4 +1,4 @@
-"""The one picture of two_routes.py: test accuracy and alignment by epoch, side by side."""
+"""The figure of two_routes.py: test accuracy and alignment by epoch, side by side."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# The colours of Okabe and Ito, which colour-blind readers tell apart; the dash says which route a rule takes.
+# The colour-blind safe palette of Okabe and Ito. The dash pattern marks the route of a rule.
 REFERENCE, LOCAL, ESTIMATION, SIGNS = (0, (1, 1.2)), "-", (0, (4, 1.5)), (0, (4, 1.2, 1, 1.2))
 STYLES = {
     "bp": ("#000000", REFERENCE),
@@ -35,7 +35,7 @@ def draw(
     titles: dict[str, str],
     path: Path,
 ) -> None:
-    """Curves by rule, the first point before training; a rule may lack angles (bp has no feedback weight)."""
+    """Draw a curve for each rule; the first point is before training. bp has no feedback weight and no angles."""
     look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200}
     with plt.rc_context(look):
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 4.0), layout="constrained")
@@ -56,7 +56,7 @@ def draw(
 
 
 def _curves(axes, curves: dict[str, Sequence[float]]) -> None:
-    """One line for each rule, named at its end; names that would collide move apart."""
+    """One line for each rule, labelled at its end. Labels that would overlap are moved apart."""
     curves = {name: [value for value in curve if isfinite(value)] for name, curve in curves.items()}
     curves = {name: curve for name, curve in curves.items() if curve}
     for name, curve in curves.items():
@@ -77,7 +77,7 @@ def _curves(axes, curves: dict[str, Sequence[float]]) -> None:
 
 
 def _apart(heights: list[float], gap: float = 4.8, top: float = 107.0) -> list[float]:
-    """Rising heights with ``gap`` between neighbours and none above ``top``: a pass up, then a pass down."""
+    """Increasing heights at least ``gap`` apart and at most ``top``: one pass up, then one pass down."""
     moved: list[float] = []
     for height in heights:
         moved.append(max(height, moved[-1] + gap) if moved else height)
@@ -89,7 +89,7 @@ def _apart(heights: list[float], gap: float = 4.8, top: float = 107.0) -> list[f
 
 
 def _legend(figure, axes, curves, titles: dict[str, str]) -> None:
-    """Below both panels, one column for each route."""
+    """The legend below both panels, with one column for each route."""
     shown = {}
     for route, heading in ROUTES.items():
         names = [name for name in curves if STYLES[name][1] == route]

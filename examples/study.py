@@ -1,16 +1,16 @@
-"""The findings of "Two Routes to Scalable Credit Assignment without Weight Symmetry" on hard digits, and one more.
+"""The findings of "Two Routes to Scalable Credit Assignment without Weight Symmetry", tested on cluttered digits.
 
-    python examples/study.py             # two processes, under half an hour; figures and tables into ./study
-    python examples/study.py --quick     # the same in small, under three minutes: that it runs, not what it finds
+    python examples/study.py             # two processes, under half an hour; figures and tables in ./study
+    python examples/study.py --quick     # a small version in under three minutes: it shows that the study runs
 
-(a) Sensitivity: how many random settings of a rule train a shallow network, and what its best ones do in deeper ones.
-(b) Depth: each rule's gap to backprop as the network deepens.
-(c) Noise: weight estimation while noise is added to every gradient of the feedback weights.
-(d) Samples: accuracy and angle when the feedback learns from a part of each batch; and what a rule costs.
+(a) Sensitivity: how many random settings of a rule train a shallow network, and how the best ones do in deeper ones.
+(b) Depth: the gap of each rule to backprop as the network gets deeper.
+(c) Noise: weight estimation with noise added to every gradient of the feedback weights.
+(d) Samples: accuracy and angle when the feedback learns from a part of each batch, and the cost of each rule.
 
-Settings are those that the search of (a) finds best on digits held out from the training digits; everything else is
-measured on the test digits. Data, network, presets and training are those of two_routes.py. Each run goes to
-runs.jsonl as it ends: an interrupted study, started again, goes on. Source: Kunin et al., ICML 2020.
+The search of (a) chooses the settings on digits held out from the training digits. Everything else is measured on the
+test digits. The data, network, presets and training loop are those of two_routes.py. Each finished run is appended to
+runs.jsonl, so an interrupted study resumes when it is started again. Source: Kunin et al., ICML 2020.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from two_routes import BATCH, EPOCHS, Parser
 
 import pyfeedback
 
-# Where the search of (a) looks, between these values evenly on a logarithmic scale, the same for the two local rules;
-# oja is ia with null = amp, one coefficient less.
+# The ranges of the search of (a), on a logarithmic scale, the same for the two local rules. oja is ia with null = amp,
+# which leaves one coefficient less.
 DRIVE, DECAY = (0.003, 3.0), (0.003, 0.1)
 BOXES: dict[str, dict[str, tuple[float, float]]] = {
     "wm": {"amp": DRIVE, "decay": DECAY},
@@ -45,18 +45,18 @@ BOXES: dict[str, dict[str, tuple[float, float]]] = {
 }
 LOCAL, ESTIMATION = ("wm", "ia", "oja"), ("sa", "aa", "kp")
 RULES = ("bp", "fa", *LOCAL, *ESTIMATION)
-WEIGHT_DECAYS = (0.002, 0.004, 0.008)  # of the forward weights, chosen for backprop
-KEPT = 2  # settings of a local rule that move on to deeper networks
-SAMPLED = ("ia", "aa")  # one local rule and one of weight estimation that look at activations
+WEIGHT_DECAYS = (0.002, 0.004, 0.008)  # of the forward weights; the best for backprop is used
+KEPT = 2  # settings of a local rule that are tried in deeper networks
+SAMPLED = ("ia", "aa")  # a local rule and a weight-estimation rule, both of which read activations
 
-Settings = dict[str, list[Setting]]  # by rule, the best first
+Settings = dict[str, list[Setting]]  # by rule, best first
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much a study does; ``repeats`` are those of tuned.network, and the first is the shallow network."""
+    """The size of a study. ``repeats`` are those of tuned.network; the first is the shallow network."""
 
-    search: int = 12  # settings of a local rule, and half as many of weight estimation
+    search: int = 12  # settings of a local rule; weight estimation gets half as many
     seeds: int = 3
     epochs: int = 8
     width: int = 8
@@ -73,7 +73,7 @@ class Scale:
         return Job(setting, seed, self.width, repeats, self.epochs, self.train_size, self.test_size, validation)
 
     def jobs(self, setting: Setting, repeats: int, validation: bool = False) -> list[Job]:
-        """One for each seed."""
+        """One job for each seed."""
         return [self.job(setting, seed, repeats, validation) for seed in range(self.seeds)]
 
 
@@ -84,7 +84,7 @@ QUICK = Scale(
 
 
 def study(scale: Scale, out: Path, workers: int) -> None:
-    """Every table as CSV and Markdown and every figure as PNG into ``out``, each as soon as its runs are done."""
+    """Write every table as CSV and Markdown and every figure as PNG to ``out``, as soon as its runs are done."""
     out.mkdir(parents=True, exist_ok=True)
     with Runs(out / "runs.jsonl", workers) as runs:
         settings = search(scale, runs, out)
@@ -97,7 +97,7 @@ def study(scale: Scale, out: Path, workers: int) -> None:
 
 
 def search(scale: Scale, runs: Runs, out: Path) -> Settings:
-    """(a), on the shallow network and validation digits."""
+    """Part (a), on the shallow network and the validation digits."""
     shallow = scale.repeats[0]
 
     def mean(setting: Setting) -> float:
@@ -126,14 +126,14 @@ def search(scale: Scale, runs: Runs, out: Path) -> Settings:
 
 
 def candidates(name: str, count: int, weight_decay: float) -> list[Setting]:
-    """The preset of two_routes.py with coefficients drawn from the rule's box, by a Sobol sequence."""
+    """The preset of two_routes.py with coefficients drawn from the ranges of the rule by a Sobol sequence."""
     preset, box = SETTINGS[name], BOXES[name]
     found = []
     for point in torch.quasirandom.SobolEngine(len(box), scramble=True, seed=0).draw(count).tolist():
         drawn = {c: low * (high / low) ** u for (c, (low, high)), u in zip(box.items(), point, strict=True)}
         if name == "oja":
             drawn["null"] = drawn["amp"]
-        # Kolen-Pollack aligns where W decays as B does.
+        # Kolen-Pollack aligns B if W has the same decay.
         decay = drawn["decay"] if name == "kp" else weight_decay
         found.append(replace(preset, rule=replace(preset.rule, **drawn), weight_decay=decay))
     return found
@@ -164,7 +164,7 @@ def _described(name: str, setting: Setting) -> dict:
 
 
 def demo(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
-    """Weight estimation beside backprop, on the network and for the epochs of two_routes.py."""
+    """Weight estimation against backprop, with the network and the number of epochs of two_routes.py."""
     jobs = {
         name: [
             Job(settings[name][0], seed, 16, 1, scale.demo_epochs, scale.train_size, scale.test_size)
@@ -177,7 +177,7 @@ def demo(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
 
 
 def depth(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
-    """(b): the best setting of the shallow network at every depth."""
+    """Part (b): the best setting of the shallow network at every depth."""
     jobs = {(name, r): scale.jobs(settings[name][0], r) for name in RULES for r in scale.repeats}
     runs.do("depth", itertools.chain(*jobs.values()))
     rows = [
@@ -187,7 +187,7 @@ def depth(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
 
 
 def transfer(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
-    """(a) goes on: the best settings of the shallow network, as they are, in deeper ones."""
+    """Part (a), continued: the best settings of the shallow network, unchanged, in deeper networks."""
     jobs = {(name, r): [scale.job(s, 0, r) for s in settings[name][:KEPT]] for name in LOCAL for r in scale.repeats}
     runs.do("transfer", itertools.chain(*jobs.values()))
     rows = []
@@ -200,7 +200,7 @@ def transfer(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
 
 
 def noise(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
-    """(c), on the shallow network; weight estimation beside the two rules that no noise of the feedback reaches."""
+    """Part (c), on the shallow network: weight estimation, and the two rules without a feedback update."""
     r = scale.repeats[0]
     jobs = {(name, 0.0): scale.jobs(settings[name][0], r) for name in ("bp", "fa", *ESTIMATION)}
     for name, level in itertools.product(ESTIMATION, scale.noise):
@@ -214,7 +214,7 @@ def noise(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
 
 
 def samples(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
-    """(d), on the shallow network: rules that look at activations, at those of ``samples`` images of each batch."""
+    """Part (d), on the shallow network: rules that read the activations of ``samples`` images of each batch."""
     r = scale.repeats[0]
     jobs = {}
     for name, count in itertools.product(SAMPLED, (*scale.samples, BATCH)):
@@ -237,7 +237,7 @@ def _sampled(rule: pyfeedback.Rule, count: int) -> pyfeedback.Rule:
 
 
 def cost(scale: Scale, settings: Settings, out: Path) -> None:
-    """(d): a training step of the demo's network, feedback update included, on one thread; rules take turns."""
+    """Part (d): a training step of the demo's network with its feedback update, on one thread; rules alternate."""
     torch.set_num_threads(1)
     data, _ = cluttered_digits.load("cluttered", 0, BATCH, 1)
     steps = {name: _step(settings[name][0], data) for name in RULES}
@@ -268,7 +268,7 @@ def cost(scale: Scale, settings: Settings, out: Path) -> None:
 
 
 def _step(setting: Setting, data):
-    """A function that trains a fresh network of the demo by one step."""
+    """Return a function that trains a new demo network for one step."""
     torch.manual_seed(0)
     model = build(data.images.shape[-1], width=16, repeats=1)
     pyfeedback.convert(model[1], setting.rule)
@@ -290,12 +290,12 @@ def _step(setting: Setting, data):
 
 
 def layers(repeats: int) -> int:
-    """Layers with weights of tuned.network."""
+    """The number of layers with weights in tuned.network."""
     return 4 + 3 * repeats
 
 
 def measured(runs: Runs, jobs: Sequence[Job], bp: Sequence[Job]) -> dict:
-    """Columns of one group of seeds; the gap to backprop is taken seed by seed."""
+    """The columns of one group of seeds. The gap to backprop is taken seed by seed."""
     accuracy = [runs[job].accuracy for job in jobs]
     return {
         "seeds": len(jobs),
@@ -307,7 +307,7 @@ def measured(runs: Runs, jobs: Sequence[Job], bp: Sequence[Job]) -> dict:
 
 
 def spread(name: str, values: Sequence[float]) -> dict:
-    """Mean and standard deviation as two columns; empty of nothing."""
+    """Mean and standard deviation as two columns; empty if there are no values."""
     if not values:
         return {name: "", f"{name} std": ""}
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -315,7 +315,7 @@ def spread(name: str, values: Sequence[float]) -> dict:
 
 
 def write(path: Path, rows: list[dict]) -> list[dict]:
-    """The rows, as ``path``.csv and ``path``.md, and returned."""
+    """Write the rows as ``path``.csv and ``path``.md, and return them."""
     table = path.with_suffix(".csv")
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -326,7 +326,7 @@ def write(path: Path, rows: list[dict]) -> list[dict]:
 
 
 def markdown(table: Path) -> str:
-    """A CSV table in Markdown; a column "x std" joins its column "x" as "± std"."""
+    """Convert a CSV table to Markdown. A column "x std" is merged into the column "x" as "± std"."""
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = [name for name in rows[0] if not name.endswith(" std")]

@@ -1,4 +1,4 @@
-"""The figures of study.py. A rule has its colour and dash of picture.py, and a marker, so that grey print reads too."""
+"""The figures of study.py. A rule has its colour and dash from picture.py, and a marker for print in grey."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ SCALES = {ACCURACY: {"ylim": (0, 101)}, ANGLE: {"ylim": (-3, 93), "yticks": rang
 
 
 def search(reached: dict[str, Sequence[float]], fa: float, bp: float, layers: int, path: Path) -> None:
-    """How large a share of a rule's settings reaches an accuracy; a steep early fall is a rule that needs tuning."""
+    """The share of a rule's settings that reaches an accuracy. A steep early fall means that the rule needs tuning."""
 
     def panel(axes: Axes) -> None:
         for name, values in reached.items():
@@ -38,7 +38,7 @@ def search(reached: dict[str, Sequence[float]], fa: float, bp: float, layers: in
 
 
 def transfer(rows: list[dict], path: Path) -> None:
-    """A curve for each of the best settings of the shallow network, the thick one for the best."""
+    """A curve for each of the best settings of the shallow network; the best one is thick."""
 
     def panel(axes: Axes) -> None:
         for name in _rules(rows):
@@ -64,7 +64,7 @@ def depth(rows: list[dict], path: Path) -> None:
         return draw
 
     def gap(axes: Axes) -> None:
-        """Tenths of a point and tens of points in one panel: linear up to one point, logarithmic beyond."""
+        """The gap in points, on a scale that is linear up to one point and logarithmic beyond."""
         axes.axhline(0, **_reference("bp"))
         axes.set_yscale("symlog", linthresh=1)
         panel("behind bp (points)", BEHIND)(axes)
@@ -75,7 +75,7 @@ def depth(rows: list[dict], path: Path) -> None:
 
 def noise(rows: list[dict], layers: int, path: Path) -> None:
     levels = sorted({row["noise"] for row in rows})
-    none = levels[1] / 10**0.75  # where a logarithmic axis shows 0
+    none = levels[1] / 10**0.75  # the position of 0 on a logarithmic axis
     rows = [row | {"noise": row["noise"] or none} for row in rows]
     swept = [row for row in rows if row["rule"] not in ("bp", "fa")]
 
@@ -138,7 +138,7 @@ def _reference(name: str) -> dict:
 
 
 def _series(axes: Axes, rows: list[dict], x: str, y: str, apart: float = 0, factor: float = 1) -> None:
-    """A curve with error bars for each rule, drawn a little beside each other so that all error bars are seen."""
+    """A curve with error bars for each rule, slightly offset so that all error bars are visible."""
     names = _rules(rows)
     for i, name in enumerate(names):
         place = i - (len(names) - 1) / 2
@@ -150,7 +150,7 @@ def _series(axes: Axes, rows: list[dict], x: str, y: str, apart: float = 0, fact
 
 
 def _levels(axes: Axes, rows: list[dict], column: str) -> None:
-    """Backprop and feedback alignment, which the horizontal axis does not move."""
+    """Horizontal lines for backprop and feedback alignment, which do not depend on the x axis."""
     for row in rows:
         if row["rule"] in ("bp", "fa") and row[column] != "":
             mean, deviation = row[column], row[f"{column} std"]
@@ -165,7 +165,7 @@ def _ticks(axis: Axis, places: Sequence[float], labels: Sequence[str] | None = N
 
 
 def _save(path: Path, panels: Sequence[Callable[[Axes], None]], rules: Sequence[str]) -> None:
-    """The panels side by side, lettered where there are several, over one legend of the rules."""
+    """The panels side by side, lettered if there are several, above one legend of the rules."""
     with plt.rc_context(LOOK):
         width = 4.6 if len(panels) == 1 else 3.3 * len(panels)
         figure, found = plt.subplots(1, len(panels), figsize=(width, 3.5), layout="constrained", squeeze=False)

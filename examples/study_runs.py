@@ -1,4 +1,4 @@
-"""Runs of study.py: many small trainings over processes of one thread each, every one kept as it ends."""
+"""The runs of study.py: many small trainings in single-threaded processes, each saved when it ends."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from two_routes import train
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train; ``validation`` reports on held-out training digits and leaves the test digits alone."""
+    """One network to train. ``validation`` reports on held-out training digits instead of the test digits."""
 
     setting: Setting
     seed: int
@@ -34,21 +34,21 @@ class Job:
 
     @property
     def key(self) -> str:
-        """What it is as text; of its rule, the fields that are not at their defaults."""
+        """The job as text, with the fields of its rule that differ from their defaults."""
         setting = vars(self.setting) | {"rule": str(self.setting.rule)}
         return json.dumps(vars(self) | {"setting": setting}, sort_keys=True)
 
     @property
     def work(self) -> float:
-        """Roughly proportional to the time it takes."""
+        """A number roughly proportional to the duration of the job."""
         return self.epochs * self.train_size * self.width * (1 + self.repeats) * (1 + self.setting.rule.reads_data)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """After the last epoch: accuracy in per cent, mean angle over the layers in degrees, if there is one.
+    """Accuracy in per cent after the last epoch, and the mean angle over the layers in degrees, if any.
 
-    ``seconds`` are the processor's.
+    ``seconds`` is processor time.
     """
 
     accuracy: float
@@ -58,14 +58,14 @@ class Outcome:
 
 
 class Runs:
-    """The jobs that are done, in memory and as lines of the file ``path``; one asked for twice is trained once."""
+    """The finished jobs, in memory and as lines of the file ``path``. Equal jobs are trained once."""
 
     def __init__(self, path: Path, workers: int):
         self.path = path
         self.outcomes: dict[str, Outcome] = {}
         if path.exists():
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(whole))  # the last line may have been cut short
+            path.write_text("".join(whole))  # the last line may be incomplete
             self.outcomes = {run["job"]: Outcome(**run["outcome"]) for run in map(json.loads, whole)}
         self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare)
 
@@ -79,7 +79,7 @@ class Runs:
         return self.outcomes[job.key]
 
     def do(self, title: str, jobs: Iterable[Job]) -> None:
-        """Train what is not done yet, the longest first."""
+        """Train the jobs that are not done yet, the longest first."""
         jobs = list(dict.fromkeys(jobs))
         todo = sorted((job for job in jobs if job.key not in self.outcomes), key=lambda job: -job.work)
         done = len(jobs) - len(todo)
@@ -104,7 +104,7 @@ def build(size: int, width: int, repeats: int) -> nn.Module:
 
 def _prepare() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which lets the runs under way end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study handles Ctrl-C and lets running jobs end
 
 
 @cache

@@ -1,14 +1,14 @@
 """Train a network by any rule of pyfeedback.
 
     python examples/train.py digits-ia                              # a named configuration; --list shows them
-    python examples/train.py cifar10 --rule sa --out runs/sa        # with another rule
-    python examples/train.py cifar10 --rule "10.*=bp" "*=kp"        # a mixture, by names of layers
-    python examples/train.py runs/sa/settings.json --seed 1         # another run's settings
+    python examples/train.py cifar10 --rule sa --out runs/sa        # another rule
+    python examples/train.py cifar10 --rule "10.*=bp" "*=kp"        # a rule for each layer name pattern
+    python examples/train.py runs/sa/settings.json --seed 1         # the settings of another run
     torchrun --nproc-per-node 4 examples/train.py imagenet-kp --root /data/imagenet --autocast --channels-last
 
-The folder --out gets metrics.csv, alignment.csv, alignment.png, settings.json and checkpoint.pt. A run that was
-interrupted, by whatever, goes on where its last checkpoint was: the same command with --resume. On a CPU its results
-are then bit by bit those of a run without interruption.
+The folder --out receives metrics.csv, alignment.csv, alignment.png, settings.json and checkpoint.pt. To continue an
+interrupted run from its last checkpoint, add --resume to the same command. On a CPU, the results are then bit for bit
+those of an uninterrupted run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def train(settings: Settings, options: argparse.Namespace, here: place.Place) -> None:
-    """From the start or the last checkpoint to the end, writing on the way."""
+    """Train from the start or the last checkpoint to the end, and write logs and checkpoints."""
     path = options.out / "checkpoint.pt"
     with errors_in_one_line():
         if path.exists() and not options.resume:
@@ -59,7 +59,7 @@ def train(settings: Settings, options: argparse.Namespace, here: place.Place) ->
         with errors_in_one_line((OSError,)):
             if logs:
                 logs.after_epoch()
-            save()  # last: what a kill in between has cost is written again
+            save()  # last: after a kill, the logs are written again
 
     run.train(after_step, after_epoch)
     if logs:
@@ -69,7 +69,7 @@ def train(settings: Settings, options: argparse.Namespace, here: place.Place) ->
 
 @contextmanager
 def errors_in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
-    """What is refused before the first step needs no traceback, nor does a disk that is full later on."""
+    """Report invalid settings and a full disk in one line, without a traceback."""
     try:
         yield
     except kinds as error:

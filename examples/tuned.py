@@ -1,4 +1,4 @@
-"""The demo's network, and coefficients with which each rule trains it on the digits."""
+"""The network of the demo, and the coefficients of each rule for it."""
 
 from dataclasses import dataclass
 
@@ -6,56 +6,56 @@ from torch import nn
 
 import pyfeedback
 
-LR, MOMENTUM = 0.05, 0.9  # of the forward weights, the same under every rule
+LR, MOMENTUM = 0.05, 0.9  # of the forward weights, under every rule
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A rule with its coefficients, and how its feedback weights step."""
+    """A rule with its coefficients, and the optimizer options of its feedback weights."""
 
     rule: pyfeedback.Rule
     lr: float = 0.0
     momentum: float = 0.0
-    cosine: bool = False  # the learning rate of the feedback falls as that of the forward weights does
-    noise: float = 0.0  # standard deviation, added to each gradient of the feedback
+    cosine: bool = False  # the learning rate of the feedback follows the schedule of the forward weights
+    noise: float = 0.0  # standard deviation of the noise added to each gradient of the feedback
     weight_decay: float = 0.002  # of the forward weights
     init: pyfeedback.Init | None = None  # of the feedback
 
 
-# Data rules average over map positions ("mean") and see centred activations, so that one coefficient fits every layer.
+# Rules that read data average over positions ("mean") and centre activations: one coefficient fits every layer.
 DATA = {"reduction": "mean", "center": True}
 SETTINGS = {
     "bp": Setting(pyfeedback.rule("bp")),
     "fa": Setting(pyfeedback.rule("fa")),
-    # Nothing but decay bounds B, so it must move slowly: at ten times this amp it blows up. The best of some 30.
+    # Only the decay bounds B, so amp must be small: at ten times this value B diverges. The best of about 30.
     "wm": Setting(pyfeedback.rule("wm", amp=0.01, decay=0.012, **DATA), lr=0.005, momentum=0.9),
-    # amp = null is Oja's subspace rule, which bounds B by itself; decay only steadies the faintest directions. A third
-    # of these coefficients does nearly as well; twice as much overshoots with some seeds.
+    # amp = null is Oja's subspace rule, which bounds B; the decay only stabilises the weakest directions. A third of
+    # these coefficients does nearly as well; twice as much overshoots with some seeds.
     "ia": Setting(pyfeedback.rule("ia", amp=1.0, null=1.0, decay=0.03, **DATA), lr=0.005, momentum=0.9),
     # B follows W with a time constant of 1 / (lr * decay) = 50 steps.
     "sa": Setting(pyfeedback.rule("sa", self_=1.0, decay=1.0), lr=0.02),
-    # Stable while lr * sparse * (largest variance of a patch) < 2 * (1 + momentum); at half the step B lags behind W.
+    # Stable if lr * sparse * (largest variance of a patch) < 2 * (1 + momentum). At half the step, B lags behind W.
     "aa": Setting(pyfeedback.rule("aa", amp=2.0, sparse=2.0, **DATA), lr=0.02, momentum=0.9),
-    # B steps as W does, and both decay alike: then W - B only decays, in 1 / (lr / (1 - momentum) * decay) = 400 steps.
+    # B and W have the same steps and decay: W - B decays with a time of 1 / (lr / (1 - momentum) * decay) = 400 steps.
     "kp": Setting(pyfeedback.rule("kp", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
 }
-PAPER = tuple(SETTINGS)  # of Kunin et al., 2020; and the rules that others compare them with
+PAPER = tuple(SETTINGS)  # the rules of Kunin et al., 2020
 SETTINGS |= {
     "oja": Setting(pyfeedback.rule("oja", amp=1.0, null=1.0, **DATA), lr=0.005, momentum=0.9),
     "usf": Setting(pyfeedback.rule("usf")),
     "frsf": Setting(pyfeedback.rule("frsf")),
     "brsf": Setting(pyfeedback.rule("brsf")),
     "pfa": Setting(pyfeedback.rule("pfa", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
-    # Of the scales 0.01, 0.03, 0.1 and 10, eight epochs end highest with 0.1.
+    # The best of the scales 0.01, 0.03, 0.1 and 10 after eight epochs.
     "dfa": Setting(pyfeedback.rule("dfa"), init=pyfeedback.Init(scale=0.1)),
 }
 
 
 def network(size: int, width: int = 16, repeats: int = 1) -> nn.Sequential:
-    """Convolutions with batch norm and a linear layer, for ``size`` x ``size`` images of one channel.
+    """Convolutions with batch norm and a linear layer, for ``size`` x ``size`` images with one channel.
 
-    ``width`` channels behind the stem, and twice as many at each of two halvings of the map; ``repeats`` convolutions
-    at each of the three map sizes that keep it. In all 4 + 3 * ``repeats`` layers with weights.
+    The stem has ``width`` channels. The map is halved twice, and the number of channels doubles each time. At each of
+    the three map sizes there are ``repeats`` more convolutions: 4 + 3 * ``repeats`` layers with weights.
     """
 
     def block(inputs, outputs, stride):

@@ -4,10 +4,10 @@
     python examples/two_routes.py --rule bp fa oja usf frsf brsf pfa dfa
     python examples/two_routes.py --sweep                          # wm and ia over one grid of coefficients
 
-Writes two_routes.png (accuracy and alignment by epoch) and two_routes.json (settings, curves, versions) into --out.
-Interrupted, it keeps the rules that are done. The two routes are those of Kunin et al., ICML 2020: local rules
-(wm, ia), which see a layer's input and response alone, and weight estimation (sa, aa, kp), which pulls the feedback
-to the forward weight by comparing the two weights, their responses or their updates.
+Writes two_routes.png (accuracy and alignment by epoch) and two_routes.json (settings, curves, versions) to --out. If
+interrupted, it keeps the finished rules. The two routes are those of Kunin et al., ICML 2020. Local rules (wm, ia) read
+only the input and the response of a layer. Weight estimation (sa, aa, kp) moves the feedback towards the forward weight
+by comparing the two weights, their responses or their updates.
 """
 
 import argparse
@@ -54,7 +54,7 @@ TITLES = {
 
 @dataclass
 class Result:
-    """One rule's run: curves start before the first epoch; ``angles`` is, per epoch, one number for each layer."""
+    """The run of one rule. Curves start before the first epoch; ``angles`` has one number per layer for each epoch."""
 
     setting: Setting
     accuracy: list[float] = field(default_factory=list)
@@ -80,11 +80,11 @@ def train(
     after_epoch: Callable = lambda _: None,
     build: Callable[[int], nn.Module] = network,
 ) -> Result:
-    """Train a fresh network by one rule. This function is all it takes to use the package."""
+    """Train a new network by one rule. This function shows all that is needed to use the package."""
     training, test = data
     torch.manual_seed(seed)
     model = build(training.images.shape[-1])
-    # The stem has no layer before it to hand a gradient to, so the feedback path begins behind it.
+    # The stem has no layer below it to send an error to, so the feedback path starts after it.
     pyfeedback.convert(model[1], setting.rule, init=setting.init)
     model.to(training.images.device)
 
@@ -122,7 +122,7 @@ def train(
 
 @torch.no_grad()
 def observe(result: Result, model: nn.Module, test) -> None:
-    """Append test accuracy in per cent and the angle between feedback and weight of each layer in degrees."""
+    """Append the test accuracy in per cent, and the angle between feedback and weight of each layer in degrees."""
     model.eval()
     guesses = torch.cat([model(images).argmax(1) for images in test.images.split(500)])
     result.accuracy.append(100 * (guesses == test.labels).float().mean().item())
@@ -130,7 +130,7 @@ def observe(result: Result, model: nn.Module, test) -> None:
 
 
 def run(names: list[str], data, epochs: int, seed: int) -> dict[str, Result]:
-    """Train by each rule in turn, under a progress bar; Ctrl-C returns those that are done."""
+    """Train by each rule in turn, with a progress bar. Ctrl-C returns the finished rules."""
     results: dict[str, Result] = {}
     steps = len(data[0].images) // BATCH
     with tqdm(total=len(names) * epochs * steps, unit="step", dynamic_ncols=True) as bar:
@@ -151,7 +151,7 @@ def run(names: list[str], data, epochs: int, seed: int) -> dict[str, Result]:
 
 
 def table(results: dict[str, Result]) -> str:
-    """The last epoch of each rule; time is seconds per epoch over those of bp."""
+    """The last epoch of each rule. Time is relative to bp, in seconds per epoch."""
     lines = ["rule  test %  behind bp  time  angle  of each layer, first to last"]
     bp = results.get("bp")
     for name, result in results.items():
@@ -165,7 +165,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def sweep(data, epochs: int, seed: int) -> dict:
-    """Train wm and ia (null = amp) on one grid, two decades of amp by one of decay; fa is the bar to clear."""
+    """Train wm and ia (null = amp) on a grid of two decades of amp by one of decay; fa is the baseline."""
 
     def end(setting):
         return train(setting, data, epochs, seed).accuracy[-1]
@@ -187,7 +187,7 @@ def sweep(data, epochs: int, seed: int) -> dict:
 
 
 def write_json(path: Path, options: argparse.Namespace, found: dict) -> None:
-    """Options, what was found, and the versions it was found with."""
+    """Write the options, the results and the versions of the software."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "scikit-learn": sklearn.__version__}
     report = {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
@@ -199,7 +199,7 @@ def write_json(path: Path, options: argparse.Namespace, found: dict) -> None:
 
 
 def _finite(value):
-    """JSON knows no nan: a number that is not finite, of a rule that diverged, becomes null."""
+    """Replace numbers that are not finite (of a rule that diverged) by null: JSON has no nan."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -208,7 +208,7 @@ def _finite(value):
 
 
 class Parser(argparse.ArgumentParser):
-    """An error is one line."""
+    """A parser that reports errors in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")

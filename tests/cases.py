@@ -1,4 +1,4 @@
-"""Random layers for the tests of the ops: ugly sizes, every option, reproducible by number."""
+"""Random layers for the tests of the ops: awkward sizes and every option, reproducible by number."""
 
 import random
 from typing import NamedTuple
@@ -24,7 +24,7 @@ RULES = {
 
 
 class Conv(NamedTuple):
-    """One random convolution: the op's arguments, and how the tensors lie in memory."""
+    """One random convolution: the arguments of the op and the memory layout of the tensors."""
 
     input: tuple[int, int, int, int]
     weight: tuple[int, int, int, int]
@@ -44,7 +44,7 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "mixed")
 
 
 def random_conv(number: int) -> Conv:
-    """The convolution of this number; about a third are pointwise, a fifth depthwise."""
+    """The convolution with this number. About a third are pointwise and a fifth depthwise."""
     draw = random.Random(number)
     while True:
         groups = draw.choice((1, 1, 1, 2, 3))
@@ -64,7 +64,7 @@ def random_conv(number: int) -> Conv:
 
 
 def conv_tensors(case: Conv, number: int, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
-    """Input, weight, feedback and bias of the case, drawn with the seed ``number``, leaves that need gradients."""
+    """Input, weight, feedback and bias of the case, drawn with the seed ``number``: leaves that require gradients."""
     torch.manual_seed(number)
     tensors = [laid_out(torch.randn(s), case.layout, i) for i, s in enumerate((case.input, case.weight, case.weight))]
     bias = torch.randn(case.weight[0]) if case.bias else None
@@ -72,7 +72,7 @@ def conv_tensors(case: Conv, number: int, dtype: torch.dtype = torch.float64) ->
 
 
 def laid_out(x: Tensor, layout: str, position: int = 0) -> Tensor:
-    """The same values, in a memory layout; "mixed" makes the first tensor channels_last and others contiguous."""
+    """The same values in a memory layout. "mixed" is channels_last for the first tensor, contiguous for the others."""
     if layout == "channels_last" or (layout == "mixed" and position == 0):
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
@@ -83,17 +83,17 @@ def laid_out(x: Tensor, layout: str, position: int = 0) -> Tensor:
 
 
 def fresh(tensors: list[Tensor | None], dtype: torch.dtype | None = None) -> list[Tensor | None]:
-    """The same leaves again without gradients, in ``dtype`` if one is given; strides are kept where they are dense."""
+    """Copies of the leaves without gradients, in ``dtype`` if given. Dense strides are preserved."""
     return [t if t is None else t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in tensors]
 
 
 def gradients(tensors: list[Tensor | None]) -> list[Tensor]:
-    """What backward left; zeros where it left nothing."""
+    """The gradients after a backward pass; zeros for a tensor without one."""
     return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors if t is not None]
 
 
 def largest_error(values: list[Tensor], oracle: list[Tensor]) -> float:
-    """The largest |value - oracle| over the tensors, each relative to the largest of its oracle; of a nan, infinity."""
+    """The largest |value - oracle| over the tensors, each relative to max |oracle|; infinite if there is a nan."""
     errors = [
         ((v.double() - o.double()).abs().nan_to_num(nan=torch.inf).max() / o.abs().max().clamp_min(1e-30)).item()
         for v, o in zip(values, oracle, strict=True)
@@ -108,6 +108,6 @@ def norm_error(value: Tensor, oracle: Tensor) -> float:
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """The percentile of a sample; infinite where one of the values is not a number."""
+    """The percentile of a sample; infinite if it contains a nan."""
     numbers = torch.tensor(values, dtype=torch.float64)
     return float("inf") if numbers.isnan().any() else numbers.quantile(percent / 100).item()

@@ -1,15 +1,17 @@
-"""Tests that need a CUDA device are left out where there is none; `pytest -m gpu` runs them alone."""
+"""Shared fixtures. Tests marked gpu are deselected without a CUDA device; `pytest -m gpu` runs only them."""
 
 import getpass
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from training_program import EXAMPLES, part
 
-# Inductor's cache on disk does not tell instruction sets apart (torch 2.13): code compiled for AVX-512, found under
-# ATEN_CPU_CAPABILITY=avx2, gives gradients of 1e30, of a model of plain torch.nn too. Each set gets a cache of its own.
+# Inductor's disk cache ignores the instruction set (torch 2.13): code compiled for AVX-512 and loaded under
+# ATEN_CPU_CAPABILITY=avx2 returns gradients of 1e30, also for plain torch.nn. Each instruction set gets its own cache.
 if "ATEN_CPU_CAPABILITY" in os.environ:
     _cache = f"torchinductor_{getpass.getuser()}_{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _cache)))
@@ -22,3 +24,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if for_gpu:
         config.hook.pytest_deselected(items=for_gpu)
         items[:] = [item for item in items if item not in for_gpu]
+
+
+@pytest.fixture
+def example_folder(monkeypatch):
+    """Make the examples importable, and use one thread here and in the processes that they start."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_program(monkeypatch, example_folder):
+    """A function that runs the training program with the given arguments in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        part("train").main()
+
+    return run

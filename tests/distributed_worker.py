@@ -1,6 +1,6 @@
-"""One rank of the runs of test_distributed.py: python distributed_worker.py FOLDER, with torchrun's variables set.
+"""One rank of test_distributed.py: python distributed_worker.py FOLDER, with torchrun's environment variables.
 
-Writes what each wrapper and rule left of the model, by name, to FOLDER/<rank>.pt.
+Writes the parameters after training, for each wrapper and rule, to FOLDER/<rank>.pt.
 """
 
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from small_networks import classification, pointwise_convnet
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,22 +31,15 @@ STEPS, BATCH = 3, 8
 
 
 def network(rule: str) -> nn.Module:
-    """A small converted network; the feedback's seed is its own, so that ranks agree whatever they drew before."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1, bias=False), nn.Flatten(), nn.Linear(96, 4)
-    )
+    """A small converted network. The feedback has its own seed, so all ranks draw the same."""
+    model = pointwise_convnet()
     torch.manual_seed(int(torch.randint(100, ())) + (dist.get_rank() if dist.is_initialized() else 0))
     return pyfeedback.convert(model, RULES[rule], init=pyfeedback.Init(seed=3))
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of all ranks together."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(BATCH, 2, 4, 4, generator=generator), torch.randint(4, (BATCH,), generator=generator))
-        for _ in range(STEPS)
-    ]
+    """The joint batches of all ranks."""
+    return [classification(step, BATCH) for step in range(STEPS)]
 
 
 def backward(model: nn.Module, x, target) -> None:
@@ -55,10 +49,10 @@ def backward(model: nn.Module, x, target) -> None:
 def train(
     model: nn.Module, shards, run=backward, wrap=lambda model: model, first: bool = True, by_gradient: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Both optimizers over the shards of this process; returns the parameters whole.
+    """Train with both optimizers on the shards of this process; return the full parameters.
 
-    ``first`` builds the feedback's optimizer before the model is wrapped, otherwise of the wrapped one; ``by_gradient``
-    has autograd compute what the optimizer would itself.
+    With ``first``, the optimizer of the feedback is built before the model is wrapped; otherwise it is built from the
+    wrapped model. With ``by_gradient``, autograd computes the gradients that the optimizer would compute itself.
     """
     wrapped = None if first else wrap(model)
     task = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.1, momentum=0.9)
@@ -75,7 +69,7 @@ def train(
 
 
 def in_two_parts(model, x, target) -> None:
-    """Two halves of the batch, of which the second alone is averaged over the ranks."""
+    """Two halves of the batch; only the backward pass of the second synchronises the ranks."""
     half = len(x) // 2
     with model.no_sync():
         (0.5 * nn.functional.cross_entropy(model(x[:half]), target[:half])).backward()

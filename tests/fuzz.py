@@ -1,8 +1,8 @@
-"""Random cases until the time is up: `make fuzz`, or `python tests/fuzz.py --seconds 600 --kind ops`.
+"""Random cases for a given time: `make fuzz`, or `python tests/fuzz.py --seconds 600 --kind ops`.
 
-The kinds are modules of their own, each with a function check(number) that raises where the case of that number fails.
-Cases run in a process apart, so that one that crashes or hangs it is reported as any other. Each failure prints the
-command that runs it again, with its whole traceback:
+Each kind is a module with a function check(number), which raises if the case with that number fails. Cases run in a
+separate process, so a crash or a hang is reported like any other failure. Each failure prints a command that repeats it
+with the full traceback:
 
     python tests/fuzz.py --kind ops --number 12345
 """
@@ -27,20 +27,20 @@ KINDS = {
     "refusals": "fuzz_refusals",
     "conversion": "fuzz_conversion",
 }
-HANGS = 60  # seconds without an answer
+HANGS = 60  # seconds without a reply
 MOST_FAILURES = 20
-SHOWN = 400  # characters of an error
+SHOWN = 400  # characters of an error message
 
 
 def check(kind: str, number: int) -> None:
-    """Run one case; an exception is its failure."""
+    """Run one case; raise if it fails."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of copies that padding="same" makes
+        warnings.simplefilter("ignore", UserWarning)  # padding="same" may make copies
         importlib.import_module(KINDS.get(kind, kind)).check(number)
 
 
 def answer() -> None:
-    """The process apart: a line with a kind and a number in, a line with the failure or nothing out."""
+    """The worker process: reads a kind and a number per line, writes a line with the failure or an empty one."""
     for line in sys.stdin:
         kind, number = line.split()
         try:
@@ -52,13 +52,13 @@ def answer() -> None:
 
 
 class Worker:
-    """A process that answers, and another one once it is gone."""
+    """A worker process, which is restarted after it has ended."""
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
 
     def run(self, kind: str, number: int) -> str:
-        """What is wrong with a case; nothing where it is right."""
+        """The failure of a case, or an empty string."""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "--answer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -78,12 +78,12 @@ class Worker:
         return f"the process ended with status {status}" if ready else f"no answer within {HANGS} seconds"
 
     def stop(self) -> int:
-        """End the process; its exit status, that of a signal negative."""
+        """Stop the process and return its exit status, negative for a signal."""
         if self.process is None:
             return 0
         process, self.process = self.process, None
         try:
-            process.communicate(timeout=5)  # closes what it reads: where it waits for a case, it ends by itself
+            process.communicate(timeout=5)  # closes its stdin: an idle worker exits
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -91,7 +91,7 @@ class Worker:
 
 
 def fuzz(kinds: list[str], seed: int, seconds: float, cases: int | None = None) -> int:
-    """The kinds in turn, until the time is up or so many cases are done; the number of failures."""
+    """Run the kinds in turn for a time or a number of cases; return the number of failures."""
     print(f"seed {seed}, {', '.join(kinds)}", flush=True)
     draw, worker, done, failed = random.Random(seed), Worker(), Counter[str](), 0
     end = time.monotonic() + seconds
@@ -110,14 +110,14 @@ def fuzz(kinds: list[str], seed: int, seconds: float, cases: int | None = None) 
 
 
 def reproducer(kind: str, number: int) -> str:
-    """The command that runs one case alone."""
+    """The command that runs a single case."""
     script = Path(__file__).resolve()
     script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     return f"{Path(sys.executable).name} {script} --kind {kind} --number {number}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 1 where a case failed."""
+    """Return the exit status: 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, action="append", help="all by default; may be given more than once")
     parser.add_argument("--seconds", type=float, default=120.0)

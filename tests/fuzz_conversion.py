@@ -21,16 +21,14 @@ RULES = {
     "aa": pyfeedback.rule("aa", amp=0.01, sparse=0.01),
     "kp": pyfeedback.rule("kp", decay=0.1),
 }
-OTHERS = {
-    name: pyfeedback.rule(name) for name in ("pfa", "usf", "frsf", "brsf", "dfa")
-}  # the reference has none of them
+OTHERS = {name: pyfeedback.rule(name) for name in ("pfa", "usf", "frsf", "brsf", "dfa")}  # not in the reference
 BATCH = 4
 
 
 class Residual(nn.Module):
-    """x + f(x), the sum in place, where a rule does not need f(x) as it was: the response is computed again for a bias.
+    """x + f(x), added in place if f has a bias: its response is then recomputed rather than saved.
 
-    What works in place outside of a module cannot be seen by :func:`pyfeedback.convert`.
+    :func:`pyfeedback.convert` cannot see in-place operations outside of modules.
     """
 
     def __init__(self, inner: nn.Module, inplace: bool):
@@ -46,7 +44,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of a sequence to itself or to its own first half."""
+    """Attention of a sequence to itself or to its first half."""
 
     def __init__(self, layer: nn.MultiheadAttention, half: bool):
         super().__init__()
@@ -99,7 +97,7 @@ def _of_maps(draw: random.Random, channels: int, spatial: int):
 
 
 def _of_sequences(draw: random.Random, channels: int, positions: bool):
-    """Linear layers, and attention where there are positions."""
+    """Linear layers, and attention if there are positions."""
     for _ in range(draw.randrange(1, 4)):
         kind = draw.choice(
             ("linear", "linear", "residual", "attention", "encoder") if positions else ("linear", "residual")
@@ -119,15 +117,15 @@ def _of_sequences(draw: random.Random, channels: int, positions: bool):
 
 
 def check(number: int) -> None:
-    """Raise AssertionError where the network of this number does not go there and back unharmed."""
+    """Raise AssertionError if the network with this number fails conversion, training, copying or conversion back."""
     draw = random.Random(number)
     torch.manual_seed(number)
     model, size = random_network(draw)
-    model(torch.randn(size))  # gives the lazy layer its weights
+    model(torch.randn(size))  # initialises the lazy layer
     model.double()
     for module in model.modules():
         if getattr(module, "bias", None) is not None and module.bias.dim() == 1:
-            nn.init.normal_(module.bias)  # away from the kinks of what follows, where rounding decides
+            nn.init.normal_(module.bias)  # away from the kinks of activations, where rounding decides
     plain = copy.deepcopy(model)
     x, target = torch.randn(size, dtype=torch.float64), torch.randint(3, (BATCH,))
     name = draw.choice((*RULES, *RULES, *OTHERS))
@@ -144,7 +142,7 @@ def check(number: int) -> None:
         check_gradients(model, x, target, what)
 
     losses = [train(m, x, target, random.Random(number)) for m in (model, twin)]
-    assert losses[0] == losses[1] or name == "brsf", f"a copy trains otherwise: {what}"  # brsf draws at every pass
+    assert losses[0] == losses[1] or name == "brsf", f"a copy trains otherwise: {what}"  # brsf draws in every pass
     if name == "brsf":
         twin.load_state_dict(model.state_dict())
     assert_alike(model.state_dict(), twin.state_dict(), f"a copy has trained otherwise: {what}")
@@ -166,7 +164,7 @@ def check(number: int) -> None:
 
 
 def check_gradients(model: nn.Module, x: Tensor, target: Tensor, what: str) -> None:
-    """Of every parameter, against the reference."""
+    """Compare the gradient of every parameter with the reference."""
     ours, exact = copy.deepcopy(model), copy.deepcopy(model)
     nn.functional.cross_entropy(ours(x), target).backward()
     for module in exact.modules():
@@ -182,7 +180,7 @@ def check_gradients(model: nn.Module, x: Tensor, target: Tensor, what: str) -> N
 
 
 def train(model: nn.Module, x: Tensor, target: Tensor, draw: random.Random) -> list[float]:
-    """Losses of two steps, of which each moves the forward weights and leaves every number finite."""
+    """The losses of two steps. Each must change the forward weights and leave all values finite."""
     parameters = pyfeedback.forward_parameters
     if not any(True for _ in pyfeedback.feedback_layers(model)):
         optimizers = [torch.optim.SGD(model.parameters(), lr=0.05)]

@@ -1,4 +1,4 @@
-"""Random calls of the layers' ops: any rule, dtype, layout, window and backend, against the reference in float64."""
+"""Random calls of the layer ops: any rule, dtype, layout, window and backend, against the float64 reference."""
 
 import math
 import random
@@ -12,37 +12,37 @@ from torch.nn import functional as F
 import pyfeedback
 from pyfeedback import functional, native, reference
 
-# As in test_numerics: two units in the last place of the largest element. float64 is the oracle's own dtype.
+# As in test_numerics: two units in the last place of the largest element. float64 is the dtype of the oracle.
 FLOOR = {torch.float64: 1e-11, torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "mixed")
 NAMES = ("grad_input", "grad_weight", "grad_feedback", "grad_bias")
 MOST_MACS = 400_000
-MORE_DRAWS = 48  # that judge a case whose first one is off
+MORE_DRAWS = 48  # decide about a case whose first draw is off
 
 
 class Call(NamedTuple):
-    """One random call; the tensors themselves are drawn by :func:`tensors_of`."""
+    """One random call. :func:`tensors_of` draws its tensors."""
 
     op: str  # linear, conv2d or convolution
     input: tuple[int, ...]
     weight: tuple[int, ...]
     out_channels: int
-    made: tuple[int, ...]  # the map of the output
+    made: tuple[int, ...]  # the size of the output map
     bias: bool
-    window: tuple  # what stands behind the tensors
+    window: tuple  # the arguments after the tensors
     rule: dict
     dtype: torch.dtype
     layout: str
-    scale: float  # of the input, about ...
+    scale: float  # approximate scale of the input
     mean: float
-    needs: tuple[bool, ...]  # a gradient: input, weight, feedback, bias
-    expanded: bool  # the gradient of the output has stride 0, as that of a sum
+    needs: tuple[bool, ...]  # whether input, weight, feedback and bias require a gradient
+    expanded: bool  # the output gradient has stride 0, as after a sum
     ops: str  # function or dispatcher
     backend: str
 
 
 def random_call(number: int) -> Call:
-    """The call of this number."""
+    """The call with this number."""
     draw = random.Random(number)
     while True:
         geometry = _linear(draw) if number % 4 == 0 else _convolution(draw, number % 3 + 1)
@@ -52,12 +52,13 @@ def random_call(number: int) -> Call:
 
 
 def is_a_fault_of_torch(call: Call) -> bool:
-    """What torch 2.13 gets wrong of a plain layer on a CPU (oneDNN), by memory that is never written or crashes.
+    """Whether torch 2.13 (oneDNN on a CPU) computes this plain layer wrongly, from unwritten memory, or crashes.
 
-    The weight gradient of a 3-D layer that pads by more than half of its dilated kernel, such as
-    ``nn.Conv3d(1, 1, (5, 1, 1), (2, 1, 1), (3, 0, 0))`` on a map of [5, 3, 3], and its forward in channels_last; in
-    bfloat16 and channels_last that of any grouped 3-D layer, and in bfloat16 that of a tap which sees padding alone.
-    That of a 1x1 layer of stride 3 corrupts the heap; without padding ours goes another way (tests/test_ops.py).
+    Affected are the weight gradient of a 3-D layer that pads by more than half of its dilated kernel, such as
+    ``nn.Conv3d(1, 1, (5, 1, 1), (2, 1, 1), (3, 0, 0))`` on a map of [5, 3, 3], and its forward pass in channels_last;
+    the weight gradient of any grouped 3-D layer in bfloat16 and channels_last; and in bfloat16 that of a kernel tap
+    which reads only padding. The weight gradient of a 1x1 layer with stride 3 corrupts the heap; without padding,
+    pyfeedback computes it differently (tests/test_ops.py).
     """
     if call.op == "linear":
         return False
@@ -73,7 +74,7 @@ def is_a_fault_of_torch(call: Call) -> bool:
 
 
 def sees_padding_alone(call: Call) -> bool:
-    """Whether some weight of a convolution meets no element of the map at any position."""
+    """Whether some kernel tap reads only padding at every position."""
     stride, padding, dilation, *_ = call.window
     transposed = len(call.window) == 6 and call.window[3]
     map_, laid = call.input[2:], call.made
@@ -111,7 +112,7 @@ def _linear(draw: random.Random):
 
 
 def _convolution(draw: random.Random, spatial: int):
-    """None where it does not fit."""
+    """None if the kernel is larger than the padded map."""
     transposed = draw.random() < 0.35
     groups = draw.choice((1, 1, 1, 2, 3))
     if draw.random() < 0.2:  # depthwise, with a multiplier
@@ -153,7 +154,7 @@ def _rule(draw: random.Random, batch: int) -> dict:
 
 
 def tensors_of(call: Call, seed: int) -> list[Tensor | None]:
-    """Input, weight, feedback and bias, leaves laid out as the call says, and the gradient of the output."""
+    """Input, weight, feedback and bias, leaves in the layouts of the call, and the output gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -176,7 +177,7 @@ def tensors_of(call: Call, seed: int) -> list[Tensor | None]:
 
 
 def arranged(x: Tensor, layout: str, position: int) -> Tensor:
-    """As :func:`cases.laid_out`, for any number of dimensions."""
+    """Like :func:`cases.laid_out`, for any number of dimensions."""
     if layout == "transposed" and x.dim() > 1:
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if x.dim() == 5 and (layout == "channels_last" or (layout == "mixed" and position == 0)):
@@ -187,7 +188,7 @@ def arranged(x: Tensor, layout: str, position: int) -> Tensor:
 
 
 def passed(call: Call, op, tensors: list[Tensor | None], seed: int) -> tuple[Tensor, list[Tensor]]:
-    """The output and every gradient, zeros where there is none."""
+    """The output and every gradient; zeros for a missing gradient."""
     result = op(*tensors, *call.window, **call.rule)
     output, penalty = result if isinstance(result, tuple) else (result, None)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -200,7 +201,7 @@ def passed(call: Call, op, tensors: list[Tensor | None], seed: int) -> tuple[Ten
 
 
 def copies(call: Call, tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """The same values in ``dtype``, in the same layout; float64 contiguous."""
+    """The same values in ``dtype`` and the same layout; contiguous in float64."""
     found = []
     for i, t in enumerate(tensors):
         if t is not None:
@@ -219,10 +220,10 @@ def layer(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def plain_gradients(call: Call, tensors: list[Tensor | None], seed: int) -> list[Tensor]:
-    """What PyTorch's own kernels make of the same in the same dtype.
+    """The gradients of PyTorch's own kernels in the same dtype.
 
-    The feedback's gradient is the reference's; the others are autograd's of the plain layer whose weight is B, since
-    they read W nowhere.
+    The gradient of the feedback is computed by the reference. The others are those of the plain layer with B as its
+    weight, since they do not depend on W.
     """
     _, found = passed(call, getattr(reference, call.op), copies(call, tensors, call.dtype), seed)
     input, weight, feedback, bias = copies(call, tensors, call.dtype)
@@ -237,13 +238,13 @@ def plain_gradients(call: Call, tensors: list[Tensor | None], seed: int) -> list
 
 
 def compare(call: Call, seed: int) -> list[tuple[str, float, float, float]]:
-    """Of each gradient: its name, the largest error, that of plain PyTorch, and the largest value; one draw."""
+    """For each gradient of one draw: name, largest error, largest error of plain PyTorch, and largest value."""
     tensors = tensors_of(call, seed)
     ops = functional if call.ops == "function" else torch.ops.pyfeedback
     with pyfeedback.backend(call.backend):
         output, ours = passed(call, getattr(ops, f"fa_{call.op}"), tensors, seed)
     input, weight, _, bias = tensors
-    with torch.no_grad():  # F.linear itself takes another product for the gradient's sake where the input is strided
+    with torch.no_grad():  # with grad, F.linear uses another product for a strided input
         assert torch.equal(output, layer(call, input, weight, bias)), f"the output is not torch's: {call}"
     for t, grad in zip((t for t in tensors if t is not None), ours, strict=True):
         assert grad.shape == t.shape
@@ -253,7 +254,7 @@ def compare(call: Call, seed: int) -> list[tuple[str, float, float, float]]:
     for name, a, b, c in zip(NAMES, ours, plain_gradients(call, tensors, seed), exact, strict=False):
         largest = c.abs().max().item()
         if largest >= torch.finfo(call.dtype).max or not output.isfinite().all():
-            continue  # has no place in the dtype
+            continue  # not representable in the dtype
         assert a.isfinite().all() or (name != "grad_feedback" and not b.isfinite().all()), (
             f"{name} is not finite: {call}"
         )
@@ -263,10 +264,10 @@ def compare(call: Call, seed: int) -> list[tuple[str, float, float, float]]:
 
 
 def check(number: int) -> None:
-    """Raise AssertionError where the call of this number is off.
+    """Raise AssertionError if the call with this number is wrong.
 
-    A gradient may be off twice as far as plain PyTorch's in the same dtype, plus the floor. Of one draw that is a lucky
-    or an unlucky ratio, so a draw that fails has the case judged by the sums over many.
+    The error of a gradient may be twice that of plain PyTorch in the same dtype, plus a floor. The ratio of a single
+    draw varies, so after a draw that fails, the sums over many draws decide.
     """
     call = random_call(number)
     suspects = {name for name, *row in compare(call, number) if is_off(call, *row)}
@@ -284,6 +285,6 @@ def check(number: int) -> None:
 
 
 def is_off(call: Call, error: float, plain: float, largest: float) -> bool:
-    """Whether one error, or the sum of some, is too large."""
+    """Whether an error, or a sum of errors, is too large."""
     smallest = torch.finfo(call.dtype).smallest_normal * torch.finfo(call.dtype).eps
     return not error <= 2 * plain + FLOOR[call.dtype] * largest + 2 * smallest

@@ -1,4 +1,4 @@
-"""Random optimizer steps against a loop in float64: the multi-tensor step, and SGD and AdamW of a model."""
+"""Random optimizer steps against a float64 loop: the multi-tensor step, and SGD and AdamW of a model."""
 
 import math
 import random
@@ -27,7 +27,7 @@ RULES = {
 
 
 def check(number: int) -> None:
-    """Raise AssertionError where the step of this number is off."""
+    """Raise AssertionError if the step with this number is wrong."""
     draw = random.Random(number)
     with pyfeedback.backend(draw.choice(BACKENDS)):
         if number % 3:
@@ -55,7 +55,7 @@ def check_step(draw: random.Random) -> None:
 
 
 def random_step(draw: random.Random) -> dict[str, Any]:
-    """The arguments of one step: in turn feedbacks alone, and feedbacks each with its weight right behind it."""
+    """The arguments of one step: either feedbacks alone, or each feedback followed by its weight."""
     momentum, in_pairs = draw.choice((0.0, 0.9)), draw.random() < 0.3
     torch.manual_seed(draw.randrange(2**31))
     lists: dict[str, list] = {name: [] for name in LISTS}
@@ -70,7 +70,7 @@ def random_step(draw: random.Random) -> dict[str, Any]:
             lists[name].append(t)
         for name, value in zip(numbers, values, strict=True):
             numbers[name].append(value)
-        if in_pairs:  # the weight with its plain gradient
+        if in_pairs:  # the weight with its gradient
             weight, buffer = tensors[1], tensors[4]
             for name, t in zip(lists, (weight, weight, tensors[2], buffer), strict=True):
                 lists[name].append(t)
@@ -91,7 +91,7 @@ def random_step(draw: random.Random) -> dict[str, Any]:
 
 
 def spoil(draw: random.Random, lists: dict[str, list]) -> None:
-    """One infinity or nan in a weight or a gradient."""
+    """Write an infinity or a nan into a weight or a gradient."""
     tensor = draw.choice(lists[draw.choice(("weight", "grad"))])
     if tensor.numel():
         place = tuple(draw.randrange(size) for size in tensor.shape)
@@ -99,8 +99,8 @@ def spoil(draw: random.Random, lists: dict[str, list]) -> None:
 
 
 def step_by_loop(a: dict[str, Any]):
-    """Feedbacks and buffers after the step, in float64 and in their own dtype; the largest value that took part in
-    each; and whether the step has to be skipped.
+    """Feedbacks and buffers after the step, in float64 and in their own dtype; the largest operand of each; and whether
+    the step must be skipped.
     """
     lr, momentum, dynamic = a["lr"], a["momentum"], a.get("dynamic")
     factors = [1.0] * 4 if dynamic is None else dynamic[:4].tolist()
@@ -135,13 +135,13 @@ def step_by_loop(a: dict[str, Any]):
 
 
 def assert_as_accurate(found: Tensor, exact: Tensor, own: Tensor, largest: float, where: str) -> None:
-    """An error of at most twice that of plain torch in the same dtype, plus two units in the last place."""
+    """The error is at most twice that of plain torch in the same dtype, plus two units in the last place."""
     finite = exact.isfinite() & (exact.abs() < torch.finfo(found.dtype).max)
     assert torch.equal(found.isfinite() & finite, finite), f"not finite where float64 is: {where}"
     assert not (found.isfinite() & ~exact.isfinite()).any(), f"finite where float64 is not: {where}"
     error, plain = ((t.double() - exact)[finite].abs().nan_to_num().amax().item() if finite.any() else 0.0
                     for t in (found, own))  # fmt: skip
-    ulps = 8 if found.dtype is torch.float64 else 2  # what judges float64 rounds as well
+    ulps = 8 if found.dtype is torch.float64 else 2  # the oracle of float64 rounds too
     assert error <= 2 * plain + ulps * torch.finfo(found.dtype).eps * largest, f"off by {error:.2e}: {where}"
 
 
@@ -171,7 +171,7 @@ def check_model(draw: random.Random) -> None:
     for _ in range(STEPS):
         for p in model.parameters():
             p.grad = torch.randn_like(p) if draw.random() < 0.9 else None
-        for _, layer in pyfeedback.feedback_layers(model):  # a rule that reads no data has no gradient of its own
+        for _, layer in pyfeedback.feedback_layers(model):  # a rule that reads no data has no autograd gradient
             if not layer.rule.reads_data:
                 layer.feedback.grad = None
         for loop in by_loop:
@@ -180,15 +180,15 @@ def check_model(draw: random.Random) -> None:
     exact, own = (loop.values for loop in by_loop)
     for name, p in model.named_parameters():
         error, plain = ((v.detach().double() - exact[name]).abs().max().item() for v in (p, own[name]))
-        moved = max(exact[name].abs().max().item(), STEPS * options["lr"])  # of what rounding is relative to
-        ulps = 32 if dtype is torch.float64 else 4  # what judges float64 rounds as well
+        moved = max(exact[name].abs().max().item(), STEPS * options["lr"])  # rounding is relative to it
+        ulps = 32 if dtype is torch.float64 else 4  # the oracle of float64 rounds too
         assert error <= 2 * plain + ulps * torch.finfo(dtype).eps * moved, (
             f"{name} is off by {error:.1e}: {rule} {options}"
         )
 
 
 class Loop:
-    """The same optimizer, parameter after parameter, as the formulas stand in the documentation."""
+    """The same optimizer as a loop over the parameters, by the documented formulas."""
 
     def __init__(self, model: nn.Module, make, options: dict[str, Any], dtype: torch.dtype):
         self.adamw, self.options, self.dtype = make is optim.AdamW, options, dtype
@@ -196,7 +196,7 @@ class Loop:
         self.states: dict[str, dict[str, Any]] = {name: {} for name in self.values}
 
     def step(self, model: nn.Module) -> None:
-        """With the gradients that the model's parameters have."""
+        """Update every parameter from its gradient."""
         old, grads = dict(self.values), {name: p.grad for name, p in model.named_parameters()}
         rules = {f"{name}.feedback": layer.rule for name, layer in pyfeedback.feedback_layers(model)}
         for name, value in old.items():
@@ -205,7 +205,7 @@ class Loop:
                 self.values[name] = (self.by_adamw if self.adamw else self.by_sgd)(name, value, gradient, weight_decay)
 
     def direction(self, name, value, old, grads, rule):
-        """The gradient, None where there is none, and the weight decay that AdamW decouples."""
+        """The gradient, or None, and the decoupled weight decay of AdamW."""
         if rule is None:
             decay = self.options["weight_decay"]
             if grads[name] is None:
@@ -218,7 +218,7 @@ class Loop:
         if not rule.learns or (rule.tie and grads[weight] is None):
             return None, 0.0
         tied = rule.tie * grads[weight].to(self.dtype) if rule.tie else 0.0
-        if self.adamw and rule.tie and not rule.self_:  # Kolen-Pollack decays as W does
+        if self.adamw and rule.tie and not rule.self_:  # Kolen-Pollack uses the weight decay of W
             return tied, rule.decay
         return rule.decay * value - rule.self_ * old[weight] + tied, 0.0
 

@@ -1,4 +1,4 @@
-"""Random calls with one mistake each: one line that says so, and nothing written."""
+"""Random calls with one mistake each: a one-line error, and nothing is written."""
 
 import math
 import random
@@ -20,7 +20,7 @@ NOT_NUMBERS: tuple[Any, ...] = (None, "0.1", [0.1], math.nan, math.inf, -math.in
 
 
 def check(number: int) -> None:
-    """Raise AssertionError where the mistake of this number passes, is not told in a line, or leaves a trace."""
+    """Raise AssertionError if the mistake with this number is accepted, gives no one-line error, or writes."""
     draw = random.Random(number)
     torch.manual_seed(number)
     with pyfeedback.backend(draw.choice(BACKENDS)):
@@ -37,7 +37,7 @@ def check(number: int) -> None:
 
 
 def refused(call: Callable, arguments: dict[str, Any], mistake: str) -> None:
-    """Call it, expect a line, and look at every storage that was there before."""
+    """Expect a one-line error, and compare every storage with its content before the call."""
     tensors = [t for v in arguments.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
     looked_at = [t for t in tensors if t.layout is torch.strided and not t.is_meta and has_storage(t)]
     before = [t.detach().clone() for t in looked_at]
@@ -58,11 +58,11 @@ def has_storage(t: Tensor) -> bool:
     return t.untyped_storage().nbytes() >= (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
 
 
-# Of a step
+# Steps
 
 
 def good_step(draw: random.Random) -> dict[str, Any]:
-    """Of two tensors or more, everything read and written."""
+    """A valid step of two or more tensors in which everything is read and written."""
     shapes = [(draw.randrange(1, 5), draw.randrange(2, 5)) for _ in range(draw.randrange(2, 5))]
     dtype = draw.choice((torch.float64, torch.float32, torch.bfloat16, torch.float16))
     lists = {name: [torch.randn(shape).to(dtype) for shape in shapes] for name in LISTS}
@@ -71,7 +71,7 @@ def good_step(draw: random.Random) -> dict[str, Any]:
 
 
 def _replace(names, make):
-    """A mistake: one tensor of one of these lists is replaced by make(draw, the tensor)."""
+    """A mistake that replaces one tensor of one of these lists by make(draw, tensor)."""
 
     def mistake(draw: random.Random, a: dict[str, Any]) -> None:
         tensors = a[draw.choice(names)]
@@ -108,7 +108,7 @@ def _negative(draw: random.Random, a: dict[str, Any]) -> None:
 
 
 def _twice(draw: random.Random, a: dict[str, Any]) -> None:
-    """One tensor in two places that are written."""
+    """The same tensor in two written positions."""
     i = draw.randrange(1, len(a["feedback"]))
     name, other = draw.choice((("feedback",) * 2, ("momentum_buffer",) * 2, WRITTEN))
     for names in LISTS:
@@ -117,7 +117,7 @@ def _twice(draw: random.Random, a: dict[str, Any]) -> None:
 
 
 def _overlapping(draw: random.Random, a: dict[str, Any]) -> None:
-    """What is written shares a part of its memory with something else of the same row or another."""
+    """A written tensor shares part of its memory with another tensor of the same or another row."""
     written, other = draw.choice(WRITTEN), draw.choice(LISTS)
     like = a["feedback"][0]
     shared = torch.randn(like.numel() + 1).to(like.dtype)
@@ -155,11 +155,11 @@ OF_STEPS: dict[str, Callable[[random.Random, dict[str, Any]], None]] = {
 }
 
 
-# Of a layer
+# Layers
 
 
 def good_layer(draw: random.Random) -> tuple[Callable, dict[str, Any]]:
-    """One of the functions with small tensors."""
+    """A valid call of one of the functions with small tensors."""
     dtype, groups = draw.choice((torch.float64, torch.float32, torch.bfloat16)), draw.choice((1, 2))
     rule = {"amp": 0.1, "null": 0.2, "decay": 0.3, "samples": draw.choice((0, 2))}
     kind = draw.choice(("linear", "conv2d", "convolution"))
@@ -185,7 +185,7 @@ def _changed(make, names=("input", "weight", "feedback", "bias")):
 
 def _window(draw: random.Random, a: dict[str, Any]) -> None:
     if "padding" not in a:
-        a["samples"] = 4  # a linear layer has none; one sample more than there are
+        a["samples"] = 4  # a linear layer has no window; more samples than the batch has
         return
     name = draw.choice(("stride", "padding", "dilation", "groups"))
     values = [-1, (1, 1, 1, 1), 0.5, "all", None] + ([] if name == "padding" else [0])

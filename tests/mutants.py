@@ -1,12 +1,12 @@
-"""Puts each fault of `tests/mutations.txt` into a copy of the code and tells whether a test finds it: `make mutants`.
+"""Mutation testing: apply each fault of `tests/mutations.txt` to a copy of the code and run its tests. `make mutants`.
 
-The code itself is never touched: the copy stands in `.cache/mutants` with an environment of its own, over the packages
-of the one that runs this. Results are kept there, and a fault is tried again only when its file, its tests or itself
-have changed, so the run may be interrupted and goes on where it was. The tests of all faults are run on the code as it
-is first. `tests/mutants.md` is written from the results.
+The working tree is not modified: the copy in `.cache/mutants` has its own environment on top of the current packages.
+Results are cached there. A fault is tried again only if its file, its tests or the fault itself changed, so an
+interrupted run resumes. First, the tests of all faults must pass on the unmodified code. The results are written to
+`tests/mutants.md`.
 
-    python tests/mutants.py --only "philox rounds"       # one of them
-    python tests/mutants.py --minutes 20                 # those that fit in the time
+    python tests/mutants.py --only "philox rounds"       # a single fault
+    python tests/mutants.py --minutes 20                 # as many faults as fit in the time
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.txt"
 TABLE = ROOT / "tests" / "mutants.md"
-LONGEST = 300  # seconds of one test command; what takes longer hangs
+LONGEST = 300  # time limit of a test command in seconds
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
-FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without parameters
+FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without the parametrisation
 
 
 class Mutant(NamedTuple):
-    """One fault: a text that stands once in a file, what it becomes, and the tests that should find it."""
+    """One fault: a text that occurs once in a file, its replacement, and the tests that should detect it."""
 
     name: str
     file: str
@@ -46,7 +46,7 @@ class Mutant(NamedTuple):
 
 
 def read_list(text: str) -> list[Mutant]:
-    """The faults of a file that is written as `tests/mutations.txt` says."""
+    """Parse faults in the format of `tests/mutations.txt`."""
     found = []
     for block in re.split(r"\n{2,}", text):
         lines = [line for line in block.splitlines() if line and not line.startswith("#")]
@@ -61,14 +61,14 @@ MUTANTS = read_list(LIST.read_text())
 
 
 class Copy:
-    """A copy of the repository with its own environment."""
+    """A copy of the repository with a separate environment."""
 
     def __init__(self, work: Path):
         self.root, self.python = work / "code", work / "venv" / "bin" / "python"
-        self.built = work / "built"  # a digest of what the library in the copy is made of
+        self.built = work / "built"  # a digest of the sources of the copy's library
 
     def refresh(self) -> None:
-        """Bring the files of the copy to what they are here; those that are the same keep their time."""
+        """Update the files of the copy; unchanged files keep their modification time."""
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
         wanted = {name for name in names if name and ((ROOT / name).is_file() or (ROOT / name).is_symlink())}
@@ -90,7 +90,7 @@ class Copy:
             (folder / "base.pth").write_text("\n".join(dict.fromkeys(packages)) + "\n")
 
     def build(self) -> None:
-        """Compile what the copy holds, unless it is compiled already."""
+        """Compile the sources of the copy unless the library is up to date."""
         names = ["setup.py", "build_backend.py", "pyproject.toml"]
         sources = [p for p in (self.root / "csrc").rglob("*") if p.is_file() and not {"cuda", "simt"} & set(p.parts)]
         digest = digest_of(*sorted(sources), *(self.root / name for name in names))
@@ -105,7 +105,7 @@ class Copy:
         self.built.write_text(digest)
 
     def test(self, tests: tuple[str, ...], *options: str, longest: float = LONGEST) -> tuple[int, list[str]]:
-        """Exit status of pytest, -1 where it takes too long, and the tests that failed."""
+        """The exit status of pytest (-1 after a timeout), and the tests that failed."""
         command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests]
         try:
             done = self.run(command, timeout=longest)
@@ -114,7 +114,7 @@ class Copy:
         return done.returncode, FAILED.findall(done.stdout)
 
     def run(self, command: list, timeout: float | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A command in the copy."""
+        """Run a command in the copy."""
         variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         variables |= {"OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(
@@ -123,7 +123,7 @@ class Copy:
 
     @contextlib.contextmanager
     def holding(self, mutant: Mutant) -> Iterator[None]:
-        """Inside, the copy has the fault."""
+        """A context manager in which the copy has the fault."""
         path = self.root / mutant.file
         before, times = path.read_text(), path.stat()
         path.write_text(mutated(mutant, before))
@@ -135,10 +135,10 @@ class Copy:
 
 
 def mutated(mutant: Mutant, source: str) -> str:
-    """The source with the fault in it.
+    """The source with the fault.
 
     Raises:
-        ValueError: the text is not there once.
+        ValueError: if the text does not occur exactly once.
     """
     found = source.count(mutant.text)
     if found != 1:
@@ -147,7 +147,7 @@ def mutated(mutant: Mutant, source: str) -> str:
 
 
 def digest_of(*paths: Path, extra: str = "") -> str:
-    """Of names and contents."""
+    """A digest of the names and contents."""
     found = hashlib.sha256(extra.encode())
     for path in paths:
         found.update(str(path).encode() + path.read_bytes())
@@ -155,13 +155,13 @@ def digest_of(*paths: Path, extra: str = "") -> str:
 
 
 def key_of(mutant: Mutant) -> str:
-    """What a result holds for."""
+    """The cache key of a result."""
     tests = {ROOT / test.partition("::")[0] for test in mutant.tests}
     return digest_of(ROOT / mutant.file, *sorted(tests), extra=repr(mutant))
 
 
 def judge(copy: Copy, mutant: Mutant) -> dict[str, Any]:
-    """Whether a test finds the fault, and which."""
+    """Whether a test detects the fault, and which one."""
     start = time.monotonic()
     with copy.holding(mutant):
         copy.build()
@@ -173,7 +173,7 @@ def judge(copy: Copy, mutant: Mutant) -> dict[str, Any]:
 
 
 def check_tests(copy: Copy, mutants: list[Mutant]) -> None:
-    """SystemExit where a test fails on the code as it is."""
+    """Raise SystemExit if a test fails on the unmodified code."""
     tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     whole = {test for test in tests if "::" not in test}
     tests = tuple(t for t in tests if t in whole or not any(t.startswith(f"{w}::") for w in whole))
@@ -184,7 +184,7 @@ def check_tests(copy: Copy, mutants: list[Mutant]) -> None:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown, those that no test finds first."""
+    """The results as Markdown, undetected faults first."""
     rows = [(mutant, results[mutant.name]) for mutant in MUTANTS if mutant.name in results]
     killed = sum(result["killed"] for _, result in rows)
     lines = [
@@ -204,7 +204,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 1 where a fault was not found."""
+    """Return the exit status: 1 if a fault was not detected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults by name")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no other fault after so many")

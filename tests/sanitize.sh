@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# sanitize.sh asan|tsan PYTHON: builds the CPU library with a sanitizer, apart from the environment, and runs the tests of
-# the compiled ops under it. Reports go to .cache/asan or .cache/tsan; one of them fails the run.
+# sanitize.sh asan|tsan PYTHON: build the CPU library with a sanitizer, outside the environment, and run the tests of the
+# compiled ops with it. Reports are written to .cache/asan or .cache/tsan; any report fails the run.
 set -euo pipefail
 kind="$1" python="$(realpath -s "$2")"
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ case "$kind" in
 esac
 compiler="${CXX:-c++}"
 
-# From a copy, so that the objects of the ordinary build stay as they are.
+# Build from a copy, to keep the objects of the regular build.
 source="$root/.cache/$kind-source"
 rm -rf "$site" "$source"
 mkdir -p "$source"
@@ -28,7 +28,7 @@ if [ "$kind" = tsan ]; then
   preload="$preload $site/openmp.so"
 fi
 
-# Python itself is not instrumented: the runtime comes first, and what the interpreter never frees is no leak.
+# Python itself is not instrumented: preload the runtime, and ignore memory that the interpreter never frees.
 export LD_PRELOAD="$preload"
 export ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0:log_path=$site/report"
 export UBSAN_OPTIONS="print_stacktrace=1:log_path=$site/report"

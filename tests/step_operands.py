@@ -1,4 +1,4 @@
-"""Operands of the steps for the tests of what a step refuses, and what it must have left alone then."""
+"""Operands of the steps, for the tests of rejected calls and of what they must leave unchanged."""
 
 import re
 
@@ -17,7 +17,7 @@ ADAMW = {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3}
 
 
 def lists(count, size=(4, 6), seed=0):
-    """Feedback, weight, grad and momentum buffers that share nothing."""
+    """Feedback, weight, grad and momentum buffers that share no memory."""
     generator = torch.Generator().manual_seed(seed)
     names = ("feedback", "weight", "grad", "momentum_buffer")
     return {name: [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(count)] for name in names}
@@ -47,7 +47,7 @@ def adamw_step(operands):
 
 
 def refuses(call, operands, message):
-    """One line that says so, and nothing is written."""
+    """The call raises a one-line error and writes nothing."""
     tensors = [t for ts in operands.values() for t in ts]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if not t.is_meta}
     before = {data: bytes(storage) for data, storage in storages.items()}

@@ -1,4 +1,4 @@
-"""The layout of the code: who may import whom, how long a file may be, and what must be documented."""
+"""The layout of the code: allowed imports, the length of files, and required docstrings."""
 
 import ast
 import importlib
@@ -13,12 +13,12 @@ import pyfeedback
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "pyfeedback"
-USERS = ("tests", "benchmarks", "examples")  # rooms that use the package, and of each other nothing
-SHARED = "pyfeedback.testing"  # shapes and inputs for tests and benchmarks, which the package itself does not need
-PROVIDERS = "pyfeedback.providers"  # the one module that knows who computes
+USERS = ("tests", "benchmarks", "examples")  # directories that import the package, but not each other
+SHARED = "pyfeedback.testing"  # shapes and inputs for tests and benchmarks; not used by the package
+PROVIDERS = "pyfeedback.providers"  # the only module that chooses a backend
 MOST_LINES = 400
 
-# Module of the package: the modules that may import it or what is inside it.
+# A module of the package, and the modules that may import it or its submodules.
 SEEN_ONLY_BY = {
     "pyfeedback.native": {"pyfeedback", PROVIDERS},
     "pyfeedback.kernels": {PROVIDERS, "pyfeedback.fused"},
@@ -31,7 +31,7 @@ SEEN_ONLY_BY = {
 
 
 def imports(source, module="", package=False):
-    """Dotted names that a source imports, anywhere in it; of ``from a import b`` both a and a.b."""
+    """The dotted names imported anywhere in a source; both a and a.b for ``from a import b``."""
     here = module.split(".") if package else module.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -49,7 +49,7 @@ def inside(name, module):
 
 
 def package_modules():
-    """Name and path of every module of the package; pyfeedback/kernels is a link, which rglob does not follow."""
+    """Name and path of every module of the package. pyfeedback/kernels is a link, which rglob does not follow."""
     for folder, prefix in ((ROOT / PACKAGE, PACKAGE), (ROOT / PACKAGE / "kernels", f"{PACKAGE}.kernels")):
         for path in sorted(folder.rglob("*.py")):
             yield ".".join([prefix, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"), path
@@ -62,7 +62,7 @@ def imports_of(name, path):
 MODULES = dict(package_modules())
 
 
-def test_imports_are_read_wherever_they_stand():
+def test_imports_are_found_anywhere_in_a_file():
     source = (
         "import a.b as c\nfrom d import e\nfrom . import f\nfrom .g import h\nfrom ..i import j\n"
         "def k():\n    import l\n"
@@ -79,7 +79,7 @@ def test_the_modules_are_found():
 
 
 def intruders(module, allowed, modules):
-    """Modules outside ``module`` that import it or what is inside it, and are not allowed to."""
+    """Modules outside ``module`` that import it or its submodules without being allowed to."""
     return {
         name
         for name, path in modules.items()
@@ -99,18 +99,18 @@ def test_intruders_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("module", SEEN_ONLY_BY)
-def test_a_module_is_seen_only_by_those_that_may(module):
+def test_a_module_is_imported_only_where_allowed(module):
     assert intruders(module, SEEN_ONLY_BY[module], MODULES) == set()
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_package_imports_nobody_who_uses_it(name):
+def test_the_package_does_not_import_its_users(name):
     assert not {
         i for i in imports_of(name, MODULES[name]) if any(inside(i, u) for u in (*USERS, "pytest", "benchmark"))
     }
 
 
-def test_the_reference_imports_torch_alone():
+def test_the_reference_imports_only_torch():
     found = imports_of("pyfeedback.reference", MODULES["pyfeedback.reference"])
     assert {name.split(".")[0] for name in found} == {"torch"}
 
@@ -124,47 +124,47 @@ def test_the_choice_of_a_form_imports_neither_torch_nor_the_package():
 @pytest.mark.parametrize(
     "name", [name for name in MODULES if inside(name, "pyfeedback.kernels")] or ["pyfeedback.kernels"]
 )
-def test_kernels_import_nothing_of_the_package_but_themselves(name):
+def test_kernels_import_only_kernels(name):
     found = imports_of(name, MODULES[name]) if name in MODULES else set()
     assert not {i for i in found if inside(i, PACKAGE) and i != PACKAGE and not inside(i, "pyfeedback.kernels")}
 
 
-# Those who use it
+# The users of the package
 
 
-def strangers(room, rooms):
-    """(file, import) for each import of a file of ``room`` that leads to another room; ``rooms`` are folders."""
-    own = {path.stem for path in room.rglob("*.py")}
-    theirs = {path.stem for other in rooms if other != room for path in other.rglob("*.py")} - own
-    theirs |= {other.name for other in rooms if other != room}
+def foreign_imports(directory, directories):
+    """(file, import) for each import in the directory ``directory`` from another directory of ``directories``."""
+    own = {path.stem for path in directory.rglob("*.py")}
+    theirs = {path.stem for other in directories if other != directory for path in other.rglob("*.py")} - own
+    theirs |= {other.name for other in directories if other != directory}
     return {
         (path.name, name)
-        for path in room.rglob("*.py")
+        for path in directory.rglob("*.py")
         for name in imports(path.read_text())
         if name is not None and name.split(".")[0] in theirs
     }
 
 
-def test_strangers_are_found(tmp_path):
-    rooms = [tmp_path / "tests", tmp_path / "benchmarks"]
-    for room in rooms:
-        room.mkdir()
-    (rooms[0] / "cases.py").write_text("")
-    (rooms[0] / "test_a.py").write_text("from cases import x\nimport benchmarks.speed\n")
-    (rooms[1] / "speed.py").write_text("def late():\n    from cases import x\n")
-    assert strangers(rooms[0], rooms) == {("test_a.py", "benchmarks.speed")}
-    assert strangers(rooms[1], rooms) == {("speed.py", "cases"), ("speed.py", "cases.x")}
+def test_foreign_imports_are_found(tmp_path):
+    directories = [tmp_path / "tests", tmp_path / "benchmarks"]
+    for directory in directories:
+        directory.mkdir()
+    (directories[0] / "cases.py").write_text("")
+    (directories[0] / "test_a.py").write_text("from cases import x\nimport benchmarks.speed\n")
+    (directories[1] / "speed.py").write_text("def late():\n    from cases import x\n")
+    assert foreign_imports(directories[0], directories) == {("test_a.py", "benchmarks.speed")}
+    assert foreign_imports(directories[1], directories) == {("speed.py", "cases"), ("speed.py", "cases.x")}
 
 
-@pytest.mark.parametrize("room", USERS)
-def test_rooms_do_not_import_each_other(room):
-    assert strangers(ROOT / room, [ROOT / user for user in USERS]) == set()
+@pytest.mark.parametrize("directory", USERS)
+def test_directories_do_not_import_each_other(directory):
+    assert foreign_imports(ROOT / directory, [ROOT / user for user in USERS]) == set()
 
 
-@pytest.mark.parametrize("room", ["benchmarks", "examples"])
-def test_users_take_the_library_as_it_chooses_itself(room):
-    """A benchmark forces a provider by name, by pyfeedback.backend; apart from the tools that look at the kernels."""
-    for path in (p for p in (ROOT / room).rglob("*.py") if p.name not in ("codegen.py", "choose_kernels.py")):
+@pytest.mark.parametrize("directory", ["benchmarks", "examples"])
+def test_users_do_not_import_kernels(directory):
+    """A benchmark selects a backend by pyfeedback.backend. The tools that inspect the kernels are exempt."""
+    for path in (p for p in (ROOT / directory).rglob("*.py") if p.name not in ("codegen.py", "choose_kernels.py")):
         found = imports(path.read_text())
         assert not {i for i in found if any(inside(i, m) for m in ("kernels", "pyfeedback.kernels", "pyfeedback.aten"))}
 
@@ -173,7 +173,7 @@ def test_users_take_the_library_as_it_chooses_itself(room):
 
 
 def included(path, seen=()):
-    """Every header that a source of csrc includes, its own headers' included."""
+    """Every header that a source of csrc includes, directly or through its own headers."""
     for header in re.findall(r'^\s*#\s*include\s*["<]([^">]+)', path.read_text(), re.MULTILINE):
         yield header
         for own in (path.parent / header, ROOT / "csrc" / header):
@@ -182,7 +182,7 @@ def included(path, seen=()):
                 break
 
 
-def test_includes_are_read_through_own_headers(tmp_path):
+def test_includes_of_included_headers_are_found(tmp_path):
     (tmp_path / "a.cu").write_text('#include "b.h"\n  #include <cuda.h>\n// #include <no.h>\n')
     (tmp_path / "b.h").write_text("#include <torch/torch.h>\n")
     assert list(included(tmp_path / "a.cu")) == ["b.h", "torch/torch.h", "cuda.h"]
@@ -211,12 +211,12 @@ def test_no_file_is_too_long(path):
 
 
 def undocumented(thing, name):
-    """Dotted names of ``thing`` and, of a class, its own public methods that have no docstring.
+    """Dotted names without a docstring: ``thing`` and, if it is a class, the public methods that it defines.
 
-    A method that torch's classes have too is documented there.
+    Methods that override those of torch's classes are documented there.
     """
     if not inspect.getdoc(thing) or inspect.getdoc(thing).startswith(f"{getattr(thing, '__name__', '')}("):
-        yield name  # a dataclass or NamedTuple without a docstring gets its signature
+        yield name  # the generated docstring of a dataclass or NamedTuple is its signature
     if not inspect.isclass(thing):
         return
     for key, member in vars(thing).items():
@@ -234,7 +234,7 @@ def public_things(module):
             yield thing, f"{module.__name__}.{name}"
 
 
-def test_what_is_undocumented_is_found():
+def test_undocumented_names_are_found():
     class Documented:
         """Yes."""
 
@@ -255,7 +255,7 @@ def test_what_is_undocumented_is_found():
 
 
 def imported_modules():
-    """The package's Python modules; those apart that need triton to be imported."""
+    """The Python modules of the package, except those whose import requires triton."""
     found = {m.name for m in pkgutil.walk_packages(pyfeedback.__path__, f"{PACKAGE}.")} & MODULES.keys()
     return [PACKAGE, *sorted(n for n in found if not inside(n, "pyfeedback.kernels") and n != "pyfeedback.fused")]
 

@@ -1,4 +1,4 @@
-"""Attention takes the masks that torch.nn.MultiheadAttention takes, with its values, and refuses the others."""
+"""Attention accepts the masks of torch.nn.MultiheadAttention, with the same values, and refuses all others."""
 
 import copy
 import itertools
@@ -9,14 +9,14 @@ from torch import nn
 
 import pyfeedback
 
-# torch warns of two masks of different dtypes, and takes them.
+# torch accepts two masks of different dtypes with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 
 N, HEADS, L, S = 3, 2, 4, 5
 
 
 def pairs(*shape, dtype=torch.bool):
-    """A mask that hides a third of the keys, the first never."""
+    """A mask that hides a third of the keys, but never the first."""
     hidden = torch.rand(shape) < 0.3
     if shape and shape[-1]:
         hidden[..., 0] = False
@@ -36,7 +36,7 @@ PADDING_SHAPES = [
 
 
 def outcome(layer, inputs, masks, autocast=False):
-    """Output and weights, or the error."""
+    """The output and the weights, or the error."""
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return layer(*inputs, **masks)
@@ -45,14 +45,14 @@ def outcome(layer, inputs, masks, autocast=False):
 
 
 def both(dtype=torch.float32, **options):
-    """torch.nn's attention, and its copy with feedback paths."""
+    """torch.nn's attention, and its converted copy."""
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(8, HEADS, dtype=dtype, **options)
     return plain, pyfeedback.convert(copy.deepcopy(plain), "fa")
 
 
 def agree(layers, inputs, masks, autocast=False):
-    """Whether both take the masks; their values are compared, and our error is one line about a mask."""
+    """Whether both accept the masks. Compares their values, and checks that our error is one line about a mask."""
     theirs, ours = (outcome(layer, inputs, masks, autocast) for layer in layers)
     refused = isinstance(theirs, Exception)
     assert isinstance(ours, Exception) == refused, (masks, theirs, ours)
@@ -127,7 +127,7 @@ def test_appended_keys(dtype, options):
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}], ids=str)
 def test_the_causal_hint(options, batched):
-    """Without weights and padding torch takes the hint and does not look at the mask."""
+    """Without weights and padding, torch uses the hint and ignores the mask."""
     layers, given = both(**options), inputs(batched)
     causal = torch.ones(L, S, dtype=torch.bool).triu(1)
     for mask in (causal, ~causal.flip(1), pairs(L, S, dtype=torch.float32), *(pairs(*s) for s in ATTENTION_SHAPES)):
@@ -146,9 +146,9 @@ def test_batch_first_and_a_transposed_view():
     assert not agree(layers, given, {"key_padding_mask": pairs(S, N)})
 
 
-def test_a_mask_that_learns():
+def test_a_mask_that_requires_grad():
     layers, given = both(), inputs()
-    with torch.no_grad():  # or another error would reach it
+    with torch.no_grad():  # otherwise another error comes first
         layers[1].out_proj.feedback.copy_(layers[1].out_proj.weight)
     grads = []
     for layer in layers:

@@ -1,4 +1,4 @@
-"""A backend that is forced holds for a thread's `with` block, and for the backward passes of its forwards."""
+"""A selected backend applies to the `with` block of a thread, and to the backward passes of its forward passes."""
 
 import _thread
 import contextvars
@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from torch import nn
+from small_networks import perceptron
 
 import pyfeedback
 from pyfeedback import functional, providers
@@ -18,7 +18,7 @@ RULES = {"dense": pyfeedback.Rule(**RULE)}
 
 @pytest.fixture
 def used(monkeypatch):
-    """The backends in force whenever an op's implementation was asked for."""
+    """The backends in effect at each lookup of an implementation."""
     names = []
     real = providers.provide
 
@@ -32,7 +32,7 @@ def used(monkeypatch):
 
 
 def in_thread(function, *arguments, start=threading.Thread):
-    """Run the function in a thread of its own; what it raises is raised here."""
+    """Run the function in a new thread; its exceptions are raised here."""
     found = []
 
     def body():
@@ -55,7 +55,7 @@ def in_thread(function, *arguments, start=threading.Thread):
     return result
 
 
-def test_blocks_that_overlap_in_two_threads_leave_nothing_behind():
+def test_overlapping_blocks_of_two_threads_leave_no_state():
     first_open, second_open, first_closed = (threading.Event() for _ in range(3))
     seen = {}
 
@@ -85,7 +85,7 @@ def test_blocks_that_overlap_in_two_threads_leave_nothing_behind():
     assert in_thread(pyfeedback.current_backend) == "auto"
 
 
-def test_set_backend_is_the_default_of_every_thread_and_a_block_goes_before_it():
+def test_set_backend_is_the_default_of_every_thread_and_a_block_overrides_it():
     with pyfeedback.backend("auto"):
         pyfeedback.set_backend("aten")
         try:
@@ -112,8 +112,8 @@ def test_blocks_nest_and_close_when_something_is_raised():
     assert providers._open == []
 
 
-def test_a_thread_that_python_did_not_start_takes_the_open_block():
-    """As autograd's own threads, where a compiled backward pass for a GPU runs."""
+def test_a_thread_that_python_did_not_start_uses_the_open_block():
+    """Such as the threads of autograd, which run a compiled backward pass on a GPU."""
     assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "auto"
     with pyfeedback.backend("aten"):
         assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "aten"
@@ -162,7 +162,7 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_a_backward_pass_takes_what_was_in_force_at_its_forward(name, used):
+def test_a_backward_pass_uses_the_backend_of_its_forward(name, used):
     forward, kind = FORWARDS[name]
     with pyfeedback.backend("aten"):
         inside = forward(kind)
@@ -170,7 +170,7 @@ def test_a_backward_pass_takes_what_was_in_force_at_its_forward(name, used):
     used.clear()
     inside.sum().backward()
     assert set(used) == {"aten"}
-    assert len(used) >= 2  # the centring of the backward pass as well
+    assert len(used) >= 2  # also the centring in the backward pass
     used.clear()
     with pyfeedback.backend("aten"):
         outside.sum().backward()
@@ -198,7 +198,7 @@ def test_under_torch_func(kind, used):
     assert set(used) == {"auto"}
 
 
-def test_create_graph_takes_it_too(used):
+def test_create_graph_uses_it_too(used):
     module, x = layer("linear")
     x.requires_grad_()
     with pyfeedback.backend("aten"):
@@ -209,9 +209,9 @@ def test_create_graph_takes_it_too(used):
 
 
 def test_a_model_over_two_threads_with_a_backend_each(used):
-    """Forward and backward passes of two threads, interleaved."""
+    """Interleaved forward and backward passes of two threads."""
     turns = threading.Barrier(2, timeout=60)
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), RULES["dense"])
+    model = pyfeedback.convert(perceptron(4, 4, 4), RULES["dense"])
     seen = {}
 
     def train(name):

@@ -1,4 +1,4 @@
-"""Backends that are forced, and what "auto" takes: every random layer by the Triton kernels, on the interpreter."""
+"""Selected backends and the choices of "auto": every random layer by the Triton kernels, on the interpreter."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def interpreter(monkeypatch):
 
 
 def widened(case):
-    """The same layer with as many channels as the kernels ask for, in a smaller map; None where it has groups."""
+    """The same layer with enough channels for the kernels and a smaller map; None if it has groups."""
     if case.groups > 1:
         return None
     (n, c, h, w), (k, _, *kernel) = case.input, case.weight
@@ -51,7 +51,7 @@ def backward(backend, case, tensors, rule):
 
 @pytest.mark.parametrize("number", CASES)
 def test_random_layers(number, monkeypatch):
-    """Each number one rule after the other, float16 at every third; every second time of a part of the batch."""
+    """The numbers cycle through the rules; every third is float16, and every second samples a part of the batch."""
     fill_memory_with_nan(monkeypatch)
     case, rule = CASES[number], RULES[list(RULES)[number % len(RULES)]]
     dtype = torch.float16 if number % 3 == 2 else torch.float32
@@ -80,7 +80,7 @@ def test_the_random_layers_cover_every_form_and_window():
     assert seen >= {("taps", True), ("taps", False)}
 
 
-def test_what_the_kernels_do_not_take_is_composed():
+def test_unsupported_layers_are_composed():
     for number in (0, 1, 5, 10):  # few channels, groups
         case = random_conv(number)
         tensors = conv_tensors(case, number)
@@ -118,17 +118,17 @@ def test_compiled_without_a_graph_break(compiler):
         torch.testing.assert_close(compiled, eager)
 
 
-# What "auto" takes
+# The choices of "auto"
 
 
-def test_no_device_is_known_until_it_was_measured():
-    """Whoever commits a device's table takes its name in here."""
+def test_no_device_has_a_table_before_it_was_measured():
+    """Add the name of a device here when its table is committed."""
     assert measured.devices() == []
     assert measured.load("a device nobody has") == {}
 
 
-def test_apart_and_joined_launches_agree(monkeypatch):
-    """What backend("triton") joins in one launch, backend("triton-apart") launches apart."""
+def test_unfused_and_fused_launches_agree(monkeypatch):
+    """backend("triton") fuses launches that backend("triton-apart") keeps separate."""
     joined = []
     for name in ("launch_joint", "launch_single"):
         real = getattr(kernel_rule, name)
@@ -144,7 +144,7 @@ def test_apart_and_joined_launches_agree(monkeypatch):
     assert joined
 
 
-def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
+def test_only_measured_layers_use_the_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     measured.load.cache_clear()
     x = torch.randn(2, 16, 3, 3, device=DEVICE)
@@ -165,6 +165,7 @@ def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
     measured.load.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_devices_table_is_written_from_its_results(tmp_path):
     def record(layer, joined, apart):
         ratios = {"ratio_to_triton": joined, "ratio_to_triton-apart": apart}

@@ -1,4 +1,4 @@
-"""Bad input: one line that names the argument, the value it had and the value expected, before anything happens."""
+"""Bad input: a one-line error that names the argument, its value and the expected value, before any computation."""
 
 import math
 
@@ -12,7 +12,7 @@ X, W, B, BIAS = torch.randn(2, 4, 6, 6), torch.randn(6, 4, 3, 3), torch.randn(6,
 GOOD = {"input": X, "weight": W, "feedback": B, "bias": BIAS}
 LINEAR = {"input": torch.randn(2, 3, 4), "weight": torch.randn(6, 4), "feedback": torch.randn(6, 4), "bias": BIAS}
 
-# What is changed in a good call, and what the error says: the argument, the value it had, the value expected.
+# The change to a valid call, and the error: the argument, its value, the expected value.
 CONV_CASES = {
     "input rank 2": ({"input": X[0, 0]}, "input has rank 2, shape (6, 6), expected rank 4"),
     "input rank 5": ({"input": X[None]}, "input has rank 5, shape (1, 2, 4, 6, 6), expected rank 4"),
@@ -64,24 +64,24 @@ LINEAR_CASES = {
 }
 
 
-@pytest.mark.parametrize("road", [functional, torch.ops.pyfeedback], ids=["function", "dispatcher"])
+@pytest.mark.parametrize("api", [functional, torch.ops.pyfeedback], ids=["function", "dispatcher"])
 @pytest.mark.parametrize("case", CONV_CASES)
-def test_conv2d(case, road):
+def test_conv2d(case, api):
     change, message = CONV_CASES[case]
-    refuses(lambda: road.fa_conv2d(**{**GOOD, **change}), message)
+    refuses(lambda: api.fa_conv2d(**{**GOOD, **change}), message)
 
 
-@pytest.mark.parametrize("road", [functional, torch.ops.pyfeedback], ids=["function", "dispatcher"])
+@pytest.mark.parametrize("api", [functional, torch.ops.pyfeedback], ids=["function", "dispatcher"])
 @pytest.mark.parametrize("case", LINEAR_CASES)
-def test_linear(case, road):
+def test_linear(case, api):
     change, message = LINEAR_CASES[case]
-    refuses(lambda: road.fa_linear(**{**LINEAR, **change}), message)
+    refuses(lambda: api.fa_linear(**{**LINEAR, **change}), message)
 
 
-@pytest.mark.parametrize("road", [functional, torch.ops.pyfeedback], ids=["function", "dispatcher"])
-def test_device(road):
+@pytest.mark.parametrize("api", [functional, torch.ops.pyfeedback], ids=["function", "dispatcher"])
+def test_device(api):
     with pytest.raises((ValueError, RuntimeError), match="feedback is on meta, expected the device of input, cpu"):
-        road.fa_linear(**{**LINEAR, "feedback": LINEAR["feedback"].to("meta")})
+        api.fa_linear(**{**LINEAR, "feedback": LINEAR["feedback"].to("meta")})
 
 
 BACKWARD_CASES = {

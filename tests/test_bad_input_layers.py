@@ -1,4 +1,4 @@
-"""What is no tensor, no number or no flag, given to the functions, the ops and the layers: one line that names it."""
+"""Arguments of the wrong type for functions, ops and layers: a one-line error that names the argument."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ NO_GROUPS = {
 
 
 def refuses(call, message, kinds=(TypeError, ValueError)):
-    """The call raises one line that begins with ``message`` and says what was expected."""
+    """The call raises a one-line error that starts with ``message`` and names the expected value."""
     with pytest.raises(kinds) as refused:
         call()
     text = str(refused.value)
@@ -67,7 +67,7 @@ def refuses(call, message, kinds=(TypeError, ValueError)):
 @pytest.mark.parametrize("kind", NO_TENSORS)
 @pytest.mark.parametrize("name", ["input", "weight", "feedback", "bias"])
 @pytest.mark.parametrize("function", GOOD)
-def test_no_tensor(function, name, kind):
+def test_not_a_tensor(function, name, kind):
     value, told = NO_TENSORS[kind]
     if name == "bias" and value is None:
         assert getattr(functional, function)(**{**GOOD[function], name: value}) is not None
@@ -87,7 +87,7 @@ def test_a_tensor_without_dimensions(function, name):
 @pytest.mark.parametrize("kind", NO_NUMBERS)
 @pytest.mark.parametrize("name", ["decay", "amp", "null", "sparse", "self_", "tie"])
 @pytest.mark.parametrize("function", GOOD)
-def test_no_coefficient(function, name, kind):
+def test_not_a_coefficient(function, name, kind):
     value, told = NO_NUMBERS[kind]
     refuses(
         lambda: getattr(functional, function)(**GOOD[function], **{name: value}),
@@ -144,14 +144,14 @@ def test_an_unknown_coefficient():
     refuses(lambda: functional.fa_convolution(**CONV1D, gain=1.0), "gain is no coefficient, expected one of decay, amp")
 
 
-def test_whole_numbers_of_other_kinds_are_taken():
+def test_integers_of_other_types_are_accepted():
     sizes = {"stride": [1, 1], "padding": torch.Size([1, 1]), "dilation": np.int64(1), "groups": np.int32(1)}
     expected = functional.fa_conv2d(**CONV, padding=1, decay=1.0)
     assert torch.equal(functional.fa_conv2d(**CONV, **sizes, decay=np.float64(1.0), amp=0, samples=2), expected)
     assert torch.equal(functional.fa_convolution(**CONV, **sizes, decay=1, samples=2), expected)
 
 
-# The ops: the dispatcher refuses what its schema does not take, in its own words; values are refused in ours.
+# Ops: the dispatcher reports violations of the schema; pyfeedback reports invalid values.
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ LAYERS = {
 @pytest.mark.parametrize("rule", ["bp", "ia", "dfa"])
 @pytest.mark.parametrize("kind", NO_TENSORS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_takes_tensors(name, kind, rule):
+def test_a_layer_accepts_only_tensors(name, kind, rule):
     make, shape = LAYERS[name]
     layer, (value, told) = pyfeedback.convert(make(), rule), NO_TENSORS[kind]
     layer(torch.randn(shape))
@@ -291,14 +291,14 @@ def test_a_layer_takes_tensors(name, kind, rule):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_takes_floats(name, dtype):
+def test_a_layer_accepts_only_floats(name, dtype):
     make, shape = LAYERS[name]
     layer = pyfeedback.convert(make(), "ia")
     refuses(lambda: layer(torch.ones(shape).to(dtype)), f"input has dtype {dtype}, expected float64, float32")
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_wants_its_channels(name):
+def test_a_layer_checks_the_channels_of_its_input(name):
     make, shape = LAYERS[name]
     layer = pyfeedback.convert(make(), "ia")
     refuses(lambda: layer(torch.randn(shape[0], 5, *shape[2:])), "input has 5 channels, shape")
@@ -312,7 +312,7 @@ ATTRIBUTES = {
 
 
 @pytest.mark.parametrize("case", ATTRIBUTES)
-def test_what_torch_nn_let_pass_at_its_construction(case):
+def test_arguments_that_torch_nn_does_not_check(case):
     options, message = ATTRIBUTES[case]
     layer = pyfeedback.nn.Conv2d(4, 6, 3, **options, rule="ia")
     refuses(lambda: layer(torch.randn(2, 4, 6, 6)), message)

@@ -1,10 +1,11 @@
-"""Bad arguments of conversion, rules, draws, schedules, readings and backends: one line that names what is wrong."""
+"""Bad arguments of conversion, rules, init, schedules, metrics and backends: a one-line error that names them."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 
 import pyfeedback
@@ -18,7 +19,7 @@ NO_MODELS = {
 
 
 def model(rule="ia"):
-    return pyfeedback.convert(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rule)
+    return pyfeedback.convert(perceptron(3, 4, 2), rule)
 
 
 def refuses(call, message):
@@ -49,7 +50,7 @@ MODEL_TAKERS = {
 
 @pytest.mark.parametrize("kind", NO_MODELS)
 @pytest.mark.parametrize("taker", MODEL_TAKERS)
-def test_no_model(taker, kind):
+def test_not_a_model(taker, kind):
     value, told = NO_MODELS[kind]
     refuses(lambda: MODEL_TAKERS[taker](value), f"model is {told}, expected a torch.nn.Module")
 
@@ -97,7 +98,7 @@ CASES = {
     "name number": (lambda: Rule(name=3), "name is 3, expected a string"),
     "unknown field": (lambda: pyfeedback.rule("ia", gain=1), "gain is no field of a rule, expected one of decay, amp"),
     "unknown rule": (lambda: pyfeedback.rule("backprop"), "rule is 'backprop', expected one of bp, fa, wm, ia, sa"),
-    # draws
+    # init
     "law": (lambda: Init(law="normal"), "law is 'normal', expected a function that fills a tensor"),
     "law tensor": (lambda: Init(law=torch.ones(2)), "law is a tensor of shape (2,), expected a function that fills a"),
     "scale None": (lambda: Init(scale=None), "scale is None, expected a finite number"),
@@ -151,7 +152,7 @@ CASES = {
     "growth None": (lambda: schedules.GrowthControl(model(), None), "std is None, expected a finite number above 0"),
     "growth 0": (lambda: schedules.GrowthControl(model(), 0), "std is 0, expected a finite number above 0"),
     "growth nan": (lambda: schedules.GrowthControl(model(), math.nan), "std is nan, expected a finite number above 0"),
-    # readings
+    # metrics
     "monitor 0": (lambda: Monitor(model(), 0), "every is 0, expected 1 or more"),
     "monitor half": (lambda: Monitor(model(), 0.5), "every is 0.5, expected an int of 1 or more"),
     "monitor flag": (lambda: Monitor(model(), True), "every is True, expected an int of 1 or more"),
@@ -211,7 +212,7 @@ def test_a_refused_conversion_changes_nothing():
         assert [type(m) for m in plain] == [nn.Linear] * 2
 
 
-def test_what_is_written_by_numpy_is_taken():
+def test_numpy_numbers_are_accepted():
     rule = Rule(amp=np.float32(0.5), samples=np.int64(3), expansion=0)
     assert rule.coefficients(8, 1)[:2] == (0.0, 0.5)
     assert schedules.linear(np.float64(0), np.float32(1), np.int64(2))(1) == 0.5

@@ -1,7 +1,7 @@
-"""The bias gradient of transposed convolutions is torch's own, bit for bit, where it rounds or overflows too.
+"""The bias gradient of transposed convolutions is bit for bit that of torch, including its rounding and overflow.
 
-It is a plain sum over batch and positions. Against a sum in float64 its error is that of a sum in its dtype: where the
-true sum is near zero, or beyond float16, no relative error bounds it. There is nothing to gain on torch here.
+It is a sum over batch and positions, with the error of a sum in its dtype. If the exact sum is near zero or beyond the
+range of float16, the relative error is unbounded, so an exact match with torch is the useful test.
 """
 
 from functools import partial
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from pyfeedback import functional
 
 CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-TRANSPOSED = [number for number in range(1, 240, 2) if number % 3 == 2] + [1, 3, 7, 9, 13, 15]  # most of 3 dimensions
+TRANSPOSED = [number for number in range(1, 240, 2) if number % 3 == 2] + [1, 3, 7, 9, 13, 15]  # mostly 3-D
 SCALES = {"ordinary": lambda g: g, "overflowing": lambda g: 6e4 * g.sign(), "cancelling": lambda g: g - g.mean()}
 
 
 def with_its_own_weight(window, input, weight, bias):
-    """Ours, with the weight as its feedback."""
+    """Our layer with its weight as feedback."""
     return functional.fa_convolution(input, weight, weight.detach(), bias, *window)
 
 

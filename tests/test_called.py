@@ -1,4 +1,4 @@
-"""A layer remembers that it was called, and tells when its feedback's gradient is never cleared."""
+"""``layer.called``, and the warning about a feedback gradient that is never cleared."""
 
 import copy
 import logging
@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -22,7 +23,7 @@ LAYERS = {
 
 
 class ReadsTheWeight(nn.Module):
-    """As the attention of torchvision's swin and of timm's BEiT."""
+    """Like the attention of torchvision's Swin and of timm's BEiT."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +35,7 @@ class ReadsTheWeight(nn.Module):
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "ia"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_forward_says_that_the_layer_was_called(name, rule):
+def test_a_forward_pass_sets_called(name, rule):
     make, shape = LAYERS[name]
     layer = pyfeedback.convert(make(), rule)
     assert not layer.called
@@ -42,7 +43,7 @@ def test_a_forward_says_that_the_layer_was_called(name, rule):
     assert layer.called
     twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
     assert all(twin.called for twin in twins)
-    assert not pyfeedback.convert(layer, rule).called  # with a fresh feedback
+    assert not pyfeedback.convert(layer, rule).called  # with new feedback
     layer(torch.randn(shape))
     plain = pyfeedback.unconvert(layer)
     assert "called" not in vars(plain)
@@ -54,7 +55,7 @@ def test_attention_is_called_with_its_projections(rule):
     x = torch.randn(3, 2, 4)
     attention(x, x, x)
     assert attention.called
-    assert attention.out_proj.called is (rule != "bp")  # torch.nn's own forward reads the weight
+    assert attention.out_proj.called is (rule != "bp")  # the forward pass of torch.nn reads the weight
 
 
 def test_a_layer_whose_weight_is_read_was_not_called():
@@ -99,7 +100,7 @@ def test_symbolic_tracing_with_feedback_layers_as_leaves():
     assert traced.get_submodule("0").called
 
 
-# An alignment of layers that never run
+# Alignment of layers that never run
 
 
 def test_alignment_warns_once_of_a_layer_that_was_not_called(caplog):
@@ -115,7 +116,7 @@ def test_alignment_warns_once_of_a_layer_that_was_not_called(caplog):
     assert "out" not in message.replace("without", "")
 
 
-# A gradient of the feedback that nobody clears
+# A feedback gradient that is never cleared
 
 
 def train(model, optimizer, steps=3):
@@ -126,19 +127,19 @@ def train(model, optimizer, steps=3):
         optimizer.step()
 
 
-def test_an_optimizer_built_before_convert_is_told(caplog):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+def test_an_optimizer_built_before_convert_gives_a_warning(caplog):
+    model = perceptron(4, 4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pyfeedback.convert(model, "ia")
     train(model, optimizer)
-    assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2  # one for each layer
+    assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2  # one per layer
     assert all("feedback.grad" in message and "optimizer" in message for message in caplog.messages)
     train(model, optimizer)
     assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(1, 1, 1), nn.ConvTranspose1d(4, 4, 1), nn.Conv1d(4, 4, 1)], ids=str)
-def test_convolutions_tell_as_well(layer, caplog):
+def test_convolutions_warn_too(layer, caplog):
     pyfeedback.convert(layer, "ia")
     for _ in range(2):
         layer.weight.grad = None
@@ -146,7 +147,7 @@ def test_convolutions_tell_as_well(layer, caplog):
     assert len(caplog.records) == 1
 
 
-def test_attention_tells_as_well(caplog):
+def test_attention_warns_too(caplog):
     attention = nn.MultiheadAttention(4, 2)
     optimizer = torch.optim.SGD(attention.parameters(), lr=0.01)
     pyfeedback.convert(attention, "ia")
@@ -155,12 +156,12 @@ def test_attention_tells_as_well(caplog):
         optimizer.zero_grad()
         attention(x, x, x)[0].sum().backward()
         optimizer.step()
-    assert len(caplog.records) == 2  # of the projections in, and of the one out
+    assert len(caplog.records) == 2  # the input projections and the output projection
 
 
 @pytest.mark.parametrize("rule", ["fa", "ia", "kp", "pfa"])
-def test_who_clears_or_accumulates_both_is_told_nothing(rule, caplog):
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), rule)
+def test_no_warning_if_both_gradients_are_cleared_or_accumulated(rule, caplog):
+    model = pyfeedback.convert(perceptron(4, 4, 4), rule)
     train(model, torch.optim.SGD(model.parameters(), lr=0.01))
     train(model, pyfeedback.optim.SGD(model, lr=0.01))
     for _ in range(3):
@@ -170,8 +171,8 @@ def test_who_clears_or_accumulates_both_is_told_nothing(rule, caplog):
     assert not caplog.records
 
 
-def test_a_frozen_weight_and_evaluation_are_told_nothing(caplog):
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), "ia")
+def test_no_warning_for_a_frozen_weight_or_evaluation(caplog):
+    model = pyfeedback.convert(perceptron(4, 4, 4), "ia")
     with pyfeedback.schedules.alignment_only(model):
         for _ in range(2):
             model(torch.randn(2, 4)).sum().backward()
@@ -180,8 +181,8 @@ def test_a_frozen_weight_and_evaluation_are_told_nothing(caplog):
     assert not caplog.records
 
 
-def test_mirror_steps_that_add_up_are_told_nothing(caplog):
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), "wm")
+def test_no_warning_for_accumulated_mirror_steps(caplog):
+    model = pyfeedback.convert(perceptron(4, 4, 4), "wm")
     mirror = pyfeedback.schedules.Mirror(model)
     model(torch.randn(2, 4))
     grads = []

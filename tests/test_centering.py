@@ -1,4 +1,4 @@
-"""Centred rules where the mean is large against the spread, and statistics of float16 at the sizes of real layers."""
+"""Centred rules with a mean much larger than the spread, and float16 statistics at the sizes of real layers."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ RULES = {
     "aa": {"amp": 0.5, "sparse": 0.5},
     "all three": {"amp": 0.4, "null": 0.5, "sparse": 0.6},
 }
-# Input and weight, and the arguments of the operation; a pointwise layer of each form of the data terms.
+# Shapes of input and weight, and arguments; a pointwise layer for each algorithm of the data terms.
 LAYERS = {
     "linear up": ((12, 20, 8), (16, 8), {}),
     "linear down": ((12, 20, 16), (8, 16), {}),
@@ -34,19 +34,19 @@ SEEDS = range(20)
 
 
 def operations(weight):
-    """The functions of a layer of this weight: ours, torch's, and the reference."""
+    """The functions for a layer with this weight: ours, torch's, and the reference."""
     if weight.dim() == 2:
         return functional.fa_linear, torch.nn.functional.linear, reference.linear
     return functional.fa_conv2d, torch.nn.functional.conv2d, reference.conv2d
 
 
 def centered(x):
-    """x minus its mean over the batch, in float32 and rounded once."""
+    """x minus its mean over the batch, computed in float32 and rounded once."""
     return (x.float() - x.float().mean(0)).to(x.dtype)
 
 
 def composed(x, w, b, options, amp=0.0, null=0.0, sparse=0.0):
-    """The gradient of the data terms with both factors of every product centred, by PyTorch alone."""
+    """The gradient of the data terms with both factors of every product centred, in plain PyTorch."""
     apply = operations(w)[1]
     y, x = centered(apply(x, w, **options)), centered(x)
 
@@ -71,7 +71,7 @@ def composed(x, w, b, options, amp=0.0, null=0.0, sparse=0.0):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_error_at_most_four_times_that_of_centring_both_factors(layer, rule, dtype):
-    """Ours and the composition differ in the order of their sums; one factor centred alone is worse by mean squared."""
+    """The order of our sums differs. Centring only one factor would be worse by a factor of mean squared."""
     (shape, kernel_shape, options), terms = LAYERS[layer], RULES[rule]
     for mean in MEANS:
         ratios = []
@@ -97,7 +97,7 @@ def test_error_at_most_four_times_that_of_centring_both_factors(layer, rule, dty
     ids=["linear", "pointwise", "3x3"],
 )
 def test_error_of_a_large_input(shape, kernel_shape, rule, dtype):
-    """A large input is not copied where its mean is small; of one channel with a large mean all are centred."""
+    """A large input is not copied if its mean is small; one channel with a large mean centres all channels."""
     assert torch.Size(shape).numel() >= LARGE
     terms, channel = RULES[rule], -1 if len(kernel_shape) == 2 else 1
     for mean in (0.0, 1.0, 2.3, 2.7, 30.0, 1000.0, "one channel"):
@@ -135,7 +135,7 @@ def test_error_of_a_large_input(shape, kernel_shape, rule, dtype):
     ids=["linear", "pointwise up", "pointwise down", "3x3", "depthwise"],
 )
 def test_float16_statistics_are_finite_at_the_size_of_a_layer(shape, kernel_shape, options, center, rule, backend):
-    """The sums over a batch pass 65504, the largest float16; the gradient itself is small."""
+    """The sums over a batch exceed 65504, the largest float16, although the gradient is small."""
     torch.manual_seed(0)
     positions = shape[1] if len(shape) == 3 else shape[2] * shape[3]
     terms = {name: value / (1000 * positions) for name, value in RULES[rule].items()}
@@ -154,12 +154,12 @@ def test_float16_statistics_are_finite_at_the_size_of_a_layer(shape, kernel_shap
     exact_op(x.double(), w.double(), exact, **options, **terms, center=center)[1].backward()
     assert found.dtype == torch.float16
     assert found.isfinite().all()
-    # Half a unit in the last place of float16, and what is below its smallest number.
+    # Half a unit in the last place of float16, and half its smallest number.
     assert (found.double() - exact.grad).norm() <= 2e-3 * exact.grad.norm() + 2**-24 * exact.numel() ** 0.5
 
 
 def test_information_alignment_takes_steps_under_float16_autocast():
-    """A Gram matrix formed in float16 is infinite here, and the loss scale falls until nothing moves."""
+    """A Gram matrix in float16 would be infinite here, and the loss scale would fall until training stops."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Flatten(2))
     pyfeedback.convert(model, pyfeedback.rule("ia", reduction="mean"))
@@ -180,7 +180,7 @@ def test_information_alignment_takes_steps_under_float16_autocast():
 
 
 def test_float16_gradient_is_finite_wherever_float64s_fits():
-    """z = convT(y, B) passes 65504 here although the gradient, scaled by null, does not."""
+    """z = convT(y, B) exceeds 65504 here, but the gradient, which is scaled by null, does not."""
     torch.manual_seed(0)
     x, w, b = torch.randn(4, 64, 5, 5) * 30, torch.randn(96, 64, 3, 3), torch.randn(96, 64, 3, 3)
     tensors = fresh([t.half() for t in (x, w, b)])
@@ -194,7 +194,7 @@ def test_float16_gradient_is_finite_wherever_float64s_fits():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_a_composed_mean_is_of_float32(dtype):
-    """Rounded to 16 bits, a mean of 30 is off by up to a sixteenth of the spread."""
+    """A mean of 30 rounded to 16 bits has an error of up to a sixteenth of the spread."""
     x = (torch.randn(64, 50) + 30).to(dtype)
     exact = x.double() - x.double().mean(0)
     with pyfeedback.backend("aten"):

@@ -1,7 +1,7 @@
-"""Python started in a clone's root imports the clone's own folder, which must be complete there.
+"""Python started in the root of a clone imports the package folder of the clone, which must be complete.
 
-Each test makes an installation and a clone of its own. The package is installed by setup.py, without a compiler, which
-takes two seconds; the library that this environment has is then put where the build would have put it.
+Each test makes a clone and an installation. setup.py installs the package without a compiler, which takes two seconds;
+the compiled library of this environment is then copied to where a build would put it.
 """
 
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 BUILT = Path(native.__file__).parent
 FOLDERS = ("pyfeedback", "kernels", "csrc")
 FILES = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-# A fresh environment: without this one's own editable installation, with the packages of the folder that is given.
+# A clean environment: without the editable installation of this one, with the packages of the given folder.
 PROGRAM = """
 import site, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="no compiled librar
 
 @pytest.fixture
 def clone(tmp_path):
-    """The sources as git has them, symbolic links among them."""
+    """The sources as in git, including symbolic links."""
     folder = tmp_path / "clone"
     folder.mkdir()
     ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
@@ -53,7 +53,7 @@ def clone(tmp_path):
 
 
 def run(folder, *arguments, **environment):
-    """An interpreter inside ``folder``."""
+    """Run an interpreter in ``folder``."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
@@ -64,7 +64,7 @@ def run(folder, *arguments, **environment):
     )
 
 
-# Root may write to what is read-only, until it gives up CAP_DAC_OVERRIDE (1): PR_CAPBSET_DROP is 24.
+# Root can write to read-only files unless it drops CAP_DAC_OVERRIDE (1). PR_CAPBSET_DROP is 24.
 AS_OTHERS = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
@@ -73,7 +73,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def install(clone, tmp_path, hook="build_wheel", as_owner=True):
-    """A folder of packages with the clone installed in it, without a compiler."""
+    """Install the clone into a folder of packages, without a compiler."""
     wheel, site = tmp_path / "wheel", tmp_path / "site"
     wheel.mkdir()
     code = f"import sys, build_backend; build_backend.{hook}(sys.argv[1])"
@@ -84,15 +84,15 @@ def install(clone, tmp_path, hook="build_wheel", as_owner=True):
 
 
 def add_library(package):
-    """What a build with a compiler puts into the package."""
+    """Copy into the package what a build with a compiler would add."""
     for name in ("_C.abi3.so", "_build_info.json"):
         shutil.copy(BUILT / name, package)
 
 
-def test_an_ordinary_installation_serves_the_clone_it_was_made_of(clone, tmp_path):
+def test_a_regular_installation_works_in_the_clone_it_was_made_from(clone, tmp_path):
     site = install(clone, tmp_path)
     add_library(site / "pyfeedback")
-    assert (clone / "pyfeedback.egg-info").exists()  # a distribution as well, and the first on the path
+    assert (clone / "pyfeedback.egg-info").exists()  # also a distribution, and first on sys.path
     result = run(clone, "-c", PROGRAM, site)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(clone))
@@ -109,10 +109,10 @@ def test_an_installation_of_other_sources_is_refused_in_one_line(clone, tmp_path
     assert result.returncode != 0
     assert "ImportError: csrc/cpu/walk.h has changed since" in result.stderr
     assert run(clone, "-c", PROGRAM, site, PYFEEDBACK_NATIVE="0").returncode == 0
-    assert "cpu=True" in run(tmp_path, "-c", PROGRAM, site).stdout  # elsewhere it is the installed package
+    assert "cpu=True" in run(tmp_path, "-c", PROGRAM, site).stdout  # elsewhere, the installed package
 
 
-def test_an_ordinary_installation_goes_before_a_stale_build_of_the_clone(clone, tmp_path):
+def test_a_regular_installation_overrides_a_stale_build_of_the_clone(clone, tmp_path):
     site = install(clone, tmp_path)
     add_library(site / "pyfeedback")
     add_library(clone / "pyfeedback")
@@ -122,7 +122,7 @@ def test_an_ordinary_installation_goes_before_a_stale_build_of_the_clone(clone, 
     assert "cpu=True" in run(clone, "-c", PROGRAM, site).stdout
 
 
-def test_an_editable_installation_serves_its_clone_and_every_other_folder(clone, tmp_path):
+def test_an_editable_installation_works_in_its_clone_and_in_other_folders(clone, tmp_path):
     site = install(clone, tmp_path, "build_editable")
     add_library(clone / "pyfeedback")
     for folder in (clone, tmp_path):
@@ -148,7 +148,7 @@ def test_a_source_distribution_is_complete(clone, tmp_path):
     assert "cpu=True" in run(unpacked, "-c", PROGRAM, site).stdout
 
 
-def test_a_read_only_source_tree_installs_and_stays_as_it_was(clone, tmp_path):
+def test_a_read_only_source_tree_installs_and_is_not_modified(clone, tmp_path):
     for path in sorted((clone, *clone.rglob("*")), reverse=True):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode & ~0o222)
@@ -157,6 +157,6 @@ def test_a_read_only_source_tree_installs_and_stays_as_it_was(clone, tmp_path):
         site = install(clone, tmp_path, as_owner=False)
     finally:
         for path in (clone, *clone.rglob("*")):
-            path.chmod(path.stat().st_mode | 0o200)  # pytest removes it
+            path.chmod(path.stat().st_mode | 0o200)  # pytest has to remove it
     assert sorted(clone.rglob("*")) == before
     assert (site / "pyfeedback" / "kernels" / "rule.py").exists()

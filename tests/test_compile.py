@@ -1,4 +1,4 @@
-"""torch's own checks of the ops, and torch.compile through both roads."""
+"""torch's opcheck of the ops, and torch.compile of the layers and of the ops."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pyfeedback import functional
 from pyfeedback.forms import Coefficients
 from pyfeedback.nn import Conv2d, Linear
 
-# torch's own code warns about itself while it compiles.
+# torch raises warnings about its own code during compilation.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 OPS = torch.ops.pyfeedback
 
@@ -46,7 +46,7 @@ def test_opcheck_step_and_center():
 @pytest.mark.parametrize("rule", ["fa", "ia", "everything"])
 @pytest.mark.parametrize("number", [1, 6])
 def test_opcheck_scheduled(number, rule):
-    """The coefficients as a tensor: torch's checks, and the gradients of the op that takes numbers."""
+    """Coefficients as a tensor: opcheck, and the gradients of the op with numbers."""
     case = random_conv(number)
     tensors = conv_tensors(case, number, torch.float64)
     named = Coefficients(**RULES[rule])._asdict()
@@ -127,10 +127,10 @@ def test_data_does_not_recompile():
 def test_functions_equal_ops_under_autocast():
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((3, 4, 6, 6), (5, 4, 3, 3), (5, 4, 3, 3)))
     results = []
-    for road in (functional, OPS):
+    for api in (functional, OPS):
         leaves = fresh([x, w, b])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = road.fa_conv2d(*leaves, **RULES["ia"])
+            output = api.fa_conv2d(*leaves, **RULES["ia"])
         assert output.dtype is torch.bfloat16
         output.float().sum().backward()
         assert all(t.grad.dtype is torch.float32 for t in leaves)

@@ -1,4 +1,4 @@
-"""The compiled library as a file."""
+"""The file of the compiled library."""
 
 import re
 
@@ -10,14 +10,14 @@ from pyfeedback import functional, native
 pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 
 
-def test_it_holds_no_path_of_the_machine_that_built_it():
-    """Errors name their source, by its place in the repository."""
+def test_it_contains_no_path_of_the_build_machine():
+    """Errors name their source by its path in the repository."""
     sources = re.findall(rb"[\w./+-]+\.(?:h|cpp|cuh|cu)\b", (native.PACKAGE / native.CPU_LIBRARY).read_bytes())
     assert any(source.startswith(b"csrc/") for source in sources)
     assert [source for source in sources if source.startswith(b"/")] == []
 
 
-def test_what_the_kernel_alone_refuses_reaches_the_user_as_one_line_without_a_path():
+def test_errors_of_a_kernel_are_one_line_without_a_path():
     weight = torch.ones(*[2] * 9).permute(*reversed(range(9)))
     with pytest.raises(RuntimeError, match="expected at most 8") as refused:
         functional.feedback_step_([torch.ones(*[2] * 9)], [weight], [], decay=[0.1], self_=[0.1], tie=[0.0], lr=0.1)

@@ -1,10 +1,11 @@
-"""What PyTorch users do to a model, done to a converted one: each a place where other packages break."""
+"""Common operations on a PyTorch model, applied to a converted one."""
 
 import copy
 
 import pytest
 import torch
 from cases import largest_error
+from small_networks import classification, pointwise_convnet
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -22,21 +23,12 @@ RULES = {
 
 
 def network(rule):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(96, 4)
-    )
-    return pyfeedback.convert(model, RULES[rule])
-
-
-def batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 2, 4, 4, generator=generator), torch.randint(4, (8,), generator=generator)
+    return pyfeedback.convert(pointwise_convnet(), RULES[rule])
 
 
 def backward(model, seed=0):
     model.zero_grad()
-    x, target = batch(seed)
+    x, target = classification(seed)
     nn.functional.cross_entropy(model(x), target).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -47,7 +39,7 @@ def backward(model, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_autocast_trains_as_a_model_in_that_dtype(rule, dtype):
-    model, x = network(rule), batch()[0]
+    model, x = network(rule), classification()[0]
     narrow = copy.deepcopy(model).to(dtype)
     with torch.autocast("cpu", dtype):
         y = model(x)
@@ -58,8 +50,8 @@ def test_autocast_trains_as_a_model_in_that_dtype(rule, dtype):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
-    """The scaler unscales and steps the task; the rule steps by itself in between, before W moves."""
+def test_the_documented_gradient_scaling_equals_training_without_it(rule):
+    """The scaler unscales and steps the task. The rule's optimizer steps in between, before W is updated."""
     trained = []
     for scale in (None, 1024.0):
         model = network(rule)
@@ -68,9 +60,9 @@ def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         for step in range(3):
             model.zero_grad()
-            x, target = batch(step)
+            x, target = classification(step)
             scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
-            scaler.unscale_(task)  # W's gradients; those of the rules were never scaled
+            scaler.unscale_(task)  # the gradients of W; those of the rules were never scaled
             feedback.step()
             scaler.step(task)
             scaler.update()
@@ -79,23 +71,23 @@ def test_gradient_scaling_by_the_recipe_is_training_without_it(rule):
 
 
 @pytest.mark.parametrize("rule", ["ia", "kp", "sa"])
-def test_a_step_that_overflows_moves_nothing(rule):
+def test_an_overflowing_step_changes_nothing(rule):
     model = network(rule)
     task = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.1)
     feedback = pyfeedback.optim.FeedbackSGD(model, lr=0.1, skip_nonfinite=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=float("inf") if rule == "kp" else 1024.0)
     before = [p.detach().clone() for p in model.parameters()]
-    x, target = batch()
+    x, target = classification()
     x[0, 0, 0, 0] = float("inf")
     scaler.scale(nn.functional.cross_entropy(model(x), target)).backward()
     scaler.unscale_(task)
-    if rule != "sa":  # symmetric alignment reads the weights alone, and moves the feedback
+    if rule != "sa":  # symmetric alignment reads only the weights, and updates the feedback
         feedback.step()
     scaler.step(task)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
-# The weight may be a function of other parameters
+# Weights computed from other parameters
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -135,7 +127,7 @@ def test_hooks_run_and_see_the_gradients(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_shared_layer_adds_up_the_gradients_of_its_places(rule):
+def test_a_shared_layer_sums_the_gradients_of_its_uses(rule):
     torch.manual_seed(0)
     layer = pyfeedback.nn.Linear(6, 6, bias=False, rule=RULES[rule])
     x = torch.randn(5, 6)
@@ -172,13 +164,13 @@ def test_functional_call_and_saved_weights(rule, tmp_path):
     model = network(rule)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     state = torch.load(tmp_path / "model.pt", weights_only=True)
-    x, _ = batch()
+    x, _ = classification()
     torch.testing.assert_close(torch.func.functional_call(network(rule), state, (x,)), model(x))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_an_ensemble_is_a_vmap_over_models(rule):
-    models, x = [network(rule).double() for _ in range(3)], batch()[0].double()
+    models, x = [network(rule).double() for _ in range(3)], classification()[0].double()
     for model in models[1:]:
         for p in model.parameters():
             p.data += 0.1 * torch.randn_like(p)
@@ -208,12 +200,11 @@ def test_a_whole_model_compiles_without_a_break(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_plain_checkpoint_resumes_in_a_converted_model_and_back(rule):
-    plain = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(96, 4)
-    )
-    model = network(rule)
+    plain, model = pointwise_convnet(), network(rule)
+    for p in plain.parameters():
+        nn.init.normal_(p)
     model.load_state_dict(plain.state_dict())  # strict
-    x, _ = batch()
+    x, _ = classification()
     torch.testing.assert_close(model(x), plain(x))
     plain.load_state_dict(pyfeedback.unconvert(model).state_dict())
 

@@ -1,32 +1,25 @@
-"""Conversion: the model stays the same objects, and every in-place activation keeps the gradients right."""
+"""Conversion keeps the objects of a model, and gives correct gradients with in-place activations."""
 
 import copy
 import logging
 import math
 
+import layer_cases
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch.nn import functional as F
 
 import pyfeedback
 from pyfeedback import Rule, reference
 
-# Coefficients large enough for every term to be seen in the gradient.
-RULES = {
-    "bp": pyfeedback.rule("bp"),
-    "fa": Rule(name="fa"),
-    "wm": Rule(amp=0.3, decay=0.2, center=True, name="wm"),
-    "ia": Rule(amp=0.3, null=0.2, decay=0.1, center=True, name="ia"),
-    "sa": Rule(self_=0.3, decay=0.2, name="sa"),
-    "aa": Rule(amp=0.3, sparse=0.2, name="aa"),
-    "kp": Rule(tie=1.0, decay=0.2, name="kp"),
-}
+RULES = {"bp": pyfeedback.rule("bp")} | {name: layer_cases.RULES[name] for name in ("fa", "wm", "ia", "sa", "aa", "kp")}
 READ_RESPONSE = ("wm", "ia")
 
 
 def vgg_like(bias=True):
-    """conv -> batch norm -> ReLU(inplace), as torchvision's vgg_bn and, without bias, resnet."""
+    """conv -> batch norm -> ReLU(inplace), as in torchvision's vgg_bn and, without bias, resnet."""
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
         nn.Conv2d(4, 6, 3, padding=1, bias=bias), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(),
@@ -35,7 +28,7 @@ def vgg_like(bias=True):
 
 
 def alexnet_like():
-    """conv with bias -> ReLU(inplace), and linear -> ReLU(inplace), as torchvision's alexnet and vgg."""
+    """conv with bias -> ReLU(inplace), and linear -> ReLU(inplace), as in torchvision's alexnet and vgg."""
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.ReLU(inplace=True),
         nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(inplace=True),
@@ -44,7 +37,7 @@ def alexnet_like():
 
 
 def bias_free():
-    """conv without bias -> in-place activations of several kinds, at once or behind modules that make no copy."""
+    """conv without bias -> in-place activations of several kinds, directly or after modules that make no copy."""
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 1, bias=False), nn.Identity(),
         nn.LeakyReLU(inplace=True), nn.Conv2d(6, 2, 3, bias=False), nn.Flatten(), nn.SiLU(inplace=True),
@@ -53,7 +46,7 @@ def bias_free():
 
 
 def one_activation():
-    """One activation object behind every layer, first behind a layer with a bias."""
+    """A single activation object after every layer, first after a layer with a bias."""
     activation = nn.ReLU(inplace=True)
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), activation, nn.Conv2d(4, 6, 3, bias=False), activation,
@@ -83,7 +76,7 @@ def gradients(model, total):
 
 
 def reference_output(model, x):
-    """The output of a Sequential whose feedback layers are those of pyfeedback.reference, and all their penalties."""
+    """The output of a Sequential with the layers of pyfeedback.reference, and the sum of their penalties."""
     penalties = x.new_zeros(())
     for module in model:
         if getattr(module, "feedback", None) is None:
@@ -163,7 +156,7 @@ def test_a_functional_in_place_call_raises_rather_than_corrupts():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transport_gives_the_gradients_of_the_model_as_it_was(name):
+def test_transport_gives_the_gradients_of_the_original_model(name):
     torch.manual_seed(1)
     plain = MODELS[name]()
     model = pyfeedback.convert(copy.deepcopy(plain), "bp")
@@ -174,12 +167,12 @@ def test_transport_gives_the_gradients_of_the_model_as_it_was(name):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-# What stays
+# What conversion keeps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_everything_but_the_feedback_stays(train, dtype):
+def test_everything_but_the_feedback_is_kept(train, dtype):
     torch.manual_seed(3)
     model = vgg_like().to(dtype).to(memory_format=torch.channels_last).train(train)
     modules = list(model.named_modules())
@@ -211,7 +204,7 @@ def test_everything_but_the_feedback_stays(train, dtype):
     assert not torch.equal(model[0].weight, before["0.weight"][1])
 
 
-def test_the_meta_device_stays():
+def test_the_meta_device_is_kept():
     with torch.device("meta"):
         model = alexnet_like()
     pyfeedback.convert(model, "ia")
@@ -219,7 +212,7 @@ def test_the_meta_device_stays():
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_one_layer_is_a_model(kind):
+def test_a_single_layer_is_a_model(kind):
     layer = nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect") if kind == "conv" else nn.Linear(2, 4)
     model, report = pyfeedback.convert(layer, "ia", return_report=True)
     assert model is layer
@@ -236,8 +229,8 @@ def test_a_shared_layer_is_converted_once():
     assert len(list(pyfeedback.feedback_parameters(model))) == 1
 
 
-def test_layers_that_share_a_weight_go_on_sharing_it():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+def test_layers_keep_sharing_a_weight():
+    model = perceptron(4, 4, 4)
     model[2].weight = model[0].weight
     _, report = pyfeedback.convert(model, "ia", return_report=True)
     assert model[2].weight is model[0].weight
@@ -245,11 +238,11 @@ def test_layers_that_share_a_weight_go_on_sharing_it():
     assert model[0].feedback is not model[2].feedback
 
 
-# What is left, and the report
+# Skipped layers and the report
 
 
 class OwnForward(nn.Conv2d):
-    """A subclass, whose forward is its own."""
+    """A subclass, which may have its own forward."""
 
 
 def test_layers_without_a_counterpart_are_left_and_reported():
@@ -294,7 +287,7 @@ def test_an_unknown_rule_changes_nothing():
     assert not list(pyfeedback.feedback_layers(model))
 
 
-# The feedback that is drawn
+# The initial feedback
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
@@ -312,7 +305,7 @@ def test_feedback_is_normal_with_the_deviation_of_the_weight(make, scale):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
-def test_a_constant_weight_gets_a_feedback_all_the_same(value):
+def test_a_constant_weight_gets_a_feedback_too(value):
     layer = nn.Linear(20, 10)
     nn.init.constant_(layer.weight, value)
     pyfeedback.convert(layer, "ia")
@@ -327,7 +320,7 @@ def test_a_weight_of_one_number_gets_a_finite_feedback():
 
 
 def test_the_draw_follows_the_seed():
-    """As every rank of a distributed run wants it."""
+    """Every rank of a distributed run must draw the same feedback."""
     drawn = []
     for _ in range(2):
         torch.manual_seed(6)
@@ -335,7 +328,7 @@ def test_the_draw_follows_the_seed():
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
-# Again, and the parameters
+# Repeated conversion, and the parameters
 
 
 @pytest.mark.parametrize("second", ["bp", "fa", "ia"])
@@ -381,7 +374,7 @@ def test_rules_may_differ_between_parts_of_a_model():
     assert [layer.rule.name for _, layer in pyfeedback.feedback_layers(model)] == ["ia", "ia", "kp", "kp"]
 
 
-# And back
+# unconvert
 
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "ia"])

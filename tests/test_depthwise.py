@@ -1,4 +1,4 @@
-"""Depthwise and grouped layers by the compiled kernels, against the paper's regularisers in float64."""
+"""The compiled kernels of depthwise and grouped layers against the paper's regularisers in float64."""
 
 import itertools
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from pyfeedback.forms import Coefficients, Window
 
 pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 
-# Two units in the last place of the largest element, and in float64, the oracle's own dtype, what test_ops asks for.
+# Two units in the last place of the largest element; in float64, the dtype of the oracle, the bound of test_ops.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DTYPES = list(FLOOR)
 
 
 def layer(channels, size, kernel, stride=1, dilation=1, padding=None, multiplier=1, group=1, batch=3, layout=0):
-    """A layer of groups of ``group`` input channels and ``multiplier`` output channels each."""
+    """A layer whose groups have ``group`` input channels and ``multiplier`` output channels."""
     pair = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = tuple(dilation * (k // 2) for k in pair) if padding is None else (padding, padding)
     groups = channels // group
@@ -52,7 +52,7 @@ LAYERS = {
 
 
 def step(op, case, tensors, rule, dtype):
-    """Gradients of one step, for the same output gradient in every dtype."""
+    """The gradients of one step, with the same output gradient in every dtype."""
     output = op(*tensors, *case.window, **rule)
     output, penalty = output if isinstance(output, tuple) else (output, None)
     torch.manual_seed(1)
@@ -63,7 +63,7 @@ def step(op, case, tensors, rule, dtype):
 
 
 def assert_as_accurate(case, rule, dtype, device="cpu"):
-    """Every gradient at most twice as far from float64 as plain PyTorch in the same dtype."""
+    """The error of every gradient is at most twice that of plain PyTorch in the same dtype."""
     rounded = [t.detach().to(device) for t in conv_tensors(case, 0, dtype)]
     with pyfeedback.backend("native"):
         ours = step(functional.fa_conv2d, case, fresh(rounded), rule, dtype)
@@ -90,7 +90,7 @@ def test_every_dtype(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_size_of_a_layer(dtype):
-    """Half-normal inputs, as behind a ReLU, where centring has something to cancel; more units than one chunk holds."""
+    """Half-normal inputs, as after a ReLU, so that centring matters; more work items than one chunk has."""
     case = layer(72, (28, 28), 3, batch=12, layout=1)
     for rule in ("wm-centered", "ia-centered", "aa"):
         rounded = conv_tensors(case, 0, dtype)
@@ -185,12 +185,12 @@ def test_an_output_gradient_may_be_a_view():
 
 
 class Op(NamedTuple):
-    """In the place of an op of torch.ops."""
+    """A substitute for an op of torch.ops."""
 
     default: Callable
 
 
-def test_what_the_kernels_do_not_take_is_composed(monkeypatch):
+def test_unsupported_layers_are_composed(monkeypatch):
     def never(*args):
         raise AssertionError("the kernel was called")
 
@@ -225,7 +225,7 @@ def test_bad_arguments_are_refused_before_anything_is_read():
             call(**changed)
 
 
-# The CUDA kernel, on the CPU. A layer is some 10^6 turns of a thread, so maps are as small as they come.
+# The CUDA kernel in the emulator on the CPU. A layer takes about 10^6 thread switches, so the maps are tiny.
 
 SMALL = {
     "3x3": layer(3, (4, 5), 3, layout=1),
@@ -241,11 +241,12 @@ SMALL = {
 
 @pytest.fixture
 def on_simt(monkeypatch):
-    """depthwise.conv2d_backward as on a CUDA device."""
+    """depthwise.conv2d_backward with the CUDA kernel, run by the emulator."""
     monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(simt.native_depthwise_backward))
     monkeypatch.setattr(depthwise, "_reads_response", lambda input, rule: rule.null != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", SMALL)
@@ -254,6 +255,7 @@ def test_the_cuda_kernel(on_simt, name, dtype):
         assert_as_accurate(SMALL[name], {**RULES[rule], "samples": SMALL[name].input[0] - 1}, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
 def test_the_cuda_kernel_in_any_order(on_simt):
     args = arguments(SMALL["3x3"])
@@ -274,14 +276,14 @@ def test_the_cuda_kernel_on_a_device(name, dtype):
 
 
 def columns(x, kernel, places):
-    """[n, channels, taps, positions] of x, where ``places(r, s)`` maps positions to places of x, negative for none."""
+    """[n, channels, taps, positions] of x. ``places(r, s)`` maps positions to indices into x, or a negative number."""
     rows = [places(r, s) for r, s in itertools.product(*map(range, kernel))]
-    flat = torch.nn.functional.pad(x.flatten(2), (0, 1))  # the last place holds zero
+    flat = torch.nn.functional.pad(x.flatten(2), (0, 1))  # the last element is zero
     return torch.stack([flat[:, :, row] for row in rows], 2)
 
 
 def places(outer, inner, window, r, s):
-    """Of each position of the output map, the place in the input map under the tap (r, s), or -1."""
+    """For each output position, the index of the input element under the tap (r, s), or -1."""
     axes = [
         torch.arange(o) * stride + tap * dilation - padding
         for o, tap, stride, padding, dilation in zip(outer, (r, s), *window[:3], strict=True)
@@ -292,8 +294,8 @@ def places(outer, inner, window, r, s):
 
 @pytest.mark.parametrize("center", [False, True], ids=["plain", "centered"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_two_moments_hold_every_rule(name, center):
-    """docs/depthwise.md: the gradient is (sparse B - amp W) G + null H B, by definition of both moments."""
+def test_two_gram_matrices_express_every_rule(name, center):
+    """docs/depthwise.md: the gradient is (sparse B - amp W) G + null H B, with both Gram matrices by definition."""
     case, rule = LAYERS[name], {"amp": 0.4, "null": 0.5, "sparse": 0.6, "center": center}
     x, w, b, _ = conv_tensors(case, 0)
     reference.conv2d(x, w, b, None, *case.window, **rule)[1].backward()

@@ -1,4 +1,4 @@
-"""Direct feedback alignment where passes of one model overlap or are computed again: threads, checkpointing."""
+"""Direct feedback alignment with overlapping or recomputed passes of one model: threads and checkpointing."""
 
 import copy
 import pickle
@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,7 @@ import pyfeedback
 
 
 class Blocks(nn.Module):
-    """A tower of blocks, each of two layers; ``use`` calls a block."""
+    """A sequence of blocks with two layers each. ``use`` calls a block."""
 
     def __init__(self, use=lambda block, x: block(x)):
         super().__init__()
@@ -67,7 +68,7 @@ def test_threads_that_share_a_model_have_the_gradients_of_their_own_pass():
 
 
 def test_passes_interleaved_layer_by_layer_are_kept_apart():
-    """Whatever the scheduler does: the second pass runs between two layers of the first."""
+    """Deterministic interleaving: the second pass runs between two layers of the first."""
     model = made()
     inputs = [torch.randn(4, 6, dtype=torch.float64) for _ in range(2)]
     expected = [gradients(model, x) for x in inputs]
@@ -120,7 +121,7 @@ def test_reentrant_checkpointing_is_refused_by_the_name_of_the_layer(which):
         f"blocks.{which[-1]}.0 is computed again by reentrant checkpointing, where dfa has no error for it: expected "
         "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
     )
-    model.use = not_reentrant  # and the model is as good as before
+    model.use = not_reentrant  # the model still works
     for ours, alone in zip(gradients(model, x.detach()), gradients(made(), x.detach()), strict=True):
         torch.testing.assert_close(ours, alone)
 
@@ -148,7 +149,7 @@ def test_evaluation_and_a_part_without_gradients_are_left_alone():
         assert torch.equal(model(x), plain(x))
     with torch.inference_mode():
         assert torch.equal(model(x), plain(x))
-    assert torch.equal(model.blocks[0](x), plain.blocks[0](x))  # by itself
+    assert torch.equal(model.blocks[0](x), plain.blocks[0](x))  # a block called alone
 
     def teach(block, x):
         with torch.no_grad():
@@ -162,12 +163,12 @@ def test_evaluation_and_a_part_without_gradients_are_left_alone():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_model_is_copied_in_the_middle_of_a_pass(duplicate):
-    model, x = pyfeedback.convert(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), "dfa"), torch.randn(4, 6)
+    model, x = pyfeedback.convert(perceptron(6, 6, 3), "dfa"), torch.randn(4, 6)
     expected = gradients(model, x)
     copies = []
 
     def hook(*_):
-        handle.remove()  # it does not pickle
+        handle.remove()  # hooks cannot be pickled
         copies.append(duplicate(model.direct_feedback))
 
     handle = model[2].register_forward_hook(hook)
@@ -177,7 +178,7 @@ def test_a_model_is_copied_in_the_middle_of_a_pass(duplicate):
     assert all(map(torch.equal, gradients(twin, x), expected))
 
 
-@pytest.mark.filterwarnings("ignore")  # of what torch's tracer itself does where the graph breaks
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns at a graph break
 def test_compiled_passes():
     torch._dynamo.reset()
     model, x = made(), torch.randn(4, 6, dtype=torch.float64)

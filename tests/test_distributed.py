@@ -1,4 +1,4 @@
-"""Two processes train as one on the joined batch: DistributedDataParallel and FSDP2, every rule."""
+"""Two processes train like one process on the joint batch: DistributedDataParallel and FSDP2, every rule."""
 
 import os
 import socket
@@ -13,12 +13,14 @@ from cases import largest_error
 
 import pyfeedback
 
-PER_RANK = ("centered", "sampled")  # rules that take their samples of each rank's own batch
+pytestmark = pytest.mark.slow  # two processes that import torch and train
+
+PER_RANK = ("centered", "sampled")  # rules with statistics of the batch of each rank
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two ranks found, by wrapper and rule."""
+    """The results of two ranks, by wrapper and rule."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +48,7 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("rule", worker.RULES)
-def test_feedback_is_drawn_alike_on_every_rank(ranks, rule):
+def test_feedback_is_the_same_on_every_rank(ranks, rule):
     first, second = (found["drawn", rule] for found in ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -59,14 +61,14 @@ def test_two_ranks_train_as_one_on_the_joined_batch(ranks, wrapper, rule):
 
 
 @pytest.mark.parametrize("rule", ["sa", "kp"])
-def test_the_optimizer_of_a_wrapped_model_leaves_the_gradients_it_waits_for(ranks, rule):
+def test_an_optimizer_of_a_wrapped_model_leaves_the_gradients_to_autograd(ranks, rule):
     for found in ranks:
         assert error(found["ddp before", rule], joined(rule, by_gradient=True)) < 1e-5
 
 
 @pytest.mark.parametrize("rule", PER_RANK)
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_means_and_samples_are_those_of_a_rank_and_then_averaged(ranks, wrapper, rule):
+def test_means_and_samples_are_per_rank_and_the_gradients_averaged(ranks, wrapper, rule):
     model, copy = worker.network(rule), worker.network(rule)
     copy.load_state_dict(model.state_dict())
 
@@ -79,7 +81,7 @@ def test_means_and_samples_are_those_of_a_rank_and_then_averaged(ranks, wrapper,
     expected = worker.train(model, worker.batches(), average)
     for found in ranks:
         assert error(found[wrapper, rule], expected) < 1e-5
-    assert error(expected, joined(rule)) > 1e-3  # another estimate than that of the joined batch
+    assert error(expected, joined(rule)) > 1e-3  # not the estimate of the joint batch
 
 
 @pytest.mark.parametrize("rule", ["fa", "kp"])

@@ -1,7 +1,8 @@
-"""The documentation's claims stand beside the names of the tests that hold them: those tests exist."""
+"""The tests that the documentation names exist, and the examples of the README run."""
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
+@cache
 def names_of_tests(path):
     tree = ast.parse(path.read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
@@ -22,28 +24,28 @@ def names_of_tests(path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_test_that_a_page_names_exists(page):
-    sources = [path for room in ("tests", "benchmarks") for path in (ROOT / room).rglob("test_*.py")]
+    sources = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("test_*.py")]
     known = {path.stem for path in sources}.union(*map(names_of_tests, sources))
     assert not set(re.findall(r"\btest_\w+", page.read_text())) - known
 
 
 def test_the_table_of_peers_names_tests_that_exist():
-    """Its rows are made by benchmarks/peers.py, which needs the peer."""
+    """benchmarks/peers.py prints its rows, but needs BioTorch."""
     named = set(re.findall(r'"(test_\w+)"', (ROOT / "benchmarks" / "peers.py").read_text()))
     assert len(named) > 10
     assert named <= set().union(*map(names_of_tests, (ROOT / "tests").rglob("test_*.py")))
 
 
-# The README's examples run
+# The examples of the README
 
 
 def example(number):
-    """The README's Python block of this number."""
+    """The Python block of the README with this number."""
     return re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[number]
 
 
 def setting():
-    """What the first example takes as given; the same each time."""
+    """The variables that the first example uses, the same for each call."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Tanh(), nn.Linear(64, 3))
     data = [(torch.randn(8, 2, 6, 6), torch.randn(8, 3)) for _ in range(20)]

@@ -1,4 +1,4 @@
-"""Models and trainers of other packages, converted in one line. Each test runs where its package is installed:
+"""Models and trainers of other packages with converted models. A test is skipped if its package is missing:
 
 pip install '.[test,ecosystem]' && pytest tests/test_ecosystem.py        # nothing is downloaded
 """
@@ -8,13 +8,14 @@ import copy
 import pytest
 import torch
 from cases import RULES, gradients, largest_error
+from small_networks import classification, normalized_convnet
 from torch import nn
 from torch.nn import functional as F
 
 import pyfeedback
 from pyfeedback.testing import by_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what other packages warn of is theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of other packages
 
 CLASSES, BATCH = 5, 4
 
@@ -40,7 +41,7 @@ def vgg():
 
 
 def without_fat(model):
-    """The same with 16 units where its two hidden linear layers have 4096."""
+    """The model with 16 instead of 4096 units in its two hidden linear layers."""
     linear = [m for m in model.classifier if isinstance(m, nn.Linear)]
     thin = iter([nn.Linear(linear[0].in_features, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)])
     model.classifier = nn.Sequential(*(next(thin) if m in linear else m for m in model.classifier))
@@ -62,7 +63,7 @@ def mixer():
 
 
 class Logits(nn.Module):
-    """A model of transformers, from its one input to its logits."""
+    """A transformers model as a function from one input to its logits."""
 
     def __init__(self, model):
         super().__init__()
@@ -108,7 +109,7 @@ EXPORTED = ("torchvision.resnet18", "timm.vit", "transformers.vit", "transformer
 
 
 def build(name, rule, dtype=torch.float32):
-    """The converted model without dropout, a batch for it, and labels."""
+    """The converted model without dropout, a batch and labels."""
     make_model, make_input = MODELS[name]
     torch.manual_seed(0)
     model = pyfeedback.convert(make_model().to(dtype), rule)
@@ -138,7 +139,7 @@ def test_gradients_of_a_whole_model_are_the_reference(name, rule):
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "wm", "ia", "sa", "aa", "kp"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_few_steps_move_what_the_rule_moves(name, rule):
+def test_a_few_steps_change_what_the_rule_updates(name, rule):
     model, x, target = build(name, rule)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = pyfeedback.optim.SGD(model, lr=0.01)
@@ -154,8 +155,8 @@ def test_a_few_steps_move_what_the_rule_moves(name, rule):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_layer_is_left_out_in_silence(name):
-    """Every convolution, linear and attention layer has a feedback path; what else has weights is in the report."""
+def test_no_layer_is_skipped_silently(name):
+    """Every convolution, linear and attention layer has feedback. The report lists all other layers with weights."""
     model, report = pyfeedback.convert(MODELS[name][0](), "fa", return_report=True)
     layers = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
     assert report.changed == [n for n, m in model.named_modules() if isinstance(m, layers)]
@@ -164,7 +165,7 @@ def test_no_layer_is_left_out_in_silence(name):
 
 
 def test_layers_of_other_kinds_are_reported():
-    """GPT-2 multiplies by a class of its own, and some timm models pad in one."""
+    """GPT-2 has its own linear class, and some timm models have a convolution class that pads."""
     transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
     gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
     _, report = pyfeedback.convert(gpt, "fa", return_report=True)
@@ -204,7 +205,7 @@ def test_an_unconverted_model_runs_as_onnx(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_an_unconverted_model_of_transformers_is_saved_and_loaded_as_its_own(tmp_path):
+def test_an_unconverted_transformers_model_is_saved_and_loaded(tmp_path):
     model, x, _ = build("transformers.bert", "kp")
     expected = pyfeedback.unconvert(model).eval()(x)
     model.model.save_pretrained(tmp_path)
@@ -214,16 +215,14 @@ def test_an_unconverted_model_of_transformers_is_saved_and_loaded_as_its_own(tmp
     torch.testing.assert_close(loaded.eval()(x).logits, expected)
 
 
-# Trainers: each leaves the very parameters that a plain loop leaves
+# Trainers: the parameters after training equal those of a plain loop
 
 STEPS = 4
 TRAINED = ("ia", "kp", "sa")
 
 
 def batches():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(STEPS * BATCH, 3, 8, 8, generator=generator)
-    return x, torch.randint(CLASSES, (STEPS * BATCH,), generator=generator)
+    return classification(1, STEPS * BATCH, 3)
 
 
 def loader():
@@ -231,11 +230,7 @@ def loader():
 
 
 def network(rule):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, CLASSES)
-    )
-    return pyfeedback.convert(model, rule)
+    return pyfeedback.convert(normalized_convnet(), rule)
 
 
 def optimizer_of(model):
@@ -317,7 +312,7 @@ def test_accelerate(rule, tmp_path):
 
 
 class Labelled(nn.Module):
-    """What the Trainer of transformers wants: a loss from keyword arguments."""
+    """The interface of the transformers Trainer: a loss from keyword arguments."""
 
     def __init__(self, model):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The layers beside Conv2d and Linear: other dimensions, transposed, attention; and what is left alone, and why."""
+"""Layers other than Conv2d and Linear: other dimensions, transposed, attention; skipped layers and the reason."""
 
 import copy
 import itertools
@@ -12,11 +12,11 @@ from torch import nn
 import pyfeedback
 from pyfeedback import functional, reference
 
-ROADS = {"dispatcher": torch.ops.pyfeedback.fa_convolution, "function": functional.fa_convolution}
+APIS = {"dispatcher": torch.ops.pyfeedback.fa_convolution, "function": functional.fa_convolution}
 
 
 def random_convolution(number):
-    """Shapes of input and weight, whether there is a bias, and the window: 1 to 3 dimensions, half transposed."""
+    """Shapes of input and weight, whether there is a bias, and the window. 1 to 3 dimensions; half are transposed."""
     draw = random.Random(number)
     spatial, transposed = number % 3 + 1, number % 2 == 1
     while True:
@@ -39,9 +39,9 @@ def random_convolution(number):
             return size, weight, (k,) if draw.random() < 0.5 else None, window
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("number", range(90))
-def test_convolution_against_reference(number, road):
+def test_convolution_against_reference(number, api):
     size, weight, bias, window = random_convolution(number)
     rule = dict(list(RULES.values())[number % len(RULES)])
     if number % 4 == 1 and size[0] > 1:
@@ -49,7 +49,7 @@ def test_convolution_against_reference(number, road):
     torch.manual_seed(number)
     drawn = [s if s is None else torch.randn(s, dtype=torch.float64) for s in (size, weight, weight, bias)]
     results = []
-    for op in (ROADS[road], reference.convolution):
+    for op in (APIS[api], reference.convolution):
         tensors = [t if t is None else t.clone().requires_grad_() for t in drawn]
         output = op(*tensors, *window, **rule)
         output, penalty = output if isinstance(output, tuple) else (output, torch.zeros(()))
@@ -116,13 +116,13 @@ def test_bad_input(case):
     assert str(error.value).startswith(message)
 
 
-def test_output_padding_belongs_to_transposes():
+def test_output_padding_requires_a_transposed_layer():
     x, w = torch.randn(2, 4, 9), torch.randn(6, 4, 3)
     with pytest.raises(ValueError, match=r"output_padding is \(1,\), expected 0 where"):
         functional.fa_convolution(x, w, w, output_padding=1)
 
 
-# The layers: each by its arguments and an input. Same padding with an even kernel makes torch warn of a copy.
+# Each layer with its arguments and an input. torch warns about a copy for same padding with an even kernel.
 LAYERS = {
     "conv1d": (nn.Conv1d, (4, 6, 3), {"padding": 1, "stride": 2}, (3, 4, 9)),
     "conv1d same": (nn.Conv1d, (4, 6, 3), {"padding": "same", "dilation": 2}, (3, 4, 9)),
@@ -156,8 +156,8 @@ def test_converts_and_back(case):
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_feedback_of_the_weight_is_backprop(case):
-    """With B equal to W the feedback path is the gradient."""
+def test_feedback_equal_to_the_weight_is_backprop(case):
+    """With B equal to W, the feedback path is the gradient."""
     kind, arguments, options, size = LAYERS[case]
     torch.manual_seed(0)
     layer, x = kind(*arguments, **options).double(), torch.randn(size, dtype=torch.float64, requires_grad=True)
@@ -202,7 +202,7 @@ def test_torch_func():
 
 
 def attention_inputs(of, batch_first, masked):
-    """Query, key, value and masks of an attention layer of 8 channels and 2 heads."""
+    """Query, key, value and masks of an attention layer with 8 channels and 2 heads."""
     n, queries, keys = 3, 4, 4 if of == "itself" else 5
     tensors = [torch.randn(n, length, 8, dtype=torch.float64) for length in (queries, keys, keys)]
     if of == "itself":
@@ -229,7 +229,7 @@ def attention_inputs(of, batch_first, masked):
 @pytest.mark.parametrize("masked", ["not", "pairs", "heads", "padding", "both"])
 @pytest.mark.parametrize("of", ["itself", "others", "sample"])
 def test_attention_is_torch_nn_s(of, masked):
-    """Values, weights, and with B equal to W every gradient."""
+    """Output, weights and, with B equal to W, every gradient."""
     torch.manual_seed(0)
     for batch_first, append, zero, need, average, bias in itertools.product((False, True), repeat=6):
         options = {"batch_first": batch_first, "add_bias_kv": append, "add_zero_attn": zero, "bias": bias}
@@ -267,8 +267,8 @@ def test_attention_feedback_learns_by_the_rule(batch_first):
     assert layer.out_proj.feedback.grad.norm() > 0
 
 
-def test_attention_projections_apart_are_those_together():
-    """One tensor three times, or three of the same values: the same gradients, whatever the rule."""
+def test_separate_attention_projections_equal_packed_ones():
+    """Self-attention of one tensor and attention of three equal tensors have the same gradients under every rule."""
     x = torch.randn(4, 3, 8, dtype=torch.float64)
     for rule in RULES.values():
         layer = pyfeedback.nn.MultiheadAttention(8, 2, rule=pyfeedback.Rule(**rule), dtype=torch.float64)
@@ -310,7 +310,7 @@ class Own(nn.MultiheadAttention):
 
 
 @pytest.mark.parametrize("layer", [Own(8, 2), nn.MultiheadAttention(8, 2, kdim=6), nn.Embedding(5, 8)], ids=repr)
-def test_what_is_left_is_told(layer):
+def test_skipped_layers_are_reported(layer):
     model = nn.Sequential(nn.Linear(2, 3), layer)
     report = pyfeedback.convert(model, "ia", return_report=True)[1]
     assert report.changed == ["0"]

@@ -1,4 +1,4 @@
-"""The rules beside the paper's: sign-symmetry, product and direct feedback alignment, mixtures; each by its formula."""
+"""The rules beyond the paper: sign-symmetry, product and direct feedback alignment, and mixtures, by formula."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import largest_error
+from small_networks import convnet, regression
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,16 +23,11 @@ SIGNED = ("usf", "frsf", "brsf")
 
 
 def network(rule, **options):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 7), nn.ReLU(), nn.Linear(7, 3)
-    ).double()  # fmt: skip
-    return pyfeedback.convert(model, rule, **options)
+    return pyfeedback.convert(convnet(6, 5, 7).double(), rule, **options)
 
 
 def batch():
-    torch.manual_seed(1)
-    return torch.randn(4, 2, 5, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    return regression(count=4, side=5)
 
 
 def gradients(model):
@@ -51,7 +47,7 @@ def test_input_gradient_has_the_signs_of_the_weight(rule):
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     grad_output = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     with torch.no_grad():
-        layer.weight.neg_()  # the signs are those of now
+        layer.weight.neg_()  # the signs are read in the forward pass
     torch.manual_seed(2)
     layer(x).backward(grad_output)
     torch.manual_seed(2)
@@ -90,7 +86,7 @@ def test_batch_random_magnitudes_are_drawn_for_each_pass_and_not_without_one():
 
 @pytest.mark.parametrize("rule", SIGNED)
 def test_signs_align(rule):
-    """The angle of sign(W) and a normal W has the cosine sqrt(2 / pi); with magnitudes of their own it is 2 / pi."""
+    """The cosine between sign(W) and a normal W is sqrt(2 / pi); with independent magnitudes it is 2 / pi."""
     torch.manual_seed(0)
     layer = nn.Linear(300, 200)
     nn.init.normal_(layer.weight)
@@ -122,7 +118,7 @@ def test_product_against_autograd(expansion, groups):
 
 @pytest.mark.parametrize("optimizer", [FeedbackSGD, SGD, AdamW])
 def test_optimizers_step_the_factor_as_autograd_would(optimizer):
-    """They spare the backward pass the factor's gradient, and make it of the weight's."""
+    """The optimizer computes the gradient of the factor from that of the weight, in place of autograd."""
     ours, plain = network("pfa"), network("pfa")
     plain.load_state_dict(ours.state_dict())
     step = optimizer(ours, lr=0.1)
@@ -133,7 +129,7 @@ def test_optimizers_step_the_factor_as_autograd_would(optimizer):
         for mine, theirs in zip(
             pyfeedback.feedback_parameters(ours), pyfeedback.feedback_parameters(plain), strict=True
         ):
-            if optimizer is AdamW:  # decoupled: the decay is the group's
+            if optimizer is AdamW:  # decoupled weight decay
                 pulled = theirs.grad - 2e-3 * theirs
                 expected = theirs * (1 - 0.1 * 2e-3) - 0.1 * pulled / (pulled.abs() + 1e-8)
             else:
@@ -142,7 +138,7 @@ def test_optimizers_step_the_factor_as_autograd_would(optimizer):
 
 
 def test_the_product_finds_the_weight():
-    """Both forget where they began, at one rate, and take the same steps: Kolen-Pollack through a random matrix."""
+    """Both decay at the same rate and take the same steps: Kolen-Pollack through a random matrix."""
     torch.manual_seed(0)
     layer = pyfeedback.nn.Linear(20, 15, rule=pyfeedback.rule("pfa", decay=0.1, expansion=8))
     optimizer = SGD(layer, lr=0.1, weight_decay=0.1)
@@ -166,19 +162,19 @@ def test_product_checkpoints():
     assert not [name for name in pyfeedback.unconvert(model).state_dict() if "feedback" in name or "mixing" in name]
 
 
-# Direct feedback alignment: the error of the output, by a random projection
+# Direct feedback alignment: a random projection of the output error
 
 
 def by_hand(model, projections):
-    """The gradients of the network above, its layers' inputs taking P e in the place of what backprop brings them."""
+    """The gradients of the network with P e as the error at the input of each layer."""
     x, target = batch()
     conv, _, _, hidden, _, last = model
     a = F.conv2d(x, conv.weight, conv.bias)
     h = a.tanh()
     b = F.linear(h.flatten(1), hidden.weight, hidden.bias)
-    g = b.relu()
+    g = b.tanh()
     error = 2 * (F.linear(g, last.weight, last.bias) - target) / target.numel()
-    at_b = (error @ projections[1].T) * (b > 0)
+    at_b = (error @ projections[1].T) * (1 - g**2)
     at_a = (error @ projections[0].T).view_as(a) * (1 - h**2)
     kernel = torch.nn.grad.conv2d_weight(x, conv.weight.shape, at_a)
     found = [kernel, at_a.sum((0, 2, 3)), at_b.T @ h.flatten(1), at_b.sum(0), error.T @ g, error.sum(0)]
@@ -222,7 +218,7 @@ def test_direct_projections_are_drawn_again_for_another_seed_alone():
     model = network("dfa")
     gradients(model)
     (first,) = model.direct_feedback._drawn.values()
-    model.direct_feedback_seed.copy_(model.direct_feedback_seed.clone())  # as DistributedDataParallel does each time
+    model.direct_feedback_seed.copy_(model.direct_feedback_seed.clone())  # as DistributedDataParallel does
     gradients(model)
     assert next(iter(model.direct_feedback._drawn.values())) is first
     model.direct_feedback_seed.add_(1)
@@ -230,20 +226,20 @@ def test_direct_projections_are_drawn_again_for_another_seed_alone():
     assert not torch.equal(next(iter(model.direct_feedback._drawn.values())), first)
 
 
-@pytest.mark.parametrize("road", ["deepcopy", "pickle", "state_dict"])
-def test_direct_copies_go_on_alike(road):
+@pytest.mark.parametrize("method", ["deepcopy", "pickle", "state_dict"])
+def test_direct_copies_have_the_same_gradients(method):
     model = network("dfa")
     expected = gradients(model)
-    if road == "state_dict":
+    if method == "state_dict":
         again = network("fa")
         pyfeedback.convert(again, "dfa").load_state_dict(model.state_dict())
     else:
-        again = copy.deepcopy(model) if road == "deepcopy" else pickle.loads(pickle.dumps(model))
+        again = copy.deepcopy(model) if method == "deepcopy" else pickle.loads(pickle.dumps(model))
     assert largest_error(gradients(again), expected) == 0
     assert again.direct_feedback is not model.direct_feedback
 
 
-def test_direct_takes_a_plain_checkpoint_and_leaves_no_trace():
+def test_direct_loads_a_plain_checkpoint_and_converts_back():
     plain, model = network("bp"), network("dfa")
     model.load_state_dict(plain.state_dict())
     names = set(plain.state_dict())
@@ -256,7 +252,7 @@ def test_direct_takes_a_plain_checkpoint_and_leaves_no_trace():
     assert set(other.state_dict()) == names
 
 
-def test_direct_pass_that_fails_leaves_nothing_behind():
+def test_failed_direct_pass_leaves_no_state():
     model = network("dfa")
     expected = gradients(model)
     x, _ = batch()
@@ -284,13 +280,13 @@ class Outputs(nn.Module):
         (lambda y: y[:2], ValueError, r"^input of second has shape \(5, 4\) and output \(2, 3\), expected the batch"),
     ],
 )
-def test_direct_wants_one_output(made, error, message):
+def test_direct_requires_one_output(made, error, message):
     model = pyfeedback.convert(Outputs(made), "dfa")
     with pytest.raises(error, match=message):
         model(torch.randn(5, 4))
 
 
-def test_direct_alignment_knows_the_gradients():
+def test_direct_alignment_has_gradient_angles():
     found = pyfeedback.alignment(network("dfa"), batch(), F.mse_loss)
     assert found["5"].gradient_angle == pytest.approx(0.0, abs=1e-3)
     assert 30 < found["0"].gradient_angle < 150
@@ -298,7 +294,7 @@ def test_direct_alignment_knows_the_gradients():
     assert math.isnan(found["0"].norm_ratio)
 
 
-@pytest.mark.filterwarnings("ignore")  # of what torch's tracer itself does where the graph breaks
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns at a graph break
 def test_direct_compiles():
     model = network("dfa")
     expected = gradients(model)
@@ -320,7 +316,7 @@ def test_every_rule_compiles_whole(rule):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     F.mse_loss(compiled(x), target).backward()
     found = [p.grad for p in model.parameters() if p.grad is not None]
-    if rule == "brsf":  # a graph draws numbers of its own
+    if rule == "brsf":  # a compiled graph draws other random numbers
         assert all(torch.isfinite(grad).all() for grad in found)
     else:
         assert largest_error(found, expected) < 1e-10
@@ -379,7 +375,7 @@ def test_bad_rules(fields, message):
 
 
 def test_growth_control_sets_the_spread_of_what_noise_excites():
-    """|B' u| for u uniform in [0, 1): its variance over the units, averaged over u, is in closed form."""
+    """The variance of B' u over the units, averaged over u uniform in [0, 1), has a closed form."""
     torch.manual_seed(0)
     model = network("wm")
     control = GrowthControl(model, std=0.5)
@@ -392,7 +388,7 @@ def test_growth_control_sets_the_spread_of_what_noise_excites():
         assert float(made.var(1, correction=0).mean().sqrt()) == pytest.approx(0.5, rel=0.02)
 
 
-# The rules that the docs write
+# The rules in the documentation
 
 
 def documented():
@@ -409,7 +405,7 @@ def test_the_table_has_every_rule():
     assert sorted(table) == sorted(PRESETS)
 
 
-def test_documented_rule_spends_where_it_is_needed():
+def test_documented_rule_takes_fewer_samples_in_aligned_layers():
     model = network("ia")
     with torch.no_grad():
         model[3].feedback.copy_(model[3].weight)

@@ -1,4 +1,4 @@
-"""The example runs as a stranger would run it, and its images keep training and test digits apart."""
+"""The examples run from the command line, and the data sets keep training and test digits apart."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def example(monkeypatch):
-    """Import a module of the examples folder, which is no package."""
+    """Import a module of the examples folder, which is not a package."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
 
@@ -26,7 +26,19 @@ def cluttered_digits(example):
     return example("cluttered_digits")
 
 
-def test_a_short_run_leaves_table_json_and_picture(tmp_path):
+def test_the_quickstart_learns_the_digits_and_aligns_every_layer():
+    done = subprocess.run([sys.executable, EXAMPLES / "quickstart.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *layers = done.stdout.splitlines()
+    assert 92 < float(re.fullmatch(r"test accuracy: ([\d.]+)%", first)[1]) < 100
+    angles = dict(re.fullmatch(r"layer (\d): ([\d.]+) degrees between B and W", line).groups() for line in layers)
+    assert list(angles) == ["0", "3", "5"]
+    assert all(0 < float(angle) < 15 for angle in angles.values())  # about 90 before training
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 25
+
+
+@pytest.mark.slow
+def test_a_short_run_writes_table_json_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
     options = ["--rule", "bp", "ia", "--data", "digits", "--epochs", "1", "--out", tmp_path]
@@ -86,13 +98,13 @@ def test_images(cluttered_digits, name, size):
 
 
 @pytest.mark.parametrize("name", ["digits", "cluttered"])
-def test_no_digit_serves_both_sides(cluttered_digits, name):
+def test_no_digit_is_in_both_sets(cluttered_digits, name):
     training, test = cluttered_digits.load(name)
     assert not set(training.sources.flatten().tolist()) & set(test.sources.flatten().tolist())
 
 
-def test_a_cluttered_image_is_made_of_its_sources_alone(cluttered_digits, monkeypatch):
-    """Blanking every digit but the sources changes nothing."""
+def test_a_cluttered_image_depends_only_on_its_sources(cluttered_digits, monkeypatch):
+    """Blanking all digits except the sources changes nothing."""
     first, _ = cluttered_digits.load("cluttered", train_size=1, test_size=1)
     digits = cluttered_digits.load_digits()
     kept = first.sources.flatten().unique().numpy()

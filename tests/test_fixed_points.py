@@ -1,4 +1,4 @@
-"""Where each rule takes its feedback with the weight fixed: the known fixed points, by plain gradient steps."""
+"""The known fixed points of each rule with a fixed weight, reached by gradient steps."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ OPTIONS = {"dtype": torch.float64}
 
 
 def white(samples, channels):
-    """Inputs whose second moment x'x / n is the identity, to rounding."""
+    """Inputs whose second moment x'x / n is the identity up to rounding."""
     q, _ = torch.linalg.qr(torch.randn(samples, channels, **OPTIONS))
     return q * samples**0.5
 
@@ -23,7 +23,7 @@ def second_moment(x):
 
 
 def settle(op, x, weight, steps, lr, **rule):
-    """The feedback after so many gradient steps of the rule alone: the output's gradient is zero."""
+    """The feedback after gradient steps on the rule alone: the output gradient is zero."""
     feedback = torch.randn_like(weight).requires_grad_()
     for _ in range(steps):
         y = op(x, weight, feedback, **rule)
@@ -64,7 +64,7 @@ def test_activation_alignment_reaches_the_weight(weight):
 
 
 def test_activation_alignment_reaches_the_weight_of_a_convolution():
-    """Any input that spans the kernel's windows will do."""
+    """Any input whose windows span the space of kernels is enough."""
     x, weight = torch.randn(8, 2, 7, 6, **OPTIONS), torch.randn(3, 2, 2, 3, **OPTIONS)
     rule = {"amp": 0.5, "sparse": 0.5, "padding": 1, "stride": (1, 2)}
     found = settle(pyfeedback.functional.fa_conv2d, x, weight, 400, 0.04, **rule)
@@ -105,7 +105,7 @@ def test_information_alignment_reaches_the_ridge_decoder(weight, inputs):
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 def test_information_alignment_stays_bounded_as_the_input_grows(weight, scale):
-    """It tends to the pseudo-inverse of W, which no input scale changes; weight mirror's grows with the square."""
+    """B tends to the pseudo-inverse of W at any input scale. Under weight mirror it grows as the scale squared."""
     x = scale * white(32, 6)
     found = settle_linear(x, weight, steps=600, lr=0.2 / scale**2, amp=0.3, null=0.3, decay=0.3)
     assert_near(found, ridge_decoder(x, weight, 0.3, 0.3, 0.3), 1e-4)
@@ -113,14 +113,14 @@ def test_information_alignment_stays_bounded_as_the_input_grows(weight, scale):
 
 
 def test_oja_reaches_the_pseudo_inverse_on_white_inputs(weight):
-    """amp = null without decay: W B' is the identity."""
+    """With amp = null and no decay, W B' is the identity."""
     found = settle_linear(white(32, 6), weight, steps=1000, lr=0.1, amp=0.5, null=0.5)
     assert_near(weight @ found.t(), torch.eye(4, **OPTIONS))
 
 
 @pytest.mark.parametrize(("ratio", "stable"), [(1.9, True), (2.1, False)], ids=["below", "above"])
 def test_activation_alignment_is_stable_up_to_its_bound(weight, ratio, stable):
-    """lr * sparse * lambda_max(Sigma) < 2; along the top eigenvector the error is multiplied by 1 - that."""
+    """lr * sparse * lambda_max(Sigma) < 2: along the top eigenvector, a step multiplies the error by one minus this."""
     x, sparse, steps = coloured(32, 6), 0.4, 100
     _, vectors = torch.linalg.eigh(second_moment(x))
     lr = ratio / (sparse * torch.linalg.eigvalsh(second_moment(x)).max())

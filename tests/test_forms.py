@@ -1,4 +1,4 @@
-"""The choice of the algebraic form: pure, cheapest by count, and every form computes the same."""
+"""The choice of the algebraic form is the cheapest by operation count, and every form computes the same result."""
 
 import itertools
 
@@ -81,7 +81,7 @@ def test_every_form_computes_the_same(layer, name, monkeypatch):
 @pytest.mark.parametrize("name", ["wm", "ia", "aa"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_response_is_saved_only_where_it_is_read(name, bias):
-    """A layer with a bias computes its response again, so that an in-place activation may follow it."""
+    """A layer with a bias recomputes its response, so an in-place activation may follow it."""
     saved = []
 
     def pack(tensor):

@@ -1,4 +1,4 @@
-"""The first cases of every kind that `make fuzz` draws, and what it does about one that fails, crashes or hangs."""
+"""The first cases of every kind of `make fuzz`, and its handling of cases that fail, crash or hang."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ CASES = {"ops": 200, "optimizers": 200, "refusals": 300, "conversion": 50}
 
 @pytest.fixture(scope="module")
 def worker():
-    """A process apart, since a case may end it."""
+    """A separate process, since a case may crash it."""
     worker = fuzz.Worker()
     yield worker
     worker.stop()
@@ -41,14 +41,14 @@ def test_the_calls_cover_every_kind_of_layer():
     assert {c.layout for c in calls} == set(fuzz_ops.LAYOUTS)
     assert {len(c.window) == 6 and c.window[3] for c in calls} == {False, True}
     windows = [c.window for c in calls if len(c.weight) == 4]
-    for place in range(3):  # stride, padding and dilation that differ between the dimensions
+    for place in range(3):  # stride, padding and dilation differ between dimensions
         assert any(len(set(w[place])) > 1 for w in windows)
     assert any(c.window and c.window[-1] == c.input[1] > 1 for c in calls)
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_gradient_is_found(monkeypatch, factor):
-    """Of the feedback, by a thousandth, or not finite."""
+    """A feedback gradient that is wrong by a thousandth or not finite."""
     whole = functional._backward
 
     def off(op, ctx, grad_output):
@@ -68,7 +68,7 @@ def test_a_wrong_gradient_is_found(monkeypatch, factor):
 
 
 def looks_at_feedback(call):
-    """A gradient of the feedback that the patched function makes, in a dtype that resolves a thousandth."""
+    """Whether the patched function computes a feedback gradient, in a dtype that resolves a thousandth."""
     learns = any(call.rule.get(name) for name in ("decay", "amp", "null", "sparse", "self_", "tie"))
     fine = call.dtype in (torch.float64, torch.float32) and call.mean == 0.0
     return learns and fine and call.needs[2] and call.ops == "function" and call.rule.get("samples") != 1
@@ -76,7 +76,7 @@ def looks_at_feedback(call):
 
 @pytest.fixture
 def broken(tmp_path, monkeypatch):
-    """A kind whose cases pass, fail, crash and hang in turn; its name."""
+    """The name of a kind whose cases pass, fail, crash and hang in turn."""
     (tmp_path / "broken.py").write_text(
         "import os, time\n"
         "turn = 0\n"
@@ -92,7 +92,7 @@ def broken(tmp_path, monkeypatch):
     return "broken"
 
 
-def test_what_fails_crashes_or_hangs_is_told_and_the_rest_goes_on(broken):
+def test_failures_crashes_and_hangs_are_reported_and_the_run_continues(broken):
     worker = fuzz.Worker()
     told = [worker.run(broken, number) for number in (0, 1, 2, 0, 3, 0)]
     assert worker.stop() == 0

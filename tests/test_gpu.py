@@ -1,4 +1,4 @@
-"""On a CUDA device: the same ops through the same code, and the CUDA kernels of the compiled library."""
+"""Tests on a CUDA device: the ops through the same code, and the CUDA kernels of the compiled library."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_native_step_skips_what_is_not_finite_and_draws_the_cpus_noise():
 
 @pytest.mark.parametrize("count", [3, 160, 1000])
 def test_native_step_is_captured_in_a_cuda_graph(count):
-    """With its table, its flag and its noise: a replay reads the gradients and the learning rate of its time."""
+    """A replay uses the current gradients and learning rate, and draws new noise."""
     feedback, grad = ([torch.randn(7 + i % 50, device="cuda") for i in range(count)] for _ in range(2))
     expected = [t.clone() for t in feedback]
     options = {"decay": [0.1] * count, "self_": [0.0] * count, "tie": [1.0] * count, "lr": 0.5, "noise": 0.1, "seed": 3}

@@ -1,20 +1,20 @@
-"""The shipped ImageNet settings of rules whose feedback learns: stable on photographs at their learning rate of 0.1.
+"""The ImageNet settings of rules whose feedback learns are stable on photographs at their learning rate of 0.1.
 
-There is no ImageNet here. The images are crops of the two photographs that scikit-learn ships, the network is the
-ResNet-18 of the settings or its first stage, and the labels tell which photograph a crop is of.
+ImageNet itself is not used. The images are crops of the two photographs shipped with scikit-learn, the network is the
+ResNet-18 of the settings or its first stage, and the label of a crop is its photograph.
 """
 
 import math
 
 import pytest
 import torch
-from test_train import example_folder, part
 from torch import nn
 from torch.nn import functional as F
+from training_program import part
 
 import pyfeedback
 
-__all__ = ["example_folder"]  # a fixture
+pytestmark = pytest.mark.usefixtures("example_folder")
 
 RULES = ("wm", "ia", "aa")
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 def resnet(*widths):
-    """torchvision's ResNet-18, whose widths are 64, 128, 256 and 512, or its first stages alone."""
+    """torchvision's ResNet-18 with widths 64, 128, 256 and 512, or its first stages."""
     stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     blocks, inputs = [], 64
     for outputs in widths:
@@ -52,14 +52,14 @@ def resnet(*widths):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """[3, 427, 640] each, as the settings' data set normalises its images."""
+    """Two images [3, 427, 640], normalised as in the data set of the settings."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     return [(torch.tensor(image.copy()).permute(2, 0, 1) / 255 - mean) / deviation for image in images]
 
 
 def crops(photographs, count, size, generator):
-    """Crops of random sizes and places, scaled to ``size``, half of them mirrored; which photograph each is of."""
+    """Random crops scaled to ``size``, half of them mirrored, and the index of the photograph of each."""
 
     def draw(low, high):
         return int(torch.randint(low, high, (), generator=generator))
@@ -79,9 +79,10 @@ def settings(rule):
     return part("configurations").CONFIGURATIONS[f"imagenet-{rule}"].settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_thirty_steps_at_the_full_learning_rate(rule, photographs):
-    """Without the warm-up of the settings; the authors' coefficients of wm, ia and aa do not survive it."""
+    """Without the warm-up of the settings. With the authors' coefficients, wm, ia and aa diverge."""
     torch.manual_seed(0)
     chosen, generator = settings(rule), torch.Generator().manual_seed(0)
     network = part("models").convert(resnet(64), chosen.rule)
@@ -102,7 +103,7 @@ def test_thirty_steps_at_the_full_learning_rate(rule, photographs):
 
 
 def layers_in_use(network, images):
-    """Each layer but the first with its input and its response, of one pass."""
+    """Each layer except the first, with its input and its response in one pass."""
     seen = {}
 
     def remember(name):
@@ -119,7 +120,7 @@ def layers_in_use(network, images):
 
 
 def largest_eigenvalue(layer, input, rule):
-    """Of the Hessian of the rule's regulariser in B, without decay, by ten power iterations through the op."""
+    """The largest eigenvalue of the Hessian of the regulariser in B, without decay, by ten power iterations."""
     options = {"samples": 0, "center": rule.center, "null": rule.null, "sparse": rule.sparse}
     arguments = ()
     if isinstance(layer, nn.Conv2d):
@@ -137,10 +138,12 @@ def largest_eigenvalue(layer, input, rule):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["ia", "aa"])
 def test_steps_are_far_from_where_they_diverge(rule, photographs):
-    """lr * lambda / (1 - momentum) < 2, with the largest curvature of any layer of the fresh network; and a margin,
-    since activations grow while a network learns.
+    """lr * lambda / (1 - momentum) < 2 with a margin, for the largest curvature over the layers of a new network.
+
+    The margin allows for activations that grow during training.
     """
     torch.manual_seed(0)
     chosen = settings(rule)
@@ -151,11 +154,11 @@ def test_steps_are_far_from_where_they_diverge(rule, photographs):
         found[name] = chosen.lr * largest_eigenvalue(layer, input, chosen.rule) / (1 - chosen.momentum)
     assert len(found) == 20
     assert max(found.values()) < 2 / 5, found
-    assert max(found.values()) > 2 / 200, found  # it would hardly learn
+    assert max(found.values()) > 2 / 200, found  # otherwise the steps are too small
 
 
 def test_the_authors_own_coefficients_diverge(photographs):
-    """What the settings' source says of them."""
+    """As the comment in the settings states."""
     for rule in ("ia", "aa"):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What follows a layer may work in place on its output, as on torch.nn's, unless the rule reads that output again."""
+"""Modules after a layer may modify its output in place, as with torch.nn, unless the rule reads the output."""
 
 import copy
 
@@ -23,7 +23,7 @@ WORK = {
     "add": lambda y: y.add_(torch.ones_like(y)),
     "slice": lambda y: y[:1].mul_(2).sum() + y.sum(),
 }
-# The same out of place.
+# The same operations out of place.
 APART = {
     "relu": F.relu,
     "dropout": lambda y: F.dropout(y, 0.5, True),
@@ -34,7 +34,7 @@ APART = {
         + 2 * y[:1].sum()
     ),
 }
-# A layer of torch.nn, and the shape of an input.
+# A torch.nn layer and the shape of an input.
 LAYERS = {
     "linear": (nn.Linear(4, 6), (3, 4)),
     "linear-3d": (nn.Linear(4, 6), (3, 5, 4)),
@@ -50,7 +50,7 @@ LAYERS = {
     "transposed1d": (nn.ConvTranspose1d(4, 6, 3), (3, 4, 8)),
     "transposed2d": (nn.ConvTranspose2d(4, 6, 3), (3, 4, 6, 6)),
 }
-# Where a backward pass reads the output as the forward made it.
+# Cases whose backward pass reads the unmodified output.
 SAVED = {(name, rule) for name in ("linear-3d-no-bias", "conv2d-no-bias") for rule in ("null", "wm")}
 AUTOCAST = ("fa", "null")
 
@@ -64,7 +64,7 @@ def converted(name, rule, dtype=torch.float64):
 
 
 def trained(layer, x, work):
-    """Output and gradients of the layer and what follows it."""
+    """Output and gradients of the layer and the operation after it."""
     leaf = x.clone().requires_grad_()
     layer.zero_grad()
     torch.manual_seed(1)
@@ -76,7 +76,7 @@ def trained(layer, x, work):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize("name", LAYERS)
-def test_work_in_place_has_the_gradients_of_work_apart(name, work, rule):
+def test_in_place_work_has_the_gradients_of_out_of_place_work(name, work, rule):
     _, layer, x = converted(name, RULES[rule])
     if (name, rule) in SAVED:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -108,7 +108,7 @@ def test_under_autocast(name, rule):
 @pytest.mark.parametrize("rule", AUTOCAST)
 @pytest.mark.parametrize("name", ["linear-3d", "linear-3d-no-bias", "conv1d", "conv2d-no-bias"])
 def test_under_torch_func(name, rule):
-    """The transforms save no response, so even a rule that reads it allows work in place."""
+    """The transforms save no response, so every rule allows in-place operations."""
     _, layer, x = converted(name, RULES[rule])
     parameters = dict(layer.named_parameters())
 

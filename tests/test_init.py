@@ -1,4 +1,4 @@
-"""How feedback weights are drawn."""
+"""The initialisation of feedback weights."""
 
 import pytest
 import torch
@@ -64,12 +64,12 @@ def test_a_seed_draws_the_same_everywhere_and_leaves_the_generator_alone():
     layer.reset_feedback()
     assert torch.equal(layer.feedback, fed)
     assert torch.equal(state, torch.manual_seed(12).get_state())
-    assert not torch.equal(first[0].flatten()[:16], first[1].flatten()[:16])  # a stream for each layer
+    assert not torch.equal(first[0].flatten()[:16], first[1].flatten()[:16])  # each layer has its own stream
     assert model[0].feedback_init.seed != model[2].feedback_init.seed
 
 
 @pytest.mark.parametrize("name", ["normal_", "orthogonal_"])
-def test_a_seeded_draw_knows_no_dtype_memory_format_or_order(name):
+def test_a_seeded_draw_is_independent_of_dtype_memory_format_and_order(name):
     init = Init(seed=5, law=getattr(nn.init, name))
     expected = dict(pyfeedback.feedback_layers(pyfeedback.convert(network(), "fa", init=init)))
     model = network().double().to(memory_format=torch.channels_last)
@@ -82,14 +82,14 @@ def test_a_seeded_draw_knows_no_dtype_memory_format_or_order(name):
 
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_laws_that_know_no_16_bit_numbers_serve_every_dtype(dtype, seed):
+def test_init_functions_without_16_bit_support_work_in_every_dtype(dtype, seed):
     layer = pyfeedback.convert(nn.Linear(8, 8, dtype=dtype), "fa", init=Init(law=nn.init.orthogonal_, seed=seed))
     assert layer.feedback.dtype is dtype
     product = (layer.feedback @ layer.feedback.t()).double()
     torch.testing.assert_close(product, torch.eye(8).double(), atol=0.02, rtol=0)
 
 
-def test_layers_take_it_too():
+def test_layers_accept_init():
     layer = pyfeedback.nn.Conv2d(3, 4, 3, init=nn.init.zeros_)
     assert not layer.feedback.any()
     layer = pyfeedback.nn.Linear(300, 100, init=Init(scale=3.0))

@@ -1,4 +1,4 @@
-"""What was installed: the record of the build, the libraries it names, and the build's own decisions."""
+"""The installation: the record of the build, the libraries that it lists, and the decisions of the build script."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGE = Path(native.__file__).parent
 
 
 def run_python(code, folder, **environment):
-    """Run `code` in a fresh interpreter inside `folder`, whose packages come first."""
+    """Run `code` in a new interpreter in `folder`, whose packages come first."""
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -40,14 +40,14 @@ def run_python(code, folder, **environment):
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """The Python files alone, as in a checkout that was never built."""
+    """The Python files only, as in a checkout that was never built."""
     ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "pyfeedback", ignore=ignored)
     return tmp_path
 
 
 class TestBuildInfo:
-    def test_tells_what_the_build_recorded(self):
+    def test_build_info_is_the_record_of_the_build(self):
         info = pyfeedback.build_info()
         record = json.loads((PACKAGE / "_build_info.json").read_text())
         assert info.version == record["version"] == importlib.metadata.version("pyfeedback")
@@ -118,7 +118,7 @@ assert importlib.util.find_spec("pyfeedback.kernels") is not None
 
 
 def load_script(name, monkeypatch):
-    """A module of the repository root, which is not on the path."""
+    """Import a module from the root of the repository, which is not on sys.path."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
@@ -154,9 +154,7 @@ class TestBackend:
             ("3.0.0a0+git12", []),
         ],
     )
-    def test_torch_is_asked_for_only_where_there_is_none(
-        self, build_backend, monkeypatch, tmp_path, version, requirement
-    ):
+    def test_torch_is_required_only_if_it_is_missing(self, build_backend, monkeypatch, tmp_path, version, requirement):
         if version:
             fake_torch(tmp_path, version)
         monkeypatch.setattr(sys, "path", [])
@@ -219,7 +217,7 @@ def test_a_source_that_changed_since_the_build_is_found(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)
     then = sources.digests(tmp_path)
-    assert list(then) == ["a.cpp", "cpu/b.h", "cuda/d.cu"]  # what the libraries are made of
+    assert list(then) == ["a.cpp", "cpu/b.h", "cuda/d.cu"]  # the sources of the libraries
     (tmp_path / "a.cpp").touch()
     (tmp_path / "notes.md").write_text("others")
     assert sources.changed(then, sources.digests(tmp_path), cuda=True) is None

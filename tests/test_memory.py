@@ -1,4 +1,4 @@
-"""Memory of a training step: what a forward saves for its backward, and the most that is held at one time."""
+"""Memory of a training step: tensors saved for the backward pass, and peak memory."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from pyfeedback.testing import by_reference, peak_bytes
 LEARNED = ("wm", "ia", "sa", "aa", "kp")
 RULES = ("bp", "fa", *LEARNED)
 BATCH, WIDTH, SIZE = 16, 32, 32
-ACTIVATION = 4 * BATCH * WIDTH * SIZE * SIZE  # the largest
+ACTIVATION = 4 * BATCH * WIDTH * SIZE * SIZE  # bytes of the largest activation
 
 
 def network():
-    """Bottlenecks with batch norm, as in a ResNet: pointwise, 3x3 and strided layers; activations outweigh weights."""
+    """ResNet bottlenecks with batch norm: pointwise, 3x3 and strided layers, more activations than weights."""
     torch.manual_seed(0)
 
     def layer(c, k, kernel, stride=1):
@@ -37,7 +37,7 @@ def loss_of(model, layout=torch.contiguous_format):
 
 
 def saved_bytes(model):
-    """Bytes of what autograd saves, parameters apart, each memory once."""
+    """Bytes of the tensors saved by autograd without parameters; each storage counts once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -48,27 +48,27 @@ def saved_bytes(model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of(model)  # alive until all is counted, so that no memory is used twice
+        loss = loss_of(model)  # keep the graph alive so that no memory is reused
     assert loss.requires_grad
     return sum(saved.values())
 
 
 def peak(model, layout=torch.contiguous_format):
-    loss_of(model, layout).backward()  # what is made once, is
+    loss_of(model, layout).backward()  # one-time allocations
     model.zero_grad()
     return peak_bytes(lambda: loss_of(model, layout).backward())
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_rule_saves_more_than_backprop(rule):
-    """The response is what batch norm saves anyway."""
+    """The response is the tensor that batch norm saves anyway."""
     assert saved_bytes(converted(rule)) == saved_bytes(network())
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rule", ["wm", "ia"])
 def test_without_batch_norm_the_response_is_saved_or_computed_again(rule, bias):
-    """With a bias the output is not the response."""
+    """With a bias, the output is not the response."""
     layers = nn.Conv2d(3, WIDTH, 3, padding=1, bias=bias), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
     before = saved_bytes(model)
@@ -78,7 +78,7 @@ def test_without_batch_norm_the_response_is_saved_or_computed_again(rule, bias):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_peak_is_that_of_backprop(rule, layout):
-    """Within 3 % and the feedback's gradients; ia and aa hold one largest activation more."""
+    """Within 3 % plus the gradients of the feedback; ia and aa need one more largest activation."""
     model = converted(rule, layout)
     allowed = 1.03 * peak(network().to(memory_format=layout), layout)
     allowed += 4 * sum(p.numel() for p in pyfeedback.feedback_parameters(model) if p.requires_grad)
@@ -88,7 +88,7 @@ def test_the_peak_is_that_of_backprop(rule, layout):
 
 @pytest.mark.parametrize("rule", ["wm", "ia", "aa"])
 def test_the_reference_holds_more(rule):
-    """So the two tests above can fail: a graph of the regularisers keeps every response and its projections."""
+    """A check of the two tests above: the graph of the regularisers keeps every response and its products."""
     with by_reference() as penalties:
 
         def step():
@@ -100,7 +100,7 @@ def test_the_reference_holds_more(rule):
         assert peak_bytes(step) > 1.25 * peak(network())
 
 
-def test_peak_bytes_counts_what_is_held_at_one_time():
+def test_peak_bytes_counts_simultaneous_allocations():
     def run():
         first = torch.zeros(1 << 20)
         second = first + 1

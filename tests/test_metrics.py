@@ -1,10 +1,11 @@
-"""Alignment metrics: against numpy and by-hand gradients, and without a trace left on the model."""
+"""Alignment metrics: compared with numpy and gradients by hand; the model is not changed."""
 
 import math
 
 import numpy
 import pytest
 import torch
+from small_networks import convnet, regression
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,20 +19,7 @@ def angle_by_numpy(a, b):
 
 
 def network(rule="fa", dtype=torch.float64):
-    torch.manual_seed(0)
-    return pyfeedback.convert(
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), nn.Linear(5, 3)
-        ),
-        rule,
-    ).to(dtype)
-
-
-def batch(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(6, 2, 3, 3, dtype=dtype, generator=generator), torch.randn(
-        6, 3, dtype=dtype, generator=generator
-    )
+    return pyfeedback.convert(convnet(), rule).to(dtype)
 
 
 def set_feedback(model, function):
@@ -54,7 +42,7 @@ def test_angle_is_numpy_s(shape, dtype):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_angle_of_copies_and_opposites_is_never_nan(seed):
-    """The cosine rounds to more than 1 for about every third tensor."""
+    """The cosine is rounded to more than 1 for about a third of the tensors."""
     a = torch.randn(1000, generator=torch.Generator().manual_seed(seed))
     assert angle(a, 3 * a) == pytest.approx(0, abs=1e-5)
     assert angle(a, -a) == pytest.approx(180, abs=1e-5)
@@ -116,12 +104,12 @@ def test_alignment_with_a_zero_weight_is_nan():
 
 def test_a_model_without_feedback_has_no_alignment():
     assert pyfeedback.alignment(nn.Linear(2, 3)) == {}
-    assert pyfeedback.alignment(network("bp"), batch(), F.mse_loss) == {}
+    assert pyfeedback.alignment(network("bp"), regression(), F.mse_loss) == {}
 
 
-def test_a_batch_needs_a_loss():
+def test_a_batch_requires_a_loss():
     with pytest.raises(ValueError, match="loss is None with a batch"):
-        pyfeedback.alignment(network(), batch())
+        pyfeedback.alignment(network(), regression())
 
 
 # Projection and gradient angles
@@ -130,14 +118,14 @@ def test_a_batch_needs_a_loss():
 @pytest.mark.parametrize("rule", ["fa", "ia"])
 def test_angles_are_zero_where_feedback_is_weight(rule):
     model = set_feedback(network(rule), lambda weight: weight)
-    for found in pyfeedback.alignment(model, batch(), F.mse_loss).values():
+    for found in pyfeedback.alignment(model, regression(), F.mse_loss).values():
         assert found.projection_angle == pytest.approx(0, abs=1e-4)
         assert found.gradient_angle == pytest.approx(0, abs=1e-4)
 
 
 def test_negated_feedback_turns_every_second_gradient():
     model = set_feedback(network(), torch.neg)
-    found = pyfeedback.alignment(model, batch(), F.mse_loss)
+    found = pyfeedback.alignment(model, regression(), F.mse_loss)
     assert [round(a.projection_angle, 3) for a in found.values()] == [180, 180, 180]
     assert [round(a.gradient_angle, 3) for a in found.values()] == [0, 180, 0]
 
@@ -165,7 +153,7 @@ def test_angles_of_a_network_by_hand():
 
 @pytest.mark.parametrize("rule", ["fa", "ia"])
 def test_an_activation_in_place_changes_no_angle(rule):
-    """The projection is of the gradient before the activation, whose output takes the layer's place in memory."""
+    """The projection uses the gradient before the activation, which overwrites the output of the layer."""
     found = []
     for inplace in (False, True):
         torch.manual_seed(4)
@@ -179,7 +167,7 @@ def test_an_activation_in_place_changes_no_angle(rule):
 
 
 class Twice(nn.Module):
-    """One layer called twice in a pass."""
+    """A layer called twice in a pass."""
 
     def __init__(self):
         super().__init__()
@@ -211,7 +199,7 @@ def test_a_layer_called_twice_counts_both_calls():
     )
 
 
-def test_a_shared_module_stands_once():
+def test_a_shared_module_is_listed_once():
     torch.manual_seed(5)
     layer = nn.Linear(4, 4)
     model = pyfeedback.convert(nn.Sequential(layer, nn.Tanh(), layer), "fa")
@@ -221,7 +209,7 @@ def test_a_shared_module_stands_once():
 
 
 class Aside(nn.Module):
-    """A layer that no batch reaches, and one whose output is dropped."""
+    """A layer that is never called, and one whose output is discarded."""
 
     def __init__(self):
         super().__init__()
@@ -244,10 +232,10 @@ def test_layers_that_the_loss_does_not_reach_are_nan():
 
 def test_frozen_weights_have_a_projection_and_no_gradient():
     model = network()
-    expected = pyfeedback.alignment(model, batch(), F.mse_loss)
+    expected = pyfeedback.alignment(model, regression(), F.mse_loss)
     model[0].requires_grad_(False)
     model[3].weight.requires_grad_(False)
-    found = pyfeedback.alignment(model, batch(), F.mse_loss)
+    found = pyfeedback.alignment(model, regression(), F.mse_loss)
     assert [a.projection_angle for a in found.values()] == [a.projection_angle for a in expected.values()]
     assert math.isnan(found["0"].gradient_angle)
     assert math.isnan(found["3"].gradient_angle)
@@ -256,7 +244,7 @@ def test_frozen_weights_have_a_projection_and_no_gradient():
 
 def test_a_wholly_frozen_model():
     model = network().requires_grad_(False)
-    for found in pyfeedback.alignment(model, batch(), F.mse_loss).values():
+    for found in pyfeedback.alignment(model, regression(), F.mse_loss).values():
         assert math.isfinite(found.projection_angle)
         assert math.isnan(found.gradient_angle)
 
@@ -264,15 +252,15 @@ def test_a_wholly_frozen_model():
 def test_inside_no_grad():
     model = network()
     with torch.no_grad():
-        found = pyfeedback.alignment(model, batch(), F.mse_loss)
-    assert found == pyfeedback.alignment(model, batch(), F.mse_loss)
+        found = pyfeedback.alignment(model, regression(), F.mse_loss)
+    assert found == pyfeedback.alignment(model, regression(), F.mse_loss)
 
 
-# Nothing is left behind
+# The model is not changed
 
 
 class Drifting(nn.Module):
-    """A buffer that every forward replaces."""
+    """A buffer that every forward pass replaces."""
 
     def __init__(self):
         super().__init__()
@@ -340,6 +328,6 @@ def test_a_failing_model_is_left_as_it_was():
         raise ArithmeticError("broken")
 
     with pytest.raises(ArithmeticError):
-        pyfeedback.alignment(model, batch(), broken)
+        pyfeedback.alignment(model, regression(), broken)
     assert [(name, id(p)) for name, p in model.named_parameters()] == state
     assert not any(m._forward_hooks for m in model.modules())

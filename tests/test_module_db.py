@@ -1,6 +1,6 @@
-"""Every module of PyTorch's own test suite, converted: what must stay as it was, stays; what learns is the reference's.
+"""Every module of PyTorch's own test suite, converted: outputs are unchanged, and gradients are those of the reference.
 
-The modules and their inputs are those of `torch.testing._internal.common_modules`.
+The modules and their inputs come from `torch.testing._internal.common_modules`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch_suites import FunctionInput, assert_same, copied, module_db, tensors_
 import pyfeedback
 from pyfeedback.testing import by_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # nested tensors, copies made by padding="same"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # nested tensors; copies for padding="same"
 
 DTYPES = (torch.float32, torch.float64)
 RULES = {
@@ -24,16 +24,16 @@ RULES = {
     "kp": pyfeedback.rule("kp", decay=0.1),
 }
 ONE_LAYER = {f"nn.{kind}" for kind in ("Linear", *(f"Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3)))}
-LAZY = {name.replace("nn.", "nn.Lazy") for name in ONE_LAYER - {"nn.Linear"}}  # LazyLinear is not in the list
+LAZY = {name.replace("nn.", "nn.Lazy") for name in ONE_LAYER - {"nn.Linear"}}  # LazyLinear is not listed
 TRANSFORMERS = {f"nn.Transformer{part}" for part in ("", "Encoder", "EncoderLayer", "DecoderLayer")}
 CONVERTIBLE = ONE_LAYER | TRANSFORMERS | {"nn.MultiheadAttention"}
-# Holds a Linear whose weight it reads without ever calling it: what convert says of it is tested where that is.
+# Has a Linear whose weight it reads without calling it. The report of convert is tested elsewhere.
 READS_WEIGHT = "nn.LinearCrossEntropyLoss"
 MODULES = {info.name: info for info in module_db if info.name != READS_WEIGHT}
 
 
 def samples(name, dtype, step=1):
-    """The constructor and the inputs of each sample, in training mode; of a transformer's many, every step-th."""
+    """The constructor and the inputs of each sample in training mode; for transformers, every step-th sample."""
     info = MODULES[name]
     torch.manual_seed(0)
     found = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)
@@ -47,7 +47,7 @@ def build(name, constructor, dtype):
 
 
 def convert(module, rule, at_the_weight=False):
-    """Converted; with every feedback a copy of its weight if asked for."""
+    """Convert a module, optionally with every feedback equal to its weight."""
     pyfeedback.convert(module, rule)
     if at_the_weight:
         for _, layer in pyfeedback.feedback_layers(module):
@@ -55,10 +55,10 @@ def convert(module, rule, at_the_weight=False):
     return module
 
 
-def pass_through(module, inputs, penalties=()):  # the list of penalties fills while the module runs
-    """Outputs, gradients of the inputs, and of the parameters by name, for a fixed random gradient of the outputs.
+def pass_through(module, inputs, penalties=()):  # the module appends to penalties when it runs
+    """Outputs, gradients of the inputs, and gradients of the parameters by name, for a fixed random output gradient.
 
-    Of the parameters those alone that got one: what a model leaves unused has none.
+    Unused parameters have no gradient and are omitted.
     """
     args, kwargs = copied((inputs.args, inputs.kwargs))
     torch.manual_seed(1)
@@ -71,7 +71,7 @@ def pass_through(module, inputs, penalties=()):  # the list of penalties fills w
 
 
 def values(passed, with_feedback=False):
-    """All tensors that :func:`pass_through` found, parameters in the order of their names."""
+    """All tensors of :func:`pass_through`, with the parameters in the order of their names."""
     outputs, of_inputs, gradients = passed
     gradients = {n: t for n, t in gradients.items() if with_feedback or not n.endswith("feedback")}
     return [*outputs, *of_inputs, *(gradients[n] for n in sorted(gradients))]
@@ -82,7 +82,7 @@ def widened(tree):
 
 
 def description(module):
-    """What a user can look at: names and values of the state, types, fields, and how it prints."""
+    """The visible state of a module: names and values of the state dict, types, attributes and repr."""
     fields = [(type(m), vars(m).keys(), m._parameters.keys(), m._buffers.keys()) for m in module.modules()]
     return fields, {n: None if nn.parameter.is_lazy(t) else t for n, t in module.state_dict().items()}, repr(module)
 
@@ -93,11 +93,11 @@ def assert_described_alike(module, expected):
     assert_same(found[1], expected[1])
 
 
-def test_importing_the_list_leaves_the_switches_of_torch_backends():
+def test_importing_the_list_keeps_torch_backends_assignable():
     torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark
 
 
-def test_the_modules_looked_for_are_in_the_list():
+def test_the_expected_modules_are_in_the_list():
     assert set(MODULES) >= CONVERTIBLE | LAZY
     for name in CONVERTIBLE:
         constructor, _ = next(samples(name, torch.float32))
@@ -117,7 +117,7 @@ def test_backprop_by_a_converted_module_is_the_plain_one(name, dtype):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", sorted(ONE_LAYER))
 def test_one_layer_keeps_the_output_and_the_gradients_of_its_parameters(name, rule, dtype):
-    """Whatever its feedback is; and the weight's own is the one that autograd has."""
+    """For any feedback, the weight gradient is that of autograd."""
     for constructor, inputs in samples(name, dtype):
         outputs, _, gradients = pass_through(build(name, constructor, dtype), inputs)
         found, of_inputs, found_gradients = pass_through(convert(build(name, constructor, dtype), RULES[rule]), inputs)
@@ -140,8 +140,8 @@ def test_with_feedback_equal_to_the_weight_every_gradient_is_backprops(name, rul
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", sorted(CONVERTIBLE))
-def test_and_is_as_accurate_as_backprop_in_float32(name, rule):
-    """On average over the samples, an error of at most twice that of the plain module in the same dtype."""
+def test_float32_error_is_at_most_twice_that_of_backprop(name, rule):
+    """On average over the samples, the error is at most twice that of the plain module in the same dtype."""
     found, plain, tensors = 0.0, 0.0, 0
     for constructor, inputs in samples(name, torch.float32, step=3):
         wide = FunctionInput(*widened(inputs.args), **widened(inputs.kwargs))
@@ -157,7 +157,7 @@ def test_and_is_as_accurate_as_backprop_in_float32(name, rule):
 
 @pytest.mark.parametrize("rule", ["ia", "kp"])
 @pytest.mark.parametrize("name", sorted(CONVERTIBLE))
-def test_feedback_learns_as_the_reference_says(name, rule):
+def test_feedback_gradients_are_the_references(name, rule):
     for constructor, inputs in samples(name, torch.float64, step=3):
         results = []
         for computed in (contextlib.nullcontext([]), by_reference()):
@@ -170,7 +170,7 @@ def test_feedback_learns_as_the_reference_says(name, rule):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(CONVERTIBLE))
-def test_there_and_back_leaves_everything_as_it_was(name, dtype):
+def test_conversion_and_back_leaves_everything_unchanged(name, dtype):
     for constructor, inputs in samples(name, dtype, step=3):
         module = build(name, constructor, dtype)
         expected = description(module)

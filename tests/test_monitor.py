@@ -1,4 +1,4 @@
-"""The monitor: what it reads and when, the file and the picture, and what it costs a step."""
+"""The monitor: its readings, its file, its picture, and its cost per step."""
 
 import math
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from small_networks import perceptron
 from torch.nn import functional as F
 
 import pyfeedback
@@ -14,13 +14,11 @@ from pyfeedback import monitor as monitor_module
 
 
 def network(rule="kp", layers=2):
-    torch.manual_seed(0)
-    hidden = [module for _ in range(layers - 1) for module in (nn.Linear(6, 6), nn.Tanh())]
-    return pyfeedback.convert(nn.Sequential(*hidden, nn.Linear(6, 3)), rule)
+    return pyfeedback.convert(perceptron(*[6] * layers, 3), rule)
 
 
 def train(model, monitor, steps):
-    """Steps of training with the monitor beside them; what it returned at each."""
+    """Train for some steps with the monitor; return the result of each monitor step."""
     generator = torch.Generator().manual_seed(1)
     optimizer = pyfeedback.optim.SGD(model, lr=0.1)
     found = []
@@ -58,7 +56,7 @@ def test_a_step_between_readings_reads_nothing(monkeypatch):
         monitor.step()
 
 
-def test_training_goes_as_without_a_monitor():
+def test_a_monitor_does_not_change_training():
     watched, alone = network("ia"), network("ia")
     train(watched, pyfeedback.Monitor(watched, every=1, batch=probe(), loss=F.cross_entropy), 5)
     train(alone, pyfeedback.Monitor(alone, every=100), 5)
@@ -87,12 +85,12 @@ def test_a_file_gives_back_what_was_saved(tmp_path, batch):
 
     again = pyfeedback.Monitor(model, every=2)
     again.load(tmp_path / "alignment.csv")
-    assert repr(again.readings) == repr(monitor.readings)  # nan equals nothing
+    assert repr(again.readings) == repr(monitor.readings)  # nan is not equal to nan
     again.step(), again.step()
     assert list(again.readings) == [0, 2, 4, 6]
 
 
-def test_a_state_dict_goes_on_where_it_was():
+def test_a_monitor_resumes_from_its_state_dict():
     model = network()
     monitor = pyfeedback.Monitor(model, every=3)
     train(model, monitor, 4)
@@ -156,7 +154,8 @@ def test_backprop_has_nothing_to_draw():
         pyfeedback.Monitor(network("bp")).draw()
 
 
-def test_matplotlib_is_imported_to_draw_alone(tmp_path):
+@pytest.mark.slow
+def test_matplotlib_is_imported_only_to_draw(tmp_path):
     code = """
 import sys, torch, pyfeedback
 monitor = pyfeedback.Monitor(pyfeedback.convert(torch.nn.Linear(3, 2), "fa"), every=1)

@@ -1,4 +1,4 @@
-"""The list of faults fits the code, and what puts them into a copy of it tells the found from the others."""
+"""The list of faults matches the code, and the mutation runner tells detected faults from undetected ones."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from mutants import MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_a_fault_can_be_put_into_its_file(mutant):
-    """A text that is no longer there wants another one: the fault is to be kept."""
+def test_a_fault_can_be_applied_to_its_file(mutant):
+    """If the text no longer occurs, adapt the fault rather than remove it."""
     source = (mutants.ROOT / mutant.file).read_text()
     assert mutants.mutated(mutant, source) != source
     for test in mutant.tests:
@@ -34,7 +34,7 @@ def test_the_list_is_read_block_by_block():
     ]
 
 
-def test_a_text_that_is_not_there_once_is_an_error():
+def test_a_text_that_does_not_occur_exactly_once_is_an_error():
     mutant = Mutant("name", "file.py", "a + b", "a - b", ())
     assert mutants.mutated(mutant, "x = a + b") == "x = a - b"
     for source in ("x = a * b", "x = a + b; y = a + b"):
@@ -44,7 +44,7 @@ def test_a_text_that_is_not_there_once_is_an_error():
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """A copy of nothing but a module and its test, in this environment."""
+    """A copy with one module and its test, in this environment."""
     made = mutants.Copy(tmp_path)
     made.root.mkdir()
     (made.root / "small.py").write_text("def add(a, b):\n    return a + b\n")
@@ -58,7 +58,7 @@ def copy(tmp_path, monkeypatch):
     ("becomes", "killed", "by"),
     [("a - b", True, "test_small.py::test_sum"), ("a * b", False, ""), ("a +", True, "test_small.py")],
 )
-def test_a_fault_is_found_or_not_and_taken_out_again(copy, becomes, killed, by):
+def test_a_fault_is_detected_or_not_and_then_reverted(copy, becomes, killed, by):
     path = copy.root / "small.py"
     before, times = path.read_text(), path.stat().st_mtime_ns
     found = mutants.judge(copy, Mutant("small", "small.py", "a + b", becomes, ("test_small.py",)))
@@ -71,7 +71,7 @@ def test_a_fault_without_a_test_is_an_error(copy):
         mutants.judge(copy, Mutant("small", "small.py", "a + b", "a - b", ("test_small.py::test_other",)))
 
 
-def test_the_table_starts_with_what_was_not_found():
+def test_the_table_starts_with_undetected_faults():
     first, second = MUTANTS[:2]
     results = {
         first.name: {"killed": True, "by": "tests/test_x.py::test_y", "seconds": 3},

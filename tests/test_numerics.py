@@ -1,7 +1,7 @@
-"""Rounding: in every dtype an error of at most twice that of plain PyTorch computing the same in the same dtype.
+"""Rounding: in every dtype, the error is at most twice that of the same computation in plain PyTorch.
 
-These tests also run under ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 (`make test`): the order of a sum differs
-between instruction sets.
+`make test` also runs these tests with ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2, because the order of a sum
+depends on the instruction set.
 """
 
 from collections import defaultdict
@@ -12,18 +12,18 @@ from cases import RULES, conv_tensors, fresh, gradients, norm_error, percentile,
 
 from pyfeedback import functional, reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float64 is the oracle's own: test_ops compares it
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float64 is the dtype of the oracle; see test_ops
 NAMES = ("output", "grad_input", "grad_weight", "grad_feedback", "grad_bias")
 
 
 def ratio(ours, plain, exact):
-    """Our error to PyTorch's, both relative to |exact|, beyond one unit in the last place."""
+    """The ratio of our error to PyTorch's, both relative to |exact|, beyond one unit in the last place."""
     unit = torch.finfo(ours.dtype).eps
     return max(0.0, norm_error(ours, exact) - unit) / max(norm_error(plain, exact), unit / 8)
 
 
 def steps(case, number, rule, dtype):
-    """Output and gradients of this package and of plain PyTorch in ``dtype``, and of float64 on the same values."""
+    """Output and gradients of pyfeedback and of plain PyTorch in ``dtype``, and in float64 for the same values."""
     rounded = conv_tensors(case, number, dtype)
 
     def step(op, tensors, with_penalty):
@@ -43,7 +43,7 @@ def steps(case, number, rule, dtype):
 
 
 def assert_at_most_twice(ratios):
-    """The 95th percentile of error ratios, of ours to plain PyTorch's, over many draws: one draw says little."""
+    """The 95th percentile of the ratios of our error to PyTorch's over many draws, since one draw says little."""
     assert len(ratios) >= 40
     assert percentile(ratios, 95) <= 2, sorted(ratios)[-5:]
 
@@ -65,7 +65,7 @@ def test_error_at_most_twice_pytorchs(rule, dtype):
 @pytest.mark.parametrize("rule", ["wm", "wm-centered", "ia", "ia-centered", "aa", "aa-centered"])
 @pytest.mark.parametrize(("c", "k", "kernel"), [(32, 64, 1), (64, 16, 1), (16, 16, 3)], ids=str)
 def test_error_at_the_size_of_a_layer(c, k, kernel, rule, dtype):
-    """Half-normal inputs, as behind a ReLU, where centring has something to cancel."""
+    """Half-normal inputs, as after a ReLU, so that centring matters."""
     ratios = []
     for seed in range(40):
         torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def test_error_at_the_size_of_a_layer(c, k, kernel, rule, dtype):
 
 
 def rule_gradient(x, w, b, padding, rule, dtype):
-    """The reference's gradient of the rule, computed in ``dtype``."""
+    """The gradient of the rule by the reference in ``dtype``."""
     feedback = b.to(dtype, copy=True).requires_grad_()
     reference.conv2d(x.to(dtype), w.to(dtype), feedback, padding=padding, **RULES[rule])[1].backward()
     return feedback.grad
@@ -91,7 +91,7 @@ def rule_gradient(x, w, b, padding, rule, dtype):
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_activation_alignment_near_its_goal_in_bfloat16(kernel):
-    """With |B - W| / |W| = 1 %, the gradient is right to 1 %: the difference of two responses would lose it."""
+    """With |B - W| / |W| = 1 %, the gradient is accurate to 1 %. The difference of two responses would not be."""
     torch.manual_seed(0)
     x = torch.randn(8, 32, 14, 14, dtype=torch.bfloat16)
     w = torch.randn(64, 32, kernel, kernel)

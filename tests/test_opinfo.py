@@ -1,6 +1,6 @@
-"""PyTorch's own samples of its convolutions and its linear layer, through the ops, the functions and the layers.
+"""PyTorch's own samples of convolutions and linear layers, through the ops, the functions and the layers.
 
-They are those of `torch.testing._internal.common_methods_invocations.op_db`.
+They come from `torch.testing._internal.common_methods_invocations.op_db`.
 """
 
 import pytest
@@ -14,7 +14,7 @@ import pyfeedback
 from pyfeedback import functional, reference
 from pyfeedback.arguments import DTYPES
 
-# Same padding with an even kernel makes a copy.
+# Same padding with an even kernel copies the input.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
 CONVOLUTIONS = [f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)]
@@ -43,19 +43,19 @@ class Call:
 
     @property
     def batched(self):
-        """Whether the op takes it as it is: a batch, and padding by numbers."""
+        """Whether the op supports the sample: a batch, and numeric padding."""
         rank = self.tensors[0].dim()
         return rank >= 2 if self.name == "linear" else rank == self.spatial + 2 and self.window["padding"] != "same"
 
     def plain(self, input, weight, bias):
-        """torch.nn.functional's."""
+        """The result of torch.nn.functional."""
         if self.name == "linear":
             return F.linear(input, weight, bias)
         names = [n for n in WINDOW if n != "output_padding" or "transpose" in self.name]
         return getattr(F, self.name)(input, weight, bias, **{n: self.window[n] for n in names})
 
     def ours(self, ops, input, weight, feedback, bias, **rule):
-        """By `ops`, the functions or the dispatcher; or by the reference, which gives a regulariser too."""
+        """The result of `ops` (functions or dispatcher), or of the reference, which also returns a regulariser."""
         names = (
             ("linear", "conv2d", "convolution") if ops is reference else ("fa_linear", "fa_conv2d", "fa_convolution")
         )
@@ -77,7 +77,7 @@ def calls(name, dtype=torch.float64, batched=True):
 
 
 def passed(outputs, tensors):
-    """Output and gradients for a fixed random gradient of the output."""
+    """Output and gradients for a fixed random output gradient."""
     output, penalty = outputs if isinstance(outputs, tuple) else (outputs, None)
     torch.manual_seed(1)
     torch.autograd.backward([output], [torch.randn(output.shape, dtype=torch.float64).to(output.dtype)])
@@ -116,8 +116,8 @@ def test_with_feedback_equal_to_the_weight_gradients_are_autograds(name, ops):
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d is not torch.float64], ids=str)
 @pytest.mark.parametrize("name", INFO)
-def test_and_as_accurate_as_autograds(name, dtype):
-    """On average over the samples, at most twice the error of plain PyTorch in the same dtype."""
+def test_error_is_at_most_twice_that_of_autograd(name, dtype):
+    """On average over the samples, the error is at most twice that of plain PyTorch in the same dtype."""
     found, plain, tensors = 0.0, 0.0, 0
     for call in calls(name, dtype):
         if call.tensors[0].numel() == 0:
@@ -153,7 +153,7 @@ def test_gradients_of_every_rule_are_the_references(name, rule):
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("name", INFO)
 def test_gradcheck(name, ops):
-    """Numerically, where the feedback is the weight."""
+    """Numerical gradients, with the feedback equal to the weight."""
     for call in calls(name):
         input, weight, bias = call.tensors
         if input.numel() > 200:
@@ -165,7 +165,7 @@ def test_gradcheck(name, ops):
 
 
 def layer_of(call, dtype):
-    """The module of torch.nn that calls what the sample calls, with its weights."""
+    """The torch.nn module of the sample, with its weights."""
     _, weight, bias = call.tensors
     if call.name == "linear":
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype)
@@ -182,8 +182,8 @@ def layer_of(call, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", INFO)
-def test_layers_take_every_sample(name, dtype):
-    """With string padding and without a batch too: the forward is torch's, and so is backprop where B is W."""
+def test_layers_accept_every_sample(name, dtype):
+    """Including string padding and unbatched inputs: the output is torch's, and the gradients are too if B is W."""
     for call in calls(name, dtype, batched=False):
         plain, layer = layer_of(call, dtype), layer_of(call, dtype)
         pyfeedback.convert(layer, pyfeedback.rule("ia", amp=0.1, null=0.1))
@@ -214,7 +214,7 @@ def test_what_torch_refuses_is_refused_in_one_line(name, ops):
 
 
 @pytest.mark.parametrize("name", INFO)
-def test_dtypes_that_torch_takes_and_no_rule_does_are_refused_in_one_line(name):
+def test_dtypes_that_only_torch_supports_are_refused_in_one_line(name):
     refused = 0
     for dtype in INFO[name].dtypes - set(DTYPES):
         call = calls(name, dtype)[0]

@@ -9,14 +9,14 @@ from cases import RULES, conv_tensors, fresh, gradients, laid_out, largest_error
 import pyfeedback
 from pyfeedback import functional, reference
 
-ROADS = {"dispatcher": torch.ops.pyfeedback, "function": functional}
+APIS = {"dispatcher": torch.ops.pyfeedback, "function": functional}
 LINEAR_SIZES = [
     ((4, 6), 3), ((3, 5), 11), ((1, 4), 4), ((4, 3, 6), 9), ((2, 5, 8), 2), ((3, 2, 4, 6), 6), ((2, 1, 3, 2, 5), 4),
 ]  # fmt: skip
 
 
 def run(op, tensors, options, rule, with_penalty=False):
-    """Output and gradients for a fixed random output gradient; the reference adds its regulariser to the loss."""
+    """Output and gradients for a fixed random output gradient. The regulariser of the reference is part of its loss."""
     output = op(*tensors, *options, **rule)
     output, penalty = output if with_penalty else (output, None)
     torch.manual_seed(1)
@@ -27,9 +27,9 @@ def run(op, tensors, options, rule, with_penalty=False):
     return [output.detach(), *gradients(tensors)]
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("number", range(320))
-def test_conv2d_against_reference(number, road):
+def test_conv2d_against_reference(number, api):
     case = random_conv(number)
     name = list(RULES)[number % len(RULES)]
     rule = dict(RULES[name])
@@ -38,13 +38,13 @@ def test_conv2d_against_reference(number, road):
     tensors = conv_tensors(case, number)
     if number % 7 == 0:
         tensors[0].requires_grad_(False)
-    ours = run(ROADS[road].fa_conv2d, fresh_like(tensors), case.window, rule)
+    ours = run(APIS[api].fa_conv2d, fresh_like(tensors), case.window, rule)
     oracle = run(reference.conv2d, fresh_like(tensors), case.window, rule, with_penalty=True)
     assert largest_error(ours, oracle) < 1e-12, (case, name)
 
 
 def fresh_like(tensors):
-    """Fresh leaves that need gradients where the originals do, in the same memory layout."""
+    """New leaves with the memory layout and requires_grad of the originals."""
     again = []
     for t in tensors:
         keeps_layout = t is None or t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
@@ -70,7 +70,7 @@ def test_linear_against_reference(size, out, bias, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("number", [1, 2, 3, 6, 12])
 def test_backward_op_alone(number, rule):
-    """With the response or without it, and with any mask: the same gradients, and None where the mask says so."""
+    """The gradients are the same with and without the response, and None where the mask excludes them."""
     case = random_conv(number)
     x, w, b, _ = (t if t is None else t.detach() for t in conv_tensors(case, number))
     response = torch.conv2d(x, w, None, *case.window)
@@ -98,23 +98,23 @@ def test_gradients_have_the_layout_of_their_tensors(layout, rule):
             assert tensor.grad.stride() == tensor.stride()
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_forward_is_torchs_bit_for_bit(road):
+@pytest.mark.parametrize("api", APIS)
+def test_forward_is_torchs_bit_for_bit(api):
     for number in range(40):
         case = random_conv(number)
         x, w, b, bias = conv_tensors(case, number, torch.float32)
         with pyfeedback.backend("aten"):
-            ours = ROADS[road].fa_conv2d(x, w, b, bias, *case.window, amp=0.1, null=0.1)
+            ours = APIS[api].fa_conv2d(x, w, b, bias, *case.window, amp=0.1, null=0.1)
         assert torch.equal(ours, torch.conv2d(x, w, bias, *case.window))
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("road", ROADS)
-def test_empty_batch(road, rule):
+@pytest.mark.parametrize("api", APIS)
+def test_empty_batch(api, rule):
     x = torch.randn(0, 4, 6, 6, requires_grad=True)
     w, b = (torch.randn(5, 4, 3, 3, requires_grad=True) for _ in range(2))
     bias = torch.randn(5, requires_grad=True)
-    output = ROADS[road].fa_conv2d(x, w, b, bias, padding=1, **RULES[rule])
+    output = APIS[api].fa_conv2d(x, w, b, bias, padding=1, **RULES[rule])
     assert output.shape == (0, 5, 6, 6)
     output.sum().backward()
     for tensor in (x, w, bias) if rule == "fa" else (x, w, b, bias):
@@ -122,13 +122,13 @@ def test_empty_batch(road, rule):
         assert not tensor.grad.any()
     x = torch.randn(0, 3, 4, requires_grad=True)
     w, b = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
-    ROADS[road].fa_linear(x, w, b, **RULES[rule]).sum().backward()
+    APIS[api].fa_linear(x, w, b, **RULES[rule]).sum().backward()
     assert x.grad.shape == x.shape
     assert not w.grad.any()
     assert rule == "fa" or not b.grad.any()
 
 
-def test_nothing_is_spent_on_a_feedback_that_needs_no_gradient(monkeypatch):
+def test_no_work_for_a_feedback_without_gradient(monkeypatch):
     from pyfeedback.aten import backward
 
     def never(*args):
@@ -144,11 +144,11 @@ def test_nothing_is_spent_on_a_feedback_that_needs_no_gradient(monkeypatch):
 def test_gradients_are_derivatives_where_feedback_is_the_weight():
     torch.manual_seed(0)
     x, w, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 5, 6), (6, 2, 3, 2), (6,)))
-    for road, window in itertools.product(ROADS.values(), [(1, 1, 1, 2), ((2, 1), (1, 0), (1, 2), 2)]):
-        torch.autograd.gradcheck(at_the_weight(road.fa_conv2d, *window), (x, w, bias))
+    for api, window in itertools.product(APIS.values(), [(1, 1, 1, 2), ((2, 1), (1, 0), (1, 2), 2)]):
+        torch.autograd.gradcheck(at_the_weight(api.fa_conv2d, *window), (x, w, bias))
     x, w, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 4), (5, 4), (5,)))
-    for road in ROADS.values():
-        torch.autograd.gradcheck(at_the_weight(road.fa_linear), (x, w, bias))
+    for api in APIS.values():
+        torch.autograd.gradcheck(at_the_weight(api.fa_linear), (x, w, bias))
 
 
 def at_the_weight(op, *window):
@@ -156,19 +156,19 @@ def at_the_weight(op, *window):
 
 
 @pytest.mark.parametrize("op", ["fa_conv2d", "fa_linear"])
-@pytest.mark.parametrize("road", ROADS)
-def test_double_backward_raises(road, op):
+@pytest.mark.parametrize("api", APIS)
+def test_double_backward_raises(api, op):
     size = (3, 3) if op == "fa_conv2d" else ()
     x = torch.randn(2, 4, *size[:1] * 2, requires_grad=True)
     w, b = (torch.randn(5, 4, *size, requires_grad=True) for _ in range(2))
-    output = getattr(ROADS[road], op)(x, w, b, amp=0.1)
+    output = getattr(APIS[api], op)(x, w, b, amp=0.1)
     (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"twice|double backward"):
         grad.sum().backward()
 
 
 def test_strided_pointwise_weight_gradient_does_not_crash():
-    """PyTorch's own nn.Conv2d(8, 4, 1, stride=3) corrupts the heap here within 300 backward calls (torch 2.13, CPU)."""
+    """nn.Conv2d(8, 4, 1, stride=3) of torch 2.13 corrupts the heap on a CPU within 300 backward calls."""
     x = torch.randn(3, 8, 15, 12).to(memory_format=torch.channels_last).requires_grad_()
     w, b = (torch.randn(4, 8, 1, 1, requires_grad=True) for _ in range(2))
     for _ in range(400):
@@ -191,7 +191,7 @@ def test_deterministic_algorithms():
 
 @pytest.mark.parametrize("layouts", [(0, 1, 0), (1, 0, 1), (0, 0, 1)], ids=str)
 def test_gradients_of_the_op_have_the_layout_of_their_tensors(layouts):
-    """Autograd lays a gradient out as its leaf; who calls the backward op sees what it made."""
+    """Autograd would restride the gradient of a leaf, so the test calls the backward op directly."""
     formats = (torch.contiguous_format, torch.channels_last)
     shapes = ((2, 4, 5, 6), (8, 4, 3, 3), (8, 4, 3, 3))
     x, w, b = (torch.randn(s).to(memory_format=formats[i]) for s, i in zip(shapes, layouts, strict=True))

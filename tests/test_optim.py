@@ -1,4 +1,4 @@
-"""FeedbackSGD: torch.optim.SGD's trajectory, with and without the work of autograd."""
+"""FeedbackSGD has the trajectory of torch.optim.SGD, with and without gradients from autograd."""
 
 import copy
 import io
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_networks import convnet, regression
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ import pyfeedback
 from pyfeedback import Rule
 from pyfeedback.optim import FeedbackSGD
 
-# Coefficients large enough for every term to be seen in the trajectory.
+# The coefficients are large enough for every term to affect the trajectory.
 RULES = {
     "fa": Rule(name="fa"),
     "wm": Rule(amp=0.3, decay=0.2, center=True, name="wm"),
@@ -33,15 +34,11 @@ MOMENTA = {
 
 
 def network(rule, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))
-    return pyfeedback.convert(model.to(dtype), RULES[rule] if isinstance(rule, str) else rule)
+    return pyfeedback.convert(convnet().to(dtype), RULES[rule] if isinstance(rule, str) else rule)
 
 
 def batches(steps, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        yield [torch.randn(*shape, dtype=dtype, generator=generator) for shape in ((6, 2, 4, 4), (6, 3))]
+    return (regression(step, dtype=dtype) for step in range(steps))
 
 
 def backward(model, x, target):
@@ -54,7 +51,7 @@ def feedback_of(model):
 
 
 def train(model, feedback_optimizer, steps=6, **forward_options):
-    """Both optimizers from the gradients of one backward; the feedback's first, since its rule may read W."""
+    """Step both optimizers after each backward pass, the feedback's first, since its rule may read W."""
     forward = torch.optim.SGD(pyfeedback.forward_parameters(model), **({"lr": 0.05} | forward_options))
     trajectory = []
     for x, target in batches(steps):
@@ -83,11 +80,11 @@ def test_the_trajectory_is_that_of_torch_sgd_on_the_gradients_of_autograd(rule, 
     sgd = torch.optim.SGD(pyfeedback.feedback_parameters(twin), lr=0.1, **MOMENTA[momentum])
     expected = train(twin, sgd)
     assert_trajectories(found, expected)
-    assert all((a - b).norm() > 1e-3 * b.norm() for a, b in zip(found[-1], found[0], strict=True))  # it went somewhere
+    assert all((a - b).norm() > 1e-3 * b.norm() for a, b in zip(found[-1], found[0], strict=True))  # the feedback moved
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_autograd_is_spared_where_the_rule_reads_no_activations(rule):
+def test_autograd_computes_no_feedback_gradient_unless_the_rule_reads_activations(rule):
     model = network(rule)
     FeedbackSGD(model, lr=0.1)
     x, target = next(batches(1))
@@ -106,7 +103,7 @@ def test_the_rules_of_a_model_may_differ():
     assert_trajectories(found, train(twin, torch.optim.SGD(pyfeedback.feedback_parameters(twin), lr=0.1, momentum=0.9)))
 
 
-def test_fixed_feedback_stays():
+def test_fixed_feedback_does_not_change():
     model = network("fa")
     before = feedback_of(model)
     train(model, FeedbackSGD(model, lr=0.1, momentum=0.9))
@@ -114,7 +111,7 @@ def test_fixed_feedback_stays():
 
 
 @pytest.mark.parametrize("rule", ["ia", "kp"])
-def test_a_layer_without_a_gradient_is_left(rule):
+def test_a_layer_without_a_gradient_is_skipped(rule):
     model = network(rule)
     optimizer = FeedbackSGD(model, lr=0.1, momentum=0.9)
     before = feedback_of(model)
@@ -128,7 +125,7 @@ def test_a_layer_without_a_gradient_is_left(rule):
 
 @pytest.mark.parametrize("lr", [0.02, 0.1])
 def test_kolen_pollack_contracts_the_difference_geometrically(lr):
-    """Without momentum W - B is multiplied by 1 - lr * decay at every step, whatever the data."""
+    """Without momentum, every step multiplies W - B by 1 - lr * decay, for any data."""
     model = network("kp")
     before = [(p.weight - p.feedback).detach() for _, p in pyfeedback.feedback_layers(model)]
     steps, decay = 20, RULES["kp"].decay
@@ -154,12 +151,12 @@ def test_kolen_pollack_contracts_with_momentum(momentum):
         assert ((layer.weight - layer.feedback) - factor * difference).abs().max() <= 1e-12 * difference.abs().max()
 
 
-# An optimizer like any other
+# The interface of torch.optim
 
 
 @pytest.mark.parametrize("rule", ["ia", "kp"])
 def test_state_dict_round_trip(rule):
-    """A run that is saved and loaded in the middle goes on as if nothing had happened."""
+    """A run that is saved and loaded continues exactly as an uninterrupted one."""
     model = network(rule)
     optimizer = FeedbackSGD(model, lr=0.1, momentum=0.9)
     train(model, optimizer, steps=3)
@@ -227,7 +224,7 @@ def test_noise_under_a_tensor_learning_rate_follows_the_seed_and_is_fresh_at_eve
     assert not torch.allclose(moves[0][0], moves[1][0], atol=0.05)
 
 
-def test_step_takes_a_closure():
+def test_step_accepts_a_closure():
     model = network("ia")
     x, target = next(batches(1))
 
@@ -243,7 +240,7 @@ def test_step_takes_a_closure():
     assert all(not torch.equal(a, b) for a, b in zip(feedback_of(model), before, strict=True))
 
 
-def test_zero_grad_clears_the_feedback_alone():
+def test_zero_grad_clears_only_the_feedback():
     model = network("ia")
     optimizer = FeedbackSGD(model, lr=0.1)
     x, target = next(batches(1))
@@ -310,12 +307,12 @@ def test_without_noise_the_random_state_is_left():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# Gradients that are not finite
+# Nonfinite gradients
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("rule", ["ia", "kp"])
-def test_skip_nonfinite_leaves_everything(rule, bad):
+def test_skip_nonfinite_skips_the_step(rule, bad):
     model = network(rule)
     optimizer = FeedbackSGD(model, lr=0.1, momentum=0.9, skip_nonfinite=True)
     train(model, optimizer, steps=2)
@@ -362,7 +359,7 @@ def test_a_number_out_of_range_is_refused(name, value):
         FeedbackSGD(network("ia"), **({"lr": 0.1} | {name: value}))
 
 
-def test_nesterov_wants_a_momentum():
+def test_nesterov_requires_momentum():
     with pytest.raises(ValueError, match="nesterov is True with momentum 0"):
         FeedbackSGD(network("ia"), lr=0.1, nesterov=True)
 
@@ -381,7 +378,7 @@ def test_under_backprop_there_is_nothing_to_step():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_model_converted_again_wants_an_optimizer_again():
+def test_a_model_converted_again_needs_a_new_optimizer():
     model = network("ia")
     optimizer = FeedbackSGD(model, lr=0.1)
     pyfeedback.convert(model, "aa")

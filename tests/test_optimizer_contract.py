@@ -1,10 +1,11 @@
-"""What the optimizers owe to any model and any loop: loss scales, computed weights, complex and sparse parameters."""
+"""The optimizers with loss scaling, computed weights, and complex and sparse parameters."""
 
 import logging
 from functools import partial
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -26,12 +27,11 @@ RULES = {
 
 
 def network(rule):
-    torch.manual_seed(0)
-    return pyfeedback.convert(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), rule)
+    return pyfeedback.convert(perceptron(6, 8, 3), rule)
 
 
 def train(model, step, scaler=None, steps=4):
-    """Trains by ``step(scaler)``, after the backward pass of a loss that the scaler has scaled."""
+    """Train with ``step(scaler)`` after the backward pass of the scaled loss."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         model.zero_grad()
@@ -61,7 +61,7 @@ def two_optimizers(rule, scaling):
 
 
 @pytest.mark.parametrize("rule", ["wm", "ia", "oja", "aa", "sa"])
-def test_two_optimizers_under_a_scaler_are_those_without(rule):
+def test_two_optimizers_under_a_scaler_train_as_without_one(rule):
     torch.testing.assert_close(two_optimizers(RULES[rule], scaler()), two_optimizers(RULES[rule], None))
 
 
@@ -76,7 +76,7 @@ def test_a_rule_that_reads_a_scaled_gradient_of_another_optimizer_is_refused(rul
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_one_optimizer_under_a_scaler_is_that_without(rule, optimizer):
-    # The sum of a scaled tie and unscaled data terms is rounded at the size of the former.
+    # The sum of a scaled tie and unscaled data terms has the rounding error of the former.
     scale = 16.0 if rule == "data and tie" else 4096.0
     results = []
     for scaling in (scaler(scale), None):
@@ -86,7 +86,7 @@ def test_one_optimizer_under_a_scaler_is_that_without(rule, optimizer):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_an_overflow_of_the_loss_moves_nothing():
+def test_an_overflow_of_the_loss_changes_nothing():
     model = network(RULES["kp"])
     own, scaling = SGD(model, lr=0.1), scaler()
     before = [p.detach().clone() for p in model.parameters()]
@@ -96,7 +96,7 @@ def test_an_overflow_of_the_loss_moves_nothing():
 
 
 @pytest.mark.parametrize("rule", ["sa", "kp", "ia"])
-def test_the_rule_stepped_before_the_task_is_one_optimizer(rule):
+def test_stepping_the_rule_before_the_task_equals_one_optimizer(rule):
     model = network(RULES[rule])
     own = SGD(model, lr=0.1, momentum=0.9)
     torch.testing.assert_close(two_optimizers(RULES[rule], None), train(model, lambda s: take(s, own)))
@@ -176,7 +176,7 @@ def test_a_layer_whose_weight_is_only_read_keeps_its_feedback(rule, optimizer, c
 
 
 class Mixed(nn.Module):
-    """A sparse embedding, a complex parameter, and a layer that converts."""
+    """A sparse embedding, a complex parameter, and a layer that is converted."""
 
     def __init__(self, sparse=True):
         super().__init__()
@@ -211,7 +211,7 @@ def test_complex_parameters_and_sparse_gradients_step_as_torchs(sparse, ours, th
         model = Mixed(sparse)
         if rule:
             pyfeedback.convert(model, rule)
-            model.head.feedback.data.copy_(model.head.weight)  # the same gradients at the first step
+            model.head.feedback.data.copy_(model.head.weight)  # same gradients in the first step
         own = optimizer(model if rule else model.parameters())
         with pyfeedback.backend(backend):
             for tokens in torch.arange(8).split(4):

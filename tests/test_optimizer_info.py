@@ -1,6 +1,6 @@
-"""The settings with which PyTorch tests its SGD and AdamW, given to those of a whole model: its results, or an error.
+"""PyTorch's own test settings of SGD and AdamW, for the whole-model optimizers: the same results, or an error.
 
-They are those of `torch.testing._internal.common_optimizers.optim_db`.
+They come from `torch.testing._internal.common_optimizers.optim_db`.
 """
 
 import copy
@@ -17,7 +17,14 @@ from pyfeedback import native, optim
 
 INFO = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls in (torch.optim.SGD, torch.optim.AdamW)}
 OURS = {"SGD": optim.SGD, "AdamW": optim.AdamW}
-NOT_OURS = {"foreach", "fused", "differentiable", "capturable", "maximize", "dampening"}  # arguments of torch's alone
+NOT_OURS = {
+    "foreach",
+    "fused",
+    "differentiable",
+    "capturable",
+    "maximize",
+    "dampening",
+}  # only torch's
 BACKENDS = [
     "auto",
     "aten",
@@ -29,7 +36,7 @@ STEPS = 4
 
 
 def settings(name, accepted, dtype=torch.float32):
-    """The keyword arguments of each sample, those that our constructor takes or those that it does not."""
+    """The keyword arguments of each sample, supported or unsupported by our constructor."""
     kwargs = [sample.kwargs for sample in INFO[name].optim_inputs_func("cpu", dtype)]
     return [k for k in kwargs if accepted == NOT_OURS.isdisjoint(k)]
 
@@ -39,7 +46,7 @@ REFUSED = [(name, kwargs) for name in OURS for kwargs in settings(name, False)]
 
 
 def model(dtype):
-    """Parameters of any shape, a strided one and one that gets no gradient, beside one feedback layer."""
+    """Parameters of various shapes, a strided one and one without gradient, and one feedback layer."""
     torch.manual_seed(0)
     parameters = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
     parameters += [parameters[-2].to(memory_format=torch.channels_last), torch.randn(9, 4).to(dtype)[:, ::2]]
@@ -53,7 +60,7 @@ def plain(module):
 
 
 def give_gradients(parameters, step):
-    """The same to every model; the last of the list gets none."""
+    """Give every model the same gradients; the last parameter gets none."""
     torch.manual_seed(1 + step)
     for p in parameters:
         grad = torch.randn(p.shape, dtype=torch.float64).to(p.dtype)
@@ -73,13 +80,13 @@ def ours(name, kwargs, dtype):
 
 
 def torchs(name, kwargs, dtype, working=None):
-    """In the dtype ``working``, from the values in ``dtype``."""
+    """The steps of torch in the dtype ``working``, from the values in ``dtype``."""
     parameters = [nn.Parameter(p.detach().to(working or dtype)) for p in plain(model(dtype))]
     return INFO[name].optim_cls(parameters, **kwargs), parameters
 
 
 def rounded_gradients(optimizer, parameters, dtype):
-    """Steps in float64 with gradients that were rounded to ``dtype``."""
+    """Steps in float64 with gradients rounded to ``dtype``."""
     for step in range(STEPS):
         give_gradients(parameters, step)
         for p in parameters:
@@ -92,9 +99,9 @@ def rounded_gradients(optimizer, parameters, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "kwargs"), ACCEPTED, ids=str)
 def test_steps_are_torchs(name, kwargs, backend, dtype):
-    """In every dtype the error is at most twice that of torch, on average over the tensors; in float64 they agree."""
+    """The error is at most twice that of torch in every dtype, on average over the tensors; float64 agrees."""
     if dtype is torch.float16:
-        kwargs = kwargs | ({"eps": 0.1} if name == "AdamW" else {})  # as torch's list has it: 1e-8 is 0 in float16
+        kwargs = kwargs | ({"eps": 0.1} if name == "AdamW" else {})  # as in torch's list: 1e-8 is 0 in float16
     with pyfeedback.backend(backend):
         found = steps(*ours(name, copy.deepcopy(kwargs), dtype))
     expected = steps(*torchs(name, copy.deepcopy(kwargs), dtype))
@@ -107,7 +114,7 @@ def test_steps_are_torchs(name, kwargs, backend, dtype):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), REFUSED, ids=str)
-def test_a_setting_that_is_not_taken_is_refused(name, kwargs):
+def test_an_unsupported_setting_is_refused(name, kwargs):
     (refused, *_) = sorted(NOT_OURS & kwargs.keys())
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{refused}'"):
         ours(name, kwargs, torch.float32)
@@ -123,7 +130,7 @@ def test_flags_of_torchs_constructors_are_refused(name, flag):
 
 
 def mistakes(name):
-    """The settings that torch refuses, where they are no question of its flags."""
+    """The settings that torch refuses, except those about its flags."""
     for error in INFO[name].optim_error_inputs_func("cpu", torch.float32):
         sample = error.optimizer_error_input
         if NOT_OURS.isdisjoint(sample.kwargs):
@@ -139,7 +146,7 @@ def test_what_torch_refuses_is_refused_in_one_line(name, sample):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "kwargs"), ACCEPTED, ids=str)
-def test_a_saved_state_goes_on(name, kwargs, backend, tmp_path):
+def test_training_resumes_from_a_saved_state(name, kwargs, backend, tmp_path):
     with pyfeedback.backend(backend):
         optimizer, parameters = ours(name, kwargs, torch.float32)
         steps(optimizer, parameters, 0, 2)
@@ -167,7 +174,7 @@ def test_a_copy_of_an_optimizer_is_its_own(name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_schedulers_move_it_as_torchs(name):
+def test_schedulers_work_as_with_torchs(name):
     for makers in INFO[name].scheduler_inputs:
         results = []
         for make in (ours, torchs):

@@ -1,4 +1,4 @@
-"""Rules: the presets are the contract's table, and every field out of range is refused in one line."""
+"""Rules: the presets have the published coefficients, and invalid fields are refused in one line."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from pyfeedback import Rule, rule
 
 COEFFICIENTS = ("decay", "amp", "null", "sparse", "self_", "tie")
 
-# The paper's coefficients in the convention of R(B); whatever is not named is 0.
+# The coefficients of the paper in the convention of R(B). Omitted coefficients are 0.
 PRESETS = {
     "bp": {},
     "fa": {},
@@ -128,7 +128,7 @@ def test_unknown_field_is_refused():
     ],
 )
 def test_samples_of_a_batch(samples, batch, used):
-    """An int caps, a float is a fraction and rounds up to at least one; 0 is the ops' word for all."""
+    """An int is a maximum; a float is a fraction, rounded up to at least one; 0 means all samples for the ops."""
     assert rule("ia", samples=samples).coefficients(batch, 1).samples == used
 
 

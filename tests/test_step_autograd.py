@@ -1,7 +1,8 @@
-"""What autograd sees of a step: version counters of everything written, and grad mode."""
+"""Steps and autograd: version counters of written tensors, and grad mode."""
 
 import pytest
 import torch
+from small_networks import perceptron
 from torch import nn
 
 import pyfeedback
@@ -32,7 +33,7 @@ def versions(tensors):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_step_moves_the_version_of_what_it_writes_alone(call):
+def test_a_step_bumps_only_the_versions_of_what_it_writes(call):
     (b,), (w,), (g,), (m,) = lists = operands()
     before = versions((b, w, g, m))
     CALLS[call](*lists, **NUMBERS)
@@ -41,7 +42,7 @@ def test_a_step_moves_the_version_of_what_it_writes_alone(call):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_without_momentum_the_version_of_the_buffer_stays(call):
+def test_without_momentum_the_version_of_the_buffer_is_unchanged(call):
     (b,), _, _, (m,) = lists = operands()
     before = versions((b, m))
     CALLS[call](*lists, **{**NUMBERS, "momentum": 0.0})
@@ -51,8 +52,8 @@ def test_without_momentum_the_version_of_the_buffer_stays(call):
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_an_adamw_step_moves_the_version_of_what_it_writes_alone(amsgrad, strided):
-    """torch's own fused kernel, which the composed step calls, leaves them."""
+def test_an_adamw_step_bumps_only_the_versions_of_what_it_writes(amsgrad, strided):
+    """The fused kernel of torch, which the composed step calls, does not bump them."""
     tensors = [torch.rand(3, 4) for _ in range(6 if amsgrad else 5)]
     if strided:
         tensors[2] = tensors[2].t().contiguous().t()
@@ -66,7 +67,7 @@ def test_an_adamw_step_moves_the_version_of_what_it_writes_alone(amsgrad, stride
     assert moved == [True, False, False, *[True] * (len(tensors) - 2)]
 
 
-def test_a_step_that_is_refused_leaves_the_versions():
+def test_a_refused_step_bumps_no_version():
     (b,), _, (g,), (m,) = lists = operands()
     before = versions((b, g, m))
     with pytest.raises(ValueError, match=r"weight\[0\] is"):
@@ -75,14 +76,13 @@ def test_a_step_that_is_refused_leaves_the_versions():
 
 
 def network(rule):
-    torch.manual_seed(0)
-    return pyfeedback.convert(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), rule)
+    return pyfeedback.convert(perceptron(4, 5, 3), rule)
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW, FeedbackSGD])
 @pytest.mark.parametrize("rule", ["kp", "sa", "ia"])
 def test_a_graph_built_before_a_step_raises_as_under_torch_optim(rule, make):
-    """Its gradient would be that of neither the old weights nor the new ones."""
+    """Its gradient would mix old and new weights."""
     model = network(rule)
     optimizer = make(model, lr=0.1)
     x = torch.randn(6, 4, requires_grad=True)
@@ -93,7 +93,7 @@ def test_a_graph_built_before_a_step_raises_as_under_torch_optim(rule, make):
         first.backward()
 
 
-def test_a_graph_built_after_a_step_is_as_ever():
+def test_a_graph_built_after_a_step_is_valid():
     model = network("kp")
     optimizer = SGD(model, lr=0.1)
     for _ in range(3):
@@ -149,7 +149,7 @@ def test_a_compiled_step_is_refused_too():
 
 
 def test_inference_tensors_are_refused_before_anything_is_written():
-    """By the composed step, as by torch's own ops; the compiled one writes them, which no graph can have saved."""
+    """The composed step refuses them, as torch does. The compiled step may write them: no graph can have saved them."""
     lists = operands()
     with torch.inference_mode():
         lists[0] = [torch.ones(3, 4)]

@@ -1,4 +1,4 @@
-"""The updates to the last bit: the random stream, ties of rounding, operands that are not aligned, what is skipped."""
+"""Bit-exact updates: the random stream, rounding of ties, misaligned operands, and skipped steps."""
 
 import ctypes
 import subprocess
@@ -15,7 +15,7 @@ from pyfeedback.optim import AdamW
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
-# The known answers of philox4x32-10 that its authors publish with Random123 (kat_vectors): counter, key, result.
+# Known answers of philox4x32-10 from Random123 (kat_vectors): counter, key, result.
 PHILOX = [
     ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
@@ -72,7 +72,7 @@ STEP = {"decay": [0.0], "self_": [0.0], "tie": [1.0], "lr": 1.0}
 
 @pytest.mark.parametrize("layout", ["dense", "strided"])
 def test_bfloat16_rounds_ties_to_even(ops, layout):
-    """1 + k / 128 minus half a unit is a tie between two neighbours; torch rounds it to the one whose last bit is 0."""
+    """1 + k / 128 minus half a unit is a tie. torch rounds it to the neighbour whose last bit is 0."""
     feedback = (1 + torch.arange(1, 65).float() / 128).bfloat16()
     grad = torch.full((64,), 2**-8).bfloat16()
     expected = (feedback.float() - grad.float()).bfloat16()
@@ -88,7 +88,7 @@ def test_bfloat16_rounds_ties_to_even(ops, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("misaligned", ["feedback", "weight", "grad", "momentum_buffer"])
 def test_one_misaligned_operand(ops, misaligned, dtype):
-    """Packs of sixteen bytes are read only where all operands begin at a multiple of it."""
+    """Vectors of sixteen bytes are read only if all operands are aligned to them."""
     names = ("feedback", "weight", "grad", "momentum_buffer")
     generator = torch.Generator().manual_seed(0)
     drawn = {name: torch.randn(1000, generator=generator, dtype=torch.float64).to(dtype) for name in names}
@@ -155,7 +155,7 @@ def test_skip_nonfinite_looks_at_all_that_is_read(backend, bad, value):
 @pytest.mark.parametrize("backend", ["aten", "native"])
 @pytest.mark.parametrize("terms", [{"tie": 1.0, "self_": 0.2}, {"self_": 0.2}, {"tie": 1.0}], ids=str)
 def test_adamw_decays_by_the_gradient_but_for_kolen_pollack(terms, backend):
-    """The decay of a rule is part of its gradient; of Kolen-Pollack alone it is decoupled, as W's."""
+    """The decay of a rule is part of its gradient, except for Kolen-Pollack, where it is decoupled like W's."""
     torch.manual_seed(0)
     layer = pyfeedback.nn.Linear(4, 3, rule=Rule(decay=0.3, **terms))
     own = AdamW(layer, lr=0.01, weight_decay=0.3)

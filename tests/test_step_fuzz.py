@@ -1,4 +1,4 @@
-"""Hundreds of bad calls of a step: one line each, nothing written, and both paths refuse alike."""
+"""Hundreds of invalid steps: one-line errors, nothing written, and the same errors on both paths."""
 
 import random
 
@@ -27,7 +27,7 @@ def freed(t):
     return t
 
 
-# What is put in the place of one tensor of a list.
+# Replacements for one tensor of a list.
 TENSORS = {
     "none": lambda t: None,
     "number": lambda t: 0.5,
@@ -67,7 +67,7 @@ def cases():
         for what, change in tensors.items():
             for i in range(len(SHAPES)):
                 if what == "windows" and len(SHAPES[i]) == 1:
-                    continue  # which is a tensor like any other
+                    continue  # a valid tensor
                 if not (what == "scalar" and SHAPES[i] == ()) and not (what == "expanded" and SHAPES[i] == ()):
                     yield f"{name}[{i}] {what}", (name, i, change)
         for what, change in WHOLE.items():
@@ -97,7 +97,7 @@ def test_there_are_many_of_them():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_call_is_refused_alike_and_writes_nothing(case):
+def test_both_paths_refuse_a_bad_call_and_write_nothing(case):
     name, i, change = CASES[case]
     said = []
     for backend in BACKENDS:
@@ -121,7 +121,7 @@ def test_a_bad_call_is_refused_alike_and_writes_nothing(case):
 @pytest.mark.parametrize("seed", range(100))
 def test_two_mistakes_at_once(seed):
     draw = random.Random(seed)
-    # The dispatcher prints a list in which something is no tensor, and printing a freed tensor ends the process.
+    # The dispatcher prints a list that has a non-tensor, and printing a freed tensor crashes the process.
     chosen = [CASES[draw.choice([case for case in CASES if "freed" not in case])] for _ in range(2)]
     for backend in BACKENDS:
         call = good()
@@ -134,7 +134,7 @@ def test_two_mistakes_at_once(seed):
                 else:
                     call[name][i] = change(call[name][i])
             except (TypeError, AttributeError, IndexError, RuntimeError):
-                pass  # the first mistake leaves no place for the second
+                pass  # the first mistake removed the operand of the second
         with pyfeedback.backend(backend), pytest.raises((ValueError, TypeError)) as refused:
             functional.feedback_step_(**call)
         assert "\n" not in str(refused.value)

@@ -1,5 +1,6 @@
-"""Which tensors of a step may share memory: what is supported steps alike on every path, all else is refused in one
-line before anything is written.
+"""Tensors of a step that share memory: supported sharing gives the same step on every path.
+
+All other sharing is refused in one line before anything is written.
 """
 
 import itertools
@@ -19,11 +20,11 @@ def path(request):
         yield request.param
 
 
-# Written tensors have memory of their own
+# Written tensors must not share memory
 
 
 def overlapping(operands, name, i, other, j, kind):
-    """Puts tensor i of one list into the memory of tensor j of another, as a whole or in part."""
+    """Move tensor i of one list into the memory of tensor j of another list, entirely or partly."""
     shape = operands[name][i].shape
     whole = torch.randn(3 * shape.numel(), dtype=torch.float64)
     start = {"whole": 0, "part": 5, "transposed": 0, "columns": 1}[kind]
@@ -48,9 +49,9 @@ def overlapping(operands, name, i, other, j, kind):
         ("weight", 0, "momentum_buffer", 0),
         ("grad", 0, "momentum_buffer", 2),
         ("grad", 2, "momentum_buffer", 0),
-        ("weight", 2, "feedback", 0),  # it would read what has been stepped
+        ("weight", 2, "feedback", 0),  # it would read an updated tensor
         ("grad", 1, "feedback", 0),
-        ("weight", 0, "feedback", 2),  # not the row behind
+        ("weight", 0, "feedback", 2),  # not the next row
         ("grad", 0, "feedback", 1),
     ],
 )
@@ -78,7 +79,7 @@ def test_a_row_that_reads_another_part_of_itself_is_refused(name, kind):
     refuses(step, operands, f"{name}[0] shares memory with feedback[0], expected")
 
 
-def test_several_elements_at_one_place_are_refused():
+def test_tensors_that_overlap_themselves_are_refused():
     for name in ("feedback", "momentum_buffer"):
         for strides in ((0, 1), (1, 1), (2, 1)):
             operands = lists(2)
@@ -117,11 +118,11 @@ def test_adamw_refuses_tensors_that_share_memory(name, i, other, j):
     refuses(adamw_step, operands, str(refused.value))
 
 
-# What the optimizers rely on
+# Sharing that the optimizers use
 
 
 def expected_step(operands, momentum=0.9):
-    """All gradients first, then every write: what a step means."""
+    """The definition of a step: compute all gradients, then write."""
     rows = list(zip(*(operands[name] for name in ("feedback", "weight", "grad", "momentum_buffer")), strict=True))
     gradients = [ALL["decay"] * f - ALL["self_"] * w + ALL["tie"] * g for f, w, g, _ in rows]
     buffers = [momentum * m + d for (*_, m), d in zip(rows, gradients, strict=True)]
@@ -137,7 +138,7 @@ def assert_steps(operands):
 
 @pytest.mark.parametrize("readers", [1, 2, 5])
 @pytest.mark.parametrize("arrange", ["dense", "strided"])
-def test_a_weight_right_behind_all_that_read_it(readers, arrange):
+def test_a_weight_may_follow_the_rows_that_read_it(readers, arrange):
     operands = lists(2 * (readers + 1), size=(40, 70))
     for first in (0, readers + 1):
         w, g = operands["weight"][first], operands["grad"][first]
@@ -149,14 +150,14 @@ def test_a_weight_right_behind_all_that_read_it(readers, arrange):
 
 
 def test_readers_of_one_gradient_between_a_weight_and_its_reader():
-    """Rows that share a gradient go together, so the first of them may read what the last of them is."""
+    """Rows that share a gradient are grouped, so the first may read the weight that the last one updates."""
     operands = lists(3, size=(40, 70))
     operands["grad"][1] = operands["grad"][2] = operands["grad"][0]
     operands["weight"][0] = operands["feedback"][2]
     assert_steps(operands)
 
 
-def test_what_is_read_alone_may_be_shared_in_any_way():
+def test_read_only_operands_may_share_memory():
     operands = lists(4)
     whole = torch.randn(60, dtype=torch.float64)
     operands["weight"] = [whole[i : i + 24].view(4, 6) for i in (0, 3, 3, 30)]
@@ -176,8 +177,8 @@ def test_a_row_may_read_itself(name):
     assert_steps(operands)
 
 
-def test_views_of_one_storage_that_share_no_element_are_taken():
-    """Columns of one matrix, halves of one vector, and every other element."""
+def test_disjoint_views_of_one_storage_are_accepted():
+    """Columns of a matrix, halves of a vector, and every other element."""
     operands = lists(6)
     matrix, vector = torch.randn(4, 18, dtype=torch.float64), torch.randn(96, dtype=torch.float64)
     operands["feedback"][:3] = matrix.split(6, 1)
@@ -186,7 +187,7 @@ def test_views_of_one_storage_that_share_no_element_are_taken():
     assert_steps(operands)
 
 
-def test_what_is_not_read_may_be_anything():
+def test_unread_operands_may_be_anything():
     operands = lists(2)
     operands["weight"][0], operands["grad"][1] = operands["feedback"][1], operands["momentum_buffer"][0]
     operands["weight"][0].untyped_storage()
@@ -206,7 +207,7 @@ def test_empty_tensors_share_nothing(size):
     step(operands)
 
 
-def test_without_momentum_the_buffer_is_left_alone():
+def test_without_momentum_the_buffer_is_ignored():
     operands = lists(2)
     before = [t.clone() for t in operands["momentum_buffer"]]
     step(operands, momentum=0.0)
@@ -215,11 +216,11 @@ def test_without_momentum_the_buffer_is_left_alone():
     step(operands, momentum=0.0)
 
 
-# Random views of one storage: both paths and a count of elements agree on what shares memory
+# Random views of one storage: both paths agree with a count of shared elements
 
 
 def places(tensor):
-    """Offsets of every element in the storage."""
+    """The offsets of all elements in the storage."""
     offsets = torch.tensor(tensor.storage_offset())
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets[..., None] + torch.arange(size) * stride
@@ -255,7 +256,7 @@ def test_random_views_are_refused_where_they_share_an_element(seed):
 
 
 def test_every_pair_of_operands_agrees_between_the_paths(path):
-    """Each of the 64 pairs (list, row) of three rows, all of one memory: the same verdict on both paths."""
+    """Both paths agree for each of the 64 pairs (list, row) that share memory in a step of three rows."""
     names = ("feedback", "weight", "grad", "momentum_buffer")
     for (name, i), (other, j) in itertools.combinations(itertools.product(names, range(3)), 2):
         verdicts = []

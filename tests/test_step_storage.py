@@ -1,4 +1,4 @@
-"""Tensors without memory, which were freed or are on the meta device: refused before anything is read or written."""
+"""Tensors without memory (freed or on the meta device) are refused before anything is read or written."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_center_refuses_freed_storage():
 @pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
 @pytest.mark.parametrize("which", range(6))
 def test_the_compiled_leaves_refuse_freed_storage(which):
-    """Whoever calls them; before torch 2.13 the dispatcher loses what an error of a library says."""
+    """Also when called directly. Before torch 2.13, the dispatcher drops the message of a library's error."""
     x, dy, w, m = torch.ones(2, 4, 6, 6), torch.ones(2, 4, 4, 4), torch.ones(4, 1, 3, 3), torch.ones(1, 4, 6, 6)
     tensors = [dy, x, w, w.clone(), m, torch.ones(2, 4, 4, 4)]
     tensors[which] = freed(tensors[which])

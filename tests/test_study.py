@@ -1,4 +1,4 @@
-"""The study runs end to end in small, goes on where it was interrupted, and keeps test digits out of its choices."""
+"""A small study runs end to end, resumes after an interruption, and makes no choice on test digits."""
 
 import csv
 import importlib
@@ -32,7 +32,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_small_study_writes_everything_and_goes_on_where_it_was_cut(study, tmp_path, capfd):
+def test_a_small_study_writes_everything_and_resumes(study, tmp_path, capfd):
     small = study.Scale(
         search=4, seeds=1, epochs=1, width=4, repeats=(0, 1), noise=(1.0,), samples=(2,), demo_seeds=1, demo_epochs=1,
         timed_steps=2, train_size=64, test_size=20,
@@ -50,13 +50,13 @@ def test_a_small_study_writes_everything_and_goes_on_where_it_was_cut(study, tmp
     lines = runs.read_text().splitlines(keepends=True)
     assert runs_trained(capfd.readouterr().out) == len(set(lines)) == len(lines)
     tables = {name: (tmp_path / f"{name}.csv").read_bytes() for name in TABLES - {"cost"}}
-    runs.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote
+    runs.write_text("".join(lines[:-1]) + lines[-1][:40])  # as if killed while writing
     study.study(small, tmp_path, workers=1)
     assert runs_trained(capfd.readouterr().out) == 1
     assert {name: (tmp_path / f"{name}.csv").read_bytes() for name in tables} == tables
 
 
-def test_what_is_chosen_on_validation_has_seen_no_test_digit(study):
+def test_choices_on_validation_digits_involve_no_test_digit(study):
     load = study.cluttered_digits.load
     training, test = load("cluttered", train_size=3000, test_size=1000)
     fitted, held_out = load("cluttered", train_size=3000, test_size=1000, validation=True)

@@ -1,4 +1,4 @@
-"""The training program where the disk is full or a checkpoint is damaged: one line, and what was there stays."""
+"""The training program with a full disk or a damaged checkpoint: a one-line error, and existing files are kept."""
 
 import resource
 import subprocess
@@ -7,15 +7,15 @@ import time
 
 import pytest
 import torch
-from test_train import PROGRAM, example_folder, part, run_program
+from training_program import PROGRAM, part
 
-__all__ = ["example_folder", "run_program"]  # fixtures
+pytestmark = pytest.mark.usefixtures("example_folder")
 
 COMMAND = ["digits-fa", "--no-frozen", "--probe", "0", "--every", "1000", "--epochs"]
 
 
 def ends_in_one_line(started):
-    """The line of a process that failed."""
+    """The one-line error of a process that failed."""
     output, errors = started.communicate(timeout=200)
     assert started.returncode == 1, output + errors
     (line,) = errors.splitlines()
@@ -23,9 +23,10 @@ def ends_in_one_line(started):
     return line
 
 
-@pytest.mark.parametrize("room", [0, 20_000], ids=["log", "checkpoint"])
-def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path, room):
-    """Files of the process that runs cannot grow beyond ``room`` bytes any more: the log, or only the checkpoint."""
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [0, 20_000], ids=["log", "checkpoint"])
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path, limit):
+    """Limit the size of the files of the running process, so that the log or the checkpoint cannot be written."""
     path, command = tmp_path / "checkpoint.pt", [sys.executable, PROGRAM, *COMMAND, "400", "--out", tmp_path]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     patience = time.monotonic() + 120
@@ -33,10 +34,10 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path, r
         assert started.poll() is None, started.stderr.read()
         assert time.monotonic() < patience
         time.sleep(0.01)
-    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (room, room))
+    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (limit, limit))
     line = ends_in_one_line(started)
     assert "File too large" in line
-    assert ("checkpoint.pt" in line) == bool(room)
+    assert ("checkpoint.pt" in line) == bool(limit)
     assert not list(tmp_path.glob("*.unfinished"))
     state = part("checkpoint").load(path)
     assert state["epoch"] >= 1
@@ -60,7 +61,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_told_in_one_line_and_stays(tmp_path, run_program, damage):
+def test_a_damaged_checkpoint_gives_a_one_line_error_and_is_kept(tmp_path, run_program, damage):
     run_program(*COMMAND, 1, "--out", tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
@@ -73,14 +74,14 @@ def test_a_damaged_checkpoint_is_told_in_one_line_and_stays(tmp_path, run_progra
 
 
 @pytest.mark.parametrize("state", [{"weights": torch.ones(2)}, [1, 2], 3], ids=["dict", "list", "number"])
-def test_a_file_of_something_else_is_told(tmp_path, run_program, state):
+def test_a_file_of_something_else_is_refused(tmp_path, run_program, state):
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit) as left:
         run_program(*COMMAND, 1, "--out", tmp_path, "--resume")
     assert left.value.code == "train.py: the checkpoint is that of no run, expected what state_dict returned"
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, run_program):
+def test_an_unwritable_folder_is_reported_before_training(tmp_path, run_program):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemExit) as left:
         run_program(*COMMAND, 1, "--out", tmp_path / "file")
@@ -88,7 +89,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, run_p
 
 
 def test_an_error_that_is_not_the_disks_is_raised(tmp_path):
-    """And leaves no half-written file."""
+    """No partial file is left."""
     checkpoint = part("checkpoint")
     checkpoint.save({"step": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises((AttributeError, TypeError, RuntimeError)):

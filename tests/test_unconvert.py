@@ -1,4 +1,4 @@
-"""Back to torch.nn: the trained weights in plain modules, and a process without pyfeedback that runs them."""
+"""unconvert: plain torch.nn modules with the trained weights, which run without pyfeedback."""
 
 import copy
 import subprocess
@@ -33,7 +33,7 @@ def trained(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_plain_architecture_takes_the_trained_weights_strictly(rule):
+def test_the_trained_weights_load_strictly_into_the_plain_architecture(rule):
     model = trained(rule)
     pyfeedback.schedules.Schedule(model, decay=pyfeedback.schedules.constant(0.5))
     x = torch.randn(4, 2, 6, 6)
@@ -49,7 +49,7 @@ def test_the_plain_architecture_takes_the_trained_weights_strictly(rule):
     assert torch.equal(plain(x), expected)
 
 
-def test_a_plain_model_and_one_layer_come_back_too():
+def test_a_plain_model_and_a_single_layer_unconvert_too():
     model = network()
     names = list(model.state_dict())
     assert list(pyfeedback.unconvert(model).state_dict()) == names
@@ -57,7 +57,7 @@ def test_a_plain_model_and_one_layer_come_back_too():
     assert type(pyfeedback.unconvert(layer)) is nn.Linear
 
 
-def test_sharing_hooks_and_mode_stay():
+def test_sharing_hooks_and_mode_are_kept():
     layer = nn.Linear(4, 4)
     calls = []
     layer.register_forward_hook(lambda *_: calls.append(1))
@@ -70,7 +70,7 @@ def test_sharing_hooks_and_mode_stay():
 
 
 @pytest.mark.parametrize("kind", ["subclass", "parametrized"])
-def test_what_cannot_come_back_is_refused_and_nothing_is_changed(kind):
+def test_layers_that_cannot_be_unconverted_are_refused_before_any_change(kind):
     class Own(pyfeedback.nn.Linear):
         """A subclass."""
 
@@ -82,8 +82,9 @@ def test_what_cannot_come_back_is_refused_and_nothing_is_changed(kind):
     assert len(list(pyfeedback.feedback_layers(model))) == 2
 
 
+@pytest.mark.slow
 def test_export_needs_no_pyfeedback(tmp_path):
-    """The whole module by pickle and the exported program both run where pyfeedback cannot be imported."""
+    """A pickled module and an exported program run in a process that cannot import pyfeedback."""
     model = pyfeedback.unconvert(trained("ia"))
     x = torch.randn(4, 2, 6, 6)
     program = torch.export.export(copy.deepcopy(model), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))

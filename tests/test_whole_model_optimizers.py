@@ -1,10 +1,11 @@
-"""SGD and AdamW of a whole model: torch.optim's for the forward weights, the rule's for the feedback."""
+"""SGD and AdamW of a whole model: torch.optim's steps for the forward weights, the rule's for the feedback."""
 
 import copy
 
 import pytest
 import torch
 from cases import largest_error
+from small_networks import classification, normalized_convnet, perceptron
 from torch import nn
 
 import pyfeedback
@@ -27,18 +28,12 @@ BOTH = [(make, options) for make, each in OPTIONS.items() for options in each]
 
 
 def network(rule, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3)
-    )
-    return pyfeedback.convert(model, RULES[rule]).to(dtype)
+    return pyfeedback.convert(normalized_convnet(), RULES[rule]).to(dtype)
 
 
 def loss(model, seed, scale=1.0):
-    dtype = model[0].weight.dtype
-    generator = torch.Generator().manual_seed(seed)
-    x, target = torch.randn(6, 2, 4, 4, generator=generator), torch.randint(3, (6,), generator=generator)
-    return nn.functional.cross_entropy(model(x.to(dtype)), target) * scale
+    x, target = classification(seed, 6, 3)
+    return nn.functional.cross_entropy(model(x.to(model[0].weight.dtype)), target) * scale
 
 
 def train(model, optimizer, steps=4, scaler=None):
@@ -60,7 +55,7 @@ def error(found, expected):
 @pytest.mark.parametrize(("make", "options"), BOTH)
 @pytest.mark.parametrize("rule", RULES)
 def test_forward_parameters_step_as_under_torch_optim(rule, make, options):
-    """With B held, so that both see the same gradients."""
+    """B is copied in each step, so that both have the same gradients."""
     found, expected = network(rule), network(rule)
     ours = make(found, lr=0.05, **options)
     theirs = getattr(torch.optim, make.__name__)(pyfeedback.forward_parameters(expected), lr=0.05, **options)
@@ -91,7 +86,7 @@ def test_sgd_steps_the_feedback_as_feedback_sgd_before_the_task(rule):
 
 @pytest.mark.parametrize("rule", ["wm", "ia", "sa", "aa"])
 def test_adamw_follows_the_rules_gradient(rule):
-    """Against torch's AdamW of B by itself, on the gradient that autograd gives."""
+    """Compared with torch's AdamW of B on the gradient from autograd."""
     found, expected = network(rule), network(rule)
     ours = AdamW(found, lr=0.05, weight_decay=0.1)
     theirs = [
@@ -109,7 +104,7 @@ def test_adamw_follows_the_rules_gradient(rule):
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
 def test_kolen_pollack_contracts_the_difference(make):
-    """W - B shrinks by 1 - lr * decay at every step, whatever the gradients are."""
+    """Every step multiplies W - B by 1 - lr * decay, for any gradients."""
     model = network("kp")
     lr = 0.05
     optimizer = make(model, lr=lr, weight_decay=RULES["kp"].decay)
@@ -135,7 +130,7 @@ def test_kolen_pollack_reads_the_clipped_gradient(make):
 
 @pytest.mark.parametrize(("make", "options"), [(SGD, {"momentum": 0.9}), (AdamW, {})])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_saved_state_goes_on(rule, make, options, tmp_path):
+def test_training_resumes_from_a_saved_state(rule, make, options, tmp_path):
     model = network(rule)
     optimizer = make(model, lr=0.05, **options)
     train(model, optimizer)
@@ -157,7 +152,7 @@ def test_a_gradient_scaler_changes_nothing(rule, make):
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
-def test_a_step_that_overflows_moves_nothing(make):
+def test_an_overflowing_step_changes_nothing(make):
     model = network("ia", torch.float32)
     optimizer = make(model, lr=0.05)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -168,7 +163,7 @@ def test_a_step_that_overflows_moves_nothing(make):
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
-def test_unscaling_by_hand_is_told(make):
+def test_unscaling_by_hand_raises(make):
     model = network("ia", torch.float32)
     optimizer = make(model, lr=0.05)
     scaler = torch.amp.GradScaler("cpu")
@@ -179,7 +174,7 @@ def test_unscaling_by_hand_is_told(make):
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
-def test_a_scheduler_moves_every_group(make):
+def test_a_scheduler_updates_every_group(make):
     model = network("kp")
     optimizer = make(model, lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
@@ -200,8 +195,8 @@ def test_every_backend_takes_the_same_steps(rule, make, options):
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
 @pytest.mark.parametrize("rule", ["sa", "kp"])
-def test_a_rule_reads_the_weight_before_it_moves(rule, make):
-    """In a call with it or, where their options differ, in one before it."""
+def test_a_rule_reads_the_weight_before_its_update(rule, make):
+    """In the same call as W or, if their options differ, in an earlier call."""
     models = [network(rule) for _ in range(3)]
     for model, factor in zip(models, (1.0, 1.0 + 1e-14, 0.0), strict=True):
         optimizer = make(model, lr=0.05)
@@ -215,10 +210,9 @@ def test_a_rule_reads_the_weight_before_it_moves(rule, make):
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
-def test_layers_that_share_a_weight_share_none_of_their_feedback(make):
+def test_layers_that_share_a_weight_have_separate_feedback(make):
     def tied():
-        torch.manual_seed(0)
-        model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), RULES["sa"]).double()
+        model = pyfeedback.convert(perceptron(4, 4, 4), RULES["sa"]).double()
         model[2].weight = model[0].weight
         return model
 
@@ -238,7 +232,7 @@ def test_layers_that_share_a_weight_share_none_of_their_feedback(make):
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
-def test_a_weight_made_of_parameters_is_read_before_they_move(make):
+def test_a_computed_weight_is_read_before_its_parameters_are_updated(make):
     def parametrized():
         model = network("sa")
         nn.utils.parametrizations.weight_norm(model[4])
@@ -266,7 +260,7 @@ def test_a_nonfinite_gradient_skips_the_whole_step(nonfinite):
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
 def test_forward_parameters_in_groups(make):
-    """No weight decay for biases and norms, as most training programs want it; the first layer frozen."""
+    """No weight decay for biases and norms, as is common, and the first layer is not trained."""
 
     def groups(model):
         forward = list(pyfeedback.forward_parameters(model))[1:]

@@ -1,7 +1,7 @@
-"""PyTorch's own lists of modules, operators and optimizers with their sample inputs, as tests here use them.
+"""PyTorch's own lists of modules, operators and optimizers with their sample inputs.
 
-They live in `torch.testing._internal`, where PyTorch's test suite takes them from. Its import forbids assignments to
-`torch.backends` for the whole process, which is undone here: the other tests of the process are no part of that suite.
+They are part of `torch.testing._internal`, which PyTorch's test suite uses. Importing it disables assignments to
+`torch.backends` in the whole process. This module undoes that for the other tests.
 """
 
 from unittest import mock
@@ -19,7 +19,7 @@ __all__ = ["FunctionInput", "assert_same", "copied", "module_db", "op_db", "opti
 
 
 def copied(tree):
-    """The same structure with a fresh leaf in the place of every tensor."""
+    """The same structure with a new leaf for every tensor."""
     return tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), tree)
 
 
@@ -29,5 +29,5 @@ def tensors_of(tree) -> list[Tensor]:
 
 
 def assert_same(found, expected) -> None:
-    """The same values bit by bit, dtypes and strides; nan is nan and None is None."""
+    """Bitwise equal values, equal dtypes and strides; nan equals nan and None equals None."""
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, check_stride=True)

@@ -1,1 +1,1 @@
-"""The parts of examples/train.py; each file is one of them."""
+"""The parts of examples/train.py, one in each file."""

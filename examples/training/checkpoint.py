@@ -1,4 +1,4 @@
-"""Files of a run: each is either the old one or the new one, whenever the machine stops or its disk is full."""
+"""Atomic files: if the machine stops or the disk is full, the old file remains."""
 
 import os
 import pickle
@@ -12,10 +12,10 @@ import torch
 
 @contextmanager
 def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
-    """A file to write, which takes the place of ``path`` once it is whole.
+    """Open a file for writing that replaces ``path`` once it is complete.
 
     Raises:
-        OSError: it cannot be written. What was there is as it was, and nothing else is left.
+        OSError: if it cannot be written. The old file is unchanged, and no other file is left.
     """
     unfinished = path.with_suffix(".unfinished")
     try:
@@ -26,7 +26,7 @@ def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
         os.replace(unfinished, path)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        # Where a write fails, torch.save raises an error of its own on top of the system's.
+        # If a write fails, torch.save raises its own error on top of the OSError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise OSError(f"{path} cannot be written: {cause.strerror}") from None
@@ -34,21 +34,21 @@ def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
 
 
 def save(state: dict, path: Path) -> None:
-    """Write ``state``, of tensors, numbers, strings and containers of these, in the place of what is there.
+    """Write ``state``, which consists of tensors, numbers, strings and containers of these, and replace ``path``.
 
     Raises:
-        OSError: it cannot be written; what is there stays.
+        OSError: if it cannot be written. The old file is unchanged.
     """
     with replacing(path) as file:
         torch.save(state, file)
 
 
 def load(path: Path) -> dict:
-    """The state of :func:`save`, on the CPU.
+    """Load the state written by :func:`save`, on the CPU.
 
     Raises:
-        ValueError: the file is not whole.
-        OSError: it cannot be read.
+        ValueError: if the file is damaged.
+        OSError: if it cannot be read.
     """
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""The command line of train.py: every field of Settings is an option."""
+"""The command line of train.py. Every field of Settings is an option."""
 
 import argparse
 import ast
@@ -15,7 +15,7 @@ TIED = ("kp", "pfa")
 
 
 def parse(description: str) -> argparse.Namespace:
-    """The options given; a setting that was not is absent, and the configuration decides."""
+    """Parse the options. Settings that are not given are absent and come from the configuration."""
     text = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, argument_default=argparse.SUPPRESS, formatter_class=text)
     what = "a name that --list shows, or a settings.json; default %(default)s"
@@ -44,7 +44,7 @@ def parse(description: str) -> argparse.Namespace:
 
 
 def _kind(hint) -> dict:
-    """How argparse reads a field of this type."""
+    """The argparse arguments for a field of this type."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if hint == tuple[int, ...]:
@@ -55,10 +55,10 @@ def _kind(hint) -> dict:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings of the configuration, changed as the options say.
+    """The settings of the configuration with the changes of the options.
 
     Raises:
-        ValueError: a name or value that is none.
+        ValueError: if a name or a value is invalid.
     """
     settings = _configuration(options.configuration)
     given = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
@@ -88,9 +88,9 @@ def _configuration(name: str) -> Settings:
 
 
 def _rules(words: list[str], decay: float) -> pyfeedback.Rule | dict[str, pyfeedback.Rule]:
-    """One rule by name, or rules by pattern of layer names from words PATTERN=NAME."""
+    """One rule by name, or rules by layer name pattern from words of the form PATTERN=NAME."""
     named = {pattern or "*": name for pattern, _, name in (word.rpartition("=") for word in words)}
-    tied = {"decay": decay}  # Kolen-Pollack and its kin: both weights decay at the same rate
+    tied = {"decay": decay}  # kp and pfa: both weights decay at the same rate
     rules = {pattern: pyfeedback.rule(name, **(tied if name in TIED else {})) for pattern, name in named.items()}
     return rules["*"] if list(rules) == ["*"] else rules
 
@@ -104,7 +104,7 @@ def _coefficient(text: str) -> tuple[str, object]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An error is one line."""
+    """A parser that reports errors in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")

@@ -1,4 +1,4 @@
-"""Named settings: published recipes with their sources, and those of the demo."""
+"""Named settings: published recipes with their sources, and the settings of the demo."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,7 @@ from training.settings import Settings
 
 
 class Configuration(NamedTuple):
-    """Settings, and where they are from."""
+    """Settings and their source."""
 
     settings: Settings
     source: str
@@ -23,12 +23,12 @@ HE = Configuration(
 )
 
 
-# Of rules that read activations, per position (reduction "mean"). Summed over positions, as the authors' 1e-3 and 2e-3
-# are, a step overshoots: |B| / |W| is infinite within five steps of ia or aa and within fifteen of wm. A step along the
-# largest curvature stays small where lr * coefficient * lambda / (1 - momentum) < 2. In a fresh ResNet-18 on crops of
-# photographs lambda is at most 1270 for sparse and 201 for the centred null, so 2e-4 gives 0.25 and 0.04; the margin is
-# for activations, which grow. The decay of ia keeps its ratio to null in the last stage, of 49 positions. The fixed
-# point of wm is amp / decay times the second moment (at most 186) times W.
+# Coefficients of rules that read activations, per position (reduction "mean"). The authors' 1e-3 and 2e-3 are summed
+# over positions, and steps overshoot: |B| / |W| is infinite within five steps of ia or aa and within fifteen of wm. A
+# step along the largest curvature is stable if lr * coefficient * lambda / (1 - momentum) < 2. In a new ResNet-18 on
+# crops of photographs, lambda is at most 1270 for sparse and 201 for the centred null, so 2e-4 gives 0.25 and 0.04. The
+# margin allows for growing activations. The decay of ia keeps its ratio to null in the last stage, which has 49
+# positions. The fixed point of wm is amp / decay times the second moment (at most 186) times W.
 PER_POSITION = {
     "wm": {"amp": 5e-5, "decay": 2e-3},
     "ia": {"amp": 2e-4, "null": 2e-4, "decay": 4e-6},
@@ -37,7 +37,7 @@ PER_POSITION = {
 
 
 def of_paper() -> Iterator[tuple[str, Configuration]]:
-    """ResNet-18 on ImageNet by each rule."""
+    """ResNet-18 on ImageNet under each rule."""
     for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp"):
         source = "Kunin et al. 2020, the authors' coefficients"
         rule = pyfeedback.rule(name)
@@ -65,7 +65,7 @@ def of_biotorch() -> Iterator[tuple[str, Configuration]]:
 
 
 def of_demo() -> Iterator[tuple[str, Configuration]]:
-    """The recipe of two_routes.py; where its feedback steps as the weights do, one optimizer steps both."""
+    """The recipe of two_routes.py. If the feedback uses the options of the weights, one optimizer updates both."""
     demo = Settings(
         model="demo", batch=64, lr=tuned.LR, momentum=tuned.MOMENTUM, nesterov=False, warmup=0, milestones=(),
         cosine=True, every=20,

@@ -17,7 +17,7 @@ CHANNELS = {
 
 
 class Images(NamedTuple):
-    """Two data sets of pairs (image [C, H, W] float32, label), and how many labels there are."""
+    """Two data sets of pairs (image [C, H, W] in float32, label), and the number of classes."""
 
     training: Dataset
     test: Dataset
@@ -25,21 +25,21 @@ class Images(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """[C, H, W] of an image."""
+        """The shape [C, H, W] of an image."""
         return self.test[0][0].shape
 
 
 def load(name: str, root: Path, download: bool = False) -> Images:
-    """The data set of this name; those of torchvision lie in the folder ``root``, as torchvision lays them out.
+    """Load a data set by name. Those of torchvision are read from the folder ``root`` in torchvision's layout.
 
     Raises:
-        ValueError: torchvision is needed and does not import, or does not find the data set.
+        ValueError: if torchvision is needed and cannot be imported, or does not find the data set.
     """
     if name in cluttered_digits.NAMES:
         return Images(*(TensorDataset(side.images, side.labels) for side in cluttered_digits.load(name)), 10)
     try:
         from torchvision import datasets, transforms
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise ValueError(f"data is {name!r}, which needs torchvision: {str(error).splitlines()[0]}") from None
 
     shifted = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]

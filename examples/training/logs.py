@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and what it shows meanwhile."""
+"""The log files of a run, and its progress on the terminal."""
 
 import csv
 import sys
@@ -9,13 +9,13 @@ from pathlib import Path
 from training.checkpoint import replacing
 from training.loop import Run
 
-DRAWING = 30.0  # seconds between two drawings of a picture that takes about half of one
+DRAWING = 30.0  # seconds between two drawings of the picture, which takes about half a second
 
 
 class Logs:
-    """Writes metrics.csv, alignment.csv and alignment.png of a run, and its TensorBoard events where they are wanted.
+    """Writes metrics.csv, alignment.csv and alignment.png of a run, and optionally TensorBoard events.
 
-    The files are written anew from the state of the run, so that one that was resumed leaves the same.
+    The files are always written from the state of the run, so a resumed run produces the same files.
     """
 
     def __init__(self, run: Run, folder: Path, tensorboard: bool = False):
@@ -27,7 +27,7 @@ class Logs:
         self._drawn = time.monotonic()
 
     def after_step(self) -> None:
-        """Show a step, and what was read after it."""
+        """Show a step and the reading after it."""
         if self.bar is not None:
             self.bar.update()
         if self.run.steps % self.run.settings.every == 0 and (self.bar is not None or self.board is not None):
@@ -40,7 +40,7 @@ class Logs:
                     self._show({f"{name}/{layer}": value for name, value in vars(reading).items()})
 
     def after_epoch(self) -> None:
-        """Write and show an epoch."""
+        """Write and show the results of an epoch."""
         row = self.run.rows[-1]
         _write_csv(self.folder / "metrics.csv", self.run.rows)
         self.run.monitor.save(self.folder / "alignment.csv")
@@ -52,14 +52,14 @@ class Logs:
         self.say(_line(row, self.run.settings.epochs))
 
     def draw(self) -> None:
-        """Draw the alignment so far, where matplotlib is installed and there is something to draw."""
+        """Draw the alignment so far, if matplotlib is installed and there are readings."""
         self._drawn = time.monotonic()
         if self.run.monitor.readings:
             with suppress(ImportError):
                 self.run.monitor.draw(self.folder / "alignment.png")
 
     def close(self) -> None:
-        """Say how it ended, and finish the picture, the bar and the events."""
+        """Report the end of the run; finish the picture, the progress bar and the events."""
         self.draw()
         self.say(f"{'diverged' if self.run.diverged else 'done'}: see {self.folder}")
         if self.bar is not None:
@@ -68,7 +68,7 @@ class Logs:
             self.board.close()
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self.bar is None:
             print(line, flush=True)
         else:
@@ -101,7 +101,7 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def _progress_bar(run: Run):
-    """A bar over all steps, on a terminal that has tqdm."""
+    """A progress bar over all steps, if stderr is a terminal and tqdm is installed."""
     if not sys.stderr.isatty():
         return None
     try:

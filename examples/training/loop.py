@@ -1,4 +1,4 @@
-"""The training loop, and everything it needs to go on after an interruption as if there had been none."""
+"""The training loop and the state that it needs to resume exactly after an interruption."""
 
 import math
 import statistics
@@ -19,26 +19,26 @@ from training.settings import Settings
 
 
 class MovingAverage:
-    """Exponential moving average of two numbers, without the bias of its start."""
+    """Exponential moving average of two numbers, with bias correction."""
 
     def __init__(self, decay: float, device: torch.device):
         self.decay, self.total, self.weight = decay, torch.zeros(2, dtype=torch.float64, device=device), 0.0
 
     def update(self, values: Tensor) -> None:
-        """Take one pair more; nothing waits for the device."""
+        """Add a pair, without synchronising with the device."""
         self.total.lerp_(values.to(self.total.dtype), 1 - self.decay)
         self.weight = self.decay * self.weight + 1 - self.decay
 
     def read(self, place: Place | None = None) -> list[float]:
-        """The averages: of this rank, or over those of a place."""
+        """The averages of this rank, or over all ranks of a place."""
         total = self.total if place is None else place.total(self.total.clone()) / place.ranks
         return (total / self.weight).tolist()
 
 
 class Run:
-    """A network being trained, with its optimizers, its baseline, its monitor, and the rows of its log.
+    """A network in training, with its optimizers, its baseline, its monitor, and the rows of its log.
 
-    Between two steps :meth:`state_dict` holds all that decides the rest of the run.
+    Between two steps, :meth:`state_dict` has everything that determines the rest of the run.
     """
 
     def __init__(self, settings: Settings, images: Images, place: Place, workers: int = 0):
@@ -57,7 +57,7 @@ class Run:
         self.frozen_model = self._ready(self.frozen) if self.frozen else None
         self.average = MovingAverage(settings.smoothing, place.device)
         self.norms = models.weight_norms(self.network)  # at the start, for the scale growth
-        self.epoch = self.step = 0  # epochs done, and steps of the present one
+        self.epoch = self.step = 0  # finished epochs, and steps of the current one
         self.seconds = 0.0
         self.rows: list[dict] = []
         self.monitor = self._watch(images) if place.first else None
@@ -65,7 +65,7 @@ class Run:
             torch.cuda.manual_seed(settings.seed + place.rank)  # dropout differs between ranks
 
     def train(self, after_step: Callable[[], None], after_epoch: Callable[[], None]) -> None:
-        """Go on to the end; both functions are called between steps, when the state is whole."""
+        """Train to the end. Both functions are called between steps, when the state is complete."""
         while self.epoch < self.settings.epochs and not self.diverged:
             self.model.train()
             if self.frozen_model:
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps done since the start of the run."""
+        """The number of steps since the start of the run."""
         return self.epoch * self.loader.steps + self.step
 
     @property
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """True once the loss was no number any more."""
+        """True once the loss is not finite."""
         return any(not math.isfinite(row["train_loss"]) for row in self.rows[-1:])
 
     def evaluate(self, network: nn.Module) -> tuple[float, float]:
@@ -107,7 +107,7 @@ class Run:
         return loss / count, 100 * correct / count
 
     def state_dict(self) -> dict:
-        """The state between two steps; called on every rank, complete on the first."""
+        """The state between two steps. Called on every rank; complete on the first."""
         return {
             "settings": self.settings.to_json(),
             "ranks": self.place.ranks,
@@ -127,10 +127,10 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a state.
+        """Resume from a state.
 
         Raises:
-            ValueError: it is that of a run with other settings, or of another number of ranks; or of no run.
+            ValueError: if the state is not that of a run, or of one with other settings or number of ranks.
         """
         if not isinstance(state, dict) or not {"settings", "ranks"} <= state.keys():
             raise ValueError("the checkpoint is that of no run, expected what state_dict returned")
@@ -205,7 +205,7 @@ class Run:
         return pyfeedback.Monitor(self.network, self.settings.every, batch=probe, loss=F.cross_entropy)
 
     def _ready(self, network: nn.Module) -> nn.Module:
-        """The network as it is trained: on every rank, compiled if it is to be."""
+        """The network wrapped for training: distributed over the ranks, and compiled if requested."""
         model = self.place.wrap(network)
         return torch.compile(model) if self.settings.compile else model
 
@@ -214,6 +214,6 @@ class Run:
 
 
 def _loss_and_correct(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss, and how many labels were guessed."""
+    """The mean loss and the number of correct predictions."""
     scores = model(images)
     return F.cross_entropy(scores, labels), (scores.argmax(1) == labels).sum()

@@ -13,7 +13,7 @@ CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions; the shortcut has no weights: it skips pixels and fills new channels with zeros."""
+    """Two 3x3 convolutions. The shortcut has no weights: it subsamples pixels and pads channels with zeros."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -47,10 +47,10 @@ def cifar_resnet(depth: int, classes: int, channels: int = 3) -> nn.Sequential:
 
 
 def build(name: str, classes: int, shape: torch.Size) -> nn.Module:
-    """A fresh network for images of ``shape`` [C, H, W].
+    """Build a network for images of ``shape`` [C, H, W].
 
     Raises:
-        ValueError: no network has this name, or it cannot take such images.
+        ValueError: if there is no network of this name, or it does not support such images.
     """
     channels, size, _ = shape
     if name in {f"resnet{depth}" for depth in CIFAR_DEPTHS}:
@@ -61,7 +61,7 @@ def build(name: str, classes: int, shape: torch.Size) -> nn.Module:
         return tuned.network(size)
     try:
         from torchvision import models
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise ValueError(f"model is {name!r}, which needs torchvision: {str(error).splitlines()[0]}") from None
     if channels != 3:
         raise ValueError(f"model is {name!r}, expected one for {channels} channels: demo, or resnet8 to resnet110")
@@ -72,7 +72,7 @@ def build(name: str, classes: int, shape: torch.Size) -> nn.Module:
 
 
 def convert(network: nn.Module, rule: pyfeedback.Rule | dict[str, pyfeedback.Rule], scale: float = 1.0) -> nn.Module:
-    """Feedback paths for every layer but the first, which has no layer before it to hand a gradient to."""
+    """Convert every layer except the first, which has no layer below it to send an error to."""
     first = next(m for m in network.modules() if type(m) in pyfeedback.nn.LAYERS)
     pyfeedback.convert(network, rule, init=pyfeedback.Init(scale=scale))
     if isinstance(first, pyfeedback.nn.FeedbackLayer):
@@ -81,10 +81,10 @@ def convert(network: nn.Module, rule: pyfeedback.Rule | dict[str, pyfeedback.Rul
 
 
 def frozen_features(network: nn.Module) -> nn.Module:
-    """A copy whose last linear layer alone learns: what ``network`` would reach if nothing before it did.
+    """A copy of ``network`` in which only the last linear layer learns: a baseline for the other layers.
 
     Raises:
-        ValueError: there is no linear layer.
+        ValueError: if there is no linear layer.
     """
     twin = copy.deepcopy(network).requires_grad_(False)
     classifiers = [module for module in twin.modules() if isinstance(module, nn.Linear)]
@@ -95,5 +95,5 @@ def frozen_features(network: nn.Module) -> nn.Module:
 
 
 def weight_norms(network: nn.Module) -> Tensor:
-    """The norm of each weight of more than one dimension, feedback weights aside."""
+    """The norm of each weight with more than one dimension, without feedback weights."""
     return torch.stack(torch._foreach_norm([p.detach() for p in pyfeedback.forward_parameters(network) if p.dim() > 1]))

@@ -1,7 +1,7 @@
-"""The order in which a run sees its images.
+"""The order of the images in a run.
 
-The order of an epoch and the augmentation of an image in it are functions of the seed, the epoch and the image alone:
-they do not depend on workers, ranks, or on where a run was interrupted.
+The order within an epoch and the augmentation of an image depend only on the seed, the epoch and the image. They do not
+depend on the workers, the ranks, or the point of an interruption.
 """
 
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ from training.place import Place
 
 
 def seed_of(*parts: int) -> int:
-    """A seed of its own for each tuple of numbers."""
+    """A distinct seed for each tuple of numbers."""
     return crc32(repr(parts).encode())
 
 
 class Drawn(Dataset):
-    """Images by (epoch, index), augmented by a random stream that these two and the seed alone decide."""
+    """Images by (epoch, index). The augmentation depends only on these and the seed."""
 
     def __init__(self, images: Dataset, seed: int):
         self.images, self.seed = images, seed
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        generator = torch.default_generator  # what torchvision draws from
+        generator = torch.default_generator  # torchvision draws from it
         state = generator.get_state()
         generator.manual_seed(seed_of(self.seed, epoch, index))
         try:
@@ -38,7 +38,7 @@ class Drawn(Dataset):
 
 
 class Order(Sampler):
-    """The batches of one epoch from batch ``start`` on, this rank's part of each, as keys of :class:`Drawn`."""
+    """This rank's part of the batches of one epoch, from batch ``start``, as keys of :class:`Drawn`."""
 
     def __init__(self, length: int, batch: int, seed: int, rank: int, ranks: int):
         self.length, self.batch, self.seed, self.rank, self.ranks = length, batch, seed, rank, ranks
@@ -55,10 +55,10 @@ class Order(Sampler):
 
 
 class Loader:
-    """Batches (images, labels) on the device of a place, of the training images by epoch or of all test images.
+    """Batches (images, labels) on the device of a place: training images by epoch, or all test images.
 
     Raises:
-        ValueError: a batch that the ranks cannot share equally, or larger than the data set.
+        ValueError: if the ranks cannot share a batch equally, or it is larger than the data set.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class Loader:
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": place.device.type == "cuda",
-            "generator": torch.Generator(),  # its own, or every epoch would draw from the run's
+            "generator": torch.Generator(),  # separate: otherwise every epoch draws from the run's generator
         }
         self._training = DataLoader(Drawn(images.training, seed), batch_sampler=self._order, **options)
         mine = range(place.rank, len(images.test), place.ranks)
         self._test = DataLoader(images.test, batch_size=batch // place.ranks, sampler=mine, **options)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches of an epoch, from number ``start`` on."""
+        """The training batches of an epoch, from batch ``start``."""
         self._order.epoch, self._order.start = epoch, start
         return self._moved(self._training)
 

@@ -1,4 +1,4 @@
-"""Where a run computes: its device, and its rank among processes that torchrun started."""
+"""The device of a run, and its rank among the processes of torchrun."""
 
 import gc
 import os
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Place:
-    """A device, and which of how many processes this is."""
+    """A device, the rank of this process, and the number of processes."""
 
     device: torch.device
     rank: int = 0
@@ -22,7 +22,7 @@ class Place:
 
     @property
     def first(self) -> bool:
-        """True in the process that writes."""
+        """True in the process that writes files."""
         return self.rank == 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -30,13 +30,13 @@ class Place:
         return DistributedDataParallel(model) if self.ranks > 1 else model
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the ranks."""
+        """The sum of a tensor over the ranks."""
         if self.ranks > 1:
             dist.all_reduce(values)
         return values
 
     def random_states(self) -> list[Tensor]:
-        """The state of the GPU's generator on every rank; none on CPUs, which all draw alike."""
+        """The state of the GPU's generator on every rank; empty on CPUs, where all ranks draw the same numbers."""
         if self.device.type != "cuda":
             return []
         states = [torch.cuda.get_rng_state().to(self.device)]
@@ -47,10 +47,10 @@ class Place:
 
 
 def device(name: str | None = None) -> torch.device:
-    """The device of this name; by default a GPU where there is one, of several the one that torchrun means.
+    """The device of this name. The default is a GPU if there is one; under torchrun, the GPU of the local rank.
 
     Raises:
-        ValueError: no device has this name, or it is not there.
+        ValueError: if there is no such device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -61,8 +61,8 @@ def device(name: str | None = None) -> torch.device:
 
 @contextmanager
 def joined(device: torch.device, deterministic: bool = False) -> Iterator[Place]:
-    """Inside, this process has a place among those that torchrun started, if it did."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
+    """A context manager that joins the process group of torchrun, if there is one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by deterministic cuBLAS
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cuda":
@@ -74,7 +74,7 @@ def joined(device: torch.device, deterministic: bool = False) -> Iterator[Place]
     try:
         yield Place(device, dist.get_rank(), dist.get_world_size())
     finally:
-        # A DistributedDataParallel that dies after its group waits, with the GIL, for a thread of gloo's that wants
+        # A DistributedDataParallel destroyed after its group blocks while it holds the GIL: a gloo thread needs
         # the GIL (torch 2.13).
         gc.collect()
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from training.settings import Settings
 
 
 def rate(settings: Settings, epoch: float) -> float:
-    """What the learning rate is multiplied by, ``epoch`` epochs into the run."""
+    """The factor of the learning rate after ``epoch`` epochs."""
     if epoch < settings.warmup:
         return epoch / settings.warmup
     if settings.cosine:
@@ -21,10 +21,10 @@ def rate(settings: Settings, epoch: float) -> float:
 
 
 def optimizers(settings: Settings, model: nn.Module) -> list[Optimizer]:
-    """One optimizer of all that learns in ``model``, or one of its weights and one of its feedback.
+    """One optimizer for all parameters of ``model``, or one for the weights and one for the feedback.
 
-    The first follows the schedule. Where the feedback has no learning rate of its own it steps as the weights do, which
-    is what Kolen-Pollack asks for.
+    The first follows the schedule. If the feedback has no separate learning rate, it uses the options of the weights,
+    as Kolen-Pollack requires.
     """
     forward = [p for p in pyfeedback.forward_parameters(model) if p.requires_grad]
     feedback = [p for p in pyfeedback.feedback_parameters(model) if p.requires_grad]
@@ -40,12 +40,12 @@ def optimizers(settings: Settings, model: nn.Module) -> list[Optimizer]:
     if settings.optimizer == "adamw":
         return [pyfeedback.optim.AdamW(model, settings.lr, weight_decay=settings.weight_decay)]
     adam = _optimizer(settings, forward)
-    adam.add_param_group({"params": feedback, "weight_decay": 0.0})  # decay is in the rule's gradient
+    adam.add_param_group({"params": feedback, "weight_decay": 0.0})  # the gradient of the rule includes the decay
     return [adam]
 
 
 def step(optimizers: list[Optimizer], lr: float) -> None:
-    """Step all, the first at this learning rate, and clear the gradients."""
+    """Step all optimizers, the first with this learning rate, and clear the gradients."""
     for group in optimizers[0].param_groups:
         group["lr"] = lr
     for optimizer in optimizers:

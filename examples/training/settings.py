@@ -1,4 +1,4 @@
-"""What decides a run, in one dataclass."""
+"""The settings of a run, in one dataclass."""
 
 import json
 import math
@@ -11,44 +11,44 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 def option(default, help: str):
-    """A field that the command line takes too."""
+    """A field with its help text on the command line."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that decides a run. The defaults are the paper's recipe: Kunin et al., ICML 2020, and its authors' code."""
+    """The settings of a run. The defaults are the recipe of Kunin et al., ICML 2020, and of the authors' code."""
 
     data: str = option("imagenet", f"one of {', '.join(DATA)}")
     model: str = option("resnet18", "resnet8, 20, 32, 44, 56 or 110 of CIFAR; demo; or a name of torchvision.models")
     rule: pyfeedback.Rule | dict[str, pyfeedback.Rule] = field(
         default=pyfeedback.rule("bp"), metadata={"help": "how feedback weights learn: a name, or several PATTERN=NAME"}
     )
-    seed: int = option(0, "of weights, feedback, order and augmentation")
+    seed: int = option(0, "seed of weights, feedback, order and augmentation")
 
     epochs: int = option(90, "passes over the training images")
-    batch: int = option(256, "images of a step, of all ranks together")
+    batch: int = option(256, "images per step, over all ranks")
     optimizer: str = option("sgd", f"one of {', '.join(OPTIMIZERS)}; adam has L2, adamw a decoupled decay")
-    lr: float = option(0.1, "learning rate behind the warm-up")
-    momentum: float = option(0.9, "of sgd")
-    nesterov: bool = option(True, "Nesterov's form of momentum")
-    weight_decay: float = option(1e-4, "of the forward weights; kp wants it equal to its rule's decay")
-    warmup: float = option(5, "epochs in which the learning rate rises from 0")
+    lr: float = option(0.1, "learning rate after the warm-up")
+    momentum: float = option(0.9, "momentum of sgd")
+    nesterov: bool = option(True, "Nesterov momentum")
+    weight_decay: float = option(1e-4, "weight decay of the forward weights; kp needs the same decay in its rule")
+    warmup: float = option(5, "epochs of linear warm-up from 0")
     milestones: tuple[int, ...] = option((30, 60, 80), "epochs at which the learning rate is divided by 10")
-    cosine: bool = option(False, "the learning rate falls along a cosine instead")
-    feedback_lr: float | None = option(None, "a constant learning rate of the feedback's own SGD; else as the weights'")
-    feedback_momentum: float = option(0.9, "of the feedback's own SGD")
-    feedback_scale: float = option(1.0, "multiplies the feedback as it is drawn")
-    noise: float = option(0.0, "standard deviation of noise in the feedback's gradients, under sgd")
+    cosine: bool = option(False, "a cosine schedule instead of milestones")
+    feedback_lr: float | None = option(None, "constant learning rate of a separate SGD of the feedback")
+    feedback_momentum: float = option(0.9, "momentum of the separate SGD of the feedback")
+    feedback_scale: float = option(1.0, "factor of the initial feedback")
+    noise: float = option(0.0, "standard deviation of noise added to the feedback's gradients; sgd only")
 
-    autocast: bool = option(False, "compute in bfloat16 where that is safe")
+    autocast: bool = option(False, "bfloat16 autocast")
     compile: bool = option(False, "torch.compile the model")
-    channels_last: bool = option(False, "lay images out channels last")
-    deterministic: bool = option(False, "deterministic algorithms alone, so that a GPU too repeats itself bit by bit")
+    channels_last: bool = option(False, "channels_last memory format")
+    deterministic: bool = option(False, "use deterministic algorithms only, for reproducible results on a GPU")
 
-    every: int = option(100, "steps from one reading of the alignment to the next")
-    probe: int = option(64, "test images for the projection and gradient angles; 0 leaves them out")
-    frozen: bool = option(True, "train a classifier on the untrained network's features beside it")
+    every: int = option(100, "steps between two readings of the alignment")
+    probe: int = option(64, "test images for the projection and gradient angles; 0 disables them")
+    frozen: bool = option(True, "also train a classifier on the features of the untrained network")
     smoothing: float = option(0.98, "decay of the moving averages of training loss and accuracy")
 
     def __post_init__(self):
@@ -69,15 +69,15 @@ class Settings:
             raise ValueError(f"smoothing is {self.smoothing}, expected a number from 0 to below 1")
 
     def to_json(self) -> str:
-        """The settings as text, a field to a line."""
+        """The settings as text, with one field per line."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Settings":
-        """The settings of :meth:`to_json`.
+        """Read the output of :meth:`to_json`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: if it is not valid.
         """
         try:
             values = json.loads(text)
@@ -89,7 +89,7 @@ class Settings:
             raise ValueError(f"settings are {text[:40]!r}, expected those that a run has written: {error}") from None
 
     def difference(self, text: str) -> str | None:
-        """The first field in which the settings of :meth:`to_json` differ, in words."""
+        """The first field that differs from the settings of :meth:`to_json`, in words."""
         now, then = json.loads(self.to_json()), json.loads(text)
         for name in now:
             if now[name] != then.get(name):
