@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyfeedback
-from pyfeedback import functional, native, reference
+from pyfeedback import functional, reference
+from pyfeedback.backends.extension import loading
 
 # As in test_numerics: two units in the last place of the largest element. float64 is the dtype of the oracle.
 FLOOR = {torch.float64: 1e-11, torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -88,7 +89,7 @@ def sees_padding_alone(call: Call) -> bool:
 
 
 def _call(draw: random.Random, op: str, size, weight, out_channels: int, window: tuple, made: tuple) -> Call:
-    backends = ("auto", "auto", "aten", "native") if native.has_cpu() else ("auto", "aten")
+    backends = ("auto", "auto", "aten", "native") if loading.has_cpu() else ("auto", "aten")
     return Call(
         op, size, weight, out_channels, made,
         bias=draw.random() < 0.5,

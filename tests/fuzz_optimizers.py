@@ -10,11 +10,12 @@ from fuzz_ops import arranged
 from torch import Tensor, nn
 
 import pyfeedback
-from pyfeedback import functional, native, optim
+from pyfeedback import functional, optim
+from pyfeedback.backends.extension import loading
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "contiguous", "channels_last", "sliced", "transposed")
-BACKENDS = ("auto", "aten", "native") if native.has_cpu() else ("auto", "aten")
+BACKENDS = ("auto", "aten", "native") if loading.has_cpu() else ("auto", "aten")
 STEPS = 4
 LISTS = ("feedback", "weight", "grad", "momentum_buffer")
 RULES = {

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import pyfeedback
-from pyfeedback import functional, native
+from pyfeedback import functional
+from pyfeedback.backends.extension import loading
 
-BACKENDS = ("auto", "aten", "native") if native.has_cpu() else ("auto", "aten")
+BACKENDS = ("auto", "aten", "native") if loading.has_cpu() else ("auto", "aten")
 LISTS = ("feedback", "weight", "grad", "momentum_buffer")
 WRITTEN = ("feedback", "momentum_buffer")
 NOT_TENSORS: tuple[Any, ...] = (None, 1.0, "weight", [1.0, 2.0], numpy.ones(3))

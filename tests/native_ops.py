@@ -6,7 +6,7 @@ import pytest
 import simt
 import torch
 
-from pyfeedback import native
+from pyfeedback.backends.extension import loading
 
 DEVICE = "cuda"
 
@@ -52,7 +52,7 @@ def _to_device(tensor):
 
 IMPLEMENTATIONS = {"cpu": torch.ops.pyfeedback, "simt": simt, "cuda": OnDevice}
 PARAMETERS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
     pytest.param("simt", marks=pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]

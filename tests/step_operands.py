@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 
-from pyfeedback import functional, native
-from pyfeedback.providers import provide
+from pyfeedback import functional
+from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.extension import loading
 
 PATHS = [
-    pytest.param("native", marks=pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")),
+    pytest.param("native", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
     "aten",
 ]
 ALL = {"decay": 0.1, "self_": 0.2, "tie": 0.3}

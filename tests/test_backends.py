@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES, conv_tensors, fresh, gradients, random_conv
+from pyfeedback.forms import Coefficients, Form, Problem, choose_form, conv2d_problem
 from triton_cases import DEVICE, assert_near, fill_memory_with_nan
 
 import pyfeedback
-from pyfeedback import functional, fused, providers
-from pyfeedback.forms import Coefficients, Form, Problem, choose_form, conv2d_problem
+from pyfeedback import functional
 from pyfeedback.kernels import measured, ops
 from pyfeedback.kernels import rule as kernel_rule
 

@@ -7,6 +7,8 @@ from torch import nn
 
 import pyfeedback
 from pyfeedback import functional
+from pyfeedback.core.geometry import LINEAR as LINEAR_GEOMETRY
+from pyfeedback.core.geometry import to_arguments
 
 ARRAY = np.zeros((2, 4, 6, 6), np.float32)
 CONV = {"input": torch.randn(2, 4, 6, 6), "weight": torch.randn(6, 4, 3, 3), "feedback": torch.randn(6, 4, 3, 3),
@@ -222,24 +224,27 @@ OPS = {
         "decay is nan, expected a finite number",
     ),
     "coefficients shape": (
-        lambda ops: ops.scheduled_linear(**LINEAR, coefficients=torch.zeros(5).double(), **MOVING),
+        lambda ops: ops.scheduled_layer(**LINEAR, **EMPTY, coefficients=torch.zeros(5).double(), **MOVING),
         "coefficients is (5,) torch.float64 on cpu, expected (6,) torch.float64 on cpu",
     ),
     "coefficients dtype": (
-        lambda ops: ops.scheduled_conv2d(**CONV, coefficients=torch.zeros(6), **WINDOW, **MOVING),
+        lambda ops: ops.scheduled_layer(**CONV, coefficients=torch.zeros(6), **WINDOW, **MOVING),
         "coefficients is (6,) torch.float32 on cpu, expected (6,) torch.float64 on cpu",
     ),
     "positions": (
-        lambda ops: ops.scheduled_linear(**LINEAR, coefficients=torch.zeros(6).double(), **{**MOVING, "positions": 0}),
+        lambda ops: ops.scheduled_layer(**LINEAR, **EMPTY, coefficients=torch.zeros(6).double(), **{**MOVING, "positions": 0}),
         "positions is 0, expected 1 or more",
     ),
     "scheduled samples": (
-        lambda ops: ops.scheduled_linear(**LINEAR, coefficients=torch.zeros(6).double(), **{**MOVING, "samples": 3}),
+        lambda ops: ops.scheduled_layer(**LINEAR, **EMPTY, coefficients=torch.zeros(6).double(), **{**MOVING, "samples": 3}),
         "samples is 3, expected 0 (all) to 2",
     ),
 }  # fmt: skip
 MOVING = {"center": False, "samples": 0, "positions": 1}
-WINDOW = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+WINDOW = {
+    "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "transposed": False, "output_padding": (0, 0), "groups": 1
+}  # fmt: skip
+EMPTY = dict(zip(WINDOW, to_arguments(LINEAR_GEOMETRY), strict=True))
 
 
 @pytest.mark.parametrize("case", OPS)
@@ -251,7 +256,7 @@ def test_op(case):
 def test_a_coefficient_that_is_not_finite_is_refused_when_the_scheduled_backward_reads_it():
     leaves = {name: t.clone().requires_grad_() for name, t in LINEAR.items()}
     coefficients = torch.tensor([0, float("nan"), 0, 0, 0, 0], dtype=torch.float64)
-    loss = torch.ops.pyfeedback.scheduled_linear(**leaves, coefficients=coefficients, **MOVING).sum()
+    loss = torch.ops.pyfeedback.scheduled_layer(**leaves, **EMPTY, coefficients=coefficients, **MOVING).sum()
     refuses(loss.backward, "amp is nan, expected a finite number")
 
 

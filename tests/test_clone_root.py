@@ -15,10 +15,10 @@ import pytest
 
 pytest.importorskip("setuptools", reason="the build needs setuptools")
 
-from pyfeedback import native
+from pyfeedback.backends.extension import loading
 
 ROOT = Path(__file__).parents[1]
-BUILT = Path(native.__file__).parent
+BUILT = Path(loading.__file__).parent
 FOLDERS = ("pyfeedback", "kernels", "csrc")
 FILES = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 # A clean environment: without the editable installation of this one, with the packages of the given folder.
@@ -36,7 +36,7 @@ print(torch.ops.pyfeedback.fa_conv2d)
 print(pyfeedback.build_info())
 """
 
-pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="no compiled library to install")
+pytestmark = pytest.mark.skipif(not loading.has_cpu(), reason="no compiled library to install")
 
 
 @pytest.fixture

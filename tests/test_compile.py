@@ -6,7 +6,8 @@ from cases import RULES, conv_tensors, fresh, gradients, largest_error, random_c
 from torch.library import opcheck
 
 from pyfeedback import functional
-from pyfeedback.forms import Coefficients
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import LINEAR, Convolution, to_arguments
 from pyfeedback.nn import Conv2d, Linear
 
 # torch raises warnings about its own code during compilation.
@@ -52,18 +53,20 @@ def test_opcheck_scheduled(number, rule):
     named = Coefficients(**RULES[rule])._asdict()
     rest = {"center": named.pop("center"), "samples": named.pop("samples")}
     coefficients = torch.tensor(list(named.values()), dtype=torch.float64)
-    opcheck(OPS.scheduled_conv2d.default, (*tensors, coefficients, *case.window), {**rest, "positions": 3})
+    geometry = to_arguments(Convolution(*case.window[:3], groups=case.groups))
+    opcheck(OPS.scheduled_layer.default, (*tensors, coefficients, *geometry), {**rest, "positions": 3})
     grads = []
     for op, arguments, options in (
-        (OPS.scheduled_conv2d, (coefficients,), {"positions": 2}),
-        (OPS.fa_conv2d, (), {n: v / 2 if n in ("amp", "null", "sparse") else v for n, v in named.items()}),
+        (OPS.scheduled_layer, (coefficients, *geometry), {"positions": 2}),
+        (OPS.fa_conv2d, case.window, {n: v / 2 if n in ("amp", "null", "sparse") else v for n, v in named.items()}),
     ):
         leaves = fresh(tensors)
-        op(*leaves, *arguments, *case.window, **rest, **options).square().sum().backward()
+        op(*leaves, *arguments, **rest, **options).square().sum().backward()
         grads.append(gradients(leaves))
     assert largest_error(*grads) < 1e-12
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((3, 2, 6), (5, 6), (5, 6)))
-    opcheck(OPS.scheduled_linear.default, (x, w, b, None, coefficients), {**rest, "positions": 1})
+    linear = (x, w, b, None, coefficients, *to_arguments(LINEAR))
+    opcheck(OPS.scheduled_layer.default, linear, {**rest, "positions": 1})
 
 
 def compiles_to_the_same(module, x, backend, dynamic=None):

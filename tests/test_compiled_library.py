@@ -5,14 +5,15 @@ import re
 import pytest
 import torch
 
-from pyfeedback import functional, native
+from pyfeedback import functional
+from pyfeedback.backends.extension import loading
 
-pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+pytestmark = pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 
 
 def test_it_contains_no_path_of_the_build_machine():
     """Errors name their source by its path in the repository."""
-    sources = re.findall(rb"[\w./+-]+\.(?:h|cpp|cuh|cu)\b", (native.PACKAGE / native.CPU_LIBRARY).read_bytes())
+    sources = re.findall(rb"[\w./+-]+\.(?:h|cpp|cuh|cu)\b", (loading.PACKAGE / loading.CPU_LIBRARY).read_bytes())
     assert any(source.startswith(b"csrc/") for source in sources)
     assert [source for source in sources if source.startswith(b"/")] == []
 

@@ -10,10 +10,13 @@ import torch
 from cases import RULES, Conv, conv_tensors, fresh, gradients, largest_error, random_conv
 
 import pyfeedback
-from pyfeedback import depthwise, functional, native, reference
-from pyfeedback.forms import Coefficients, Window
+from pyfeedback import functional, reference
+from pyfeedback.backends import dispatch
+from pyfeedback.backends.extension import loading
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import Convolution
 
-pytestmark = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+pytestmark = pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 
 # Two units in the last place of the largest element; in float64, the dtype of the oracle, the bound of test_ops.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -132,18 +135,29 @@ def test_random_layers(number):
     assert largest_error(ours, oracle) < 1e-12
 
 
-def arguments(case, rule=None):
+def geometry_of(case):
+    return Convolution(*case.window[:3], groups=case.groups)
+
+
+def arguments(case):
+    """Tensors of a backward pass: grad_output, input, weight and feedback."""
     x, w, b, _ = (t if t is None else t.detach() for t in conv_tensors(case, 0, torch.float32))
-    window = Window(*case.window)
-    grad_output = torch.randn(window.output_shape(x.shape, w.shape))
-    return grad_output, x, w, b, None, window, Coefficients(**(rule or RULES["everything"]))
+    return torch.randn(geometry_of(case).output_shape(x.shape, w.shape)), x, w, b
+
+
+def backward(case, grad_output, x, w, b, mask=(True,) * 4):
+    """The gradients by the backend "native", under every term of a rule."""
+    rule = Coefficients(**RULES["everything"])
+    call = dispatch.plan(geometry_of(case), x, w, rule, mask, False, "native")
+    return call.kernels.backward(call, grad_output, x, w, b, None)
 
 
 def test_every_mask():
-    args = arguments(LAYERS["5x5 stride 2"])
-    whole = depthwise.conv2d_backward(*args, (True,) * 4)
+    case = LAYERS["5x5 stride 2"]
+    args = arguments(case)
+    whole = backward(case, *args)
     for mask in itertools.product((True, False), repeat=4):
-        for needed, part, full in zip(mask, depthwise.conv2d_backward(*args, mask), whole, strict=True):
+        for needed, part, full in zip(mask, backward(case, *args, mask), whole, strict=True):
             assert (part is not None) == needed
             assert not needed or torch.equal(part, full)
 
@@ -156,7 +170,7 @@ def test_the_same_on_any_number_of_threads(name):
         results = []
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(depthwise.conv2d_backward(*args, (True,) * 4))
+            results.append(backward(LAYERS[name], *args))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -166,8 +180,8 @@ def test_the_same_on_any_number_of_threads(name):
 def test_gradients_have_the_layout_of_their_tensors(name):
     args = arguments(LAYERS[name])
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        laid_out = [t.contiguous(memory_format=memory_format) for t in args[:4]]
-        grads = depthwise.conv2d_backward(*laid_out, *args[4:], (True,) * 4)
+        laid_out = [t.contiguous(memory_format=memory_format) for t in args]
+        grads = backward(LAYERS[name], *laid_out)
         for grad, tensor in zip(grads, (laid_out[1], laid_out[2], laid_out[2]), strict=False):
             assert grad.stride() == tensor.stride()
 
@@ -178,9 +192,7 @@ def test_an_output_gradient_may_be_a_view():
     expanded = torch.ones(()).expand(args[0].shape)
     views = (expanded, args[0].transpose(2, 3).contiguous().transpose(2, 3), args[0][:, :, :, :1].expand_as(args[0]))
     for view in views:
-        for a, b in zip(
-            *(depthwise.conv2d_backward(g, *args[1:], (True,) * 4) for g in (view, view.clone())), strict=True
-        ):
+        for a, b in zip(*(backward(case, g, *args[1:]) for g in (view, view.clone())), strict=True):
             assert torch.equal(a, b)
 
 
@@ -198,19 +210,21 @@ def test_unsupported_layers_are_composed(monkeypatch):
     dense, empty = layer(6, (5, 5), 3, group=6), layer(6, (5, 5), 3, batch=0)
     for case in (dense, empty):
         args = arguments(case)
-        assert depthwise.conv2d_backward(*args, (True,) * 4)[2].shape == case.weight
+        assert backward(case, *args)[2].shape == case.weight
     args = list(arguments(LAYERS["3x3"]))
     args[1] = args[1].repeat_interleave(2, 3)[..., ::2]
-    assert depthwise.conv2d_backward(*args, (True,) * 4)[0].shape == args[1].shape
+    assert backward(LAYERS["3x3"], *args)[0].shape == args[1].shape
 
 
 def test_bad_arguments_are_refused_before_anything_is_read():
     op = torch.ops.pyfeedback.native_depthwise_backward.default
-    grad_output, x, w, b, _, window, rule = arguments(LAYERS["3x3"])
+    grad_output, x, w, b = arguments(LAYERS["3x3"])
+    geometry, rule = geometry_of(LAYERS["3x3"]), Coefficients(**RULES["everything"])
 
     def call(**changed):
         given = {"grad_output": grad_output, "input": x, "weight": w, "feedback": b, "mean": None, "response": None}
-        given |= {"response_mean": None, **window._asdict()}
+        given |= {"response_mean": None, "stride": geometry.stride, "padding": geometry.padding}
+        given |= {"dilation": geometry.dilation, "groups": geometry.groups}
         given |= {"coefficients": list(rule[:6]), "samples": 3}
         masks = dict.fromkeys(("need_input", "need_weight", "need_feedback", "need_bias"), True)
         return op(**{**given, **masks, **changed})
@@ -241,9 +255,14 @@ SMALL = {
 
 @pytest.fixture
 def on_simt(monkeypatch):
-    """depthwise.conv2d_backward with the CUDA kernel, run by the emulator."""
+    """The backward pass with the CUDA kernel, run by the emulator."""
     monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(simt.native_depthwise_backward))
-    monkeypatch.setattr(depthwise, "_reads_response", lambda input, rule: rule.null != 0)
+    native = dispatch._LAYER_BACKENDS["native"]._replace(reads_response=lambda rule, device_type: rule.null != 0)
+    monkeypatch.setitem(dispatch._LAYER_BACKENDS, "native", native)
+    dispatch.set_backend("auto")  # forgets what was chosen before
+    yield
+    monkeypatch.undo()
+    dispatch.set_backend("auto")
 
 
 @pytest.mark.slow
@@ -262,12 +281,12 @@ def test_the_cuda_kernel_in_any_order(on_simt):
     results = []
     for order in simt.ORDERS:
         with simt.order(order):
-            results.append(depthwise.conv2d_backward(*args, (True,) * 4))
+            results.append(backward(SMALL["3x3"], *args))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not native.has_cuda(), reason="the CUDA library is not built")
+@pytest.mark.skipif(not loading.has_cuda(), reason="the CUDA library is not built")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_cuda_kernel_on_a_device(name, dtype):

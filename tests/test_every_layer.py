@@ -86,7 +86,7 @@ def test_opcheck(number):
     torch.library.opcheck(torch.ops.pyfeedback.fa_convolution.default, (*tensors, *window), rule)
     moving = {"center": False, "samples": 0, "positions": 1}
     scheduled = (*tensors, torch.tensor([0.3, 0.1, 0.2, 0.0, 0.0, 0.0], dtype=torch.float64), *window)
-    torch.library.opcheck(torch.ops.pyfeedback.scheduled_convolution.default, scheduled, moving)
+    torch.library.opcheck(torch.ops.pyfeedback.scheduled_layer.default, scheduled, moving)
 
 
 BAD = {

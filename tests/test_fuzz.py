@@ -8,7 +8,7 @@ import fuzz_ops
 import pytest
 import torch
 
-from pyfeedback import functional
+from pyfeedback.ops import autograd
 
 CASES = {"ops": 200, "optimizers": 200, "refusals": 300, "conversion": 50}
 
@@ -49,14 +49,14 @@ def test_the_calls_cover_every_kind_of_layer():
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_gradient_is_found(monkeypatch, factor):
     """A feedback gradient that is wrong by a thousandth or not finite."""
-    whole = functional._backward
+    whole = autograd.gradients
 
-    def off(op, ctx, grad_output):
-        grads = list(whole(op, ctx, grad_output))
+    def off(call, grad_output, saved):
+        grads = list(whole(call, grad_output, saved))
         grads[2] = None if grads[2] is None else grads[2] * factor
         return tuple(grads)
 
-    monkeypatch.setattr(functional, "_backward", off)
+    monkeypatch.setattr(autograd, "gradients", off)
     numbers = [n for n in range(80) if looks_at_feedback(fuzz_ops.random_call(n))]
     found = 0
     for number in numbers:

@@ -5,7 +5,8 @@ import torch
 from cases import RULES, conv_tensors, fresh, gradients, largest_error, random_conv
 
 import pyfeedback
-from pyfeedback import functional, native, reference
+from pyfeedback import functional, reference
+from pyfeedback.backends.extension import loading
 
 pytestmark = pytest.mark.gpu
 FLOOR = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -53,7 +54,7 @@ def test_linear_in_float64(rule):
 @pytest.mark.parametrize("backend", ["aten", "native"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_feedback_step_equals_the_cpus(momentum, backend):
-    if backend == "native" and not native.has_cuda():
+    if backend == "native" and not loading.has_cuda():
         pytest.fail("the CUDA library was not built: PYFEEDBACK_CUDA=1 pip install .")
     torch.manual_seed(0)
     sizes = [1, 3, 1024, 4097, *range(200, 300)]

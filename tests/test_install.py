@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import pyfeedback
-from pyfeedback import native, sources
+from pyfeedback.backends.extension import loading, sources
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = Path(native.__file__).parent
+PACKAGE = Path(loading.__file__).parent
 
 
 def run_python(code, folder, **environment):
@@ -62,13 +62,13 @@ class TestBuildInfo:
     @pytest.mark.skipif(os.environ.get("PYFEEDBACK_NATIVE") == "0", reason="PYFEEDBACK_NATIVE=0")
     def test_with_a_compiler_the_cpu_library_is_built_and_loaded(self):
         info = pyfeedback.build_info()
-        assert info.cpu == native.has_cpu() == bool(info.compiler)
+        assert info.cpu == loading.has_cpu() == bool(info.compiler)
         assert bool(info.compiler) != ("no CPU library" in info.missing)
 
     def test_cuda_is_loaded_only_into_a_torch_with_cuda(self):
-        assert pyfeedback.build_info().cuda == native.has_cuda()
+        assert pyfeedback.build_info().cuda == loading.has_cuda()
         if torch.version.cuda is None:
-            assert not native.has_cuda()
+            assert not loading.has_cuda()
 
     def test_disabled_by_the_environment(self, tmp_path):
         code = "import pyfeedback; info = pyfeedback.build_info(); print(info.cpu, info.cuda, info.missing)"

@@ -12,9 +12,11 @@ import torch
 from native_ops import IMPLEMENTATIONS, PARAMETERS
 
 import pyfeedback
-from pyfeedback import functional, native, providers
+from pyfeedback import functional
+from pyfeedback.backends import dispatch
+from pyfeedback.backends.extension import loading
 
-cpu = pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+cpu = pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5, "momentum": 0.9}
@@ -646,11 +648,11 @@ class TestAddCentered:
 
 @cpu
 def test_a_forced_backend_takes_the_kernels_that_there_are_and_composes_the_rest():
-    with pyfeedback.backend("native"):
-        on_cuda = "native" if native.has_cuda() else "aten"
-        for op in ("feedback_step_", "alignment_products", "center", "add_centered_"):
-            assert [providers._choose(op, device) for device in ("cpu", "cuda", "meta")] == ["native", on_cuda, "aten"]
-        assert [providers._choose("adamw_step_", device) for device in ("cpu", "cuda")] == ["native", "aten"]
+    on_cuda = "native" if loading.has_cuda() else "aten"
+    for op in ("feedback_step_", "alignment_products", "center", "add_centered_"):
+        chosen = [dispatch._choose(op, device, "native") for device in ("cpu", "cuda", "meta")]
+        assert chosen == ["native", on_cuda, "aten"]
+    assert [dispatch._choose("adamw_step_", device, "native") for device in ("cpu", "cuda")] == ["native", "aten"]
 
 
 @cpu

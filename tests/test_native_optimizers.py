@@ -6,8 +6,9 @@ from native_ops import IMPLEMENTATIONS, PARAMETERS
 from test_native import DTYPES, SIZES, assert_as_accurate, dtype_id, random_like_model, step_formula
 
 import pyfeedback
-from pyfeedback import aten, native
-from pyfeedback.providers import provide
+from pyfeedback.backends.composite import steps as composite_steps
+from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.extension import loading
 
 SGD = {"lr": 0.05, "momentum": 0.9, "nesterov": True}
 ADAMW = {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3}
@@ -23,8 +24,8 @@ def ops(request):
 @pytest.fixture(params=["native", "aten"])
 def adamw_step_(request):
     if request.param == "aten":
-        return aten.adamw_step_
-    if not native.has_cpu():
+        return composite_steps.adamw_step_
+    if not loading.has_cpu():
         pytest.skip("the CPU library is not built")
     return provide("adamw_step_", "cpu")
 
@@ -98,7 +99,7 @@ def test_two_feedback_weights_of_one_weight(ops):
         assert_as_accurate(found, expected, expected)
 
 
-@pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+@pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 def test_the_number_of_threads_changes_nothing():
     results, threads = [], torch.get_num_threads()
     for count in (1, 3):
@@ -191,7 +192,7 @@ def test_adamw_of_a_weight_right_behind_its_feedback(adamw_step_):
             assert_as_accurate(t, value, value)
 
 
-@pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+@pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 @pytest.mark.parametrize(
     "change",
     [
@@ -213,7 +214,7 @@ def test_contradictory_arguments_raise_and_write_nothing(change):
     assert tensors["step"][0] == 0
 
 
-@pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+@pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 def test_the_op_passes_opcheck_on_its_schema():
     tensors = [*([torch.ones(4)] for _ in range(5)), [torch.tensor(0.0)]]
     numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}

@@ -12,7 +12,7 @@ from torch_suites import assert_same, op_db
 
 import pyfeedback
 from pyfeedback import functional, reference
-from pyfeedback.arguments import DTYPES
+from pyfeedback.core.tensors import DTYPES
 
 # Same padding with an even kernel copies the input.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

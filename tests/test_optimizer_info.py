@@ -13,7 +13,8 @@ from torch import nn
 from torch_suites import optim_db
 
 import pyfeedback
-from pyfeedback import native, optim
+from pyfeedback import optim
+from pyfeedback.backends.extension import loading
 
 INFO = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls in (torch.optim.SGD, torch.optim.AdamW)}
 OURS = {"SGD": optim.SGD, "AdamW": optim.AdamW}
@@ -28,7 +29,7 @@ NOT_OURS = {
 BACKENDS = [
     "auto",
     "aten",
-    pytest.param("native", marks=pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")),
+    pytest.param("native", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 3, 4, 5), (40_000,)]

@@ -6,12 +6,13 @@ from small_networks import perceptron
 from torch import nn
 
 import pyfeedback
-from pyfeedback import functional, native
+from pyfeedback import functional
+from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.extension import loading
 from pyfeedback.optim import SGD, AdamW, FeedbackSGD
-from pyfeedback.providers import provide
 
 PATHS = [
-    pytest.param("native", marks=pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")),
+    pytest.param("native", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
     "aten",
 ]
 NUMBERS = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "lr": 0.1, "momentum": 0.9}

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import pyfeedback
-from pyfeedback import functional, native
+from pyfeedback import functional
+from pyfeedback.backends.extension import loading
 
-BACKENDS = ["native", "aten"] if native.has_cpu() else ["aten"]
+BACKENDS = ["native", "aten"] if loading.has_cpu() else ["aten"]
 SHAPES = [(4, 6), (3,), (2, 3, 5)]
 LISTS = ("feedback", "weight", "grad", "momentum_buffer")
 

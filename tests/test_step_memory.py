@@ -11,7 +11,8 @@ import torch
 from step_operands import ALL, PATHS, adamw_lists, adamw_step, lists, refuses, step
 
 import pyfeedback
-from pyfeedback import functional, native
+from pyfeedback import functional
+from pyfeedback.backends.extension import loading
 
 
 @pytest.fixture(params=PATHS, autouse=True)
@@ -260,7 +261,7 @@ def test_every_pair_of_operands_agrees_between_the_paths(path):
     names = ("feedback", "weight", "grad", "momentum_buffer")
     for (name, i), (other, j) in itertools.combinations(itertools.product(names, range(3)), 2):
         verdicts = []
-        for backend in ("native", "aten") if native.has_cpu() else ("aten",):
+        for backend in ("native", "aten") if loading.has_cpu() else ("aten",):
             operands = lists(3)
             operands[name][i] = operands[other][j]
             with pyfeedback.backend(backend):

@@ -5,7 +5,7 @@ import torch
 from step_operands import PATHS, adamw_lists, adamw_step, lists, refuses, step
 
 import pyfeedback
-from pyfeedback import native
+from pyfeedback.backends.extension import loading
 
 
 @pytest.fixture(params=PATHS, autouse=True)
@@ -51,7 +51,7 @@ def test_center_refuses_freed_storage():
         torch.ops.pyfeedback.center(freed(torch.ones(4, 3)), 2)
 
 
-@pytest.mark.skipif(not native.has_cpu(), reason="the CPU library is not built")
+@pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 @pytest.mark.parametrize("which", range(6))
 def test_the_compiled_leaves_refuse_freed_storage(which):
     """Also when called directly. Before torch 2.13, the dispatcher drops the message of a library's error."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
+from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form
 from triton_cases import DEVICE, Case, assert_near, inner, layer
 
-from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form
 from pyfeedback.kernels import ops
 from pyfeedback.kernels import rule as kernel_rule
 

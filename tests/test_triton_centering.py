@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
+from pyfeedback.forms import Form
 from triton_cases import Case, assert_near, backward, data_terms, single_passes
 
-from pyfeedback.forms import Form
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import choose_joint, choose_single, choose_wgrad
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
+from pyfeedback.forms import Form
 from triton_cases import DEVICE, Case, backward, data_terms, products, single_passes
 
-from pyfeedback.forms import Form
 from pyfeedback.kernels import dgrad, wgrad
 from pyfeedback.kernels import rule as kernel_rule
 from pyfeedback.kernels.rule import unit_of

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
+from pyfeedback.forms import Form
 from test_triton_backward import LAYERS, assert_all_near, run_conv2d
 from triton_cases import (
     DEVICE,
@@ -19,7 +20,6 @@ from triton_cases import (
     surround,
 )
 
-from pyfeedback.forms import Form
 from pyfeedback.kernels import joint, wgrad
 from pyfeedback.kernels import rule as kernel_rule
 from pyfeedback.kernels.geometry import Geometry

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES, laid_out
+from pyfeedback.forms import Coefficients, Form, Window
 from triton_cases import DEVICE, assert_near, single_passes, surround
 
-from pyfeedback.forms import Coefficients, Form, Window
 from pyfeedback.kernels import ops
 
 pytestmark = triton_cases.MARKS

@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
+from pyfeedback.forms import Form
 from test_triton_backward import FORMS, LAYERS, assert_all_near, has_form, run_conv2d
 from triton_cases import DEVICE, UNIT, VARIANTS, assert_near, fresh, inner, mean_and_unit, shuffled_programs, surround
 
-from pyfeedback.forms import Form
 from pyfeedback.kernels import rule as kernel_rule
 from pyfeedback.kernels import single
 from pyfeedback.kernels.geometry import Geometry

@@ -21,6 +21,7 @@ with pytest.MonkeyPatch.context() as _patch:
     if not GPU:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
     from pyfeedback.forms import Coefficients, Form, Window
+
     from pyfeedback.kernels import dgrad_kernel, joint_kernel, ops, rule, single_kernel, wgrad_kernel  # noqa: F401
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
     from pyfeedback.kernels.tiles import SingleTile
