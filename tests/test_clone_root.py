@@ -18,7 +18,7 @@ pytest.importorskip("setuptools", reason="the build needs setuptools")
 from pyfeedback.backends.extension import loading
 
 ROOT = Path(__file__).parents[1]
-BUILT = Path(loading.__file__).parent
+BUILT = loading.PACKAGE
 FOLDERS = ("pyfeedback", "kernels", "csrc")
 FILES = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 # A clean environment: without the editable installation of this one, with the packages of the given folder.
@@ -142,7 +142,7 @@ def test_a_source_distribution_is_complete(clone, tmp_path):
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert not (unpacked / "pyfeedback" / "kernels").is_symlink()
     site = install(unpacked, tmp_path)
-    for name in ("kernels/rule.py", "sources.py", "py.typed"):
+    for name in ("kernels/plan.py", "backends/extension/sources.py", "py.typed"):
         assert (site / "pyfeedback" / name).exists(), name
     add_library(site / "pyfeedback")
     assert "cpu=True" in run(unpacked, "-c", PROGRAM, site).stdout

@@ -67,13 +67,13 @@ def test_magnitudes():
     fixed = pyfeedback.nn.Linear(40, 30, rule="frsf", init=Init(seed=3))
     torch.testing.assert_close(uniform.feedback, drawn.feedback.square().mean().sqrt().expand(30, 40))
     assert torch.equal(fixed.feedback, drawn.feedback)
-    assert torch.equal(fixed.path(), drawn.feedback.abs() * fixed.weight.sign())
-    assert fixed.path() is not fixed.feedback
+    assert torch.equal(fixed.effective_feedback(), drawn.feedback.abs() * fixed.weight.sign())
+    assert fixed.effective_feedback() is not fixed.feedback
 
 
 def test_batch_random_magnitudes_are_drawn_for_each_pass_and_not_without_one():
     layer = pyfeedback.nn.Linear(40, 30, rule="brsf")
-    first, second = layer.path(), layer.path()
+    first, second = layer.effective_feedback(), layer.effective_feedback()
     assert not torch.equal(first, second)
     assert torch.equal(first.sign(), second.sign())
     assert first.square().mean().sqrt() == pytest.approx(float(layer.feedback[0, 0]), rel=0.1)

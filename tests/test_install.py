@@ -19,7 +19,7 @@ import pyfeedback
 from pyfeedback.backends.extension import loading, sources
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = Path(loading.__file__).parent
+PACKAGE = loading.PACKAGE
 
 
 def run_python(code, folder, **environment):

@@ -10,7 +10,7 @@ from small_networks import perceptron
 from torch.nn import functional as F
 
 import pyfeedback
-from pyfeedback import monitor as monitor_module
+from pyfeedback.metrics import monitor as monitor_module
 
 
 def network(rule="kp", layers=2):
