@@ -4,17 +4,16 @@ Nothing here was measured. Block sizes are the largest that compile without spil
 split counts fill the processors once.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .geometry import Geometry
 
-RESIDENT = 2  # programs of a joint launch for each processor
-MOST_WAVES = 4  # of small blocks of dx: a layer with more fills the processors by itself
-FEWEST_BLOCKS = 4  # of positions per split, so that the pipeline fills
+PROGRAMS_PER_PROCESSOR = 2  # of a grouped launch
+MOST_WAVES = 4  # of small blocks of dx: dx alone fills the processors if there are more
+FEWEST_BLOCKS = 4  # of positions in each split, so that the pipeline fills
 
 
-@dataclass(frozen=True)
-class WgradTile:
+class WgradTile(NamedTuple):
     """BK and BU rows of the two operands, BC channels of one tap, BP positions per step; splits of the positions."""
 
     BK: int
@@ -26,8 +25,7 @@ class WgradTile:
     stages: int
 
 
-@dataclass(frozen=True)
-class DgradTile:
+class DgradTile(NamedTuple):
     """BM input positions, BC channels, BK output channels per step."""
 
     BM: int
@@ -37,8 +35,7 @@ class DgradTile:
     stages: int
 
 
-@dataclass(frozen=True)
-class SingleTile:
+class PointwiseTile(NamedTuple):
     """BK rows that hold every output channel, BC input channels, BP positions per step; splits of the positions."""
 
     BK: int
@@ -47,6 +44,9 @@ class SingleTile:
     splits: int
     warps: int
     stages: int
+
+
+Tile = WgradTile | DgradTile | PointwiseTile
 
 
 def choose_wgrad(
@@ -59,21 +59,27 @@ def choose_wgrad(
     small: bool = False,
     means: int = 0,
 ) -> WgradTile:
-    """``rows`` are the channels of the operands a and u, 0 where one is absent; ``capability`` is 80, 90, ...;
-    ``symmetric`` where half of the blocks are computed; ``small`` for blocks that a joint launch takes; ``means`` is
-    the number of operands of f that are centred while they are loaded, x or x and u."""
+    """The tile of a weight gradient.
+
+    Args:
+        rows: the channels of the operands a and u, 0 where one is absent.
+        capability: 80, 90, ...
+        symmetric: half of the blocks are computed.
+        small: the blocks of a grouped launch.
+        means: the number of operands of f that are centred while they are loaded (x, or x and u).
+    """
     dual = 0 not in rows
     if itemsize == 4:
-        # Without wgmma on float32 (K-major operands only) and with FMA in full precision: small blocks.
+        # Small blocks: wgmma reads float32 K-major only, and full precision uses FMA.
         most, columns, depth, stages = 64, 64, 16, 3
     elif capability >= 90:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
         if means:
-            # Each block of a mean, in float32, takes twice the shared memory of the block that it centres.
+            # A block of a mean is float32 and takes twice the shared memory of the block that it centres.
             stages = 4 - means
     else:
-        # Dual 128x128 spills on sm_80, and so does one whose operands are both centred; so do steps of 32 positions
-        # where the epilogue is long (Triton 3.6).
+        # On sm_80 these spill: dual 128x128, 128x128 with both operands centred, and steps of 32 positions with a long
+        # epilogue (Triton 3.6).
         most = columns = 64 if dual or means == 2 else 128
         depth, stages = 64, 3
     if small:
@@ -102,10 +108,8 @@ def row_tiles(rows: tuple[int, int], blocks: tuple[int, int]) -> int:
     return max(-(-r // b) for r, b in zip(rows, blocks, strict=True) if r)
 
 
-def choose_dgrad(
-    geometry: Geometry, dual: bool, itemsize: int, capability: int, small: bool = False
-) -> DgradTile:  # fmt: skip
-    """``dual`` where both products are computed; ``capability`` is 80, 90, ...; ``small`` as in choose_wgrad."""
+def choose_dgrad(geometry: Geometry, dual: bool, itemsize: int, capability: int, small: bool = False) -> DgradTile:
+    """The tile of an input gradient; ``dual`` where both products are computed, the others as in choose_wgrad."""
     if itemsize == 4:
         most, columns, depth, stages = 64, 64, 16, 3
     elif capability >= 90:
@@ -120,7 +124,7 @@ def choose_dgrad(
     return DgradTile(most, bc, bk, 8 if most * bc >= 128 * 128 else 4, stages)
 
 
-def choose_joint(
+def choose_grouped(
     geometry: Geometry,
     rows: tuple[int, int],
     dual: bool,
@@ -129,7 +133,7 @@ def choose_joint(
     processors: int,
     means: int = 0,
 ) -> tuple[WgradTile, DgradTile] | None:
-    """Both tiles of a joint launch, of as many warps and stages; None where the layer is not small."""
+    """Both tiles of a grouped launch, with equal warps and stages; None where the layer is not small."""
     if MOST_WAVES * processors < -(-geometry.N * geometry.H * geometry.W // 64) * -(-geometry.C // 64):
         return None
     return (
@@ -138,19 +142,21 @@ def choose_joint(
     )
 
 
-def choose_single(
+def choose_pointwise(
     geometry: Geometry, term: str, itemsize: int, capability: int, processors: int, centered: bool = False
-) -> SingleTile | None:
-    """The single pass of a pointwise layer, ``term`` as in ``single_kernel``; None where its sums do not fit.
+) -> PointwiseTile | None:
+    """The tile of a one-pass pointwise backward, None where its sums do not fit a processor.
 
-    ``centered`` where x is centred while it is loaded.
+    Args:
+        term: as in ``pointwise_launch``.
+        centered: x is centred while it is loaded.
     """
     c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
     hopper = capability >= 90
     # The largest blocks of dW without spills; z, x'x and a mean take registers besides.
-    if term == "moment":
+    if term == "gram":
         bc = c if c <= (128 if hopper else 64) and k <= (256 if hopper or not centered else 128) else 0
-    elif term == "projection":
+    elif term == "z":
         bc = 64 * 128 // k if hopper or k == 64 else 0
     else:
         bc = (64 * 256 if hopper else 64 * 128) // k
@@ -162,7 +168,7 @@ def choose_single(
     columns, blocks = -(-geometry.C // bc), -(-geometry.positions // 64)
     # Two programs of four warps, or one of eight, for each processor.
     splits = max(min(processors * (2 if small else 1) // columns, blocks // FEWEST_BLOCKS), 1)
-    return SingleTile(k, bc, 64 if hopper else 32, splits, warps, stages)
+    return PointwiseTile(k, bc, 64 if hopper else 32, splits, warps, stages)
 
 
 def _block(size: int, smallest: int, most: int) -> int:

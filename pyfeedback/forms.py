@@ -80,6 +80,11 @@ class Form(enum.Enum):
     INPUT_MOMENT = "input_moment"  # G = x'x: (sparse B - amp W) G + null W G W' B
     RESPONSE_MOMENT = "response_moment"  # Y = y'y: null Y B - amp y'x
 
+    @property
+    def algorithm(self) -> str:
+        """The name that the Triton kernels have for it."""
+        return self.value.replace("moment", "gram")
+
 
 def is_pointwise(weight: Sequence[int], window: Window) -> bool:
     """True where every output position reads one input position and no padding."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyfeedback import aten
 from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form, conv2d_problem, linear_problem
-from pyfeedback.kernels import measured, ops
+from pyfeedback.kernels import backward, measured
 
 
 def conv2d_backward(
@@ -21,32 +21,31 @@ def conv2d_backward(
     mask,
     *,
     center,
-    path: str | None = "joined",
+    path: str | None = "fused",
 ):
     """As :func:`pyfeedback.aten.conv2d_backward`.
 
     Args:
         center: center(t, n) is t[:n] minus its mean over dimension 0.
-        path: "joined" or "apart", as the kernels' own; None for the one that was measured faster on this device, where
-            the kernels were.
+        path: "fused" or "unfused", as the kernels' own; None for the one that was measured faster on this device.
     """
-    if ops.takes(input, weight, window.groups):
+    if backward.supports(input, weight, window.groups):
         problem = conv2d_problem(input.shape, weight.shape, window, rule.samples)
         form = choose_form(problem, rule, response is not None) if mask[2] else Form.NONE
         path = path or _faster_path(input, problem, form)
         if path:
-            return ops.conv2d_backward(
+            return backward.layer_backward(
                 grad_output,
                 input,
                 weight,
                 feedback,
                 response,
-                window,
-                rule,
-                mask,
-                form=form.value,
+                convolution=tuple(window[:3]),
+                rule=rule,
+                mask=mask,
+                algorithm=form.algorithm,
                 center=center,
-                path=path,
+                fused=path == "fused",
             )
     return aten.conv2d_backward(grad_output, input, weight, feedback, response, window, rule, mask)
 
@@ -61,20 +60,30 @@ def linear_backward(
     mask,
     *,
     center,
-    path: str | None = "joined",
+    path: str | None = "fused",
 ):
     """As :func:`pyfeedback.aten.linear_backward`; the others as in :func:`conv2d_backward`."""
-    if ops.takes(input, weight):
+    if backward.supports(input, weight):
         problem = linear_problem(input.shape, weight.shape, rule.samples)
         form = choose_form(problem, rule, response is not None) if mask[2] else Form.NONE
         path = path or _faster_path(input, problem, form)
         if path:
-            return ops.linear_backward(
-                grad_output, input, weight, feedback, response, rule, mask, form=form.value, center=center, path=path
+            return backward.layer_backward(
+                grad_output,
+                input,
+                weight,
+                feedback,
+                response,
+                convolution=None,
+                rule=rule,
+                mask=mask,
+                algorithm=form.algorithm,
+                center=center,
+                fused=path == "fused",
             )
     return aten.linear_backward(grad_output, input, weight, feedback, response, rule, mask)
 
 
 def _faster_path(input: Tensor, problem: Problem, form: Form) -> str | None:
     table = measured.load(measured.device_name(input.device))
-    return table.get(measured.key(problem, form.value, input.dtype))
+    return table.get(measured.key(problem, form.algorithm, input.dtype))

@@ -142,7 +142,7 @@ def test_a_source_distribution_is_complete(clone, tmp_path):
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert not (unpacked / "pyfeedback" / "kernels").is_symlink()
     site = install(unpacked, tmp_path)
-    for name in ("kernels/rule.py", "sources.py", "py.typed"):
+    for name in ("kernels/plan.py", "sources.py", "py.typed"):
         assert (site / "pyfeedback" / name).exists(), name
     add_library(site / "pyfeedback")
     assert "cpu=True" in run(unpacked, "-c", PROGRAM, site).stdout
@@ -159,4 +159,4 @@ def test_a_read_only_source_tree_installs_and_stays_as_it_was(clone, tmp_path):
         for path in (clone, *clone.rglob("*")):
             path.chmod(path.stat().st_mode | 0o200)  # pytest removes it
     assert sorted(clone.rglob("*")) == before
-    assert (site / "pyfeedback" / "kernels" / "rule.py").exists()
+    assert (site / "pyfeedback" / "kernels" / "plan.py").exists()
