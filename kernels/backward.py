@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .wgrad import wgrad_kernel
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Convolution = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+Center = Callable[[Tensor, int], Tensor]
 
 FEWEST_CHANNELS = 16  # one step of a tensor core: a layer with fewer, such as a network's first, is mostly padding
 NAMES = {getattr(torch, name): name for name in DTYPES}
@@ -40,10 +41,10 @@ def layer_backward(
     rule,
     mask: Sequence[bool],
     algorithm: str,
-    center: Callable[[Tensor, int], Tensor],
+    center: Center,
     fused: bool = True,
 ) -> Gradients:
-    """Gradients of input, weight, feedback and bias of a layer with :func:`supports`; None where ``mask`` is False.
+    """Gradients of input, weight, feedback and bias of a layer that the kernels support; None where ``mask`` is False.
 
     Args:
         grad_output, response: [N, K, P, Q] or, of a linear layer, [N, ..., K]. The response, conv(input, weight), is
@@ -60,25 +61,23 @@ def layer_backward(
         ValueError: the rule has a coefficient that the kernels do not implement.
     """
     geometry, rows = layer_geometry(input.shape, weight.shape, convolution)
-    layer = _Layer(convolution, geometry.H * geometry.W * geometry.R * geometry.S == 1 and geometry.pointwise)
-    need_input, need_weight, need_feedback, need_bias = mask
-    n, fields, strides = rule.samples or input.shape[0], (), ()
+    need_input, need_weight, need_feedback, need_bias = mask[:4]
+    n, fields, out, strides = rule.samples or input.shape[0], (), None, ()
     if need_feedback:
-        numbers = [
-            name for name, value in zip(rule._fields, rule, strict=True) if isinstance(value, (int, float)) and value
-        ]
-        fields = tuple(numbers)
+        used = [k for k, v in zip(rule._fields, rule, strict=True) if isinstance(v, (int, float)) and v]
+        fields = tuple(used)
     if need_weight or need_feedback:
         out = torch.empty_like(weight)
-        strides = (*out.stride(), 0, 0) if convolution is None else out.stride()
-        strides = (strides[0], strides[2], strides[3], strides[1])
-    precision = (torch.backends.cuda.matmul if convolution is None else torch.backends.cudnn.conv).fp32_precision
+        k, c, r, s = out.stride() if convolution else (*out.stride(), 0, 0)
+        strides = (k, r, s, c)
+    precision = (torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul).fp32_precision
     target = Target(NAMES[input.dtype], precision == "tf32", *architecture(input.device))
     wanted = (need_input, need_weight, need_feedback)
     plan = plan_backward(Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused))
 
+    layer = _Layer(input, weight, feedback, response, convolution, geometry.pointwise, rule, n, center)
     values = {"B": _channels_last(feedback).contiguous()}
-    if "x" in plan.operands or "x_used" in plan.operands:
+    if plan.operands & {"x", "x_used", "z"}:
         values["x"] = layer.block(layer.read(input))
     if "dy" in plan.operands:
         values["dy"] = layer.block(grad_output)
@@ -89,80 +88,80 @@ def layer_backward(
         exact = "tie" in fields and algorithm != "none"
         values["dW"] = torch.empty_like(weight, dtype=torch.float32 if exact else None)
     if need_feedback:
-        values |= scales(rule, n)
-        values["f"] = out
-        _feedback_operands(values, plan.operands, layer, input, weight, feedback, response, rule, n, center)
+        values |= scales(rule, n) | {"f": out}
+        _add_feedback_operands(values, plan.operands, layer)
     with torch.cuda.device(input.device) if input.device.type == "cuda" else nullcontext():
         for launch in plan.launches:
             run(launch, values, input.device)
     if plan.finish:
-        out.copy_(_composed_gradient(plan.finish, values, weight, feedback, rule, n))
+        out.copy_(_composed_gradient(plan.finish, values, layer))
+    grad_bias = None
+    if need_bias:
+        grad_bias = grad_output.sum((0, 2, 3)) if convolution else grad_output.reshape(-1, geometry.K).sum(0)
     return (
-        layer.input_gradient(values["dx"], input) if need_input else None,
+        layer.input_gradient(values["dx"]) if need_input else None,
         values["dW"].to(weight.dtype) if need_weight else None,
         out if need_feedback else None,
-        layer.bias_gradient(grad_output) if need_bias else None,
+        grad_bias,
     )
 
 
 class _Layer(NamedTuple):
-    """The layouts of a layer. A block is what the kernels read: [n, H, W, C] or [n, P, Q, K] contiguous; of a pointwise
-    layer [n * positions, 1, 1, channels]."""
+    """One call's tensors and options, and the layouts of the layer.
 
+    A block is what the kernels read: [n, H, W, C] or [n, P, Q, K] contiguous; of a pointwise layer
+    [n * positions, 1, 1, channels].
+    """
+
+    input: Tensor
+    weight: Tensor
+    feedback: Tensor
+    response: Tensor | None
     convolution: Convolution | None
     pointwise: bool
+    rule: Any
+    n: int  # samples that the rule reads
+    center: Center
 
     def fprop(self, x: Tensor, kernel: Tensor) -> Tensor:
         """The response to ``kernel`` without bias, in the caller's layouts."""
-        return x @ kernel.t() if self.convolution is None else torch.conv2d(x, kernel, None, *self.convolution)
+        return torch.conv2d(x, kernel, None, *self.convolution) if self.convolution else x @ kernel.t()
+
+    def used(self, t: Tensor) -> Tensor:
+        """The samples that the rule reads, centred if the rule is."""
+        return self.center(t, self.n) if self.rule.center else t[: self.n]
 
     def read(self, x: Tensor) -> Tensor:
         """The positions that are read: a strided 1x1 convolution is a dense one on those."""
-        if self.convolution is None or not self.pointwise:
-            return x
-        down, across = self.convolution[0]
-        return x[:, :, ::down, ::across]
+        if self.convolution and self.pointwise:
+            down, across = self.convolution[0]
+            return x[:, :, ::down, ::across]
+        return x
 
     def block(self, t: Tensor) -> Tensor:
         """Input (after ``read``) or output as the kernels read it."""
-        if self.convolution is not None:
+        if self.convolution:
             t = t.permute(0, 2, 3, 1)
         return (t.reshape(-1, 1, 1, t.shape[-1]) if self.pointwise else t).contiguous()
 
-    def input_gradient(self, dx: Tensor, input: Tensor) -> Tensor:
+    def input_gradient(self, dx: Tensor) -> Tensor:
         """A block in the layout of the input."""
-        if self.convolution is None:
-            return strided_like(dx.view(input.shape), torch.empty_like(input))
-        n, c, h, w = self.read(input).shape
+        if not self.convolution:
+            return strided_like(dx.view(self.input.shape), torch.empty_like(self.input))
+        n, c, h, w = self.read(self.input).shape
         gradient = dx.view(n, h, w, c).permute(0, 3, 1, 2)
-        if gradient.shape != input.shape:
-            dense, gradient = gradient, torch.zeros_like(input)
+        if gradient.shape != self.input.shape:
+            dense, gradient = gradient, torch.zeros_like(self.input)
             self.read(gradient).copy_(dense)
-        return strided_like(gradient, torch.empty_like(input))
-
-    def bias_gradient(self, dy: Tensor) -> Tensor:
-        """[K]"""
-        return dy.reshape(-1, dy.shape[-1]).sum(0) if self.convolution is None else dy.sum((0, 2, 3))
+        return strided_like(gradient, torch.empty_like(self.input))
 
 
-def _feedback_operands(
-    values: dict,
-    names: frozenset[str],
-    layer: _Layer,
-    input: Tensor,
-    weight: Tensor,
-    feedback: Tensor,
-    response: Tensor | None,
-    rule,
-    n: int,
-    center: Callable[[Tensor, int], Tensor],
-) -> None:
+def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer: _Layer) -> None:
     """Add to ``values`` what the launches of the feedback's gradient read and write."""
-    half = input.dtype is torch.float16
-    if "weight" in names:
-        values["weight"] = strided_like(weight, values["f"])
-    if "feedback" in names:
-        values["feedback"] = strided_like(feedback, values["f"])
+    input, weight, feedback, response, *_, rule, n, _ = layer
+    for name, kernel in (("weight", weight), ("feedback", feedback)):
+        if name in names:
+            values[name] = strided_like(kernel, values["f"])
     # Both factors of every product are centred, each by its own mean: a product with one centred factor, or one from
     # which the product of the means is subtracted, cancels where the mean is large relative to the spread.
     if "x" in values:
@@ -170,33 +169,31 @@ def _feedback_operands(
     if "mean" in names:
         values["mean"] = x.view(n, -1, x.shape[-1]).mean(0, dtype=torch.float32)
     if "y" in names:
-        y = layer.fprop(input[:n], weight) if response is None else response[:n]
-        values["y"] = layer.block(center(y, n) if rule.center else y)
+        values["y"] = layer.block(layer.used(layer.fprop(input[:n], weight) if response is None else response))
     if "u" in names:
         largest = max(abs(rule.sparse), abs(rule.amp))
         # The combined kernel is exact where B is close to W and the difference of two convolutions would cancel.
         kernel = blend(feedback, weight, rule.sparse / largest, rule.amp / largest)
-        if half:
+        if "u_unit" in names:
             values["u_unit"] = unit_of(kernel, dim=0)
             kernel /= values["u_unit"]
         # The response is linear: that of a centred input is centred, and is not rounded at the magnitude of its mean.
-        x = center(input, n) if rule.center else input[:n]
-        values["u"] = layer.block(layer.fprop(x, kernel.to(input.dtype)))
-    if "f_sparse" in names:
-        values["f_sparse"] = torch.empty_like(weight, dtype=torch.float32)
+        values["u"] = layer.block(layer.fprop(layer.used(input), kernel.to(input.dtype)))
     if "z" in names:
-        values["z"] = values["x"].new_empty(len(values["y"]), *values["x"].shape[1:])
+        values["z"] = torch.empty_like(values["x_used"])
     if "z_unit" in names:
         values["z_unit"] = unit_of(feedback, dim=1)
+    if "f_sparse" in names:
+        values["f_sparse"] = torch.empty_like(weight, dtype=torch.float32)
     k, c = weight.shape[:2]
-    if "gram" in names:
-        values["gram"] = weight.new_empty(*((k, k) if "y" in names else (c, c)), dtype=torch.float32)
-    if "cross" in names:
-        values["cross"] = weight.new_empty(k, c, dtype=torch.float32)
+    for name, size in (("cross", (k, c)), ("gram", (k, k) if "y" in names else (c, c))):
+        if name in names:
+            values[name] = weight.new_empty(size, dtype=torch.float32)
 
 
-def _composed_gradient(finish: str, values: dict, weight: Tensor, feedback: Tensor, rule, n: int) -> Tensor:
+def _composed_gradient(finish: str, values: dict[str, Any], layer: _Layer) -> Tensor:
     """f from the products [K, C] and the terms that read no data, in float32 and the shape of the weight."""
+    weight, feedback, rule = layer.weight, layer.feedback, layer.rule
     if finish == "blend":
         return blend(feedback, weight, rule.decay, rule.self_)
     w, b = (t.reshape(t.shape[0], -1).float() for t in (weight, feedback))
@@ -210,7 +207,7 @@ def _composed_gradient(finish: str, values: dict, weight: Tensor, feedback: Tens
         total = rule.null * (values["gram"] @ b)
         if rule.amp:
             total = total.sub_(values["cross"], alpha=rule.amp)
-    total = total.reshape(weight.shape) / n
+    total = total.reshape(weight.shape) / layer.n
     if rule.decay or rule.self_:
         total = total + blend(feedback, weight, rule.decay, rule.self_)
     return total.add_(values["dW"], alpha=rule.tie) if rule.tie else total

@@ -143,18 +143,9 @@ def dgrad_launch(
     positions = g.N * -(-g.H // g.stride[0]) * -(-g.W // g.stride[1])
     grid = (-(-positions // tile.BM) * -(-g.C // tile.BC), g.stride[0] * g.stride[1])
     read = {"x": use_x, "mean": use_x, "unit": y}
+    named = {name: value for name, value in named.items() if read.get(name, True)}
     inputs, outputs = (g.N, g.H, g.W, g.C), (g.N, g.P, g.Q, g.K)
-    shapes = {"dy": outputs, "y": outputs, "x": inputs, "dx": inputs, "z": inputs, "mean": (sample, g.C)}
-    return describe(
-        dgrad_kernel,
-        g,
-        target,
-        tile,
-        grid,
-        {name: value for name, value in named.items() if read.get(name, True)},
-        writes=("dx", "z"),
-        shapes=shapes | {"feedback": (g.K, g.R, g.S, g.C)},
-        sample=sample,
-        flags={"HAS_DX": dy, "HAS_Z": y, "USE_X": use_x},
-        PHASES=g.phases(),
-    )
+    shapes = {"dy": outputs, "y": outputs, "x": inputs, "dx": inputs, "z": inputs}
+    shapes |= {"feedback": (g.K, g.R, g.S, g.C), "mean": (sample, g.C)}
+    flags = {"HAS_DX": dy, "HAS_Z": y, "USE_X": use_x}
+    return describe(dgrad_kernel, g, target, tile, grid, named, ("dx", "z"), shapes, flags, PHASES=g.phases())

@@ -50,22 +50,17 @@ def grouped_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int 
         programs: how many share the tiles; by default as many as are resident at once.
     """
     tiles = wgrad.grid[0] * wgrad.grid[1] + dgrad.grid[0] * dgrad.grid[1]
-    constants = {"WGRAD_FLAGS": wgrad.constants["FLAGS"], "WGRAD_TILE": wgrad.tile}
-    constants |= {"DGRAD_FLAGS": dgrad.constants["FLAGS"], "DGRAD_TILE": dgrad.tile}
-    return Launch(
-        grouped_kernel,
-        wgrad.products + dgrad.products,
-        (min(tiles, programs or PROGRAMS_PER_PROCESSOR * processors), 1),
-        {
-            "wgrad_arguments": tuple(wgrad.arguments.values()),
-            "dgrad_arguments": tuple(dgrad.arguments.values()),
-            "wgrad_tiles": wgrad.grid[0],
-            "dgrad_tiles": dgrad.grid[0],
-        },
-        {name: value for name, value in (wgrad.constants | dgrad.constants).items() if name not in ("FLAGS", "TILE")}
-        | constants,
-        wgrad.tile,
-        wgrad.operands | dgrad.operands,
-        wgrad.workspace,
-        wgrad.semaphores,
+    arguments = {"wgrad_arguments": tuple(wgrad.arguments.values()), "dgrad_arguments": tuple(dgrad.arguments.values())}
+    arguments |= {"wgrad_tiles": wgrad.grid[0], "dgrad_tiles": dgrad.grid[0]}
+    constants = {}
+    for name, launch in (("WGRAD", wgrad), ("DGRAD", dgrad)):
+        for constant, value in launch.constants.items():
+            constants[f"{name}_{constant}" if constant in ("FLAGS", "TILE") else constant] = value
+    return wgrad._replace(
+        kernel=grouped_kernel,
+        products=wgrad.products + dgrad.products,
+        grid=(min(tiles, programs or PROGRAMS_PER_PROCESSOR * processors), 1),
+        arguments=arguments,
+        constants=constants,
+        operands=wgrad.operands | dgrad.operands,
     )

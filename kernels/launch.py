@@ -72,17 +72,13 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     constants: dict[str, Any]
     tile: Tile
+    options: dict[str, int | bool]  # of Triton
     operands: dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of the tensors that must be contiguous
     workspace: int = 0  # elements, float32
     semaphores: int = 0
 
     def __str__(self) -> str:
         return f"{self.kernel.__name__.removesuffix('_kernel')}({', '.join(self.products)})"
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Launch options. Multiply-add fusion is explicit because its default changes in Triton 3.10."""
-        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
 
 def describe(
@@ -92,12 +88,10 @@ def describe(
     tile: Tile,
     grid: tuple[int, int],
     named: dict[str, Any],
-    *,
     writes: tuple[str, ...],
     shapes: dict[str, tuple[int, ...]],
-    sums: int = 0,
-    sample: int = 1,
     flags: dict[str, Any],
+    sums: int = 0,
     **constants,
 ) -> Launch:
     """The launch of a kernel.
@@ -106,25 +100,21 @@ def describe(
         named: for each parameter, without ``p_``, the name of a tensor, or the name or value of a number. A tensor that
             is not named is None, a number 0, or 1 if it is a scale.
         writes: the parameters that are written.
-        shapes: of the parameters that are contiguous; those of the mean are float32.
+        shapes: of the contiguous parameters; that of the mean, float32, has a row for each position of a sample.
         sums: elements that each program adds up, if the sum is split.
-        sample: rows of the mean.
 
     Raises:
         ValueError: the kernels do not support the sizes or the dtype.
     """
-    g, splits = geometry, getattr(tile, "splits", 1)
+    g, splits, inputs = geometry, getattr(tile, "splits", 1), geometry.N * geometry.H * geometry.W
+    sample = shapes["mean"][0]
     if target.dtype not in DTYPES:
         raise ValueError(f"dtype is {target.dtype}, expected float16, bfloat16 or float32")
-    if max(g.N * g.H * g.W, g.positions) >= MOST_POSITIONS:
+    if max(inputs, g.positions) >= MOST_POSITIONS:
         raise ValueError(f"input has {g.N} x {g.H} x {g.W} positions, expected fewer than 2^30")
-    if sample != 1 and (sample < 1 or sample % (g.H * g.W) or g.N * g.H * g.W % sample):
-        raise ValueError(
-            f"mean has {sample} rows, expected one for each position of a sample (a multiple of {g.H * g.W} that "
-            f"divides {g.N * g.H * g.W})"
-        )
-    levels = (splits - 1).bit_length()
-    compiled = Flags(LEVELS=levels, SAMPLE=sample, WIDE=g.wide, PRECISION=target.precision, **flags)
+    if sample != 1 and (sample < 1 or sample % (g.H * g.W) or inputs % sample):
+        expected = f"one for each position of a sample (a multiple of {g.H * g.W} that divides {inputs})"
+        raise ValueError(f"mean has {sample} rows, expected {expected}")
     if splits > 1:
         named = named | {"workspace": "workspace", "semaphores": "semaphores"}
     defaults = {"N": g.N, "scale": 1.0, "z_scale": 1.0}
@@ -137,18 +127,13 @@ def describe(
             arguments[parameter] = named.get(name, defaults.get(name, 0.0))
     types = {"mean": "float32"}
     operands = {named[p]: (shape, types.get(p, target.dtype)) for p, shape in shapes.items() if named.get(p)}
-    programs = grid[0] * grid[1] if splits > 1 else 0
-    return Launch(
-        kernel,
-        tuple(named[p] for p in writes if named.get(p)),
-        grid,
-        arguments,
-        {**constants, "GEO": g.constants(), "FLAGS": compiled, "TILE": tile},
-        tile,
-        operands,
-        programs * sums,
-        programs,
-    )
+    products = tuple(named[p] for p in writes if named.get(p))
+    levels, programs = (splits - 1).bit_length(), grid[0] * grid[1] if splits > 1 else 0
+    constants |= {"GEO": g.constants(), "TILE": tile}
+    constants["FLAGS"] = Flags(LEVELS=levels, SAMPLE=sample, WIDE=g.wide, PRECISION=target.precision, **flags)
+    # Multiply-add fusion is explicit because its default changes in Triton 3.10.
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return Launch(kernel, products, grid, arguments, constants, tile, options, operands, programs * sums, programs)
 
 
 def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:

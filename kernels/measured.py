@@ -1,8 +1,8 @@
 """The layers on which the kernels were measured faster than the composition: backend "auto" uses them there only.
 
-Each device has a file `measured/<device name>.json` with the faster path, "fused" or "unfused", of each layer. It is
-written by `benchmarks/choose_kernels.py` from the results of `benchmarks/gpu_check.sh`. PyTorch's own kernels are used on
-a device without a file and for a layer that is not in it.
+Each device has a file `measured/<device name>.json` with the faster path, "fused" or "unfused", of each layer, which
+`benchmarks/choose_kernels.py` writes from the results of `benchmarks/gpu_check.sh`. PyTorch's own kernels are used on a
+device without a file and for a layer that is not in it.
 """
 
 import json
@@ -31,7 +31,7 @@ def devices() -> list[str]:
 
 @cache
 def load(device_name: str) -> dict[str, str]:
-    """The path, "fused" or "unfused", of each layer on which the kernels are faster, by key; empty for an unknown device."""
+    """The faster path by key, "fused" or "unfused", of the layers in the file; empty for an unknown device."""
     path = FOLDER / f"{device_name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

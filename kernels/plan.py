@@ -26,7 +26,13 @@ from .tiles import DgradTile, PointwiseTile, WgradTile, choose_grouped, choose_p
 from .wgrad import wgrad_launch
 
 TERMS = ("decay", "self_", "tie")  # the coefficients of the epilogue
-FIELDS = (*TERMS, "amp", "null", "sparse", "center", "samples")  # what the kernels implement of a rule
+OPTIONS = ("center", "samples")
+DATA_TERMS = {  # the other coefficients that an algorithm implements
+    "none": (),
+    "direct": ("amp", "null", "sparse"),
+    "input_gram": ("amp", "null", "sparse"),
+    "response_gram": ("amp", "null"),
+}
 
 # One block of x'x beside dW saves a second read of x; with more blocks, a launch of its own computes only half of them.
 SHARED_GRAM_CHANNELS = 128
@@ -95,8 +101,9 @@ def plan_backward(p: Problem) -> Plan:
         ValueError: the rule has a coefficient that the kernels do not implement.
     """
     for name in p.fields:
-        if name not in FIELDS:
-            raise ValueError(f"rule.{name} is not 0, expected 0: the Triton kernels do not implement it")
+        if name not in (*TERMS, *OPTIONS, *DATA_TERMS[p.algorithm]):
+            by = f"the Triton kernels do not implement it by algorithm {p.algorithm!r}"
+            raise ValueError(f"rule.{name} is not 0, expected 0: {by}")
     products, finish = data_products(p) if p.wanted[2] else ((), "")
     launches, left = [], p.task  # left: dx and dW, until a launch computes them
     for product in products:
@@ -133,11 +140,10 @@ def data_products(p: Problem) -> tuple[tuple[Product, ...], str]:
         return ((Product("f", "x", terms=terms),), "") if "dW" in p.task else ((), "blend")
     if p.algorithm == "input_gram":
         return (Product("gram", p.x, p.x, terms=mean),), "input_gram"
-    null = Product(
-        "f", "z", "y", {"z_scale": "z_scale"}, terms | {"scale": "scale"} | ({"unit": "z_unit"} if half else {})
-    )
+    z, unit = {"z_scale": "z_scale"}, {"unit": "z_unit"} if half else {}
     if "amp" in p.fields and "sparse" not in p.fields:
-        null = null._replace(z={**null.z, **mean, "x": p.x, "x_scale": "x_scale"})
+        z |= {"x": p.x, "x_scale": "x_scale", **mean}
+    null = Product("f", "z", "y", z, terms | {"scale": "scale"} | unit)
     if p.algorithm == "response_gram" and not _one_pass_tile(p, null, p.task):
         cross = Product("cross", p.x, "y", terms=mean)
         return (Product("gram", "y", "y"), *([cross] if "amp" in p.fields else [])), "response_gram"
@@ -186,12 +192,10 @@ def _one_pass_tile(p: Problem, product: Product | None, left: frozenset[str]) ->
 def _one_pass(p: Problem, tile: PointwiseTile, product: Product | None) -> Launch:
     if product is None:
         return pointwise_launch(p.geometry, p.target, "none", tile=tile, **ONE_PASS)
-    options = {
-        name: value for name, value in (product.terms | (product.z or {})).items() if name not in ("feedback", "x")
-    }
+    options = product.terms | (product.z or {}) | ONE_PASS | {"f": product.f}
     if product.term in ("cross", "z"):
         options |= {"y": product.u, "used": p.used}
-    return pointwise_launch(p.geometry, p.target, product.term, f=product.f, tile=tile, **ONE_PASS, **options)
+    return pointwise_launch(p.geometry, p.target, product.term, tile=tile, **options)
 
 
 def _finish_dw(p: Problem, left: frozenset[str]) -> tuple[Launch, frozenset[str]]:

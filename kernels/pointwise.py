@@ -169,19 +169,11 @@ def pointwise_launch(
     decay, self_, tie = (f and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     flags = {"TERM": term, "HAS_F": f, "USE_X": term == "z" and named.get("x_scale", 0) != 0}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie}
-    inputs, kernel = (g.N, 1, 1, g.C), (g.K, 1, 1, g.C)
-    shapes = {"x": inputs, "dx": inputs, "dy": (g.N, 1, 1, g.K), "y": (used, 1, 1, g.K), "mean": (sample, g.C)}
     read = {"mean": term != "none", "weight": self_}
-    return describe(
-        pointwise_kernel,
-        g,
-        target,
-        tile,
-        (-(-g.C // tile.BC), tile.splits),
-        {name: value for name, value in named.items() if read.get(name, True)} | {"used": used},
-        writes=("dx", "dw", "f"),
-        shapes=shapes | {"feedback": kernel},
-        sums=(tile.BK + {"none": 0, "gram": tile.BC}.get(term, tile.BK)) * tile.BC,
-        sample=sample,
-        flags=flags,
-    )
+    named = {name: value for name, value in named.items() if read.get(name, True)} | {"used": used}
+    inputs = (g.N, 1, 1, g.C)
+    shapes = {"x": inputs, "dx": inputs, "dy": (g.N, 1, 1, g.K), "y": (used, 1, 1, g.K)}
+    shapes |= {"feedback": (g.K, 1, 1, g.C), "mean": (sample, g.C)}
+    grid, writes = (-(-g.C // tile.BC), tile.splits), ("dx", "dw", "f")
+    sums = (tile.BK + {"none": 0, "gram": tile.BC}.get(term, tile.BK)) * tile.BC
+    return describe(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)

@@ -189,31 +189,14 @@ def wgrad_launch(
         raise ValueError(f"tile is {tile}, expected BK == BU where tie uses both products")
     if symmetric and g.C > tile.BC and tile.BU != tile.BC:
         raise ValueError(f"tile is {tile}, expected BU == BC where the product is symmetric")
-    flags = {
-        "HAS_A": bool(a),
-        "HAS_U": bool(u),
-        "HAS_F": bool(f),
-        "GRAM": gram,
-        "SYMMETRIC": symmetric,
-        "U": u_channels,
-    }
-    flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie, "POINTWISE": g.pointwise}
+    flags = {"HAS_A": bool(a), "HAS_U": bool(u), "HAS_F": bool(f), "GRAM": gram, "SYMMETRIC": symmetric}
+    flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie, "POINTWISE": g.pointwise, "U": u_channels}
     flags["ROWS"] = row_tiles(rows, (tile.BK, tile.BU))
     read = {"mean": u, "unit": u, "dw": a or tie, "weight": self_, "feedback": decay}
+    named = {name: value for name, value in named.items() if read.get(name, True)}
     outputs = (g.N, g.P, g.Q)
     shapes = {"u": (*outputs, u_channels), "a": (*outputs, g.K), "x": (g.N, g.H, g.W, g.C), "mean": (sample, g.C)}
-    return describe(
-        wgrad_kernel,
-        g,
-        target,
-        tile,
-        (wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric), tile.splits),
-        {name: value for name, value in named.items() if read.get(name, True)},
-        writes=("dw", "f") if a else ("f",),
-        shapes=shapes,
-        sums=(tile.BK + tile.BU) * tile.BC,
-        sample=sample,
-        flags=flags,
-        W_STRIDES=w_strides,
-        F_STRIDES=f_strides,
-    )
+    grid = (wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric), tile.splits)
+    writes, sums = ("dw", "f") if a else ("f",), (tile.BK + tile.BU) * tile.BC
+    strides = {"W_STRIDES": w_strides, "F_STRIDES": f_strides}
+    return describe(wgrad_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)

@@ -221,8 +221,15 @@ def test_scales_of_the_terms_of_the_response(named):
 
 
 def test_a_coefficient_that_is_not_implemented_is_refused():
-    with pytest.raises(ValueError, match=r"^rule.growth is not 0, expected 0: the Triton kernels do not implement it$"):
+    with pytest.raises(ValueError, match=r"^rule.growth is not 0, expected 0: the Triton kernels do not "):
         launches("3x3", (*WM, "growth"), "direct")
+
+
+@pytest.mark.parametrize(("field", "algorithm"), [("amp", "none"), ("sparse", "none"), ("sparse", "response_gram")])
+def test_a_coefficient_that_the_algorithm_does_not_implement_is_refused(field, algorithm):
+    message = f"^rule.{field} is not 0, expected 0: the Triton kernels do not implement it by algorithm '{algorithm}'$"
+    with pytest.raises(ValueError, match=message):
+        launches("1x1", (field,), algorithm)
 
 
 def test_planning_is_cached_and_touches_no_tensor(monkeypatch):
