@@ -25,9 +25,9 @@ from triton.compiler import ASTSource
 from pyfeedback.kernels.dgrad import dgrad_kernel, dgrad_launch
 from pyfeedback.kernels.geometry import Geometry, conv_geometry
 from pyfeedback.kernels.grouped import grouped_launch
-from pyfeedback.kernels.launch import Launch, Target
+from pyfeedback.kernels.launch import Launch
 from pyfeedback.kernels.pointwise import pointwise_launch
-from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_grouped, choose_pointwise
+from pyfeedback.kernels.tiles import DgradTile, Target, WgradTile, choose_grouped, choose_pointwise
 from pyfeedback.kernels.wgrad import wgrad_kernel, wgrad_launch
 from pyfeedback.testing import RESNET20_CIFAR, RESNET50
 
@@ -181,7 +181,7 @@ def grouped(job: Job) -> Launch:
     """The launch of both."""
     g, (first, second) = layer_geometry(job.layer), GROUPED[job.op]
     rows = (g.K, g.K if " u " in WGRADS[first] else 0)
-    tiles = choose_grouped(g, rows, "dual" in second, *target(job).sizes, int("mean" in WGRADS[first]))
+    tiles = choose_grouped(g, rows, "dual" in second, target(job), int("mean" in WGRADS[first]))
     both = wgrad(job._replace(op=first), tiles[0]), dgrad(job._replace(op=second), tiles[1])
     return grouped_launch(*both, target(job).processors)
 
@@ -189,7 +189,7 @@ def grouped(job: Job) -> Launch:
 def pointwise_tile(job: Job) -> object:
     """The tile of a one-pass backward, None where the layer has none."""
     term, centered = job.op.split()[1], "centered" in job.op
-    return choose_pointwise(layer_geometry(job.layer), term, *target(job).sizes, centered)
+    return choose_pointwise(layer_geometry(job.layer), term, target(job), centered)
 
 
 def pointwise(job: Job) -> Launch:

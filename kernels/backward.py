@@ -9,8 +9,9 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from .geometry import Pair, layer_geometry
-from .launch import DTYPES, MOST_POSITIONS, Target, architecture, run
+from .launch import DTYPES, MOST_POSITIONS, architecture, run
 from .plan import Problem, plan_backward, scales
+from .tiles import Target
 from .wgrad import wgrad_kernel
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

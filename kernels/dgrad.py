@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .common import subtract_mean
 from .geometry import Geometry
-from .launch import Launch, Target, describe
-from .tiles import DgradTile, choose_dgrad
+from .launch import Launch, describe
+from .tiles import DgradTile, Target, choose_dgrad
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def dgrad_launch(
     """
     g, dy, y = geometry, bool(named.get("dy")), bool(named.get("y"))
     use_x = y and bool(named.get("x")) and named.get("x_scale", 0) != 0
-    tile = tile or choose_dgrad(g, dy and y, target.itemsize, target.capability)
+    tile = tile or choose_dgrad(g, dy and y, target)
     # (tiles of the largest class, classes of input positions modulo the stride)
     positions = g.N * -(-g.H // g.stride[0]) * -(-g.W // g.stride[1])
     grid = (-(-positions // tile.BM) * -(-g.C // tile.BC), g.stride[0] * g.stride[1])

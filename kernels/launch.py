@@ -7,36 +7,12 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .tiles import Tile
+from .tiles import Target, Tile
 
 DTYPES = ("float16", "bfloat16", "float32")
 MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may extend past them
 
 _semaphores: dict[tuple[torch.device, int], Tensor] = {}
-
-
-class Target(NamedTuple):
-    """What a launch is compiled for: the dtype of the operands, by name, and the device."""
-
-    dtype: str
-    tf32: bool = False  # float32 products may be rounded to TensorFloat-32
-    capability: int = 90
-    processors: int = 132
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """What the choice of a tile depends on."""
-        return self.itemsize, self.capability, self.processors
-
-    @property
-    def precision(self) -> str:
-        """How products are computed; both words mean the same for 16-bit operands."""
-        return "tf32" if self.tf32 and self.dtype == "float32" else "ieee"
 
 
 class Flags(NamedTuple):

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from .dgrad import dgrad_launch
 from .geometry import Geometry
 from .grouped import grouped_launch
-from .launch import Launch, Target
+from .launch import Launch
 from .pointwise import pointwise_launch
-from .tiles import DgradTile, PointwiseTile, WgradTile, choose_grouped, choose_pointwise
+from .tiles import DgradTile, PointwiseTile, Target, WgradTile, choose_grouped, choose_pointwise
 from .wgrad import wgrad_launch
 
 TERMS = ("decay", "self_", "tie")  # the coefficients of the epilogue
@@ -180,13 +180,13 @@ def _one_pass_tile(p: Problem, product: Product | None, left: frozenset[str]) ->
     if not (p.fused and left == TASK and g.pointwise and dense):
         return None
     if product is None:
-        return choose_pointwise(g, "none", *p.target.sizes)
+        return choose_pointwise(g, "none", p.target)
     # A Gram matrix is that of the whole x, and the epilogue reads B itself.
     if product.x not in (("x",) if product.term == "gram" else ("x", "x_used", "z")):
         return None
     if product.terms.get("feedback", "feedback") != "feedback":
         return None
-    return choose_pointwise(g, product.term, *p.target.sizes, "mean" in (product.z or product.terms))
+    return choose_pointwise(g, product.term, p.target, "mean" in (product.z or product.terms))
 
 
 def _one_pass(p: Problem, tile: PointwiseTile, product: Product | None) -> Launch:
@@ -257,4 +257,4 @@ def _grouped_tiles(
     """The tiles of a grouped launch in a small layer; none where a one-pass launch is to compute dx and dW."""
     if not p.fused or _one_pass_tile(p, None, left):
         return None, None
-    return choose_grouped(p.geometry, rows, dual, *p.target.sizes, means) or (None, None)
+    return choose_grouped(p.geometry, rows, dual, p.target, means) or (None, None)

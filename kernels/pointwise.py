@@ -17,8 +17,8 @@ import triton.language as tl
 
 from .common import add_rule_terms, reduce_splits, subtract_mean
 from .geometry import Geometry
-from .launch import Launch, Target, describe
-from .tiles import PointwiseTile, choose_pointwise
+from .launch import Launch, describe
+from .tiles import PointwiseTile, Target, choose_pointwise
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def pointwise_launch(
         ValueError: no tile of these sizes fits a processor.
     """
     g, f = geometry, named.get("f") is not None
-    tile = tile or choose_pointwise(g, term, *target.sizes, named.get("mean") is not None)
+    tile = tile or choose_pointwise(g, term, target, named.get("mean") is not None)
     if tile is None:
         raise ValueError(f"term is {term!r} of {g.C} -> {g.K} channels, expected sums that fit")
     if term == "gram" and g.C > tile.BC:

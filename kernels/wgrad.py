@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .common import add_rule_terms, reduce_splits, subtract_mean
 from .geometry import Geometry
-from .launch import Launch, Target, describe
-from .tiles import WgradTile, choose_wgrad, row_tiles, wgrad_tiles
+from .launch import Launch, describe
+from .tiles import Target, WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 
 
 @triton.jit
@@ -180,11 +180,9 @@ def wgrad_launch(
     decay, self_, tie = (f is not None and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     symmetric = gram and a is None and g.pointwise and not (decay or self_ or tie)
     if tie and u_channels != g.K:
-        raise ValueError(
-            f"tie is {named['tie']}, expected 0 where u has {u_channels} channels and the weight {g.K} rows"
-        )
+        raise ValueError(f"tie is {named['tie']}, expected 0 where u has {u_channels} channels and W {g.K} rows")
     if tile is None:
-        tile = choose_wgrad(g, rows, *target.sizes, symmetric, means=(1 + gram) * bool(u and named.get("mean")))
+        tile = choose_wgrad(g, rows, target, symmetric, means=(1 + gram) * bool(u and named.get("mean")))
     if tie and a and u and tile.BK != tile.BU:
         raise ValueError(f"tile is {tile}, expected BK == BU where tie uses both products")
     if symmetric and g.C > tile.BC and tile.BU != tile.BC:

@@ -16,6 +16,7 @@ from triton_cases import (
     run_kernel,
     shuffled_programs,
     surround,
+    target,
 )
 
 from pyfeedback.kernels import launch
@@ -288,8 +289,8 @@ def test_shipped_tiles(name):
     case = CASES[name]
     g = case.geometry
     runs = (
-        run_pair(case, tile=choose_wgrad(g, (g.K, g.K), 4, 90, 132), **TERMS),
-        run_dgrad(case, tile=choose_dgrad(g, True, 4, 90), x_scale=0.5),
+        run_pair(case, tile=choose_wgrad(g, (g.K, g.K), target(4, 90)), **TERMS),
+        run_dgrad(case, tile=choose_dgrad(g, True, target(4, 90)), x_scale=0.5),
     )
     for run in runs:
         for ours, composed, oracle in zip(*run, strict=True):
@@ -308,12 +309,12 @@ def test_chosen_tiles_are_powers_of_two_and_splits_have_work(itemsize, capabilit
         for positions in (1, 49, 100_000):
             g = Geometry(positions, c, k)
             for rows in ((k, 0), (0, k), (k, k), (k, c)):
-                tile = choose_wgrad(g, rows, itemsize, capability, 132)
+                tile = choose_wgrad(g, rows, target(itemsize, capability))
                 blocks = (tile.BK, tile.BU, tile.BC, tile.BP)
                 assert all(b >= 16 and b & (b - 1) == 0 for b in blocks)
                 assert 1 <= tile.splits <= max(1, -(-positions // tile.BP))
             for dual in (False, True):
-                tile = choose_dgrad(g, dual, itemsize, capability)
+                tile = choose_dgrad(g, dual, target(itemsize, capability))
                 assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BM, tile.BC, tile.BK))
 
 
@@ -386,7 +387,7 @@ def test_offsets_widen_past_2_31_elements():
 
 def test_arguments_are_in_the_order_of_the_kernel():
     """A grouped launch passes them by position."""
-    g, target = Geometry(40, 16, 16), launch.Target("float32")
-    for made in (wgrad_launch(g, target, x="x", a="dy", dw="dW"), dgrad_launch(g, target, dy="dy", dx="dx")):
+    g, device = Geometry(40, 16, 16), target(4, 90)
+    for made in (wgrad_launch(g, device, x="x", a="dy", dw="dW"), dgrad_launch(g, device, dy="dy", dx="dx")):
         assert [*made.arguments] == made.kernel.arg_names[: len(made.arguments)]
         assert {*made.constants} == {*made.kernel.arg_names[len(made.arguments) : -2]}

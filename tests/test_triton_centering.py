@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
-from triton_cases import Case, assert_near, data_terms, layer_backward, one_pass, terms_in_one_pass
+from triton_cases import Case, assert_near, data_terms, layer_backward, one_pass, target, terms_in_one_pass
 
 from pyfeedback.forms import Form
 from pyfeedback.kernels.geometry import Geometry
@@ -126,17 +126,19 @@ def test_chosen_tiles(capability, itemsize):
     for c, k in [(16, 16), (64, 256), (256, 64), (512, 1024)]:
         for rows, symmetric, means in (((k, k), False, 1), ((0, k), False, 1), ((k, c), False, 2), ((0, c), True, 2)):
             g = Geometry(10**5, c, k)
-            tile = choose_wgrad(g, rows, itemsize, capability, 132, symmetric, means=means)
+            tile = choose_wgrad(g, rows, target(itemsize, capability), symmetric, means=means)
             assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BK, tile.BU, tile.BC, tile.BP))
             assert not symmetric or c <= tile.BC or tile.BU == tile.BC
-            plain = choose_wgrad(g, rows, itemsize, capability, 132, symmetric)
+            plain = choose_wgrad(g, rows, target(itemsize, capability), symmetric)
             assert (tile.BC, tile.stages) <= (plain.BC, plain.stages)
             assert itemsize == 2 or tile.BC <= 32
             assert (capability, itemsize) != (90, 2) or tile.stages == 4 - means
-            small = choose_grouped(g._replace(N=50), rows, True, itemsize, capability, 132, means)
+            small = choose_grouped(g._replace(N=50), rows, True, target(itemsize, capability), means)
             assert len({(t.warps, t.stages) for t in small}) == 1
     for term in ("cross", "z", "gram"):
-        tile = choose_pointwise(Geometry(10**5, 64, 64), term, 2, capability, 132, True)
+        tile = choose_pointwise(Geometry(10**5, 64, 64), term, target(2, capability), True)
         assert (tile.BK, tile.BC) == (64, 64)
-    assert choose_pointwise(Geometry(10**5, 256, 64), "cross", 2, 90, 132, True).BC == 128
-    assert (choose_pointwise(Geometry(10**5, 64, 256), "gram", 2, capability, 132, True) is None) == (capability == 80)
+    assert choose_pointwise(Geometry(10**5, 256, 64), "cross", target(2, 90), True).BC == 128
+    assert (choose_pointwise(Geometry(10**5, 64, 256), "gram", target(2, capability), True) is None) == (
+        capability == 80
+    )

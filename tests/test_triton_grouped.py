@@ -20,6 +20,7 @@ from triton_cases import (
     record_launches,
     shuffled_programs,
     surround,
+    target,
 )
 
 from pyfeedback.forms import Form
@@ -162,7 +163,7 @@ def test_small_layers():
     small = Geometry(32, 512, 512, 7, 7, 7, 7, 3, 3, (1, 1), (1, 1))
     for capability in (80, 90):
         for itemsize in (2, 4):
-            first, second = choose_grouped(small, (512, 512), True, itemsize, capability, 132)
+            first, second = choose_grouped(small, (512, 512), True, target(itemsize, capability))
             assert (first.warps, first.stages) == (second.warps, second.stages)
-    assert choose_grouped(small._replace(N=256), (512, 512), True, 2, 90, 132) is None
-    assert choose_grouped(Geometry(128, 64, 64, 8, 8, 8, 8, 3, 3), (64, 0), False, 2, 90, 132) is not None
+    assert choose_grouped(small._replace(N=256), (512, 512), True, target(2, 90)) is None
+    assert choose_grouped(Geometry(128, 64, 64, 8, 8, 8, 8, 3, 3), (64, 0), False, target(2, 90)) is not None

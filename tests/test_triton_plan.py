@@ -6,8 +6,8 @@ import triton_cases
 
 from pyfeedback.forms import Coefficients
 from pyfeedback.kernels.geometry import Geometry, layer_geometry
-from pyfeedback.kernels.launch import Target
 from pyfeedback.kernels.plan import Problem, plan_backward, scales
+from pyfeedback.kernels.tiles import Target
 
 pytestmark = triton_cases.MARKS[:1]
 

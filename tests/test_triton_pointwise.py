@@ -19,6 +19,7 @@ from triton_cases import (
     run_kernel,
     shuffled_programs,
     surround,
+    target,
     terms_in_one_pass,
 )
 
@@ -244,8 +245,8 @@ def test_a_weight_in_another_layout_is_launched_separately(launched):
 @pytest.mark.parametrize("rule", ["ia", "aa"])
 def test_a_gram_matrix_that_does_not_fit_is_not_taken_for_a_response(rule, launched, monkeypatch):
     """On sm_80 y'x of 128 -> 64 channels is in one pass, x'x is not: the kernel would read x as K channels."""
-    assert choose_pointwise(Geometry(9, 128, 64), "cross", 2, 80, 108) is not None
-    assert choose_pointwise(Geometry(9, 128, 64), "gram", 2, 80, 108) is None
+    assert choose_pointwise(Geometry(9, 128, 64), "cross", target(2, 80, 108)) is not None
+    assert choose_pointwise(Geometry(9, 128, 64), "gram", target(2, 80, 108)) is None
     every = plan.choose_pointwise
     monkeypatch.setattr(plan, "choose_pointwise", lambda g, t, *_: None if t == "gram" else every(g, t))
     assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Form.INPUT_MOMENT))
@@ -257,19 +258,19 @@ def test_a_gram_matrix_that_does_not_fit_is_not_taken_for_a_response(rule, launc
 def test_chosen_tiles(term, capability):
     for c, k in [(16, 64), (64, 64), (64, 256), (256, 64), (100, 70), (512, 128), (2048, 64), (512, 512)]:
         for positions in (1, 49, 100_000):
-            tile = choose_pointwise(Geometry(positions, c, k), term, 2, capability, 132)
+            tile = choose_pointwise(Geometry(positions, c, k), term, target(2, capability))
             if tile is not None:
                 assert all(b >= 32 and b & (b - 1) == 0 for b in (tile.BK, tile.BC, tile.BP))
                 assert k <= tile.BK
                 assert term != "gram" or c <= tile.BC
                 assert 1 <= tile.splits <= max(1, -(-positions // tile.BP))
-    assert choose_pointwise(Geometry(9, 64, 64), term, 2, capability, 132) is not None
-    assert choose_pointwise(Geometry(9, 64, 64), term, 4, capability, 132) is None
-    assert choose_pointwise(Geometry(9, 64, 64, 4, 4, 4, 4, 3, 3), term, 2, capability, 132) is None
+    assert choose_pointwise(Geometry(9, 64, 64), term, target(2, capability)) is not None
+    assert choose_pointwise(Geometry(9, 64, 64), term, target(4, capability)) is None
+    assert choose_pointwise(Geometry(9, 64, 64, 4, 4, 4, 4, 3, 3), term, target(2, capability)) is None
 
 
 def test_layers_that_fit():
-    fits = {(c, k): [t for t in TERMS if choose_pointwise(Geometry(10**5, c, k), t, 2, 90, 132)]
+    fits = {(c, k): [t for t in TERMS if choose_pointwise(Geometry(10**5, c, k), t, target(2, 90))]
             for c, k in [(64, 64), (64, 256), (256, 64), (512, 512)]}  # fmt: skip
     assert fits == {(64, 64): [*TERMS], (64, 256): ["none", "cross", "gram"],
                     (256, 64): ["none", "cross", "z"], (512, 512): []}  # fmt: skip

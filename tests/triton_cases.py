@@ -23,8 +23,8 @@ with pytest.MonkeyPatch.context() as _patch:
     from pyfeedback.forms import Coefficients, Form
     from pyfeedback.kernels import backward, plan
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
-    from pyfeedback.kernels.launch import Launch, Target, run
-    from pyfeedback.kernels.tiles import PointwiseTile
+    from pyfeedback.kernels.launch import Launch, run
+    from pyfeedback.kernels.tiles import PointwiseTile, Target
 
 # Triton 3.6's interpreter makes a loop bound of an array of one element: NumPy warns before 2.4, and raises from there.
 NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
@@ -122,6 +122,11 @@ def products(x, kernel, y, case: Case, dtype=torch.float64):
     return torch.ops.aten.convolution_backward(y, x, kernel, None, *case.window, False, (0, 0), 1, mask)[:2]
 
 
+def target(itemsize: int, capability: int, processors: int = 132) -> Target:
+    """A device, and operands of that many bytes."""
+    return Target("float32" if itemsize == 4 else "bfloat16", False, capability, processors)
+
+
 def described(describe, geometry: Geometry, *args, prefix="", tile=None, **operands) -> tuple[Launch, dict]:
     """A launch of these tensors and numbers, by parameter, and what it names: the parameter after ``prefix``."""
     values = {prefix + name: t for name, t in operands.items() if t is not None}
@@ -138,8 +143,7 @@ def described(describe, geometry: Geometry, *args, prefix="", tile=None, **opera
     elif describe.__name__ == "pointwise_launch" and y is not None:
         options["used"] = len(y)
     dtype = operands.get("x", operands.get("dy")).dtype
-    target = Target(str(dtype).removeprefix("torch."))
-    return describe(geometry, target, *args, tile=tile, **options, **named), values
+    return describe(geometry, Target(str(dtype).removeprefix("torch.")), *args, tile=tile, **options, **named), values
 
 
 def run_kernel(describe, geometry: Geometry, *args, **operands) -> None:
