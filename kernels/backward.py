@@ -25,7 +25,7 @@ _INTERPRETED = not isinstance(wgrad_kernel, JITFunction)
 
 def supports(input: Tensor, weight: Tensor, groups: int = 1) -> bool:
     """True where the kernels compute the layer: 16-bit or float32, one group, enough channels, on a GPU."""
-    if input.numel() == 0 or groups != 1 or min(weight.shape[:2]) < FEWEST_CHANNELS:
+    if input.numel() == 0 or groups != 1 or min(weight.shape[:2]) < FEWEST_CHANNELS or weight.numel() >= 2**31:
         return False
     on_gpu = input.device.type == "cuda" or (_INTERPRETED and input.device.type == "cpu")
     return on_gpu and input.dtype in NAMES and input.numel() // weight.shape[1] < MOST_POSITIONS

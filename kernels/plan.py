@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 class Product(NamedTuple):
     """f = wgrad(x, u) and the terms of the epilogue. If ``z`` is given, x is z, which a dgrad computes first."""
 
-    f: str
+    f: str | None
     x: str
     u: str | None = None
     z: dict[str, Any] | None = None  # arguments of dgrad_launch
@@ -83,6 +83,9 @@ class Product(NamedTuple):
     def term(self) -> str:
         """What it is in a one-pass pointwise backward."""
         return "z" if self.z is not None else "none" if self.u is None else "gram" if self.u == self.x else "cross"
+
+
+DW_ALONE = Product(None, "x")
 
 
 class Plan(NamedTuple):
@@ -98,30 +101,20 @@ def plan_backward(p: Problem) -> Plan:
     """The launches of one backward pass.
 
     Raises:
-        ValueError: the rule has a coefficient that the kernels do not implement.
+        ValueError: there is no such algorithm, or the rule has a coefficient that the kernels do not implement.
     """
+    if p.algorithm not in DATA_TERMS:
+        raise ValueError(f"algorithm is {p.algorithm!r}, expected one of {', '.join(DATA_TERMS)}")
     for name in p.fields:
         if name not in (*TERMS, *OPTIONS, *DATA_TERMS[p.algorithm]):
             by = f"the Triton kernels do not implement it by algorithm {p.algorithm!r}"
             raise ValueError(f"rule.{name} is not 0, expected 0: {by}")
     products, finish = data_products(p) if p.wanted[2] else ((), "")
     launches, left = [], p.task  # left: dx and dW, until a launch computes them
-    for product in products:
-        if tile := _one_pass_tile(p, product, left):
-            launches.append(_one_pass(p, tile, product))
-            left = frozenset()
-            continue
-        if product.z is not None:
-            launch, left = _dgrad(p, left, product)
-            launches.append(launch)
-        if "tie" in product.terms and "dW" in left and product.x != "x":
-            launch, left = _finish_dw(p, left)  # f reads dW
-            launches.append(launch)
-        launch, left = _wgrad(p, left, product)
-        launches.append(launch)
-    if "dW" in left:
-        launch, left = _finish_dw(p, left)
-        launches.append(launch)
+    for product in (*products, DW_ALONE):
+        if product is not DW_ALONE or "dW" in left:
+            more, left = _launches(p, left, product)
+            launches += more
     if "dx" in left:
         launches.append(_dgrad(p, left)[0])
     names = set()
@@ -144,7 +137,7 @@ def data_products(p: Problem) -> tuple[tuple[Product, ...], str]:
     if "amp" in p.fields and "sparse" not in p.fields:
         z |= {"x": p.x, "x_scale": "x_scale", **mean}
     null = Product("f", "z", "y", z, terms | {"scale": "scale"} | unit)
-    if p.algorithm == "response_gram" and not _one_pass_tile(p, null, p.task):
+    if p.algorithm == "response_gram" and not _one_pass_tile(p, p.task, null):
         cross = Product("cross", p.x, "y", terms=mean)
         return (Product("gram", "y", "y"), *([cross] if "amp" in p.fields else [])), "response_gram"
     if "sparse" not in p.fields:
@@ -173,14 +166,72 @@ def scales(rule, n: int) -> dict[str, float]:
     return named | {"z_scale": -rule.null / amp, "x_scale": -1.0, "scale": -amp / n}
 
 
-def _one_pass_tile(p: Problem, product: Product | None, left: frozenset[str]) -> PointwiseTile | None:
-    """The tile of a single launch for dx, dW and the product (None: without f), if one fits."""
+def _launches(p: Problem, left: frozenset[str], product: Product) -> tuple[list[Launch], frozenset[str]]:
+    """What computes a product, with as much as it can share of what is left; and what is left then."""
+    if tile := _one_pass_tile(p, left, product):
+        options = product.terms | (product.z or {}) | ONE_PASS | {"f": product.f}
+        if product.term in ("cross", "z"):
+            options |= {"y": product.u, "used": p.used}
+        return [pointwise_launch(p.geometry, p.target, product.term, tile=tile, **options)], frozenset()
+    launches = []
+    if product.z is not None:
+        launch, left = _dgrad(p, left, product)
+        launches.append(launch)
+    if "tie" in product.terms and "dW" in left and product.x != "x":  # f reads dW
+        before, left = _launches(p, left, DW_ALONE)
+        launches += before
+    launch, left = _wgrad(p, left, product)
+    return [*launches, launch], left
+
+
+def _wgrad(p: Problem, left: frozenset[str], product: Product) -> tuple[Launch, frozenset[str]]:
+    """The weight gradient of a product, and dW if it reads the same x; dx is grouped with it in a small layer."""
+    g, gram = p.geometry, product.term == "gram"
+    channels = g.C if gram and product.x != "y" else g.K
+    options = {"x": product.x, "u": product.u, "f": product.f, "w_strides": p.strides, **product.terms}
+    options["f_strides"] = (channels if gram else g.C, 0, 0, 1) if product.f in ("gram", "cross") else p.strides
+    if gram and (product.x != "x" or channels > SHARED_GRAM_CHANNELS):
+        return wgrad_launch(Geometry(p.used, channels, channels), p.target, **options), left
+    shared = "dW" in left and product.x == "x"
+    if shared:
+        options["a"], left = "dy", left - {"dW"}
+    if shared or "tie" in options:
+        options["dw"] = "dW"
+    rows = (g.K if shared else 0, channels if product.u else 0)
+    tiles = None
+    if "dx" in left:
+        tiles = _grouped_tiles(p, left, rows, False, (1 + gram) * ("mean" in product.terms))
+    n = g.N if product.x == "x" else p.used
+    wgrad = wgrad_launch(g._replace(N=n), p.target, u_channels=channels, tile=tiles and tiles[0], **options)
+    if tiles is None:
+        return wgrad, left
+    dgrad = dgrad_launch(g, p.target, feedback="B", dy="dy", dx="dx", tile=tiles[1])
+    return grouped_launch(wgrad, dgrad, p.target.processors), left - {"dx"}
+
+
+def _dgrad(p: Problem, left: frozenset[str], product: Product = DW_ALONE) -> tuple[Launch, frozenset[str]]:
+    """The input gradient of z, dx or both, if z is of the whole batch; dW is grouped with it in a small layer."""
+    g, options, n = p.geometry, {"feedback": "B"}, p.geometry.N
+    if product.z is not None:
+        options |= {"y": product.u, "z": product.x, "unit": product.terms.get("unit"), **product.z}
+        n = p.used
+    if "dx" in left and n == g.N:
+        options |= {"dy": "dy", "dx": "dx"}
+        left -= {"dx"}
+    tiles = _grouped_tiles(p, left, (g.K, 0), product.z is not None) if "dW" in left else None
+    dgrad = dgrad_launch(g._replace(N=n), p.target, tile=tiles and tiles[1], **options)
+    if tiles is None:
+        return dgrad, left
+    wgrad = wgrad_launch(g, p.target, x="x", a="dy", dw="dW", w_strides=p.strides, tile=tiles[0])
+    return grouped_launch(wgrad, dgrad, p.target.processors), left - {"dW"}
+
+
+def _one_pass_tile(p: Problem, left: frozenset[str], product: Product) -> PointwiseTile | None:
+    """The tile of one launch for dx, dW and the product, if both are left and it fits."""
     g, (k, _, _, c) = p.geometry, p.strides or (0, 0, 0, 0)
     dense = (g.K == 1 or k == g.C) and (g.C == 1 or c == 1)
     if not (p.fused and left == TASK and g.pointwise and dense):
         return None
-    if product is None:
-        return choose_pointwise(g, "none", p.target)
     # A Gram matrix is that of the whole x, and the epilogue reads B itself.
     if product.x not in (("x",) if product.term == "gram" else ("x", "x_used", "z")):
         return None
@@ -189,72 +240,10 @@ def _one_pass_tile(p: Problem, product: Product | None, left: frozenset[str]) ->
     return choose_pointwise(g, product.term, p.target, "mean" in (product.z or product.terms))
 
 
-def _one_pass(p: Problem, tile: PointwiseTile, product: Product | None) -> Launch:
-    if product is None:
-        return pointwise_launch(p.geometry, p.target, "none", tile=tile, **ONE_PASS)
-    options = product.terms | (product.z or {}) | ONE_PASS | {"f": product.f}
-    if product.term in ("cross", "z"):
-        options |= {"y": product.u, "used": p.used}
-    return pointwise_launch(p.geometry, p.target, product.term, tile=tile, **options)
-
-
-def _finish_dw(p: Problem, left: frozenset[str]) -> tuple[Launch, frozenset[str]]:
-    """dW without a product of the rule, with dx if one launch can compute both."""
-    if tile := _one_pass_tile(p, None, left):
-        return _one_pass(p, tile, None), frozenset()
-    return _wgrad(p, left)
-
-
-def _wgrad(p: Problem, left: frozenset[str], product: Product | None = None) -> tuple[Launch, frozenset[str]]:
-    """The weight gradient of a product, of dW, or of both; dx is grouped with it in a small layer."""
-    g, options, rows = p.geometry, {"x": "x", "w_strides": p.strides}, 0
-    with_dw = "dW" in left and (product is None or product.x == "x")
-    if product is not None:
-        gram = product.term == "gram"
-        channels = g.C if gram and product.x != "y" else g.K
-        if gram and (product.x != "x" or channels > SHARED_GRAM_CHANNELS):
-            options = {"x": product.x, "u": product.u, "f": product.f, "f_strides": (channels, 0, 0, 1)}
-            return wgrad_launch(Geometry(p.used, channels, channels), p.target, **options, **product.terms), left
-        options |= {"x": product.x, "u": product.u, "f": product.f, "u_channels": channels, **product.terms}
-        options["f_strides"] = (g.C, 0, 0, 1) if product.f in ("gram", "cross") else p.strides
-        rows = channels if product.u else 0
-    if with_dw:
-        left -= {"dW"}
-        options["a"] = "dy"
-    if with_dw or "tie" in options:
-        options["dw"] = "dW"
-    n = g.N if product is None or product.x == "x" else p.used
-    means = 1 + gram if product is not None and "mean" in product.terms else 0
-    tiles = _grouped_tiles(p, left, (g.K if with_dw else 0, rows), False, means) if "dx" in left else (None, None)
-    wgrad = wgrad_launch(g._replace(N=n), p.target, tile=tiles[0], **options)
-    if tiles[0] is None:
-        return wgrad, left
-    dgrad = dgrad_launch(g, p.target, feedback="B", dy="dy", dx="dx", tile=tiles[1])
-    return grouped_launch(wgrad, dgrad, p.target.processors), left - {"dx"}
-
-
-def _dgrad(p: Problem, left: frozenset[str], product: Product | None = None) -> tuple[Launch, frozenset[str]]:
-    """The input gradient of z, of dx, or of both; dW is grouped with it in a small layer."""
-    g, options, n = p.geometry, {"feedback": "B"}, p.geometry.N
-    if product is not None:
-        options, n = options | {"y": product.u, "z": product.x, **product.z}, p.used
-        if "unit" in product.terms:
-            options["unit"] = product.terms["unit"]
-    if "dx" in left and n == g.N:
-        left -= {"dx"}
-        options |= {"dy": "dy", "dx": "dx"}
-    tiles = _grouped_tiles(p, left, (g.K, 0), product is not None) if "dW" in left else (None, None)
-    dgrad = dgrad_launch(g._replace(N=n), p.target, tile=tiles[1], **options)
-    if tiles[0] is None:
-        return dgrad, left
-    wgrad = wgrad_launch(g, p.target, x="x", a="dy", dw="dW", w_strides=p.strides, tile=tiles[0])
-    return grouped_launch(wgrad, dgrad, p.target.processors), left - {"dW"}
-
-
 def _grouped_tiles(
     p: Problem, left: frozenset[str], rows: tuple[int, int], dual: bool, means: int = 0
-) -> tuple[WgradTile | None, DgradTile | None]:
+) -> tuple[WgradTile, DgradTile] | None:
     """The tiles of a grouped launch in a small layer; none where a one-pass launch is to compute dx and dW."""
-    if not p.fused or _one_pass_tile(p, None, left):
-        return None, None
-    return choose_grouped(p.geometry, rows, dual, p.target, means) or (None, None)
+    if not p.fused or _one_pass_tile(p, left, DW_ALONE):
+        return None
+    return choose_grouped(p.geometry, rows, dual, p.target, means)

@@ -136,6 +136,7 @@ def test_layers_that_the_kernels_support():
     assert not backward.supports(x.double(), w.double())
     assert not backward.supports(x[:0], w)
     assert not backward.supports(x[:, :3], w[:, :3])
+    assert not backward.supports(x, w[:1, :1, 0, 0].expand(2**16, 2**15))  # offsets into the weight are int32
 
 
 class ExtendedRule(NamedTuple):

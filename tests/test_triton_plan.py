@@ -232,6 +232,11 @@ def test_a_coefficient_that_the_algorithm_does_not_implement_is_refused(field, a
         launches("1x1", (field,), algorithm)
 
 
+def test_an_unknown_algorithm_is_refused():
+    with pytest.raises(ValueError, match=r"^algorithm is 'moment', expected one of none, direct, input_gram, resp"):
+        launches("1x1", WM, "moment")
+
+
 def test_planning_is_cached_and_touches_no_tensor(monkeypatch):
     p = problem("3x3", IA, "direct", part=True)
     plan_backward.cache_clear()

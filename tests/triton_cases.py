@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Tensors of a case in PyTorch's layouts; `other` stands where the response does."""
+    """Tensors of a case in PyTorch's layouts; `other` is used as the response."""
 
     x: torch.Tensor
     weight: torch.Tensor
