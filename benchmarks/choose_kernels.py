@@ -1,9 +1,9 @@
-"""Writes a device's table of the layers that the Triton kernels are faster on, from the results of gpu_check.sh.
+"""Writes a device's table of the layers on which the Triton kernels are faster, from the results of gpu_check.sh.
 
     python benchmarks/choose_kernels.py OUTDIR/layers.json [FOLDER]
 
-The table is <device>.json in FOLDER, kernels/measured if none is given; what is in it is taken by itself from then on.
-A layer is taken where the kernels beat the composition by more than the noise, in the same rounds.
+The table is <device>.json in FOLDER, by default kernels/measured. backend("auto") uses the kernels for its layers.
+A layer is included if the kernels are faster than the composition by more than the noise, in the same rounds.
 """
 
 import json
@@ -16,7 +16,7 @@ from pyfeedback.forms import Form, choose_form, conv2d_problem
 from pyfeedback.kernels import measured
 
 LEAST_GAIN = 1.03
-PATHS = {"joined": "triton", "apart": "triton-apart"}  # and what forces them
+PATHS = {"fused": "triton", "unfused": "triton-apart"}  # and the backends that force them
 
 
 def faster_layers(records: list[dict]) -> dict[str, str]:
@@ -33,7 +33,7 @@ def faster_layers(records: list[dict]) -> dict[str, str]:
             weight = (shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.kernel)
             problem = conv2d_problem(input, weight, shape.window, coefficients.samples)
             form = choose_form(problem, coefficients, True) if rule.learns else Form.NONE
-            found[measured.key(problem, form.value, dtype)] = path
+            found[measured.key(problem, form.algorithm, dtype)] = path
     return dict(sorted(found.items()))
 
 

@@ -22,17 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pyfeedback.kernels.dgrad import dgrad_constants
-from pyfeedback.kernels.dgrad_kernel import dgrad_kernel
+from pyfeedback.kernels.dgrad import dgrad_kernel, dgrad_launch
 from pyfeedback.kernels.geometry import Geometry, conv_geometry
-from pyfeedback.kernels.joint import RENAMED
-from pyfeedback.kernels.joint_kernel import joint_kernel
-from pyfeedback.kernels.launch import options
-from pyfeedback.kernels.single import single_constants
-from pyfeedback.kernels.single_kernel import single_kernel
-from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_joint, choose_single, choose_wgrad
-from pyfeedback.kernels.wgrad import wgrad_constants
-from pyfeedback.kernels.wgrad_kernel import wgrad_kernel
+from pyfeedback.kernels.grouped import grouped_launch
+from pyfeedback.kernels.launch import Launch
+from pyfeedback.kernels.pointwise import pointwise_launch
+from pyfeedback.kernels.tiles import DgradTile, Target, WgradTile, choose_grouped, choose_pointwise
+from pyfeedback.kernels.wgrad import wgrad_kernel, wgrad_launch
 from pyfeedback.testing import RESNET20_CIFAR, RESNET50
 
 BATCH = 32
@@ -46,7 +42,7 @@ LAYERS = (
     "128-128-3x3s2@56",
     "256-256-3x3s1@14",
 )
-SINGLE_LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "256-64-1x1s1@56", "256-128-1x1s1@56", "512-128-1x1s1@28",
+POINTWISE_LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "256-64-1x1s1@56", "256-128-1x1s1@56", "512-128-1x1s1@28",
                  "512-256-1x1s1@28")  # fmt: skip
 SMALL_LAYERS = ("512-512-3x3s1@7", "512-2048-1x1s1@7", "64-64-3x3s1@8")
 FULL_PRECISION = ("64-256-1x1s1@56", "128-128-3x3s2@56")
@@ -80,59 +76,62 @@ class Code(NamedTuple):
     loads: tuple[int, ...]  # bytes of each kind of load of a block
 
 
+# What is computed and read, by the kernel's parameters. In a Gram matrix u is x.
 WGRADS = {
-    "wgrad": {"HAS_A"},
-    "wgrad+kp": {"HAS_A", "HAS_F", "USE_FEEDBACK", "USE_TIE"},
-    "wgrad feedback": {"HAS_U", "HAS_F", "USE_FEEDBACK"},
-    "wgrad pair": {"HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE"},
-    "wgrad+moment": {"HAS_A", "HAS_U", "HAS_F"},
-    "moment": {"HAS_U", "HAS_F", "SYMMETRIC"},
-    "wgrad pair centered": {"HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "CENTER"},
-    "wgrad+moment centered": {"HAS_A", "HAS_U", "HAS_F", "CENTER"},
-    "moment centered": {"HAS_U", "HAS_F", "SYMMETRIC", "CENTER"},
+    "wgrad": "a dw",
+    "wgrad+kp": "a dw f decay tie",
+    "wgrad feedback": "u f decay",
+    "wgrad pair": "a dw u f decay self_ tie",
+    "wgrad+gram": "a dw u f",
+    "gram": "u f",
+    "wgrad pair centered": "a dw u f decay mean",
+    "wgrad+gram centered": "a dw u f mean",
+    "gram centered": "u f mean",
 }
 DGRADS = {
-    "dgrad": {"HAS_DX"},
-    "dgrad z": {"HAS_Z", "USE_X"},
-    "dgrad dual": {"HAS_DX", "HAS_Z", "USE_X"},
-    "dgrad dual centered": {"HAS_DX", "HAS_Z", "USE_X", "CENTER"},
+    "dgrad": "dy dx",
+    "dgrad z": "y z x x_scale",
+    "dgrad dual": "dy dx y z x x_scale",
+    "dgrad dual centered": "dy dx y z x x_scale mean",
 }
-JOINTS = {
-    "joint kp": ("wgrad+kp", "dgrad"),
-    "joint pair": ("wgrad pair", "dgrad"),
-    "joint dual": ("wgrad", "dgrad dual"),
-    "joint pair centered": ("wgrad pair centered", "dgrad"),
-    "joint dual centered": ("wgrad", "dgrad dual centered"),
+GROUPED = {
+    "grouped kp": ("wgrad+kp", "dgrad"),
+    "grouped pair": ("wgrad pair", "dgrad"),
+    "grouped dual": ("wgrad", "dgrad dual"),
+    "grouped pair centered": ("wgrad pair centered", "dgrad"),
+    "grouped dual centered": ("wgrad", "dgrad dual centered"),
 }
-SINGLES = {  # the term, and what its epilogue reads
-    "single none": {"HAS_F", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE"},
-    "single response": {"HAS_F", "USE_FEEDBACK"},
-    "single projection": {"HAS_F", "USE_X", "USE_FEEDBACK"},
-    "single moment": {"HAS_F"},
-    "single response centered": {"HAS_F", "USE_FEEDBACK", "CENTER"},
-    "single projection centered": {"HAS_F", "USE_X", "USE_FEEDBACK", "CENTER"},
-    "single moment centered": {"HAS_F", "CENTER"},
+POINTWISE = {  # the second word is the term
+    "pointwise none": "decay self_ tie",
+    "pointwise cross": "y decay",
+    "pointwise z": "y x_scale decay",
+    "pointwise gram": "",
+    "pointwise cross centered": "y decay mean",
+    "pointwise z centered": "y x_scale decay mean",
+    "pointwise gram centered": "mean",
 }
+FLOATS = ("p_workspace", "p_mean", "p_unit")  # in float32 whatever the dtype
+INTEGERS = ("N", "used", "wgrad_tiles", "dgrad_tiles")
 
 
 def jobs(architectures: list[int | str]) -> list[Job]:
-    """Every kernel that a rule launches; the second moment only where a layer has one."""
+    """Every kernel that a rule launches; the Gram matrix only where a layer has one."""
     found = []
     for capability in architectures:
         for dtype in TYPES:
             for layer in LAYERS if dtype == "bf16" else FULL_PRECISION:
-                ops = [op for op in (*WGRADS, *DGRADS) if "moment" not in op or "1x1" in layer]
-                # What is launched alone differs from its pair in nothing but one product.
+                ops = [op for op in (*WGRADS, *DGRADS) if "gram" not in op or "1x1" in layer]
+                # A single product differs from the pair in nothing but the other product.
                 if dtype == "fp16":
                     ops = ["wgrad pair centered", "dgrad dual centered"]
                 elif dtype != "bf16":
                     ops = ["wgrad pair", "wgrad pair centered", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
         for layer in SMALL_LAYERS:
-            found += [Job(op, layer, dtype, capability) for op in JOINTS for dtype in TYPES if dtype != "fp16"]
-        for layer in SINGLE_LAYERS:
-            found += [job for op in SINGLES if single_tile(job := Job(op, layer, "bf16", capability))]
-        found.append(Job("single projection centered", SINGLE_LAYERS[0], "fp16", capability))
+            found += [Job(op, layer, dtype, capability) for op in GROUPED for dtype in TYPES if dtype != "fp16"]
+        for layer in POINTWISE_LAYERS:
+            found += [job for op in POINTWISE if pointwise_tile(job := Job(op, layer, "bf16", capability))]
+        found.append(Job("pointwise z centered", POINTWISE_LAYERS[0], "fp16", capability))
     return found
 
 
@@ -150,110 +149,84 @@ def sample(job: Job) -> int:
     return (shape.map_size // (shape.stride if shape.kernel == 1 else 1)) ** 2
 
 
-def no_unit(job: Job) -> dict[str, None]:
-    """In what the second product is counted, of float16 alone."""
-    return {} if job.dtype == "fp16" else {"p_unit": None}
+def target(job: Job) -> Target:
+    """The dtype, and the device whose tiles are compiled."""
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(job.dtype, "float32")
+    return Target(dtype, job.dtype == "tf32", job.tiles_of, PROCESSORS[job.tiles_of])
 
 
-def means(on: set[str], moment: bool) -> int:
-    """Operands that are centred while they are loaded."""
-    return ("CENTER" in on) * (1 + moment)
+def named(job: Job, on: str, *others: str) -> dict[str, str]:
+    """Each parameter by its own name, and the unit that float16 alone has."""
+    names = [*on.split(), *others, *(["unit"] if job.dtype == "fp16" else [])]
+    return {name: name for name in names} | ({"sample": sample(job)} if "mean" in names else {})
 
 
-def wgrad_source(job: Job, tile: WgradTile | None = None) -> tuple[object, dict, dict, object]:
-    """Kernel, compile-time arguments, run-time integers, tile."""
-    g, on = layer_geometry(job.layer), WGRADS[job.op]
-    flags = {f: f in on for f in ("HAS_A", "HAS_U", "HAS_F", "USE_FEEDBACK", "USE_WEIGHT", "USE_TIE", "SYMMETRIC")}
-    flags["MOMENT"] = "moment" in job.op
-    u = g.C if "moment" in job.op else g.K
-    rows = (g.K if "HAS_A" in on else 0, u if "HAS_U" in on else 0)
-    device = (job.tiles_of, PROCESSORS[job.tiles_of])
-    tile = tile or choose_wgrad(
-        g, rows, TYPES[job.dtype], *device, flags["SYMMETRIC"], means=means(on, flags["MOMENT"])
-    )
-    constants = wgrad_constants(g, u, flags, sample(job), False, "tf32" if job.dtype == "tf32" else "ieee", tile)
-    strides = {"k": g.R * g.S * g.C, "r": g.S * g.C, "s": g.C, "c": 1}
-    written = {"w": "HAS_A" in on, "f": "HAS_F" in on}
-    integers = {f"stride_{t}{d}": size * written[t] for t in written for d, size in strides.items()}
-    absent = {"p_a": "HAS_A", "p_u": "HAS_U", "p_dw": "HAS_A", "p_f": "HAS_F", "p_weight": "USE_WEIGHT",
-              "p_feedback": "USE_FEEDBACK", "p_mean": "CENTER"}  # fmt: skip
-    constants |= {name: None for name, flag in absent.items() if flag not in on}
-    constants |= no_unit(job)
-    if tile.splits == 1:
-        constants |= {"p_partial": None, "p_arrived": None}
-    return wgrad_kernel, constants, integers, tile
+def wgrad(job: Job, tile: WgradTile | None = None) -> Launch:
+    """The launch of a weight gradient."""
+    g = layer_geometry(job.layer)
+    strides = (g.R * g.S * g.C, g.S * g.C, g.C, 1)
+    options = named(job, WGRADS[job.op], "x", "weight", "feedback")
+    if "gram" in job.op:
+        options |= {"u": "x", "u_channels": g.C}
+    return wgrad_launch(g, target(job), w_strides=strides, f_strides=strides, tile=tile, **options)
 
 
-def dgrad_source(job: Job, tile: DgradTile | None = None) -> tuple[object, dict, dict, object]:
-    """Kernel, compile-time arguments, run-time integers, tile."""
-    g, on = layer_geometry(job.layer), DGRADS[job.op]
-    flags = {f: f in on for f in ("HAS_DX", "HAS_Z", "USE_X")}
-    tile = tile or choose_dgrad(g, {"HAS_DX", "HAS_Z"} <= on, TYPES[job.dtype], job.tiles_of)
-    constants = dgrad_constants(g, flags, sample(job), False, "tf32" if job.dtype == "tf32" else "ieee", tile)
-    absent = {"p_dy": "HAS_DX", "p_dx": "HAS_DX", "p_y": "HAS_Z", "p_z": "HAS_Z", "p_x": "USE_X",
-              "p_mean": "CENTER"}  # fmt: skip
-    constants |= {name: None for name, flag in absent.items() if flag not in on} | no_unit(job)
-    return dgrad_kernel, constants, {}, tile
+def dgrad(job: Job, tile: DgradTile | None = None) -> Launch:
+    """The launch of an input gradient."""
+    options = named(job, DGRADS[job.op], "feedback")
+    return dgrad_launch(layer_geometry(job.layer), target(job), tile=tile, **options)
 
 
-def joint_source(job: Job) -> tuple[object, dict, dict, object]:
-    """Kernel, compile-time arguments, run-time integers, tile."""
-    g, (wgrad, dgrad) = layer_geometry(job.layer), JOINTS[job.op]
-    rows = (g.K, g.K if "HAS_U" in WGRADS[wgrad] else 0)
-    device = (job.tiles_of, PROCESSORS[job.tiles_of])
-    dual = {"HAS_DX", "HAS_Z"} <= DGRADS[dgrad]
-    tiles = choose_joint(g, rows, dual, TYPES[job.dtype], *device, means(WGRADS[wgrad], "moment" in wgrad))
-    _, constants, integers, tile = wgrad_source(job._replace(op=wgrad), tiles[0])
-    _, others, *_ = dgrad_source(job._replace(op=dgrad), tiles[1])
-    sizes = dict.fromkeys(("n", "wgrad_tiles", "dgrad_tiles", "dgrad_classes"), 17)
-    return joint_kernel, {RENAMED.get(k, k): v for k, v in others.items()} | constants, integers | sizes, tile
+def grouped(job: Job) -> Launch:
+    """The launch of both."""
+    g, (first, second) = layer_geometry(job.layer), GROUPED[job.op]
+    rows = (g.K, g.K if " u " in WGRADS[first] else 0)
+    tiles = choose_grouped(g, rows, "dual" in second, target(job), int("mean" in WGRADS[first]))
+    both = wgrad(job._replace(op=first), tiles[0]), dgrad(job._replace(op=second), tiles[1])
+    return grouped_launch(*both, target(job).processors)
 
 
-def single_tile(job: Job) -> object:
-    """The tile of a single pass, None where the layer has none."""
-    g, term = layer_geometry(job.layer), job.op.split()[1]
-    device = (job.tiles_of, PROCESSORS[job.tiles_of])
-    return choose_single(g, term, TYPES[job.dtype], *device, "CENTER" in SINGLES[job.op])
+def pointwise_tile(job: Job) -> object:
+    """The tile of a one-pass backward, None where the layer has none."""
+    term, centered = job.op.split()[1], "centered" in job.op
+    return choose_pointwise(layer_geometry(job.layer), term, target(job), centered)
 
 
-def single_source(job: Job) -> tuple[object, dict, dict, object]:
-    """Kernel, compile-time arguments, run-time integers, tile."""
-    g, on, term = layer_geometry(job.layer), SINGLES[job.op], job.op.split()[1]
-    flags = {f: f in on for f in ("HAS_F", "USE_X", "USE_WEIGHT", "USE_FEEDBACK", "USE_TIE")}
-    tile = single_tile(job)
-    constants = single_constants(g, term, flags, sample(job), False, "ieee", tile)
-    absent = {"p_y": term in ("response", "projection"), "p_weight": "USE_WEIGHT" in on, "p_mean": "CENTER" in on}
-    constants |= {name: None for name, there in absent.items() if not there} | no_unit(job)
-    return single_kernel, constants, {"positions": 17, "used": 17}, tile
+def pointwise(job: Job) -> Launch:
+    """The launch of a one-pass backward."""
+    options = named(job, POINTWISE[job.op], "x", "dy", "dx", "dw", "f", "weight", "feedback")
+    return pointwise_launch(layer_geometry(job.layer), target(job), job.op.split()[1], used=17, **options)
 
 
 def compile_job(job: Job) -> Code:
     """Compile as a launch with 16-byte aligned tensors would, and read the machine code."""
-    source_of = {**dict.fromkeys(WGRADS, wgrad_source), **dict.fromkeys(DGRADS, dgrad_source),
-                 **dict.fromkeys(JOINTS, joint_source)}  # fmt: skip
-    kernel, constants, integers, tile = source_of.get(job.op, single_source)(job)
-    constants |= {name: 1 for name, value in integers.items() if value == 1}
-    constants |= {name: None for name in kernel.arg_names if name.startswith("i_")}
-    element = {"p_arrived": "i32", **dict.fromkeys(("p_partial", "p_mean", "p_unit", "p_input_mean"), "fp32")}
-    if "moment" in job.op:
-        element["p_f"] = "fp32"
-    signature, aligned = {}, []
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("p_"):
-            signature[name] = "*" + element.get(name, job.dtype if TYPES[job.dtype] == 2 else "fp32")
-            aligned.append(name)
+    sources = {**dict.fromkeys(WGRADS, wgrad), **dict.fromkeys(DGRADS, dgrad), **dict.fromkeys(GROUPED, grouped)}
+    launch = sources.get(job.op, pointwise)(job)
+    element = {"p_semaphores": "i32", **dict.fromkeys(FLOATS, "fp32")} | ({"p_f": "fp32"} if "gram" in job.op else {})
+    signature, constants, aligned = {}, dict(launch.constants), {}
+
+    def type_of(name: str, value: object, path: tuple[int, ...]) -> str:
+        if value is None:
+            constants[path] = None
+            return "constexpr"
+        if name.startswith("p_"):
+            aligned[path] = [["tt.divisibility", 16]]
+            return "*" + element.get(name, job.dtype if TYPES[job.dtype] == 2 else "fp32")
+        return "i32" if name in INTEGERS else "fp32"
+
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if isinstance(value, tuple):
+            kernel = {"wgrad_arguments": wgrad_kernel, "dgrad_arguments": dgrad_kernel}[name]
+            parts = zip(kernel.arg_names, value, strict=False)  # constants and indices are arguments of their own
+            signature[name] = tuple(type_of(part, v, (i, j)) for j, (part, v) in enumerate(parts))
         else:
-            signature[name] = "i32" if name == "N" or name in integers else "fp32"
-            if integers.get(name, 1) % 16 == 0:
-                aligned.append(name)
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+            signature[name] = "constexpr" if name in constants else type_of(name, value, (i,))
     amd = isinstance(job.capability, str)
-    target = GPUTarget("hip", job.capability, 64) if amd else GPUTarget("cuda", job.capability, 32)
-    source = ASTSource(kernel, signature, constants, attrs)
-    compiled = triton.compile(source, target=target, options=options(tile))
-    return read_amd_code(compiled, tile) if amd else read_code(compiled, tile)
+    device = GPUTarget("hip", job.capability, 64) if amd else GPUTarget("cuda", job.capability, 32)
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=device, options=launch.options)
+    return read_amd_code(compiled, launch.tile) if amd else read_code(compiled, launch.tile)
 
 
 def read_code(compiled, tile) -> Code:
@@ -272,7 +245,7 @@ def read_code(compiled, tile) -> Code:
     loads = re.findall(r"\bLDGSTS\S*", sass) or re.findall(r"\bLDG\S*", sass)
     widths = {16 if ".128" in load else 8 if ".64" in load else 4 for load in loads}
     return Code(
-        " ".join(f"{name}{value}" for name, value in vars(tile).items()),
+        " ".join(f"{name}{value}" for name, value in tile._asdict().items()),
         registers,
         count(r"\b(?:STL|LDL)\b"),
         compiled.metadata.shared,
@@ -293,7 +266,7 @@ def read_amd_code(compiled, tile) -> Code:
     loads = re.findall(r"\b(?:buffer|global)_load_(\w+)", text)
     widths = {16 if "x4" in load else 8 if "x2" in load else 4 for load in loads}
     return Code(
-        " ".join(f"{name}{value}" for name, value in vars(tile).items()),
+        " ".join(f"{name}{value}" for name, value in tile._asdict().items()),
         number("vgpr_count"),
         number("vgpr_spill_count"),
         compiled.metadata.shared,
@@ -322,7 +295,7 @@ def faults(job: Job, code: Code) -> list[str]:
     if job.capability >= 90 and TYPES[job.dtype] == 2:
         if not code.wgmma:
             found.append("no wgmma")
-        # A serialised loop waits for every wgmma; a pipelined one once for the instructions of a whole step.
+        # A serialised loop waits for each wgmma, a pipelined one once for the instructions of a whole step.
         elif code.waits * 2 > code.wgmma:
             found.append("serialised wgmma")
     # wgmma reads float32 operands K-major only: Triton transposes the others on their way, in copies of 4 bytes.

@@ -1,82 +1,151 @@
-"""Plans and launches the input gradients: checks and one kernel."""
+"""Input gradients as an implicit GEMM: rows are input positions, columns channels, the sum runs over (r, s, k).
 
-from torch import Tensor
+There is one sub-problem for each class of input positions modulo the stride, with the taps of that class only. Two row
+operands may share the blocks of the feedback: the output gradient, and the response, from whose product the input is
+subtracted.
+"""
 
-from .dgrad_kernel import dgrad_kernel
+import triton
+import triton.language as tl
+
+from .common import subtract_mean
 from .geometry import Geometry
-from .launch import Plan, architecture, precision, require, sample_size, wide
-from .tiles import DgradTile, choose_dgrad
+from .launch import Launch, describe
+from .tiles import DgradTile, Target, choose_dgrad
 
 
-def launch_dgrad(feedback: Tensor, geometry: Geometry, **terms) -> None:
-    """Launch what :func:`plan_dgrad` plans, whose arguments these are."""
-    plan_dgrad(feedback, geometry, **terms).launch(dgrad_kernel, feedback.device)
+@triton.jit
+def first_taps(i_class, R: tl.constexpr, D: tl.constexpr, GEO: tl.constexpr, PHASES: tl.constexpr):
+    """For the input positions i_class + stride * j of dimension D: the first tap that visits them, the number of taps
+    (PHASES.step apart), and o such that the first tap comes from output position j + o."""
+    COMMON: tl.constexpr = GEO.stride[D] // PHASES.step[D]
+    i_shift = i_class + GEO.padding[D]
+    first = (i_shift // COMMON * PHASES.inverse[D]) % PHASES.step[D]
+    n_taps = tl.maximum(R - first + PHASES.step[D] - 1, 0) // PHASES.step[D]
+    n_taps = tl.where(i_shift % COMMON == 0, n_taps, 0)
+    return first, n_taps, (i_shift - first * GEO.dilation[D]) // GEO.stride[D]
 
 
-def plan_dgrad(
-    feedback: Tensor,
-    geometry: Geometry,
-    *,
-    dy: Tensor | None = None,
-    y: Tensor | None = None,
-    x: Tensor | None = None,
-    dx: Tensor | None = None,
-    z: Tensor | None = None,
-    mean: Tensor | None = None,
-    unit: Tensor | None = None,
-    z_scale: float = 1.0,
-    x_scale: float = 0.0,
-    tf32: bool = False,
-    tile: DgradTile | None = None,
-) -> Plan:
-    """dx = convT(dy, feedback), and z = (z_scale * convT(y, feedback) - x_scale * (x - mean)) / unit, in one launch.
+@triton.jit
+def dgrad_kernel(
+    p_dy,  # [N, P, Q, K], the output gradient
+    p_y,  # [N, P, Q, K], the response
+    p_feedback,  # [K, R, S, C]
+    p_x,  # [N, H, W, C]
+    p_dx,  # [N, H, W, C]: convT(dy, feedback)
+    p_z,  # [N, H, W, C]: (z_scale * convT(y, feedback) - x_scale * (x - mean)) / unit
+    p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
+    p_unit,  # [1] float32, what a 1 in z represents
+    N,
+    z_scale,
+    x_scale,
+    PHASES: tl.constexpr,
+    GEO: tl.constexpr,
+    FLAGS: tl.constexpr,
+    TILE: tl.constexpr,
+    i_tile=None,  # given where this is called from another kernel
+    i_class=None,
+):
+    BM: tl.constexpr = TILE.BM
+    BC: tl.constexpr = TILE.BC
+    BK: tl.constexpr = TILE.BK
+    CHANNEL_BLOCKS: tl.constexpr = (GEO.C + BC - 1) // BC
+    K_BLOCKS: tl.constexpr = (GEO.K + BK - 1) // BK
+    # Every class gets the rows of the largest class; the positions that the others lack are masked.
+    ROWS: tl.constexpr = (GEO.H + GEO.stride[0] - 1) // GEO.stride[0]
+    COLUMNS: tl.constexpr = (GEO.W + GEO.stride[1] - 1) // GEO.stride[1]
+    if i_tile is None:
+        i_tile = tl.program_id(0)
+        i_class = tl.program_id(1)
+    i_class_h = i_class // GEO.stride[1]
+    i_class_w = i_class % GEO.stride[1]
+    # Channel tiles run fastest, so that the programs of one wave read the same output positions.
+    o_c = (i_tile % CHANNEL_BLOCKS) * BC + tl.arange(0, BC)
+    o_m = (i_tile // CHANNEL_BLOCKS) * BM + tl.arange(0, BM)
+    o_k = tl.arange(0, BK)
+
+    o_n = o_m // (ROWS * COLUMNS)
+    o_i = o_m // COLUMNS % ROWS
+    o_j = o_m % COLUMNS
+    o_h = o_i * GEO.stride[0] + i_class_h
+    o_w = o_j * GEO.stride[1] + i_class_w
+    m_m = (o_n < N) & (o_h < GEO.H) & (o_w < GEO.W)
+    first_r, n_r, shift_p = first_taps(i_class_h, GEO.R, 0, GEO, PHASES)
+    first_s, n_s, shift_q = first_taps(i_class_w, GEO.S, 1, GEO, PHASES)
+    n_taps = n_r * n_s
+    # A class without taps is zero. It runs one block, entirely masked: ptxas serialises the wgmma of a loop that may
+    # run zero times (Triton 3.6, sm_90, warning C7515).
+    n_k = tl.where(n_taps > 0, GEO.K, 0)
+    n_s = tl.maximum(n_s, 1)
+
+    b_dx = tl.full([BM, BC], 0.0, dtype=tl.float32)
+    b_z = tl.full([BM, BC], 0.0, dtype=tl.float32)
+    # One flat loop over taps and channel blocks: of nested loops only the innermost is pipelined.
+    for i in range(tl.maximum(n_taps, 1) * K_BLOCKS):
+        i_tap = i // K_BLOCKS
+        o_kk = i % K_BLOCKS * BK + o_k
+        i_r = i_tap // n_s
+        i_s = i_tap % n_s
+        o_p = o_i + (shift_p - i_r * PHASES.reach[0])
+        o_q = o_j + (shift_q - i_s * PHASES.reach[1])
+        o_pixel = (o_n * GEO.P + o_p) * GEO.Q + o_q
+        if FLAGS.WIDE:
+            o_pixel = o_pixel.to(tl.int64)
+        m_pixel = m_m & (o_p >= 0) & (o_p < GEO.P) & (o_q >= 0) & (o_q < GEO.Q)
+        m_y = m_pixel[:, None] & (o_kk < n_k)[None, :]
+        o_y = o_pixel[:, None] * GEO.K + o_kk[None, :]
+        i_kernel = (first_r + i_r * PHASES.step[0]) * GEO.S + first_s + i_s * PHASES.step[1]
+        m_feedback = (o_kk < n_k)[:, None] & (o_c < GEO.C)[None, :]
+        o_feedback = (o_kk[:, None] * (GEO.R * GEO.S) + i_kernel) * GEO.C + o_c[None, :]
+        b_feedback = tl.load(p_feedback + o_feedback, mask=m_feedback, other=0.0)
+        if FLAGS.HAS_DX:
+            b_dy = tl.load(p_dy + o_y, mask=m_y, other=0.0)
+            b_dx = tl.dot(b_dy, b_feedback, b_dx, input_precision=FLAGS.PRECISION)
+        if FLAGS.HAS_Z:
+            b_y = tl.load(p_y + o_y, mask=m_y, other=0.0)
+            b_z = tl.dot(b_y, b_feedback, b_z, input_precision=FLAGS.PRECISION)
+
+    o_pixel = (o_n * GEO.H + o_h) * GEO.W + o_w
+    if FLAGS.WIDE:
+        o_pixel = o_pixel.to(tl.int64)
+    o_x = o_pixel[:, None] * GEO.C + o_c[None, :]
+    m_x = m_m[:, None] & (o_c < GEO.C)[None, :]
+    if FLAGS.HAS_DX:
+        tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
+    if FLAGS.HAS_Z:
+        if p_unit is not None:
+            unit = tl.load(p_unit)
+            z_scale /= unit
+            x_scale /= unit
+        b_z *= z_scale
+        if FLAGS.USE_X:
+            b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+            if p_mean is not None:
+                b_x = subtract_mean(b_x, p_mean, (o_pixel % FLAGS.SAMPLE)[:, None] * GEO.C + o_c[None, :], m_x)
+            b_z -= x_scale * b_x
+        tl.store(p_z + o_x, b_z.to(p_z.dtype.element_ty), mask=m_x)
+
+
+def dgrad_launch(
+    geometry: Geometry, target: Target, *, sample: int = 1, tile: DgradTile | None = None, **named: str | float | None
+) -> Launch:
+    """dx = convT(dy, feedback), and z = (z_scale * convT(y, feedback) - x_scale * (x - mean)) / unit.
 
     Args:
-        feedback: [K, R, S, C] contiguous, float16, bfloat16 or float32.
-        dy, y: [N, P, Q, K] contiguous; each may be absent with its product.
-        x: [N, H, W, C] contiguous, read where ``x_scale`` is not 0.
-        dx, z: [N, H, W, C] contiguous, written.
-        mean: [positions of a sample, C] in float32; 0 if it is None.
-        unit: [1] in float32, what a 1 in z stands for; 1 if it is None.
-        tf32: float32 products may be rounded to TensorFloat-32.
+        sample: rows of the mean.
+        named: the parameters of ``dgrad_kernel`` without ``p_``; the blocks are contiguous and of one dtype. Without
+            ``dy`` or ``y`` its product is not computed; ``x`` is read if ``x_scale`` is not 0.
     """
-    dual = dy is not None and y is not None
-    flags = {"HAS_DX": dy is not None, "HAS_Z": y is not None, "USE_X": y is not None and x_scale != 0}
-    require(geometry, dy=dy, y=y, x=x, dx=dx, z=z)
-    tile = tile or choose_dgrad(geometry, dual, feedback.element_size(), architecture(feedback.device)[0])
-    arguments = {
-        "p_dy": dy,
-        "p_y": y,
-        "p_feedback": feedback,
-        "p_x": x if flags["USE_X"] else None,
-        "p_dx": dx,
-        "p_z": z,
-        "p_mean": mean if flags["USE_X"] else None,
-        "p_unit": unit if flags["HAS_Z"] else None,
-        "N": geometry.N,
-        "z_scale": z_scale,
-        "x_scale": x_scale,
-    }
-    sample = sample_size(geometry, mean)
-    constants = dgrad_constants(geometry, flags, sample, wide(geometry), precision(feedback.dtype, tf32), tile)
-    return Plan(dgrad_grid(geometry, tile), arguments, constants, tile)
-
-
-def dgrad_grid(geometry: Geometry, tile: DgradTile) -> tuple[int, int]:
-    """(tiles of the largest class, classes of input positions modulo the stride)"""
-    g = geometry
+    g, dy, y = geometry, bool(named.get("dy")), bool(named.get("y"))
+    use_x = y and bool(named.get("x")) and named.get("x_scale", 0) != 0
+    tile = tile or choose_dgrad(g, dy and y, target)
+    # (tiles of the largest class, classes of input positions modulo the stride)
     positions = g.N * -(-g.H // g.stride[0]) * -(-g.W // g.stride[1])
-    return -(-positions // tile.BM) * -(-g.C // tile.BC), g.stride[0] * g.stride[1]
-
-
-def dgrad_constants(
-    geometry: Geometry, flags: dict[str, bool], sample: int, wide: bool, precision: str, tile: DgradTile
-) -> dict[str, int | bool | str]:
-    """The compile-time arguments of the kernel; ``sample`` is the number of rows of the mean."""
-    g = geometry
-    sizes = {"C": g.C, "K": g.K, "H": g.H, "W": g.W, "P": g.P, "Q": g.Q, "R": g.R, "S": g.S}
-    pairs = {"STRIDE": g.stride, "PAD": g.padding, "DIL": g.dilation}
-    window = {f"{name}_{d}": value for name, pair in pairs.items() for d, value in zip("HW", pair, strict=True)}
-    blocks = {"BM": tile.BM, "BC": tile.BC, "BK": tile.BK}
-    rest = {"SAMPLE": sample, "WIDE": wide, "PRECISION": precision}
-    return {**sizes, **window, **g.phases(), **flags, **rest, **blocks}
+    grid = (-(-positions // tile.BM) * -(-g.C // tile.BC), g.stride[0] * g.stride[1])
+    read = {"x": use_x, "mean": use_x, "unit": y}
+    named = {name: value for name, value in named.items() if read.get(name, True)}
+    inputs, outputs = (g.N, g.H, g.W, g.C), (g.N, g.P, g.Q, g.K)
+    shapes = {"dy": outputs, "y": outputs, "x": inputs, "dx": inputs, "z": inputs}
+    shapes |= {"feedback": (g.K, g.R, g.S, g.C), "mean": (sample, g.C)}
+    flags = {"HAS_DX": dy, "HAS_Z": y, "USE_X": use_x}
+    return describe(dgrad_kernel, g, target, tile, grid, named, ("dx", "z"), shapes, flags, PHASES=g.phases())

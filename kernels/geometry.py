@@ -1,8 +1,24 @@
-"""Sizes of one convolution as the kernels see them: pure numbers, no tensors."""
+"""Sizes of one layer as the kernels see them: pure numbers, no tensors."""
 
 from collections.abc import Sequence
-from math import gcd
+from functools import lru_cache
+from math import gcd, prod
 from typing import NamedTuple
+
+Pair = tuple[int, int]
+
+
+class Phases(NamedTuple):
+    """How output rows and columns relate to taps, for each of the two dimensions:
+
+    step      taps r and r + step visit input positions of the same class modulo the stride
+    reach     their output positions differ by reach
+    inverse   tap r = offset / gcd * inverse modulo step is the first one of the class at that offset
+    """
+
+    step: Pair
+    reach: Pair
+    inverse: Pair
 
 
 class Geometry(NamedTuple):
@@ -17,51 +33,42 @@ class Geometry(NamedTuple):
     Q: int = 1
     R: int = 1
     S: int = 1
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
 
     @property
     def positions(self) -> int:
-        """Output positions of the whole batch: what a weight gradient sums over."""
+        """Output positions of the whole batch, the reduction dimension of a weight gradient."""
         return self.N * self.P * self.Q
 
     @property
-    def largest(self) -> int:
-        """Elements of the larger activation tensor."""
-        return max(self.N * self.H * self.W * self.C, self.positions * self.K)
+    def wide(self) -> bool:
+        """True where the larger activation tensor needs int64 offsets."""
+        return max(self.N * self.H * self.W * self.C, self.positions * self.K) >= 2**31
 
     @property
     def pointwise(self) -> bool:
-        """True where every output position reads the input position of the same number and no other."""
+        """True where each output position reads the input position of the same index and no other."""
         return (self.R, self.S, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
 
     def flat(self) -> "Geometry":
-        """A pointwise convolution as a linear layer over its positions; any other is returned as it is."""
+        """A pointwise convolution as a linear layer over its positions; any other is returned unchanged."""
         return Geometry(self.positions, self.C, self.K) if self.pointwise else self
 
-    def phases(self) -> dict[str, int]:
-        """How output rows and columns relate to taps, for each dimension D:
+    def constants(self) -> "Geometry":
+        """The compile-time part: without N, so that a kernel is compiled once for all batch sizes."""
+        return self._replace(N=0)
 
-        STEP_D   taps r and r + STEP visit input positions of the same class modulo the stride
-        REACH_D  their output positions differ by REACH
-        INV_D    tap r = offset / gcd * INV modulo STEP is the first one of the class at that offset
-        """
-        found = {}
-        for name, stride, dilation in zip("HW", self.stride, self.dilation, strict=True):
-            common = gcd(stride, dilation)
-            step, reach = stride // common, dilation // common
-            found |= {f"STEP_{name}": step, f"REACH_{name}": reach, f"INV_{name}": pow(reach, -1, step)}
-        return found
+    def phases(self) -> Phases:
+        """The relation between output positions and taps."""
+        common = [gcd(*pair) for pair in zip(self.stride, self.dilation, strict=True)]
+        step = tuple(stride // c for stride, c in zip(self.stride, common, strict=True))
+        reach = tuple(dilation // c for dilation, c in zip(self.dilation, common, strict=True))
+        return Phases(step, reach, tuple(pow(r, -1, s) for r, s in zip(reach, step, strict=True)))
 
 
-def conv_geometry(
-    input: Sequence[int],
-    weight: Sequence[int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Geometry:
+def conv_geometry(input: Sequence[int], weight: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
     """Geometry of an input (N, C, H, W) and a kernel (K, C, R, S) of one group."""
     (n, c, h, w), (k, _, r, s) = input, weight
     p, q = (
@@ -69,3 +76,21 @@ def conv_geometry(
         for size, pad, d, reach, step in zip((h, w), padding, dilation, (r, s), stride, strict=True)
     )
     return Geometry(n, c, k, h, w, p, q, r, s, tuple(stride), tuple(padding), tuple(dilation))
+
+
+@lru_cache(4096)
+def layer_geometry(
+    input: tuple[int, ...], weight: tuple[int, ...], convolution: tuple[Pair, Pair, Pair] | None
+) -> tuple[Geometry, int]:
+    """The geometry of a layer, and how many entries of its dimension N belong to one sample.
+
+    A linear layer (``convolution`` is None) and a 1x1 convolution without padding are linear layers over their
+    positions; a strided one over the positions that it reads.
+    """
+    if convolution is None:
+        return Geometry(prod(input[:-1]), weight[1], weight[0]), prod(input[1:-1])
+    stride, padding, dilation = convolution
+    geometry = conv_geometry(input, weight, stride, padding, dilation)
+    if tuple(weight[2:]) == (1, 1) and tuple(padding) == (0, 0):
+        return Geometry(geometry.positions, geometry.C, geometry.K), geometry.P * geometry.Q
+    return geometry, 1

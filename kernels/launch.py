@@ -1,6 +1,5 @@
-"""What the launchers share: the device's facts, and the checks of what the kernels read."""
+"""One kernel launch as a record of names and numbers, and what runs it over named tensors."""
 
-from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -8,12 +7,135 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
-from .tiles import DgradTile, SingleTile, WgradTile
+from .tiles import Target, Tile
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may run past them
+DTYPES = ("float16", "bfloat16", "float32")
+MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may extend past them
 
-_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+_semaphores: dict[tuple[torch.device, int], Tensor] = {}
+
+
+class Flags(NamedTuple):
+    """What is compiled into a kernel besides geometry and tile; each kernel reads some of it."""
+
+    HAS_A: bool = False
+    HAS_U: bool = False
+    HAS_F: bool = False
+    HAS_DX: bool = False
+    HAS_Z: bool = False
+    USE_X: bool = False
+    USE_FEEDBACK: bool = False
+    USE_WEIGHT: bool = False
+    USE_TIE: bool = False
+    TERM: str = "none"  # the second sum of a pointwise layer's backward
+    GRAM: bool = False  # u is x, and centred with it
+    SYMMETRIC: bool = False  # only the blocks on and below the diagonal are computed, and mirrored
+    POINTWISE: bool = False
+    U: int = 0  # rows of u and f
+    ROWS: int = 0  # tiles that cover the rows
+    LEVELS: int = 0  # of the tree that adds the splits
+    SAMPLE: int = 1  # rows of the mean
+    WIDE: bool = False  # offsets are int64
+    PRECISION: str = "ieee"
+
+
+class Launch(NamedTuple):
+    """One launch. An argument is the name of a tensor or number, a number, or None; in a grouped launch, a tuple."""
+
+    kernel: Any
+    products: tuple[str, ...]  # names of what it writes
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tile: Tile
+    options: dict[str, int | bool]  # of Triton
+    operands: dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of the tensors that must be contiguous
+    workspace: int = 0  # elements, float32
+    semaphores: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kernel.__name__.removesuffix('_kernel')}({', '.join(self.products)})"
+
+
+def describe(
+    kernel,
+    geometry: Geometry,
+    target: Target,
+    tile: Tile,
+    grid: tuple[int, int],
+    named: dict[str, Any],
+    writes: tuple[str, ...],
+    shapes: dict[str, tuple[int, ...]],
+    flags: dict[str, Any],
+    sums: int = 0,
+    **constants,
+) -> Launch:
+    """The launch of a kernel.
+
+    Args:
+        named: for each parameter, without ``p_``, the name of a tensor, or the name or value of a number. A tensor that
+            is not named is None, a number 0, or 1 if it is a scale.
+        writes: the parameters that are written.
+        shapes: of the contiguous parameters; that of the mean, float32, has a row for each position of a sample.
+        sums: elements that each program adds up, if the sum is split.
+
+    Raises:
+        ValueError: the kernels do not support the sizes or the dtype.
+    """
+    g, splits, inputs = geometry, getattr(tile, "splits", 1), geometry.N * geometry.H * geometry.W
+    sample = shapes["mean"][0]
+    if target.dtype not in DTYPES:
+        raise ValueError(f"dtype is {target.dtype}, expected float16, bfloat16 or float32")
+    if max(inputs, g.positions) >= MOST_POSITIONS:
+        raise ValueError(f"input has {g.N} x {g.H} x {g.W} positions, expected fewer than 2^30")
+    if sample != 1 and (sample < 1 or sample % (g.H * g.W) or inputs % sample):
+        expected = f"one for each position of a sample (a multiple of {g.H * g.W} that divides {inputs})"
+        raise ValueError(f"mean has {sample} rows, expected {expected}")
+    if splits > 1:
+        named = named | {"workspace": "workspace", "semaphores": "semaphores"}
+    defaults = {"N": g.N, "scale": 1.0, "z_scale": 1.0}
+    arguments = {}  # in the order of the kernel's parameters, without constants and what only another kernel passes
+    for parameter in kernel.arg_names:
+        name = parameter.removeprefix("p_")
+        if name != parameter:
+            arguments[parameter] = named.get(name)
+        elif name in defaults or not (name.isupper() or name.startswith("i_")):
+            arguments[parameter] = named.get(name, defaults.get(name, 0.0))
+    types = {"mean": "float32"}
+    operands = {named[p]: (shape, types.get(p, target.dtype)) for p, shape in shapes.items() if named.get(p)}
+    products = tuple(named[p] for p in writes if named.get(p))
+    levels, programs = (splits - 1).bit_length(), grid[0] * grid[1] if splits > 1 else 0
+    constants |= {"GEO": g.constants(), "TILE": tile}
+    constants["FLAGS"] = Flags(LEVELS=levels, SAMPLE=sample, WIDE=g.wide, PRECISION=target.precision, **flags)
+    # Multiply-add fusion is explicit because its default changes in Triton 3.10.
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return Launch(kernel, products, grid, arguments, constants, tile, options, operands, programs * sums, programs)
+
+
+def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
+    """Launch it over the tensors and numbers of ``values``, on ``device``, which must be the current one.
+
+    Raises:
+        ValueError: names an operand whose shape, dtype or layout is not what the kernel reads.
+    """
+    for name, (shape, dtype) in launch.operands.items():
+        t = values[name]
+        if t.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
+        if t.dtype is not getattr(torch, dtype):
+            raise ValueError(f"{name} is {t.dtype}, expected torch.{dtype}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
+    if launch.semaphores:
+        values["workspace"] = torch.empty(launch.workspace, dtype=torch.float32, device=device)
+        values["semaphores"] = semaphores(launch.semaphores, device)
+    arguments = {}
+    for parameter, value in launch.arguments.items():
+        if isinstance(value, tuple):
+            arguments[parameter] = tuple([values[v] if isinstance(v, str) else v for v in value])
+        else:
+            arguments[parameter] = values[value] if isinstance(value, str) else value
+    launch.kernel[launch.grid](**arguments, **launch.constants, **launch.options)
 
 
 @cache
@@ -25,84 +147,13 @@ def architecture(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-def precision(dtype: torch.dtype, tf32: bool) -> str:
-    """How products are multiplied; for 16-bit operands both words mean the same."""
-    return "tf32" if tf32 and dtype is torch.float32 else "ieee"
-
-
-def options(tile: DgradTile | SingleTile | WgradTile) -> dict[str, int | bool]:
-    """Launch options; multiply-add fusion is named since Triton is about to change its default (3.10)."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-
-
-class Plan(NamedTuple):
-    """One launch: its grid, and the arguments of the kernel by name."""
-
-    grid: tuple[int, int]
-    arguments: dict[str, Any]
-    constants: dict[str, int | bool | str]
-    tile: DgradTile | SingleTile | WgradTile
-
-    def launch(self, kernel, device: torch.device) -> None:
-        """Launch it on the device, since Triton launches on the current one."""
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[self.grid](**self.arguments, **self.constants, **options(self.tile))
-
-
-def wide(geometry: Geometry) -> bool:
-    """True where offsets need int64."""
-    return geometry.largest >= 2**31
-
-
-def require(geometry: Geometry, **operands: Tensor | None) -> None:
-    """ValueError that names the operand which the kernels cannot read."""
-    sizes = {
-        "x": (geometry.N, geometry.H, geometry.W, geometry.C),
-        "a": (geometry.N, geometry.P, geometry.Q, geometry.K),
-    }
-    given = {name: t for name, t in operands.items() if t is not None}
-    dtype = next(iter(given.values())).dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}, expected float16, bfloat16 or float32")
-    if max(geometry.N * geometry.H * geometry.W, geometry.positions) >= MOST_POSITIONS:
-        raise ValueError(f"input has {geometry.N} x {geometry.H} x {geometry.W} positions, expected fewer than 2^30")
-    for name, t in given.items():
-        expected = sizes["x" if name in ("x", "dx", "z") else "a"]
-        if name == "u":
-            expected = (*expected[:3], t.shape[-1])
-        if tuple(t.shape) != expected:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {expected}")
-        if t.dtype is not dtype:
-            raise ValueError(f"{name} is {t.dtype}, expected {dtype}")
-        if not t.is_contiguous():
-            raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
-
-
-def sample_size(geometry: Geometry, mean: Tensor | None) -> int:
-    """The positions of one sample, for each of which ``mean`` has a row; 1 where there is no mean."""
-    if mean is None:
-        return 1
-    rows, channels = mean.shape
-    place = geometry.H * geometry.W
-    if channels != geometry.C or rows == 0 or rows % place or geometry.N * place % rows:
-        raise ValueError(
-            f"mean has shape {tuple(mean.shape)}, expected a row for each position of a sample (a multiple of {place} "
-            f"that divides {geometry.N * place}) and {geometry.C} columns"
-        )
-    if mean.dtype is not torch.float32 or not mean.is_contiguous():
-        raise ValueError(f"mean is {mean.dtype} with strides {mean.stride()}, expected float32 without gaps")
-    return rows
-
-
-def arrivals(count: int, device: torch.device) -> Tensor:
-    """Counters at zero, which every launch leaves at zero; launches of one stream follow one another and share them."""
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        # Memory of the graph, zeroed by the graph: neither may outlive it.
+def semaphores(count: int, device: torch.device) -> Tensor:
+    """Counters at zero, which each launch leaves at zero; the launches of one stream run in order and share them."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        # While a graph is captured they belong to the graph, which zeroes them: neither may outlive the other.
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
-    found = _arrivals.get(key)
+    found = _semaphores.get(key)
     if found is None or found.numel() < count:
-        found = _arrivals[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        found = _semaphores[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
     return found

@@ -1,8 +1,8 @@
-"""Where the kernels were measured faster than the composition: what is taken without being asked for.
+"""The layers on which the kernels were measured faster than the composition: backend "auto" uses them there only.
 
-One file for each device, `measured/<device name>.json`, the path of each layer, "joined" or "apart", written by
-`benchmarks/choose_kernels.py` from the results of `benchmarks/gpu_check.sh`. A device without a file, or a layer that
-is not in it, gets PyTorch's own kernels.
+Each device has a file `measured/<device name>.json` with the faster path, "fused" or "unfused", of each layer, which
+`benchmarks/choose_kernels.py` writes from the results of `benchmarks/gpu_check.sh`. PyTorch's own kernels are used on a
+device without a file and for a layer that is not in it.
 """
 
 import json
@@ -14,29 +14,29 @@ import torch
 FOLDER = Path(__file__).parent / "measured"
 
 
-def key(problem, form: str, dtype: torch.dtype) -> str:
-    """The layer by what its time depends on: sizes, how the rule's terms are computed, dtype.
+def key(problem, algorithm: str, dtype: torch.dtype) -> str:
+    """A layer by what its time depends on: sizes, the algorithm of the rule's terms, dtype.
 
     Args:
         problem: a named tuple with positions, in_channels, out_channels, taps.
     """
     sizes = f"{problem.in_channels}-{problem.out_channels} taps {problem.taps} positions {problem.positions}"
-    return f"{sizes} {form} {str(dtype).removeprefix('torch.')}"
+    return f"{sizes} {algorithm} {str(dtype).removeprefix('torch.')}"
 
 
 def devices() -> list[str]:
-    """The devices that have a file."""
+    """The devices with a file."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 @cache
 def load(device_name: str) -> dict[str, str]:
-    """The faster path of each layer that the kernels are faster on, by its key; none for an unknown device."""
+    """The faster path by key, "fused" or "unfused", of the layers in the file; empty for an unknown device."""
     path = FOLDER / f"{device_name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What the vendor calls it."""
+    """The vendor's name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,139 +1,200 @@
-"""Plans and launches the weight gradients: checks, layouts, workspace, one kernel."""
+"""Weight gradients as an implicit GEMM: rows are output channels, columns (r, s, c), the sum runs over positions.
 
-import torch
-from torch import Tensor
+Two row operands may share the column operand x: the output gradient `a`, and `u`, whose product is written as the
+feedback weight's gradient. Of a Gram matrix x'x only the blocks on and below the diagonal are computed.
 
+Names in all kernels: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; GEO, FLAGS and TILE are named tuples of
+compile-time constants.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import add_rule_terms, reduce_splits, subtract_mean
 from .geometry import Geometry
-from .launch import Plan, architecture, arrivals, precision, require, sample_size, wide
-from .tiles import WgradTile, choose_wgrad, row_tiles, wgrad_tiles
-from .wgrad_kernel import wgrad_kernel
+from .launch import Launch, describe
+from .tiles import Target, WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 
 
-def launch_wgrad(x: Tensor, geometry: Geometry, **terms) -> None:
-    """Launch what :func:`plan_wgrad` plans, whose arguments these are."""
-    plan_wgrad(x, geometry, **terms).launch(wgrad_kernel, x.device)
+@triton.jit
+def wgrad_kernel(
+    p_x,  # [N, H, W, C]
+    p_a,  # [N, P, Q, K], the output gradient
+    p_u,  # [N, P, Q, U]
+    p_dw,  # [K, R, S, C] by its strides: wgrad(x, a)
+    p_f,  # [U, R, S, C] by its strides: scale * unit * wgrad(x - mean, u) + the terms of add_rule_terms
+    p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
+    p_unit,  # [1] float32, what a 1 in x or u represents
+    p_weight,  # as p_f
+    p_feedback,  # as p_f
+    p_workspace,  # [tiles, splits, BK + BU, BC] float32, partial sums; without the rows of an absent operand
+    p_semaphores,  # [tiles, splits] int32, zero before and after
+    N,
+    scale,
+    decay,
+    self_,
+    tie,
+    W_STRIDES: tl.constexpr,  # (k, r, s, c) of p_dw
+    F_STRIDES: tl.constexpr,  # of p_f, p_weight and p_feedback
+    GEO: tl.constexpr,
+    FLAGS: tl.constexpr,
+    TILE: tl.constexpr,
+    i_tile=None,  # given where this is called from another kernel
+    i_split=None,
+):
+    BK: tl.constexpr = TILE.BK
+    BU: tl.constexpr = TILE.BU
+    BC: tl.constexpr = TILE.BC
+    SPLITS: tl.constexpr = TILE.splits
+    CHANNEL_BLOCKS: tl.constexpr = (GEO.C + BC - 1) // BC
+    if i_tile is None:
+        i_tile = tl.program_id(0)
+        i_split = tl.program_id(1)
+    if FLAGS.SYMMETRIC:
+        # Row i has i + 1 tiles; adding 4 instead of 1 keeps the root of a square clear of rounding.
+        i_row = ((tl.sqrt(8.0 * i_tile + 4) - 1) / 2).to(tl.int32)
+        i_column = i_tile - i_row * (i_row + 1) // 2
+        i_tap = 0
+    else:
+        # Row tiles run fastest, so that the programs of one wave read the same positions of x.
+        i_row = i_tile % FLAGS.ROWS
+        i_column = i_tile // FLAGS.ROWS % CHANNEL_BLOCKS
+        i_tap = i_tile // FLAGS.ROWS // CHANNEL_BLOCKS
+    i_r = i_tap // GEO.S
+    i_s = i_tap % GEO.S
+    o_c = i_column * BC + tl.arange(0, BC)
+    o_k = i_row * BK + tl.arange(0, BK)
+    o_u = i_row * BU + tl.arange(0, BU)
+
+    positions = N * GEO.P * GEO.Q
+    blocks = (positions + TILE.BP - 1) // TILE.BP
+    per_split = (blocks + SPLITS - 1) // SPLITS
+    first = i_split * per_split
+    # A split without work still runs one block, entirely masked: ptxas serialises the wgmma of a loop that may run
+    # zero times (Triton 3.6, sm_90, warning C7515).
+    count = tl.maximum(tl.minimum(blocks - first, per_split), 1)
+
+    b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
+    b_du = tl.full([BU, BC], 0.0, dtype=tl.float32)
+    for i in range(count):
+        o_p = (first + i) * TILE.BP + tl.arange(0, TILE.BP)
+        m_p = o_p < positions
+        if FLAGS.POINTWISE:
+            o_pixel = o_p
+            m_pixel = m_p
+        else:
+            o_rest = o_p % (GEO.P * GEO.Q)
+            o_h = o_rest // GEO.Q * GEO.stride[0] - GEO.padding[0] + i_r * GEO.dilation[0]
+            o_w = o_rest % GEO.Q * GEO.stride[1] - GEO.padding[1] + i_s * GEO.dilation[1]
+            o_pixel = (o_p // (GEO.P * GEO.Q) * GEO.H + o_h) * GEO.W + o_w
+            m_pixel = m_p & (o_h >= 0) & (o_h < GEO.H) & (o_w >= 0) & (o_w < GEO.W)
+        if FLAGS.WIDE:
+            o_p = o_p.to(tl.int64)
+            o_pixel = o_pixel.to(tl.int64)
+        m_x = m_pixel[:, None] & (o_c < GEO.C)[None, :]
+        b_x = tl.load(p_x + o_pixel[:, None] * GEO.C + o_c[None, :], mask=m_x, other=0.0)
+        # Row operands are loaded through transposed pointers: transposing a loaded block spills on sm_80.
+        if FLAGS.HAS_A:
+            m_a = (o_k < GEO.K)[:, None] & m_p[None, :]
+            b_a = tl.load(p_a + o_p[None, :] * GEO.K + o_k[:, None], mask=m_a, other=0.0)
+            b_dw = tl.dot(b_a, b_x, b_dw, input_precision=FLAGS.PRECISION)
+        if FLAGS.HAS_U:
+            m_u = (o_u < FLAGS.U)[:, None] & m_p[None, :]
+            b_u = tl.load(p_u + o_p[None, :] * FLAGS.U + o_u[:, None], mask=m_u, other=0.0)
+            if p_mean is not None:
+                o_mean = o_pixel % FLAGS.SAMPLE
+                b_x = subtract_mean(b_x, p_mean, o_mean[:, None] * GEO.C + o_c[None, :], m_x).to(b_x.dtype)
+                if FLAGS.GRAM:
+                    b_u = subtract_mean(b_u, p_mean, o_mean[None, :] * GEO.C + o_u[:, None], m_u).to(b_u.dtype)
+            b_du = tl.dot(b_u, b_x, b_du, input_precision=FLAGS.PRECISION)
+
+    last = True
+    if SPLITS > 1:
+        A_ROWS: tl.constexpr = BK if FLAGS.HAS_A else 0
+        SIZE: tl.constexpr = (A_ROWS + (BU if FLAGS.HAS_U else 0)) * BC
+        p_sums = p_workspace + i_tile.to(tl.int64) * SPLITS * SIZE
+        o_a = tl.arange(0, BK)[:, None] * BC + tl.arange(0, BC)[None, :]
+        o_b = (A_ROWS + tl.arange(0, BU))[:, None] * BC + tl.arange(0, BC)[None, :]
+        if FLAGS.HAS_A:
+            tl.store(p_sums + i_split * SIZE + o_a, b_dw, cache_modifier=".cg")
+        if FLAGS.HAS_U:
+            tl.store(p_sums + i_split * SIZE + o_b, b_du, cache_modifier=".cg")
+        last = reduce_splits(p_sums, p_semaphores + i_tile * SPLITS, i_split, SIZE, SPLITS, FLAGS.LEVELS)
+        if last:
+            if FLAGS.HAS_A:
+                b_dw = tl.load(p_sums + o_a, cache_modifier=".cg")
+            if FLAGS.HAS_U:
+                b_du = tl.load(p_sums + o_b, cache_modifier=".cg")
+
+    if last:
+        if FLAGS.HAS_A:
+            m_dw = (o_k < GEO.K)[:, None] & (o_c < GEO.C)[None, :]
+            o_tap = i_r * W_STRIDES[1] + i_s * W_STRIDES[2]
+            o_dw = o_k[:, None] * W_STRIDES[0] + o_c[None, :] * W_STRIDES[3] + o_tap
+            tl.store(p_dw + o_dw, b_dw.to(p_dw.dtype.element_ty), mask=m_dw)
+        if FLAGS.HAS_F:
+            if FLAGS.HAS_U:
+                o_row = o_u
+                b_f = b_du * scale
+                if p_unit is not None:
+                    b_f *= tl.load(p_unit)
+            else:
+                o_row = o_k
+                b_f = tl.full([BK, BC], 0.0, dtype=tl.float32)
+            m_f = (o_row < FLAGS.U)[:, None] & (o_c < GEO.C)[None, :]
+            o_tap = i_r * F_STRIDES[1] + i_s * F_STRIDES[2]
+            o_f = o_row[:, None] * F_STRIDES[0] + o_c[None, :] * F_STRIDES[3] + o_tap
+            b_f = add_rule_terms(b_f, b_dw, p_dw, p_weight, p_feedback, o_f, m_f, decay, self_, tie, FLAGS.HAS_A, FLAGS)
+            tl.store(p_f + o_f, b_f.to(p_f.dtype.element_ty), mask=m_f)
+            if FLAGS.SYMMETRIC and i_row != i_column:
+                o_mirror = o_row[:, None] * F_STRIDES[3] + o_c[None, :] * F_STRIDES[0]
+                tl.store(p_f + o_mirror, b_f.to(p_f.dtype.element_ty), mask=m_f)
 
 
-def plan_wgrad(
-    x: Tensor,
+def wgrad_launch(
     geometry: Geometry,
+    target: Target,
     *,
-    a: Tensor | None = None,
-    u: Tensor | None = None,
-    dw: Tensor | None = None,
-    f: Tensor | None = None,
-    weight: Tensor | None = None,
-    feedback: Tensor | None = None,
-    mean: Tensor | None = None,
-    unit: Tensor | None = None,
-    scale: float = 1.0,
-    decay: float = 0.0,
-    self_: float = 0.0,
-    tie: float = 0.0,
-    tf32: bool = False,
+    u_channels: int | None = None,
+    w_strides: tuple[int, ...] = (0, 0, 0, 0),
+    f_strides: tuple[int, ...] = (0, 0, 0, 0),
+    sample: int = 1,
     tile: WgradTile | None = None,
-) -> Plan:
+    **named: str | float | None,
+) -> Launch:
     """dw = wgrad(x, a), and f = scale * unit * wgrad(x - mean, u) + decay * feedback - self_ * weight + tie * dw.
 
+    Sums are kept in float32 and are bitwise reproducible.
+
     Args:
-        x: [N, H, W, C] contiguous, float16, bfloat16 or float32.
-        a, u: [N, P, Q, K] and [N, P, Q, U] contiguous, of x's dtype. Without ``a``, ``dw`` is only read; without
-            ``u``, its term is 0. Of a pointwise layer's x'x (``u`` is ``x``, nothing else asked for) the blocks on and
-            below the diagonal are computed, and mirrored.
-        dw, f: [K, R, S, C] and [U, R, S, C] of any strides, written; each may be float32 beside 16-bit operands.
-        weight, feedback: of f's shape and strides; read where their coefficient is not 0.
-        mean: [positions of a sample, C] in float32, subtracted from x, and from ``u`` where it is ``x``, for f alone.
-        unit: [1] in float32, what a 1 in ``u`` (or ``x``) stands for; 1 if it is None.
-        tie: not with a U other than K; ``dw`` then has f's strides.
-        tf32: float32 products may be rounded to TensorFloat-32.
-
-    Sums are kept in float32 and the same bit for bit however the programs are scheduled.
+        u_channels: of ``u``; K by default.
+        w_strides, f_strides: of dw and of f as [K, R, S, C].
+        sample: rows of the mean.
+        named: the parameters of ``wgrad_kernel`` without ``p_``. x, a and u are contiguous and of one dtype, dw and f
+            may be float32. Without ``a``, dw is only read; without ``u``, its term is 0. If ``u`` is ``x``, it is
+            centred too. ``tie`` requires u_channels == K and equal strides.
     """
-    rows = (geometry.K if a is not None else 0, u.shape[-1] if u is not None else 0)
-    out_rows = rows[1] or geometry.K
-    flags = {
-        "HAS_A": a is not None,
-        "HAS_U": u is not None,
-        "HAS_F": f is not None,
-        "USE_FEEDBACK": f is not None and decay != 0,
-        "USE_WEIGHT": f is not None and self_ != 0,
-        "USE_TIE": f is not None and tie != 0,
-        "SYMMETRIC": u is x and a is None and geometry.pointwise and not (decay or self_ or tie),
-        "MOMENT": u is x,
-    }
-    require(geometry, x=x, a=a, u=u)
-    if flags["USE_TIE"] and out_rows != geometry.K:
-        raise ValueError(f"tie is {tie}, expected 0 where u has {out_rows} channels and the weight {geometry.K} rows")
-    capability, processors = architecture(x.device)
-    means = centered_operands(x, u, mean)
-    tile = tile or choose_wgrad(
-        geometry, rows, x.element_size(), capability, processors, flags["SYMMETRIC"], means=means
-    )
-    if flags["USE_TIE"] and flags["HAS_A"] and flags["HAS_U"] and tile.BK != tile.BU:
-        raise ValueError(f"tile is {tile}, expected BK == BU where tie joins both products")
-    if flags["SYMMETRIC"] and geometry.C > tile.BC and tile.BU != tile.BC:
+    g, a, u, f = geometry, named.get("a"), named.get("u"), named.get("f")
+    u_channels, gram = u_channels or g.K, u == named["x"]
+    rows = (g.K if a else 0, u_channels if u else 0)
+    decay, self_, tie = (f is not None and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
+    symmetric = gram and a is None and g.pointwise and not (decay or self_ or tie)
+    if tie and u_channels != g.K:
+        raise ValueError(f"tie is {named['tie']}, expected 0 where u has {u_channels} channels and W {g.K} rows")
+    if tile is None:
+        tile = choose_wgrad(g, rows, target, symmetric, means=(1 + gram) * bool(u and named.get("mean")))
+    if tie and a and u and tile.BK != tile.BU:
+        raise ValueError(f"tile is {tile}, expected BK == BU where tie uses both products")
+    if symmetric and g.C > tile.BC and tile.BU != tile.BC:
         raise ValueError(f"tile is {tile}, expected BU == BC where the product is symmetric")
-    sample = sample_size(geometry, mean)
-    constants = wgrad_constants(geometry, out_rows, flags, sample, wide(geometry), precision(x.dtype, tf32), tile)
-    tiles = wgrad_tiles(geometry, rows, (tile.BK, tile.BU, tile.BC), flags["SYMMETRIC"])
-    partial = arrived = None
-    if tile.splits > 1:
-        partial = torch.empty(tiles * tile.splits * (tile.BK + tile.BU) * tile.BC, dtype=torch.float32, device=x.device)
-        arrived = arrivals(tiles * tile.splits, x.device)
-    arguments = {
-        "p_x": x,
-        "p_a": a,
-        "p_u": u,
-        "p_dw": dw if flags["HAS_A"] or flags["USE_TIE"] else None,
-        "p_f": f,
-        "p_mean": mean if flags["HAS_U"] else None,
-        "p_unit": unit if flags["HAS_U"] else None,
-        "p_weight": weight if flags["USE_WEIGHT"] else None,
-        "p_feedback": feedback if flags["USE_FEEDBACK"] else None,
-        "p_partial": partial,
-        "p_arrived": arrived,
-        "N": geometry.N,
-        "scale": scale,
-        "decay": decay,
-        "self_": self_,
-        "tie": tie,
-        **_strides("w", dw),
-        **_strides("f", f),
-    }
-    return Plan((tiles, tile.splits), arguments, constants, tile)
-
-
-def centered_operands(x: Tensor, u: Tensor | None, mean: Tensor | None) -> int:
-    """How many operands of f are centred while they are loaded: none, x, or x and u where u is x."""
-    return 0 if u is None or mean is None else 1 + (u is x)
-
-
-def wgrad_constants(
-    geometry: Geometry, u: int, flags: dict[str, bool], sample: int, wide: bool, precision: str, tile: WgradTile
-) -> dict[str, int | bool | str]:
-    """The compile-time arguments of the kernel; ``u`` is the number of rows of f, ``sample`` of the mean."""
-    g = geometry
-    rows = (g.K if flags["HAS_A"] else 0, u if flags["HAS_U"] else 0)
-    sizes = {"C": g.C, "K": g.K, "U": u, "H": g.H, "W": g.W, "P": g.P, "Q": g.Q, "S": g.S}
-    pairs = {"STRIDE": g.stride, "PAD": g.padding, "DIL": g.dilation}
-    window = {f"{name}_{d}": value for name, pair in pairs.items() for d, value in zip("HW", pair, strict=True)}
-    blocks = {"BK": tile.BK, "BU": tile.BU, "BC": tile.BC, "BP": tile.BP}
-    return {
-        **sizes,
-        **window,
-        "POINTWISE": g.pointwise,
-        **flags,
-        "SAMPLE": sample,
-        "WIDE": wide,
-        "PRECISION": precision,
-        **blocks,
-        "ROWS": row_tiles(rows, (tile.BK, tile.BU)),
-        "SPLITS": tile.splits,
-        "LEVELS": (tile.splits - 1).bit_length(),
-    }
-
-
-def _strides(kind: str, t: Tensor | None) -> dict[str, int]:
-    """Of a [K, R, S, C] output; zeros where it is absent."""
-    k, r, s, c = t.stride() if t is not None else (0, 0, 0, 0)
-    return {f"stride_{kind}k": k, f"stride_{kind}c": c, f"stride_{kind}r": r, f"stride_{kind}s": s}
+    flags = {"HAS_A": bool(a), "HAS_U": bool(u), "HAS_F": bool(f), "GRAM": gram, "SYMMETRIC": symmetric}
+    flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie, "POINTWISE": g.pointwise, "U": u_channels}
+    flags["ROWS"] = row_tiles(rows, (tile.BK, tile.BU))
+    read = {"mean": u, "unit": u, "dw": a or tie, "weight": self_, "feedback": decay}
+    named = {name: value for name, value in named.items() if read.get(name, True)}
+    outputs = (g.N, g.P, g.Q)
+    shapes = {"u": (*outputs, u_channels), "a": (*outputs, g.K), "x": (g.N, g.H, g.W, g.C), "mean": (sample, g.C)}
+    grid = (wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric), tile.splits)
+    writes, sums = ("dw", "f") if a else ("f",), (tile.BK + tile.BU) * tile.BC
+    strides = {"W_STRIDES": w_strides, "F_STRIDES": f_strides}
+    return describe(wgrad_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)

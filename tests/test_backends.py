@@ -1,4 +1,4 @@
-"""Selected backends and the choices of "auto": every random layer by the Triton kernels, on the interpreter."""
+"""Backends that are forced, and what "auto" takes: every random layer by the Triton kernels, on the interpreter."""
 
 import json
 import subprocess
@@ -9,13 +9,13 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES, conv_tensors, fresh, gradients, random_conv
-from pyfeedback.forms import Coefficients, Form, Problem, choose_form, conv2d_problem
-from triton_cases import DEVICE, assert_near, fill_memory_with_nan
+from triton_cases import DEVICE, assert_near, fill_memory_with_nan, names, record_launches
 
 import pyfeedback
-from pyfeedback import functional
-from pyfeedback.kernels import measured, ops
-from pyfeedback.kernels import rule as kernel_rule
+from pyfeedback import functional, fused, providers
+from pyfeedback.forms import Coefficients, Form, Problem, choose_form, conv2d_problem
+from pyfeedback.kernels import backward as kernels
+from pyfeedback.kernels import measured
 
 pytestmark = triton_cases.MARKS
 
@@ -26,11 +26,11 @@ def interpreter(monkeypatch):
 
 
 def widened(case):
-    """The same layer with enough channels for the kernels and a smaller map; None if it has groups."""
+    """The same layer with as many channels as the kernels ask for, in a smaller map; None where it has groups."""
     if case.groups > 1:
         return None
     (n, c, h, w), (k, _, *kernel) = case.input, case.weight
-    c, k = c + ops.FEWEST_CHANNELS - 1, k + ops.FEWEST_CHANNELS
+    c, k = c + kernels.FEWEST_CHANNELS - 1, k + kernels.FEWEST_CHANNELS
     reach = [d * (r - 1) + 1 - 2 * p for d, r, p in zip(case.dilation, kernel, case.padding, strict=True)]
     size = [max(r, min(s, 6)) for r, s in zip(reach, (h, w), strict=True)]
     return case._replace(input=(n, c, *size), weight=(k, c, *kernel))
@@ -51,7 +51,7 @@ def backward(backend, case, tensors, rule):
 
 @pytest.mark.parametrize("number", CASES)
 def test_random_layers(number, monkeypatch):
-    """The numbers cycle through the rules; every third is float16, and every second samples a part of the batch."""
+    """Each number one rule after the other, float16 at every third; every second time of a part of the batch."""
     fill_memory_with_nan(monkeypatch)
     case, rule = CASES[number], RULES[list(RULES)[number % len(RULES)]]
     dtype = torch.float16 if number % 3 == 2 else torch.float32
@@ -59,8 +59,8 @@ def test_random_layers(number, monkeypatch):
         rule = {**rule, "samples": case.input[0] - 1}
     tensors = conv_tensors(case, number, dtype)
     taken = []
-    real = ops.conv2d_backward
-    monkeypatch.setattr(ops, "conv2d_backward", lambda *a, **k: (taken.append(k["form"]), real(*a, **k))[1])
+    real = kernels.layer_backward
+    monkeypatch.setattr(kernels, "layer_backward", lambda *a, **k: (taken.append(k["algorithm"]), real(*a, **k))[1])
     results = [backward("triton", case, tensors, rule), backward("aten", case, tensors, rule)]
     assert len(taken) == 1
     oracle = backward("aten", case, fresh(tensors, torch.float64), rule)
@@ -80,7 +80,7 @@ def test_the_random_layers_cover_every_form_and_window():
     assert seen >= {("taps", True), ("taps", False)}
 
 
-def test_unsupported_layers_are_composed():
+def test_what_the_kernels_do_not_take_is_composed():
     for number in (0, 1, 5, 10):  # few channels, groups
         case = random_conv(number)
         tensors = conv_tensors(case, number)
@@ -118,57 +118,55 @@ def test_compiled_without_a_graph_break(compiler):
         torch.testing.assert_close(compiled, eager)
 
 
-# The choices of "auto"
+# What "auto" takes
 
 
-def test_no_device_has_a_table_before_it_was_measured():
-    """Add the name of a device here when its table is committed."""
+def test_no_device_is_known_until_it_was_measured():
+    """Whoever commits a device's table takes its name in here."""
     assert measured.devices() == []
     assert measured.load("a device nobody has") == {}
 
 
-def test_unfused_and_fused_launches_agree(monkeypatch):
-    """backend("triton") fuses launches that backend("triton-apart") keeps separate."""
-    joined = []
-    for name in ("launch_joint", "launch_single"):
-        real = getattr(kernel_rule, name)
-        monkeypatch.setattr(kernel_rule, name, lambda *a, real=real, **k: (joined.append(real), real(*a, **k)))
+def test_fused_and_unfused_launches_agree(monkeypatch):
+    """What backend("triton") computes in one launch, backend("triton-apart") computes in several."""
+    launched = record_launches(monkeypatch)
     case = CASES[next(number for number in CASES if number % len(RULES) == 0)]
     tensors = conv_tensors(case, 0, torch.float32)
     results = [backward(name, case, tensors, RULES["wm"]) for name in ("triton-apart", "aten")]
-    assert not joined
+    assert launched
+    assert {*names(launched)} <= {"wgrad", "dgrad"}
     oracle = backward("aten", case, fresh(tensors, torch.float64), RULES["wm"])
     for ours, composed, exact in zip(*results, oracle, strict=True):
         assert_near(ours, composed, exact)
+    launched.clear()
     backward("triton", case, tensors, RULES["wm"])
-    assert joined
+    assert {*names(launched)} & {"grouped", "pointwise"}
 
 
-def test_only_measured_layers_use_the_kernels(monkeypatch, tmp_path):
+def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     measured.load.cache_clear()
     x = torch.randn(2, 16, 3, 3, device=DEVICE)
     w, b = (torch.randn(16, 16, 1, 1, device=DEVICE) for _ in range(2))
     problem = Problem(18, 16, 16)
     form = choose_form(problem, Coefficients(amp=1.0), False)
-    layers = {measured.key(problem, form.value, torch.float32): "apart"}
+    layers = {measured.key(problem, form.algorithm, torch.float32): "unfused"}
     (tmp_path / f"{measured.device_name(x.device)}.json").write_text(json.dumps(layers))
     taken = []
-    monkeypatch.setattr(ops, "conv2d_backward", lambda *a, **k: taken.append((a[1].shape[0], k["path"])))
+    monkeypatch.setattr(kernels, "layer_backward", lambda *a, **k: taken.append((a[1].shape[0], k["fused"])))
     monkeypatch.setattr(fused.aten, "conv2d_backward", lambda *a: None)
     for batch in (1, 2):
         for rule in (Coefficients(), Coefficients(amp=1.0)):
             window = functional.Window()
             args = (x[:batch], x[:batch], w, b, None, window, rule, (True,) * 4)
             fused.conv2d_backward(*args, center=None, path=None)
-    assert taken == [(2, "apart")]
+    assert taken == [(2, False)]
     measured.load.cache_clear()
 
 
-@pytest.mark.slow
 def test_a_devices_table_is_written_from_its_results(tmp_path):
-    def record(layer, joined, apart):
-        ratios = {"ratio_to_triton": joined, "ratio_to_triton-apart": apart}
+    def record(layer, fused, unfused):
+        ratios = {"ratio_to_triton": fused, "ratio_to_triton-apart": unfused}
         return {"extra_info": {"layer": layer, "rule": "wm", "batch": 4, "dtype": "bfloat16", **ratios}}
 
     results = {
@@ -187,9 +185,9 @@ def test_a_devices_table_is_written_from_its_results(tmp_path):
     def key(channels):
         problem = Problem(4 * 56 * 56, channels, 64)
         form = choose_form(problem, Coefficients(amp=1.0, decay=1.0), True)
-        return measured.key(problem, form.value, torch.bfloat16)
+        return measured.key(problem, form.algorithm, torch.bfloat16)
 
-    assert json.loads((tmp_path / "A GPU.json").read_text()) == {key(64): "joined", key(256): "apart"}
+    assert json.loads((tmp_path / "A GPU.json").read_text()) == {key(64): "fused", key(256): "unfused"}
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

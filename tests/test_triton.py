@@ -13,13 +13,17 @@ from triton_cases import (
     layer,
     options,
     products,
+    run_kernel,
     shuffled_programs,
     surround,
+    target,
 )
 
-from pyfeedback.kernels import dgrad, launch, wgrad
+from pyfeedback.kernels import launch
+from pyfeedback.kernels.dgrad import dgrad_launch
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
+from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
 
@@ -51,7 +55,7 @@ COVERED = {
     "positions are gathered": ["3x3", "4x3 stride 3 and 2", "1x1 stride 3 and 2"],
     "padding is masked": ["3x3", "3x3 dilation 2 and 1", "5x2 stride 3 and 2"],
     "a split has no work": ["4x3 stride 3 and 2"],
-    "splits are summed by the last": ["1x1", "3x2 stride 2 and 1", "4x3 stride 3 and 2"],
+    "split-K reduction": ["1x1", "3x2 stride 2 and 1", "4x3 stride 3 and 2"],
     "one split": ["3x3", "1x1 ragged"],
     "row tiles, the last one ragged": ["1x1", "3x2 stride 2 and 1"],
     "channel tiles, the last one ragged": ["5x2 stride 3 and 2"],
@@ -88,9 +92,9 @@ def run_pair(case: Case, dtype=torch.float32, tile=None, centered=False, **terms
     both, mean, unit = options(case, centered)
     terms = {"scale": 1.0, "decay": 0.0, "self_": 0.0, "tie": 0.0} | terms
     dw, f = fresh(t.weight), fresh(t.weight)
-    wgrad.launch_wgrad(
-        inner(t.x), case.geometry, a=inner(t.dy), u=inner(t.other), dw=channels_last(dw), f=channels_last(f),
-        weight=channels_last(surround(t.weight)), feedback=channels_last(surround(t.feedback)),
+    run_kernel(
+        wgrad_launch, case.geometry, x=inner(t.x), a=inner(t.dy), u=inner(t.other), dw=channels_last(dw),
+        f=channels_last(f), weight=channels_last(surround(t.weight)), feedback=channels_last(surround(t.feedback)),
         tile=tile or small(case), **both, **terms,
     )  # fmt: skip
     expected = []
@@ -120,7 +124,9 @@ def test_what_has_no_coefficient_is_not_read(used, monkeypatch):
     feedback = t.feedback if used.get("decay") else fresh(t.feedback)
     dw = products(t.x, t.weight, t.dy, case, torch.float32)[1] if used.get("tie") else fresh(t.weight)
     x, u, f_, dw_, w_, b_ = (v.permute(0, 2, 3, 1).contiguous() for v in (t.x, t.other, f, dw, weight, feedback))
-    wgrad.launch_wgrad(x, case.geometry, u=u, f=f_, dw=dw_, weight=w_, feedback=b_, scale=2.0, tile=small(case), **used)
+    run_kernel(
+        wgrad_launch, case.geometry, x=x, u=u, f=f_, dw=dw_, weight=w_, feedback=b_, scale=2.0, tile=small(case), **used
+    )
     oracle = 2 * products(t.x, t.weight, t.other, case)[1] + sum(
         used.get(key, 0.0) * sign * value.double()
         for key, sign, value in (("decay", 1, t.feedback), ("self_", -1, t.weight), ("tie", 1, dw))
@@ -134,9 +140,9 @@ def test_feedback_gradient_without_data():
     case = CASES["3x3"]
     t = layer(case)
     dw, f, w, b = (v.permute(0, 2, 3, 1) for v in (fresh(t.weight), fresh(t.weight), t.weight, t.feedback))
-    wgrad.launch_wgrad(
-        inner(t.x), case.geometry, a=inner(t.dy), dw=dw, f=f, weight=w, feedback=b, decay=0.3, self_=0.5, tie=0.7,
-        tile=small(case),
+    run_kernel(
+        wgrad_launch, case.geometry, x=inner(t.x), a=inner(t.dy), dw=dw, f=f, weight=w, feedback=b, decay=0.3,
+        self_=0.5, tie=0.7, tile=small(case),
     )  # fmt: skip
     first = products(t.x, t.weight, t.dy, case)[1].permute(0, 2, 3, 1)
     oracle = 0.7 * first + 0.3 * b.double() - 0.5 * w.double()
@@ -149,35 +155,35 @@ def test_equal_decay_and_self_are_exact_where_the_feedback_nears_the_weight():
     t = layer(case)
     w = inner(t.weight)
     b, f = w + 1e-6 * inner(t.feedback), fresh(w)
-    wgrad.launch_wgrad(inner(t.x), case.geometry, a=inner(t.dy), dw=fresh(w), f=f, weight=w, feedback=b, decay=0.3,
-                       self_=0.3, tile=small(case))  # fmt: skip
+    run_kernel(wgrad_launch, case.geometry, x=inner(t.x), a=inner(t.dy), dw=fresh(w), f=f, weight=w, feedback=b,
+               decay=0.3, self_=0.3, tile=small(case))  # fmt: skip
     assert torch.allclose(f, 0.3 * (b - w), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_second_moment_beside_the_weight_gradient(splits):
+def test_gram_beside_the_weight_gradient(splits):
     """G = x'x has as many rows as x has channels, and stays in float32."""
     case = CASES["1x1"]._replace(splits=splits)
     t, g = layer(case, torch.float16), case.geometry.flat()
     x, dy = inner(t.x).view(-1, 1, 1, 16), inner(t.dy).view(-1, 1, 1, 32)
-    dw, moment = fresh(t.weight), fresh(t.x.new_empty(16, 1, 1, 16), torch.float32)
-    wgrad.launch_wgrad(x, g, a=dy, u=x, dw=dw.permute(0, 2, 3, 1), f=moment, tile=small(case, BK=32))
+    dw, gram = fresh(t.weight), fresh(t.x.new_empty(16, 1, 1, 16), torch.float32)
+    run_kernel(wgrad_launch, g, x=x, a=dy, u=x, dw=dw.permute(0, 2, 3, 1), f=gram, tile=small(case, BK=32))
     flat = x.view(-1, 16)
-    assert_near(moment.view(16, 16), flat.float().t() @ flat.float(), flat.double().t() @ flat.double())
+    assert_near(gram.view(16, 16), flat.float().t() @ flat.float(), flat.double().t() @ flat.double())
     assert_near(dw, products(t.x, t.weight, t.dy, case, torch.float16)[1], products(t.x, t.weight, t.dy, case)[1])
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("channels", [16, 40])
-def test_second_moment_alone(channels, splits):
+def test_gram_alone(channels, splits):
     """The blocks above the diagonal are mirrored, of 40 channels the last one ragged."""
     case = CASES["1x1"]._replace(input=(2, channels, 4, 5), weight=(8, channels, 1, 1), splits=splits)
     x = inner(layer(case, torch.float16).x).view(-1, 1, 1, channels)
-    moment = fresh(x.new_empty(channels, 1, 1, channels), torch.float32)
-    wgrad.launch_wgrad(x, Geometry(40, channels, channels), u=x, f=moment, scale=0.5, tile=small(case))
-    flat, moment = x.view(-1, channels), moment.view(channels, channels)
-    assert_near(moment, 0.5 * (flat.float().t() @ flat.float()), 0.5 * (flat.double().t() @ flat.double()))
-    assert (moment - moment.t()).tril(-16).count_nonzero() == 0
+    gram = fresh(x.new_empty(channels, 1, 1, channels), torch.float32)
+    run_kernel(wgrad_launch, Geometry(40, channels, channels), x=x, u=x, f=gram, scale=0.5, tile=small(case))
+    flat, gram = x.view(-1, channels), gram.view(channels, channels)
+    assert_near(gram, 0.5 * (flat.float().t() @ flat.float()), 0.5 * (flat.double().t() @ flat.double()))
+    assert (gram - gram.t()).tril(-16).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("splits", [3, 5])
@@ -190,11 +196,11 @@ def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
 
 
-def test_arrivals_are_left_at_zero(monkeypatch):
-    arrived = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(wgrad, "arrivals", lambda count, device: arrived)
+def test_semaphores_are_left_at_zero(monkeypatch):
+    semaphores = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(launch, "semaphores", lambda count, device: semaphores)
     first, *_ = run_pair(CASES["4x3 stride 3 and 2"], **TERMS)
-    assert not arrived.any()
+    assert not semaphores.any()
     again, *_ = run_pair(CASES["4x3 stride 3 and 2"], **TERMS)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -206,7 +212,7 @@ def run_dgrad(case: Case, dtype=torch.float32, tile=None, dual=True, centered=Fa
     dx, z = fresh(inner(t.x)), fresh(inner(t.x))
     second = {"y": inner(t.other), "x": inner(t.x), "z": z, **both, **scales} if dual else {}
     tile = tile or DgradTile(16, 16, 16, 4, 2)
-    dgrad.launch_dgrad(inner(t.feedback), case.geometry, dy=inner(t.dy), dx=dx, tile=tile, **second)
+    run_kernel(dgrad_launch, case.geometry, feedback=inner(t.feedback), dy=inner(t.dy), dx=dx, tile=tile, **second)
     expected = []
     for wide in (dtype, torch.float64):
         first, second = (products(t.x, t.feedback, y, case, wide)[0] for y in (t.dy, t.other))
@@ -236,8 +242,16 @@ def test_z_alone():
     t = layer(case)
     z = fresh(inner(t.x))
     tile = DgradTile(16, 16, 16, 4, 2)
-    dgrad.launch_dgrad(
-        inner(t.feedback), case.geometry, y=inner(t.other), x=inner(t.x), z=z, z_scale=-0.5, x_scale=-1.0, tile=tile
+    run_kernel(
+        dgrad_launch,
+        case.geometry,
+        feedback=inner(t.feedback),
+        y=inner(t.other),
+        x=inner(t.x),
+        z=z,
+        z_scale=-0.5,
+        x_scale=-1.0,
+        tile=tile,
     )
     oracle = inner(t.x.double() - 0.5 * products(t.x, t.feedback, t.other, case)[0])
     assert_near(z, oracle.float(), oracle)
@@ -248,7 +262,9 @@ def test_a_class_without_taps_is_zero_whatever_the_feedback_holds(name):
     case = CASES[name]
     t, g = layer(case), case.geometry
     dx = fresh(inner(t.x))
-    dgrad.launch_dgrad(fresh(inner(t.feedback)), g, dy=inner(t.dy), dx=dx, tile=DgradTile(16, 16, 16, 4, 2))
+    run_kernel(
+        dgrad_launch, g, feedback=fresh(inner(t.feedback)), dy=inner(t.dy), dx=dx, tile=DgradTile(16, 16, 16, 4, 2)
+    )
     reached = inner(products(t.x, torch.ones_like(t.feedback), torch.ones_like(t.dy), case)[0]) > 0
     down, across = case.stride
     classes = [(slice(None), slice(i, None, down), slice(j, None, across)) for i in range(down) for j in range(across)]
@@ -262,8 +278,7 @@ def test_offsets_in_int64(monkeypatch):
     """The path of tensors past 2^31 elements, on one that is not."""
     case = CASES["3x2 stride 2 and 1"]
     narrow = [t for run in (run_pair, run_dgrad) for t in run(case)[0]]
-    for module in (wgrad, dgrad):
-        monkeypatch.setattr(module, "wide", lambda geometry: True)
+    monkeypatch.setattr(Geometry, "wide", True)
     wide = [t for run in (run_pair, run_dgrad) for t in run(case)[0]]
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
@@ -274,8 +289,8 @@ def test_shipped_tiles(name):
     case = CASES[name]
     g = case.geometry
     runs = (
-        run_pair(case, tile=choose_wgrad(g, (g.K, g.K), 4, 90, 132), **TERMS),
-        run_dgrad(case, tile=choose_dgrad(g, True, 4, 90), x_scale=0.5),
+        run_pair(case, tile=choose_wgrad(g, (g.K, g.K), target(4, 90)), **TERMS),
+        run_dgrad(case, tile=choose_dgrad(g, True, target(4, 90)), x_scale=0.5),
     )
     for run in runs:
         for ours, composed, oracle in zip(*run, strict=True):
@@ -294,12 +309,12 @@ def test_chosen_tiles_are_powers_of_two_and_splits_have_work(itemsize, capabilit
         for positions in (1, 49, 100_000):
             g = Geometry(positions, c, k)
             for rows in ((k, 0), (0, k), (k, k), (k, c)):
-                tile = choose_wgrad(g, rows, itemsize, capability, 132)
+                tile = choose_wgrad(g, rows, target(itemsize, capability))
                 blocks = (tile.BK, tile.BU, tile.BC, tile.BP)
                 assert all(b >= 16 and b & (b - 1) == 0 for b in blocks)
                 assert 1 <= tile.splits <= max(1, -(-positions // tile.BP))
             for dual in (False, True):
-                tile = choose_dgrad(g, dual, itemsize, capability)
+                tile = choose_dgrad(g, dual, target(itemsize, capability))
                 assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BM, tile.BC, tile.BK))
 
 
@@ -308,7 +323,7 @@ def test_chosen_tiles_are_powers_of_two_and_splits_have_work(itemsize, capabilit
 def test_phases(stride, dilation):
     """first_taps: by counting, every tap of every class visits the positions that it is said to."""
     phases = Geometry(1, 1, 1, stride=(stride, 1), dilation=(dilation, 1)).phases()
-    step, reach, inverse = (phases[f"{name}_H"] for name in ("STEP", "REACH", "INV"))
+    step, reach, inverse = (pair[0] for pair in phases)
     common = stride // step
     for shift in range(2 * stride):
         taps = [r for r in range(7) if (shift - r * dilation) % stride == 0]
@@ -324,47 +339,55 @@ def test_arguments_that_the_kernels_do_not_read():
     x, dy, w = inner(t.x), inner(t.dy), inner(t.weight)
     flat = x.view(-1, 1, 1, 8)
     with pytest.raises(ValueError, match=r"a has shape \(1, 4, 5, 8\), expected \(1, 4, 7, 16\)"):
-        wgrad.launch_wgrad(x, g, a=x, dw=w)
+        run_kernel(wgrad_launch, g, x=x, a=x, dw=w)
     with pytest.raises(ValueError, match=r"a is torch.float16, expected torch.float32"):
-        wgrad.launch_wgrad(x, g, a=dy.half(), dw=w)
-    with pytest.raises(ValueError, match=r"dtype is torch.float64"):
-        wgrad.launch_wgrad(x.double(), g, a=dy.double(), dw=w)
+        run_kernel(wgrad_launch, g, x=x, a=dy.half(), dw=w)
+    with pytest.raises(ValueError, match=r"dtype is float64"):
+        run_kernel(wgrad_launch, g, x=x.double(), a=dy.double(), dw=w)
     with pytest.raises(ValueError, match=r"a has strides .* expected channels innermost"):
-        wgrad.launch_wgrad(x, g, a=t.dy.permute(0, 2, 3, 1), dw=w)
+        run_kernel(wgrad_launch, g, x=x, a=t.dy.permute(0, 2, 3, 1), dw=w)
     with pytest.raises(ValueError, match=r"tie is 1.0, expected 0 where u has 8 channels"):
-        wgrad.launch_wgrad(x, g, a=dy, u=dy[..., :8].contiguous(), dw=w, f=w, tie=1.0)
+        run_kernel(wgrad_launch, g, x=x, a=dy, u=dy[..., :8].contiguous(), dw=w, f=w, tie=1.0)
     with pytest.raises(ValueError, match=r"expected BK == BU"):
-        wgrad.launch_wgrad(x, g, a=dy, u=dy, dw=w, f=w, tie=1.0, tile=small(case, BU=32))
+        run_kernel(wgrad_launch, g, x=x, a=dy, u=dy, dw=w, f=w, tie=1.0, tile=small(case, BU=32))
     with pytest.raises(ValueError, match=r"expected BU == BC where the product is symmetric"):
-        wgrad.launch_wgrad(flat, Geometry(20, 8, 8), u=flat, f=w, tile=small(case, BC=4))
+        run_kernel(wgrad_launch, Geometry(20, 8, 8), x=flat, u=flat, f=w, tile=small(case, BC=4))
     with pytest.raises(ValueError, match="fewer than 2\\^30"):
-        wgrad.launch_wgrad(x, g._replace(N=2**30), a=dy, dw=w)
+        run_kernel(wgrad_launch, g._replace(N=2**30), x=x, a=dy, dw=w)
     with pytest.raises(ValueError, match="dy has shape"):
-        dgrad.launch_dgrad(w, g, dy=x, dx=x)
+        run_kernel(dgrad_launch, g, feedback=w, dy=x, dx=x)
 
 
 @pytest.mark.parametrize(
     ("mean", "message"),
     [
-        (torch.zeros(20, 7), r"mean has shape \(20, 7\), .* \(a multiple of 20 that divides 40\) and 8 columns"),
-        (torch.zeros(10, 8), r"mean has shape \(10, 8\)"),
-        (torch.zeros(60, 8), r"mean has shape \(60, 8\)"),
-        (torch.zeros(0, 8), r"mean has shape \(0, 8\)"),
-        (torch.zeros(20, 8).half(), r"mean is torch.float16 .*, expected float32"),
-        (torch.zeros(8, 20).t(), r"mean is torch.float32 with strides \(1, 20\), expected float32 without gaps"),
+        (torch.zeros(20, 7), r"mean has shape \(20, 7\), expected \(20, 8\)"),
+        (torch.zeros(10, 8), r"mean has 10 rows, .* \(a multiple of 20 that divides 40\)"),
+        (torch.zeros(60, 8), r"mean has 60 rows"),
+        (torch.zeros(0, 8), r"mean has 0 rows"),
+        (torch.zeros(20, 8).half(), r"mean is torch.float16, expected torch.float32"),
+        (torch.zeros(8, 20).t(), r"mean has strides \(1, 20\), expected channels innermost and no gaps"),
     ],
     ids=["channels", "rows", "too many rows", "no rows", "dtype", "strides"],
 )
 def test_means_that_the_kernels_do_not_read(mean, message):
     g = Geometry(2, 8, 8, 4, 5, 4, 5)
-    for positions in (20, 40):
-        assert launch.sample_size(g, torch.zeros(positions, 8)) == positions
-    assert launch.sample_size(g, None) == 1
+    x, f = (torch.zeros(s, device=DEVICE) for s in ((2, 4, 5, 8), (8, 1, 1, 8)))
+    for rows in (20, 40):
+        run_kernel(wgrad_launch, g, x=x, u=x, f=f, mean=torch.zeros(rows, 8, device=DEVICE), tile=small(CASES["3x3"]))
     with pytest.raises(ValueError, match=message):
-        launch.sample_size(g, mean)
+        run_kernel(wgrad_launch, g, x=x, u=x, f=f, mean=mean.to(DEVICE), tile=small(CASES["3x3"]))
 
 
 def test_offsets_widen_past_2_31_elements():
-    assert not launch.wide(Geometry(2**21, 1023, 1))
-    assert launch.wide(Geometry(2**21, 1024, 1))
-    assert launch.wide(Geometry(2**21, 1, 1024))
+    assert not Geometry(2**21, 1023, 1).wide
+    assert Geometry(2**21, 1024, 1).wide
+    assert Geometry(2**21, 1, 1024).wide
+
+
+def test_arguments_are_in_the_order_of_the_kernel():
+    """A grouped launch passes them by position."""
+    g, device = Geometry(40, 16, 16), target(4, 90)
+    for made in (wgrad_launch(g, device, x="x", a="dy", dw="dW"), dgrad_launch(g, device, dy="dy", dx="dx")):
+        assert [*made.arguments] == made.kernel.arg_names[: len(made.arguments)]
+        assert {*made.constants} == {*made.kernel.arg_names[len(made.arguments) : -2]}

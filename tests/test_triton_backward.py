@@ -1,16 +1,18 @@
 """The backward of a layer from the Triton kernels, against the composition and float64."""
 
 import itertools
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import triton_cases
 from cases import RULES
-from pyfeedback.forms import Coefficients, Form, Problem, Window, choose_form
-from triton_cases import DEVICE, Case, assert_near, inner, layer
+from triton_cases import DEVICE, Case, assert_near, inner, layer, names, record_launches
 
-from pyfeedback.kernels import ops
-from pyfeedback.kernels import rule as kernel_rule
+from pyfeedback.forms import Coefficients, Form, Problem, choose_form
+from pyfeedback.kernels import backward
 
 pytestmark = triton_cases.MARKS
 
@@ -42,17 +44,16 @@ def run_conv2d(case: Case, rule: dict, form: Form, mask=(True,) * 4, dtype=torch
     t = layer(case, dtype)
     x, w, b, dy = (laid_out(v).permute(0, 3, 1, 2) if laid_out else v for v in t[:4])
     y = torch.conv2d(x.double(), w.double(), None, *case.window).to(dtype) if respond else None
-    window = Window(*case.window)
-    coefficients = Coefficients(**rule)
-    center = torch.ops.pyfeedback.center.default
-    ours = ops.conv2d_backward(dy, x, w, b, y, window, coefficients, mask, form=form.value, center=center)
+    options = {"rule": Coefficients(**rule), "mask": mask, "algorithm": form.algorithm}
+    options["center"] = torch.ops.pyfeedback.center.default
+    ours = backward.layer_backward(dy, x, w, b, y, convolution=case.window, **options)
     for grad, like in zip(ours[:3], (x, w, w), strict=True):
         assert grad is None or grad.stride() == torch.zeros_like(like).stride()
     op = torch.ops.pyfeedback.fa_conv2d_backward
     expected = []
     for wide in (dtype, torch.float64):
         tensors = (v if v is None else v.to(wide) for v in (dy, x, w, b, y))
-        expected.append(op(*tensors, *window, **rule, output_mask=mask))
+        expected.append(op(*tensors, *case.window, 1, **rule, output_mask=mask))
     return ours, *expected
 
 
@@ -82,15 +83,17 @@ def test_part_of_the_batch_without_a_response_in_another_layout(name, rule):
         assert_all_near(*run_conv2d(LAYERS[name], sampled, Form.INPUT_MOMENT))
 
 
-def test_second_moment_of_many_channels_is_launched_apart(monkeypatch):
-    monkeypatch.setattr(kernel_rule, "MOMENT_JOINS", 8)
+def test_gram_of_many_channels_is_launched_alone(monkeypatch):
+    launched = record_launches(monkeypatch, SHARED_GRAM_CHANNELS=8)
     for rule in ("ia", "everything"):
         assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Form.INPUT_MOMENT))
+        assert launched.pop(0).products == ("gram",)
+        launched.clear()
 
 
-@pytest.mark.parametrize("rule", ["fa", "kp", "ia", "aa"])
+@pytest.mark.parametrize("rule", ["fa", "kp", "ia", "aa", "null"])
 def test_masks(rule):
-    """What is not asked for is not launched, and what waits for it comes all the same."""
+    """What is not asked for is not launched, and what it would have been computed with is."""
     case = LAYERS["1x1"]
     form = Form.NONE if rule in ("fa", "kp") else Form.DIRECT
     for mask in itertools.product((True, False), repeat=3):
@@ -109,8 +112,9 @@ def test_linear_backward(rule):
     named, mask = RULES[rule], (True,) * 4
     problem = Problem(15, 16, 24)
     form = choose_form(problem, Coefficients(**named), False)
-    center = torch.ops.pyfeedback.center.default
-    ours = ops.linear_backward(dy, x, w, b, None, Coefficients(**named), mask, form=form.value, center=center)
+    options = {"rule": Coefficients(**named), "mask": mask, "algorithm": form.algorithm}
+    options["center"] = torch.ops.pyfeedback.center.default
+    ours = backward.layer_backward(dy, x, w, b, None, convolution=None, **options)
     op = torch.ops.pyfeedback.fa_linear_backward
     composed = op(dy, x, w, b, None, **named, output_mask=mask)
     assert_all_near(ours, composed, op(*(t.double() for t in (dy, x, w, b)), None, **named, output_mask=mask))
@@ -118,23 +122,74 @@ def test_linear_backward(rule):
 
 def test_launches_are_shared(monkeypatch):
     """Weight mirror is one launch and dx, information alignment two, of which one holds dx."""
-    counted = []
-    monkeypatch.setattr(kernel_rule, "choose_joint", lambda *a: None)  # as if the layer were large
-    for name in ("launch_wgrad", "launch_dgrad"):
-        real = getattr(kernel_rule, name)
-        monkeypatch.setattr(
-            kernel_rule, name, lambda *a, real=real, name=name, **k: (counted.append(name), real(*a, **k))
-        )
+    launched = record_launches(monkeypatch, choose_grouped=lambda *_: None)  # as if the layer were large
     for rule, wgrads in (("wm", 1), ("kp", 1), ("sa", 1), ("aa", 1), ("ia", 2)):
-        counted.clear()
+        launched.clear()
         run_conv2d(LAYERS["1x1"], RULES[rule], Form.NONE if rule in ("kp", "sa") else Form.DIRECT)
-        assert sorted(counted) == ["launch_dgrad", *["launch_wgrad"] * wgrads], rule
+        assert sorted(names(launched)) == ["dgrad", *["wgrad"] * wgrads], rule
 
 
-def test_layers_that_the_kernels_take():
+def test_layers_that_the_kernels_support():
     x, w = torch.zeros(2, 16, 4, 4, device=DEVICE), torch.zeros(16, 16, 3, 3, device=DEVICE)
-    assert ops.takes(x, w)
-    assert not ops.takes(x, w, groups=2)
-    assert not ops.takes(x.double(), w.double())
-    assert not ops.takes(x[:0], w)
-    assert not ops.takes(x[:, :3], w[:, :3])
+    assert backward.supports(x, w)
+    assert not backward.supports(x, w, groups=2)
+    assert not backward.supports(x.double(), w.double())
+    assert not backward.supports(x[:0], w)
+    assert not backward.supports(x[:, :3], w[:, :3])
+    assert not backward.supports(x, w[:1, :1, 0, 0].expand(2**16, 2**15))  # offsets into the weight are int32
+
+
+class ExtendedRule(NamedTuple):
+    """A rule with a coefficient of its own, and a name."""
+
+    decay: float = 0.3
+    amp: float = 0.4
+    null: float = 0.0
+    sparse: float = 0.0
+    self_: float = 0.0
+    tie: float = 0.0
+    center: bool = False
+    samples: int = 0
+    growth: float = 0.0
+    name: str = "extended"
+
+
+def test_a_coefficient_that_the_kernels_do_not_implement_is_refused():
+    x, dy, w, b = (torch.ones(s, device=DEVICE) for s in ((3, 16), (3, 24), (24, 16), (24, 16)))
+
+    def run(rule, mask=(True,) * 4, algorithm="direct"):
+        options = {"rule": rule, "mask": mask, "algorithm": algorithm, "center": None}
+        return backward.layer_backward(dy, x, w, b, dy, convolution=None, **options)
+
+    assert run(ExtendedRule())[2] is not None
+    with pytest.raises(ValueError, match=r"^rule.growth is not 0, expected 0: the Triton kernels do not "):
+        run(ExtendedRule(growth=1e-3))
+    assert run(ExtendedRule(growth=1e-3), (True, True, False, True), "none")[2] is None  # nothing is computed of it
+
+
+def test_host_calls_of_a_backward(monkeypatch):
+    """The plan is cached: a step is the preparation of operands and the launches."""
+    case = Case((4, 16, 5, 5), (16, 16, 3, 3), padding=(1, 1))
+    x, w, b, dy, y = (inner(v).permute(0, 3, 1, 2) for v in layer(case))
+    options = {"rule": Coefficients(amp=0.1, null=0.1, decay=0.1), "mask": (True, True, True, False)}
+    options |= {"algorithm": "direct", "center": None, "convolution": case.window}
+    real, calls = backward.run, []
+
+    def run(launch, values, device):
+        calls.append("run")
+        return real(launch._replace(kernel={launch.grid: lambda **_: None}), values, device)
+
+    def count(frame, event, _):
+        if event == "call" and Path(frame.f_code.co_filename).parent.name == "kernels":
+            calls.append(frame.f_code.co_name)
+
+    monkeypatch.setattr(backward, "run", run)
+    for _ in range(2):
+        calls.clear()
+        sys.setprofile(count)
+        try:
+            backward.layer_backward(dy, x, w, b, y, **options)
+        finally:
+            sys.setprofile(None)
+    assert calls.count("run") == 4  # two launches, each counted here and in launch.py
+    assert len(calls) <= 25, calls

@@ -4,11 +4,11 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
-from pyfeedback.forms import Form
-from triton_cases import Case, assert_near, backward, data_terms, single_passes
+from triton_cases import Case, assert_near, data_terms, layer_backward, one_pass, target, terms_in_one_pass
 
+from pyfeedback.forms import Form
 from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.tiles import choose_joint, choose_single, choose_wgrad
+from pyfeedback.kernels.tiles import choose_grouped, choose_pointwise, choose_wgrad
 
 pytestmark = triton_cases.MARKS
 
@@ -27,18 +27,18 @@ LAYERS = {
 }
 # Launches: the layers, rules and forms that take them.
 COVERED = {
-    "single": [
+    "one pass": [
         ("1x1", "wm", Form.DIRECT),
         ("linear", "ia", Form.DIRECT),
         ("1x1 strided", "ia, amp above null", Form.INPUT_MOMENT),
     ],
-    "joint": [
+    "grouped": [
         ("2x1", "wm", Form.DIRECT),
         ("2x1", "ia", Form.DIRECT),
         ("1x1", "aa", Form.DIRECT),
         ("1x1", "ia, amp above null", Form.RESPONSE_MOMENT),
     ],
-    "apart": [("linear", "ia, amp above null", Form.INPUT_MOMENT), ("1x1", "all three", Form.DIRECT)],
+    "unfused": [("linear", "ia, amp above null", Form.INPUT_MOMENT), ("1x1", "all three", Form.DIRECT)],
 }
 MEANS = (0, 1, 30, 1000)
 SEEDS = range(5)  # for each mean
@@ -63,14 +63,14 @@ def draw(case: Case, form: Form, mean: float, seed: int, dtype):
     return x, w, b, None if form is Form.INPUT_MOMENT else y
 
 
-def error_ratios(name: str, rule: dict, form: Form, dtype=torch.float32, path="joined", samples=0):
+def error_ratios(name: str, rule: dict, form: Form, dtype=torch.float32, fused=True, samples=0):
     """Of every mean and seed: our error to that of composing with both factors centred, beyond a quarter of a unit."""
     case, ratios = LAYERS[name], []
     for mean in MEANS:
         for seed in SEEDS:
             x, w, b, y = draw(case, form, mean, seed, dtype)
             terms = {**rule, "center": True, "samples": samples}
-            ours = backward(case, x, w, b, y, terms, form, path, linear=name == "linear")[2]
+            ours = layer_backward(case, x, w, b, y, terms, form, fused, linear=name == "linear")[2]
             plain, exact = (data_terms(case, x, w, b, y, terms, wide) for wide in (dtype, torch.float64))
             ratios.append(norm_error(ours, exact) / (norm_error(plain, exact) + torch.finfo(dtype).eps / 4))
     assert len(ratios) >= 20
@@ -80,43 +80,43 @@ def error_ratios(name: str, rule: dict, form: Form, dtype=torch.float32, path="j
 @pytest.mark.parametrize(("launches", "case"), [(name, case) for name in COVERED for case in COVERED[name]], ids=str)
 def test_error_at_most_four_times_that_of_centring_both_factors(launches, case, monkeypatch):
     name, rule, form = case
-    launched = single_passes(monkeypatch) if launches == "single" else None
-    ratios = error_ratios(name, RULES[rule], form, path="apart" if launches == "apart" else "joined")
+    launched = one_pass(monkeypatch) if launches == "one pass" else None
+    ratios = error_ratios(name, RULES[rule], form, fused=launches != "unfused")
     assert percentile(ratios, 95) <= 4, ratios
-    assert launched is None or len(launched) == len(ratios)
+    assert launched is None or len(terms_in_one_pass(launched)) == len(ratios)
 
 
-@pytest.mark.parametrize("launches", ["single", "joint"])
+@pytest.mark.parametrize("launches", ["one pass", "grouped"])
 @pytest.mark.parametrize(("rule", "form"), [("wm", Form.DIRECT), ("ia", Form.DIRECT), ("ia", Form.INPUT_MOMENT)])
 def test_error_in_float16(launches, rule, form, monkeypatch):
-    if launches == "single":
-        single_passes(monkeypatch)
+    if launches == "one pass":
+        one_pass(monkeypatch)
     ratios = error_ratios("1x1", RULES[rule], form, torch.float16)
     assert percentile(ratios, 95) <= 4, ratios
 
 
-@pytest.mark.parametrize("path", ["joined", "apart"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("rule", ["wm", "ia", "all three"])
-def test_the_mean_is_that_of_the_samples_in_use(rule, path):
+def test_the_mean_is_that_of_the_samples_in_use(rule, fused):
     """The other samples lie elsewhere."""
     for name, form in (("1x1 strided", Form.DIRECT), ("linear", Form.INPUT_MOMENT), ("2x1", Form.DIRECT)):
         case, terms = LAYERS[name], {**RULES[rule], "center": True, "samples": 3}
         x, w, b, y = draw(case, form, 30, 0, torch.float32)
         x[3:] += 1000
-        ours = backward(case, x, w, b, y, terms, form, path, linear=name == "linear")[2]
+        ours = layer_backward(case, x, w, b, y, terms, form, fused, linear=name == "linear")[2]
         assert_near(ours, *(data_terms(case, x, w, b, y, terms, wide) for wide in (torch.float32, torch.float64)))
 
 
-@pytest.mark.parametrize("launches", ["single", "joint", "apart"])
+@pytest.mark.parametrize("launches", ["one pass", "grouped", "unfused"])
 def test_a_sample_alone_is_its_mean(launches, monkeypatch):
-    if launches == "single":
-        single_passes(monkeypatch)
+    if launches == "one pass":
+        one_pass(monkeypatch)
     for rule in ("wm", "ia", "all three"):
         for form in (Form.DIRECT, Form.INPUT_MOMENT):
             x, w, b, y = draw(LAYERS["1x1"], form, 30, 0, torch.float32)
             terms = {**RULES[rule], "center": True, "samples": 1}
-            path = "apart" if launches == "apart" else "joined"
-            assert (backward(LAYERS["1x1"], x, w, b, y, terms, form, path)[2] == 0).all()
+            fused = launches != "unfused"
+            assert (layer_backward(LAYERS["1x1"], x, w, b, y, terms, form, fused)[2] == 0).all()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -126,17 +126,19 @@ def test_chosen_tiles(capability, itemsize):
     for c, k in [(16, 16), (64, 256), (256, 64), (512, 1024)]:
         for rows, symmetric, means in (((k, k), False, 1), ((0, k), False, 1), ((k, c), False, 2), ((0, c), True, 2)):
             g = Geometry(10**5, c, k)
-            tile = choose_wgrad(g, rows, itemsize, capability, 132, symmetric, means=means)
+            tile = choose_wgrad(g, rows, target(itemsize, capability), symmetric, means=means)
             assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BK, tile.BU, tile.BC, tile.BP))
             assert not symmetric or c <= tile.BC or tile.BU == tile.BC
-            plain = choose_wgrad(g, rows, itemsize, capability, 132, symmetric)
+            plain = choose_wgrad(g, rows, target(itemsize, capability), symmetric)
             assert (tile.BC, tile.stages) <= (plain.BC, plain.stages)
             assert itemsize == 2 or tile.BC <= 32
             assert (capability, itemsize) != (90, 2) or tile.stages == 4 - means
-            small = choose_joint(g._replace(N=50), rows, True, itemsize, capability, 132, means)
+            small = choose_grouped(g._replace(N=50), rows, True, target(itemsize, capability), means)
             assert len({(t.warps, t.stages) for t in small}) == 1
-    for term in ("response", "projection", "moment"):
-        tile = choose_single(Geometry(10**5, 64, 64), term, 2, capability, 132, True)
+    for term in ("cross", "z", "gram"):
+        tile = choose_pointwise(Geometry(10**5, 64, 64), term, target(2, capability), True)
         assert (tile.BK, tile.BC) == (64, 64)
-    assert choose_single(Geometry(10**5, 256, 64), "response", 2, 90, 132, True).BC == 128
-    assert (choose_single(Geometry(10**5, 64, 256), "moment", 2, capability, 132, True) is None) == (capability == 80)
+    assert choose_pointwise(Geometry(10**5, 256, 64), "cross", target(2, 90), True).BC == 128
+    assert (choose_pointwise(Geometry(10**5, 64, 256), "gram", target(2, capability), True) is None) == (
+        capability == 80
+    )

@@ -4,13 +4,12 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
-from pyfeedback.forms import Form
-from triton_cases import DEVICE, Case, backward, data_terms, products, single_passes
+from triton_cases import DEVICE, Case, data_terms, layer_backward, one_pass, products, record_launches
 
+from pyfeedback.forms import Form
 from pyfeedback.kernels import dgrad, wgrad
-from pyfeedback.kernels import rule as kernel_rule
-from pyfeedback.kernels.rule import unit_of
-from pyfeedback.kernels.tiles import DgradTile, SingleTile, WgradTile
+from pyfeedback.kernels.backward import unit_of
+from pyfeedback.kernels.tiles import DgradTile, PointwiseTile, WgradTile
 
 pytestmark = triton_cases.MARKS
 
@@ -50,23 +49,23 @@ def draw(case: Case, seed: int):
 @pytest.mark.parametrize(
     ("launches", "case", "rule", "form", "over"),
     [
-        ("single", POINTWISE, "wm", Form.DIRECT, "sum"),
-        ("single", POINTWISE, "ia", Form.DIRECT, "z"),
-        ("single", POINTWISE, "aa", Form.DIRECT, "u"),
-        ("joint", WINDOW, "ia", Form.DIRECT, "z"),
-        ("joint", POINTWISE, "ia", Form.RESPONSE_MOMENT, "sum"),
-        ("apart", POINTWISE, "ia", Form.INPUT_MOMENT, "sum"),
-        ("apart", WINDOW, "aa", Form.DIRECT, "u"),
-        ("apart", POINTWISE, "all three", Form.DIRECT, "z"),
+        ("one pass", POINTWISE, "wm", Form.DIRECT, "sum"),
+        ("one pass", POINTWISE, "ia", Form.DIRECT, "z"),
+        ("one pass", POINTWISE, "aa", Form.DIRECT, "u"),
+        ("grouped", WINDOW, "ia", Form.DIRECT, "z"),
+        ("grouped", POINTWISE, "ia", Form.RESPONSE_MOMENT, "sum"),
+        ("unfused", POINTWISE, "ia", Form.INPUT_MOMENT, "sum"),
+        ("unfused", WINDOW, "aa", Form.DIRECT, "u"),
+        ("unfused", POINTWISE, "all three", Form.DIRECT, "z"),
     ],
 )
 def test_error_at_most_twice_pytorchs_on_activations_that_float16_can_take(
     launches, case, rule, form, over, monkeypatch
 ):
     """Multiplying the activations by a power of two changes nothing but the exponent of what is to come out."""
-    if launches == "single":
-        single_passes(monkeypatch)
-    terms = {**RULES[rule], "center": launches != "single"}
+    if launches == "one pass":
+        one_pass(monkeypatch)
+    terms = {**RULES[rule], "center": launches != "one pass"}
     ratios = []
     for seed in range(20):
         x, w, b, y = draw(case, seed)
@@ -75,8 +74,8 @@ def test_error_at_most_twice_pytorchs_on_activations_that_float16_can_take(
         u = torch.conv2d(x.double(), b.double(), None, *case.window)
         exceeds = {"sum": products(x, w, read, case)[1], "z": products(x, b, read, case)[0], "u": u}
         assert exceeds[over].abs().max() > LARGEST
-        path = "apart" if launches == "apart" else "joined"
-        ours = backward(case, x, w, b, y, scaled(terms, COEFFICIENT), form, path)[2]
+        fused = launches != "unfused"
+        ours = layer_backward(case, x, w, b, y, scaled(terms, COEFFICIENT), form, fused)[2]
         exact = data_terms(case, x, w, b, y, scaled(terms, COEFFICIENT), torch.float64)
         assert exact.abs().max() < LARGEST
         plain = data_terms(case, x * SHRUNK, w, b, y if y is None else y * SHRUNK, terms, torch.float16)
@@ -85,12 +84,12 @@ def test_error_at_most_twice_pytorchs_on_activations_that_float16_can_take(
     assert percentile(ratios, 95) <= 2, ratios
 
 
-@pytest.mark.parametrize("launches", ["single", "apart"])
+@pytest.mark.parametrize("launches", ["one pass", "unfused"])
 @pytest.mark.parametrize(("rule", "channels"), [("null", (2, 24)), ("sparse", (24, 2))])
 def test_activations_at_the_edge_of_float16_that_align_with_the_feedback(rule, channels, launches, monkeypatch):
     """The largest intermediate that there is, of a kernel with a few long sums and many short ones."""
-    if launches == "single":
-        single_passes(monkeypatch)
+    if launches == "one pass":
+        one_pass(monkeypatch)
     c, k = channels
     case = Case((2, c, 1, 3), (k, c, 1, 1))
     x, w, b, y = draw(case, 0)
@@ -98,16 +97,15 @@ def test_activations_at_the_edge_of_float16_that_align_with_the_feedback(rule, c
     x[:] = aligned[0].view(1, c, 1, 1)
     y[:] = aligned[:, 0].view(1, k, 1, 1)
     terms = {rule: 1e-12}
-    ours = backward(case, x, w, b, y, terms, Form.DIRECT, "apart" if launches == "apart" else "joined", dy=y * 0)[2]
+    ours = layer_backward(case, x, w, b, y, terms, Form.DIRECT, launches != "unfused", dy=y * 0)[2]
     exact = data_terms(case, x, w, b, y, terms, torch.float64)
     assert norm_error(ours, exact) <= 2 * norm_error(exact.half(), exact)
 
 
 def large_tiles(monkeypatch, single: bool):
     """Few steps for the interpreter, of a layer of real size."""
-    monkeypatch.setattr(kernel_rule, "choose_joint", lambda *_: None)
-    pass_ = SingleTile(16, 16, 4096, 1, 4, 2)
-    monkeypatch.setattr(kernel_rule, "choose_single", lambda *_: pass_ if single else None)
+    tile = PointwiseTile(16, 16, 4096, 1, 4, 2) if single else None
+    record_launches(monkeypatch, choose_grouped=lambda *_: None, choose_pointwise=lambda *_: tile)
     monkeypatch.setattr(wgrad, "choose_wgrad", lambda *_, **__: WgradTile(16, 16, 16, 8192, 1, 4, 2))
     monkeypatch.setattr(dgrad, "choose_dgrad", lambda *_: DgradTile(8192, 16, 16, 4, 2))
 
@@ -120,7 +118,7 @@ def large_tiles(monkeypatch, single: bool):
         ((64, 4, 56, 56), True, "wm", Form.INPUT_MOMENT),
         ((64, 4, 56, 56), False, "ia", Form.DIRECT),
     ],
-    ids=["linear", "linear apart", "1x1", "1x1 apart"],
+    ids=["linear", "linear unfused", "1x1", "1x1 unfused"],
 )
 def test_statistics_at_the_size_of_a_layer(input, single, rule, form, monkeypatch):
     """The sums pass 65504 by far; what remains is one rounding of the result, and of z, which averages out."""
@@ -133,7 +131,7 @@ def test_statistics_at_the_size_of_a_layer(input, single, rule, form, monkeypatc
     terms = {**scaled(RULES[rule], 1e-3 / (input[2] * input[3])), "center": True}
     nothing = torch.zeros(input[0], 8, *input[2:], dtype=torch.float16, device=DEVICE)
     mask = (single, single, True, False)
-    ours = backward(case, x, w, b, y, terms, form, linear=input[2] == 1, mask=mask, dy=nothing)[2]
+    ours = layer_backward(case, x, w, b, y, terms, form, linear=input[2] == 1, mask=mask, dy=nothing)[2]
     exact = data_terms(case, x, w, b, y, terms, torch.float64)
     assert norm_error(ours, exact) <= 2 * norm_error(exact.half(), exact)
 
@@ -147,7 +145,7 @@ def test_a_tie_to_a_gradient_of_the_weight_that_is_infinite(samples):
     dy = torch.full_like(y, 2000)
     terms = {"amp": COEFFICIENT, "tie": COEFFICIENT, "samples": samples}
     for form in (Form.DIRECT, Form.INPUT_MOMENT):
-        _, grad_weight, grad_feedback, _ = backward(case, x, w, b, y, terms, form, dy=dy)
+        _, grad_weight, grad_feedback, _ = layer_backward(case, x, w, b, y, terms, form, dy=dy)
         read = y if form is Form.DIRECT else None
         exact = products(x, w, dy, case)[1]
         assert grad_weight.dtype == grad_feedback.dtype == torch.float16

@@ -20,11 +20,11 @@ DEVICE = "cuda" if GPU else "cpu"
 with pytest.MonkeyPatch.context() as _patch:
     if not GPU:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
-    from pyfeedback.forms import Coefficients, Form, Window
-
-    from pyfeedback.kernels import dgrad_kernel, joint_kernel, ops, rule, single_kernel, wgrad_kernel  # noqa: F401
+    from pyfeedback.forms import Coefficients, Form
+    from pyfeedback.kernels import backward, plan
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
-    from pyfeedback.kernels.tiles import SingleTile
+    from pyfeedback.kernels.launch import Launch, run
+    from pyfeedback.kernels.tiles import PointwiseTile, Target
 
 # Triton 3.6's interpreter makes a loop bound of an array of one element: NumPy warns before 2.4, and raises from there.
 NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Tensors of a case in PyTorch's layouts; `other` stands where the response does."""
+    """Tensors of a case in PyTorch's layouts; `other` is used as the response."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -122,25 +122,73 @@ def products(x, kernel, y, case: Case, dtype=torch.float64):
     return torch.ops.aten.convolution_backward(y, x, kernel, None, *case.window, False, (0, 0), 1, mask)[:2]
 
 
-def single_passes(monkeypatch) -> list[str]:
-    """Pointwise layers in a single pass that the interpreter can take, in float32 too; the terms that are launched."""
-    launched, real = [], rule.launch_single
-    tile = SingleTile(32, 32, 16, 3, 4, 2)
-    monkeypatch.setattr(rule, "choose_single", lambda geometry, *_: tile if geometry.pointwise else None)
-    monkeypatch.setattr(rule, "launch_single", lambda *a, **k: (launched.append(a[2]), real(*a, **k)))
+def target(itemsize: int, capability: int, processors: int = 132) -> Target:
+    """A device, and operands of that many bytes."""
+    return Target("float32" if itemsize == 4 else "bfloat16", False, capability, processors)
+
+
+def described(describe, geometry: Geometry, *args, prefix="", tile=None, **operands) -> tuple[Launch, dict]:
+    """A launch of these tensors and numbers, by parameter, and what it names: the parameter after ``prefix``."""
+    values = {prefix + name: t for name, t in operands.items() if t is not None}
+    named = {name: prefix + name for name, t in operands.items() if isinstance(t, torch.Tensor)}
+    named = {name: t for name, t in operands.items() if name not in named} | named
+    u, mean, y = (operands.get(name) for name in ("u", "mean", "y"))
+    options = {} if mean is None else {"sample": len(mean)}
+    if describe.__name__ == "wgrad_launch":
+        kernels = ((short, operands.get(name)) for short, name in (("w", "dw"), ("f", "f")))
+        options |= {f"{short}_strides": t.stride() for short, t in kernels if t is not None}
+        if u is not None:
+            options["u_channels"] = u.shape[-1]
+            named["u"] = prefix + ("x" if u is operands["x"] else "u")
+    elif describe.__name__ == "pointwise_launch" and y is not None:
+        options["used"] = len(y)
+    dtype = operands.get("x", operands.get("dy")).dtype
+    return describe(geometry, Target(str(dtype).removeprefix("torch.")), *args, tile=tile, **options, **named), values
+
+
+def run_kernel(describe, geometry: Geometry, *args, **operands) -> None:
+    """The launch of these tensors and numbers, by parameter."""
+    run(*described(describe, geometry, *args, **operands), torch.device(DEVICE))
+
+
+def record_launches(monkeypatch, **choices) -> list[Launch]:
+    """What is launched from here on; ``choices`` replace functions of the plan, which is made anew each time."""
+    launched = []
+    monkeypatch.setattr(backward, "plan_backward", plan.plan_backward.__wrapped__)
+    monkeypatch.setattr(backward, "run", lambda launch, *rest: (launched.append(launch), run(launch, *rest)))
+    for name, function in choices.items():
+        monkeypatch.setattr(plan, name, function)
     return launched
 
 
-def backward(case: Case, x, w, b, y, terms: dict, form: Form, path="joined", mask=(True,) * 4, linear=False, dy=None):
+def names(launched: list[Launch]) -> list[str]:
+    """The kernels of these launches."""
+    return [str(launch).partition("(")[0] for launch in launched]
+
+
+def terms_in_one_pass(launched: list[Launch]) -> list[str]:
+    """The terms of the one-pass launches among these."""
+    return [launch.constants["FLAGS"].TERM for launch in launched if names([launch]) == ["pointwise"]]
+
+
+def one_pass(monkeypatch) -> list[Launch]:
+    """Pointwise layers in one pass, with a tile that the interpreter can take, in float32 too; what is launched."""
+    tile = PointwiseTile(32, 32, 16, 3, 4, 2)
+    return record_launches(monkeypatch, choose_pointwise=lambda geometry, *_: tile if geometry.pointwise else None)
+
+
+def layer_backward(
+    case: Case, x, w, b, y, terms: dict, form: Form, fused=True, mask=(True,) * 4, linear=False, dy=None
+):
     """The four gradients of the kernels; a linear layer's with the positions of the case as its tokens."""
-    coefficients = Coefficients(**terms)
-    options = {"form": form.value, "center": torch.ops.pyfeedback.center.default, "path": path}
+    options = {"rule": Coefficients(**terms), "mask": mask, "algorithm": form.algorithm, "fused": fused}
+    options["center"] = torch.ops.pyfeedback.center.default
     g = case.geometry
     dy = x.new_ones(g.N, g.K, g.P, g.Q) if dy is None else dy
     if not linear:
-        return ops.conv2d_backward(dy, x, w, b, y, Window(*case.window), coefficients, mask, **options)
+        return backward.layer_backward(dy, x, w, b, y, convolution=case.window, **options)
     x, y, dy = (None if t is None else t.flatten(2).transpose(1, 2).contiguous() for t in (x, y, dy))
-    dx, *kernels, bias = ops.linear_backward(dy, x, w.flatten(1), b.flatten(1), y, coefficients, mask, **options)
+    dx, *kernels, bias = backward.layer_backward(dy, x, w.flatten(1), b.flatten(1), y, convolution=None, **options)
     dx = None if dx is None else dx.transpose(1, 2).view(case.input)
     return dx, *(t if t is None else t.view(case.weight) for t in kernels), bias
 

@@ -4,26 +4,32 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
-from pyfeedback.forms import Form
 from test_triton_backward import LAYERS, assert_all_near, run_conv2d
 from triton_cases import (
     DEVICE,
     VARIANTS,
     Case,
     assert_near,
+    described,
     fresh,
     inner,
     layer,
+    names,
     options,
     products,
+    record_launches,
     shuffled_programs,
     surround,
+    target,
 )
 
-from pyfeedback.kernels import joint, wgrad
-from pyfeedback.kernels import rule as kernel_rule
+from pyfeedback.forms import Form
+from pyfeedback.kernels import launch
+from pyfeedback.kernels.dgrad import dgrad_launch
 from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_joint
+from pyfeedback.kernels.grouped import grouped_launch
+from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_grouped
+from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
 
@@ -64,14 +70,15 @@ def run(case: Case, dtype=torch.float32, programs=None, centered=False):
     others = {name: surround(-2 * value) for name, value in both.items()}
     x, y, dy, kernel = (inner(v) for v in (t.x, t.other, t.dy, t.feedback))
     dw, f, dx, z = fresh(kernel), fresh(kernel), fresh(x), fresh(x)
-    joint.launch_joint(
-        {"x": x, "geometry": g, "a": dy, "u": y, "dw": dw, "f": f, "scale": 0.5, "feedback": kernel, "decay": 0.3}
-        | both,
-        {"feedback": kernel, "geometry": g, "dy": dy, "dx": dx, "y": y, "z": z, "x": x, "x_scale": 1.5} | others,
-        (WgradTile(16, 16, 16, 16, case.splits, 4, 2), DgradTile(16, 16, 16, 4, 2)),
-        x.device,
-        programs,
-    )
+    first, values = described(
+        wgrad_launch, g, x=x, a=dy, u=y, dw=dw, f=f, scale=0.5, feedback=kernel, decay=0.3, **both,
+        tile=WgradTile(16, 16, 16, 16, case.splits, 4, 2),
+    )  # fmt: skip
+    second, others = described(
+        dgrad_launch, g, prefix="other ", feedback=kernel, dy=dy, dx=dx, y=y, z=z, x=x, x_scale=1.5, **others,
+        tile=DgradTile(16, 16, 16, 4, 2),
+    )  # fmt: skip
+    launch.run(grouped_launch(first, second, 132, programs), values | others, x.device)
     expected = []
     for wide in (dtype, torch.float64):
         wider = torch.promote_types(wide, torch.float32)
@@ -101,60 +108,54 @@ def test_the_order_of_programs_changes_no_bit(programs, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
 
 
-def test_arrivals_are_left_at_zero(monkeypatch):
-    arrived = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(wgrad, "arrivals", lambda count, device: arrived)
+def test_semaphores_are_left_at_zero(monkeypatch):
+    semaphores = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(launch, "semaphores", lambda count, device: semaphores)
     run(CASES["3x2 stride 2 and 3, dilation 3 and 2"], programs=7)
-    assert not arrived.any()
+    assert not semaphores.any()
 
 
 # The backward of a layer
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """The names of the launches; every layer is small."""
-    names = []
-    for name in ("launch_wgrad", "launch_dgrad", "launch_joint", "launch_single"):
-        real = getattr(kernel_rule, name)
-        monkeypatch.setattr(
-            kernel_rule, name, lambda *a, real=real, name=name, **k: (names.append(name), real(*a, **k))
-        )
-    return names
+def launched(monkeypatch):
+    """What is launched; every layer is small."""
+    return record_launches(monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("rule", "form", "expected"),
     [
-        ("fa", Form.NONE, ["joint"]),
-        ("kp", Form.NONE, ["joint"]),
-        ("wm-centered", Form.DIRECT, ["joint"]),
-        ("aa", Form.DIRECT, ["joint"]),
-        ("aa-centered", Form.DIRECT, ["joint"]),
-        ("ia", Form.DIRECT, ["joint", "wgrad"]),
-        ("ia", Form.INPUT_MOMENT, ["joint"]),
-        ("ia", Form.RESPONSE_MOMENT, ["wgrad", "joint"]),
+        ("fa", Form.NONE, ["grouped"]),
+        ("kp", Form.NONE, ["grouped"]),
+        ("wm-centered", Form.DIRECT, ["grouped"]),
+        ("aa", Form.DIRECT, ["grouped"]),
+        ("aa-centered", Form.DIRECT, ["grouped"]),
+        ("ia", Form.DIRECT, ["grouped", "wgrad"]),
+        ("ia", Form.INPUT_MOMENT, ["grouped"]),
+        ("ia", Form.RESPONSE_MOMENT, ["wgrad", "grouped"]),
     ],
 )
-def test_launches(rule, form, expected, launches):
+def test_launches(rule, form, expected, launched):
     """dW and dx are in one launch, whatever the rule and the form."""
     assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], form))
-    assert launches == [f"launch_{name}" for name in expected]
+    assert names(launched) == expected
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_conv2d_backward_of_part_of_the_batch(rule, launches):
+def test_conv2d_backward_of_part_of_the_batch(rule, launched):
     form = Form.DIRECT if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else Form.NONE
     assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], {**RULES[rule], "samples": 2}, form))
-    assert "launch_joint" in launches
+    assert "grouped" in names(launched)
 
 
-def test_masks(launches):
-    """Without dx there is nothing to join; without dW dx joins the feedback's gradient."""
-    for mask, name in (((False, True, True, True), "launch_wgrad"), ((True, False, True, True), "launch_joint")):
-        launches.clear()
+def test_masks(launched):
+    """Without dx nothing is grouped; without dW, dx is grouped with the feedback's gradient."""
+    for mask, name in (((False, True, True, True), "wgrad"), ((True, False, True, True), "grouped")):
+        launched.clear()
         assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], RULES["wm"], Form.DIRECT, mask))
-        assert launches == [name]
+        assert names(launched) == [name]
 
 
 def test_small_layers():
@@ -162,7 +163,7 @@ def test_small_layers():
     small = Geometry(32, 512, 512, 7, 7, 7, 7, 3, 3, (1, 1), (1, 1))
     for capability in (80, 90):
         for itemsize in (2, 4):
-            first, second = choose_joint(small, (512, 512), True, itemsize, capability, 132)
+            first, second = choose_grouped(small, (512, 512), True, target(itemsize, capability))
             assert (first.warps, first.stages) == (second.warps, second.stages)
-    assert choose_joint(small._replace(N=256), (512, 512), True, 2, 90, 132) is None
-    assert choose_joint(Geometry(128, 64, 64, 8, 8, 8, 8, 3, 3), (64, 0), False, 2, 90, 132) is not None
+    assert choose_grouped(small._replace(N=256), (512, 512), True, target(2, 90)) is None
+    assert choose_grouped(Geometry(128, 64, 64, 8, 8, 8, 8, 3, 3), (64, 0), False, target(2, 90)) is not None

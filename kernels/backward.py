@@ -1,0 +1,245 @@
+"""The backward of a feedback layer from the Triton kernels: prepares named operands and runs the launches of a plan."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from .geometry import Pair, layer_geometry
+from .launch import DTYPES, MOST_POSITIONS, architecture, run
+from .plan import Problem, plan_backward, scales
+from .tiles import Target
+from .wgrad import wgrad_kernel
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Convolution = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+Center = Callable[[Tensor, int], Tensor]
+
+FEWEST_CHANNELS = 16  # one step of a tensor core: a layer with fewer, such as a network's first, is mostly padding
+NAMES = {getattr(torch, name): name for name in DTYPES}
+_INTERPRETED = not isinstance(wgrad_kernel, JITFunction)
+
+
+def supports(input: Tensor, weight: Tensor, groups: int = 1) -> bool:
+    """True where the kernels compute the layer: 16-bit or float32, one group, enough channels, on a GPU."""
+    if input.numel() == 0 or groups != 1 or min(weight.shape[:2]) < FEWEST_CHANNELS or weight.numel() >= 2**31:
+        return False
+    on_gpu = input.device.type == "cuda" or (_INTERPRETED and input.device.type == "cpu")
+    return on_gpu and input.dtype in NAMES and input.numel() // weight.shape[1] < MOST_POSITIONS
+
+
+def layer_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    feedback: Tensor,
+    response: Tensor | None,
+    *,
+    convolution: Convolution | None,
+    rule,
+    mask: Sequence[bool],
+    algorithm: str,
+    center: Center,
+    fused: bool = True,
+) -> Gradients:
+    """Gradients of input, weight, feedback and bias of a layer that the kernels support; None where ``mask`` is False.
+
+    Args:
+        grad_output, response: [N, K, P, Q] or, of a linear layer, [N, ..., K]. The response, conv(input, weight), is
+            computed if it is None and needed.
+        input: [N, C, H, W] or [N, ..., C], any strides; weight, feedback: [K, C, R, S] or [K, C].
+        convolution: stride, padding and dilation as pairs; None for a linear layer.
+        rule: a named tuple with decay, amp, null, sparse, self_, tie, center and samples.
+        algorithm: what computes the data terms, see plan.py: "none", "direct" or, of a pointwise layer, "input_gram" or
+            "response_gram".
+        center: center(t, n) is t[:n] minus its mean over dimension 0.
+        fused: False to launch dx and dW separately, without one-pass and grouped launches.
+
+    Raises:
+        ValueError: the rule has a coefficient that the kernels do not implement.
+    """
+    geometry, rows = layer_geometry(input.shape, weight.shape, convolution)
+    need_input, need_weight, need_feedback, need_bias = mask[:4]
+    n, fields, out, strides = rule.samples or input.shape[0], (), None, ()
+    if need_feedback:
+        used = [k for k, v in zip(rule._fields, rule, strict=True) if isinstance(v, (int, float)) and v]
+        fields = tuple(used)
+    if need_weight or need_feedback:
+        out = torch.empty_like(weight)
+        k, c, r, s = out.stride() if convolution else (*out.stride(), 0, 0)
+        strides = (k, r, s, c)
+    precision = (torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul).fp32_precision
+    target = Target(NAMES[input.dtype], precision == "tf32", *architecture(input.device))
+    wanted = (need_input, need_weight, need_feedback)
+    plan = plan_backward(Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused))
+
+    layer = _Layer(input, weight, feedback, response, convolution, geometry.pointwise, rule, n, center)
+    values = {"B": _channels_last(feedback).contiguous()}
+    if plan.operands & {"x", "x_used", "z"}:
+        values["x"] = layer.block(layer.read(input))
+    if "dy" in plan.operands:
+        values["dy"] = layer.block(grad_output)
+    if need_input:
+        values["dx"] = input.new_empty(geometry.N, geometry.H, geometry.W, geometry.C)
+    if need_weight or "tie" in fields:
+        # A launch of data terms may read dW back: in float32 it is not rounded, and finite where tie * dW is finite.
+        exact = "tie" in fields and algorithm != "none"
+        values["dW"] = torch.empty_like(weight, dtype=torch.float32 if exact else None)
+    if need_feedback:
+        values |= scales(rule, n) | {"f": out}
+        _add_feedback_operands(values, plan.operands, layer)
+    with torch.cuda.device(input.device) if input.device.type == "cuda" else nullcontext():
+        for launch in plan.launches:
+            run(launch, values, input.device)
+    if plan.finish:
+        out.copy_(_composed_gradient(plan.finish, values, layer))
+    grad_bias = None
+    if need_bias:
+        grad_bias = grad_output.sum((0, 2, 3)) if convolution else grad_output.reshape(-1, geometry.K).sum(0)
+    return (
+        layer.input_gradient(values["dx"]) if need_input else None,
+        values["dW"].to(weight.dtype) if need_weight else None,
+        out if need_feedback else None,
+        grad_bias,
+    )
+
+
+class _Layer(NamedTuple):
+    """One call's tensors and options, and the layouts of the layer.
+
+    A block is what the kernels read: [n, H, W, C] or [n, P, Q, K] contiguous; of a pointwise layer
+    [n * positions, 1, 1, channels].
+    """
+
+    input: Tensor
+    weight: Tensor
+    feedback: Tensor
+    response: Tensor | None
+    convolution: Convolution | None
+    pointwise: bool
+    rule: Any
+    n: int  # samples that the rule reads
+    center: Center
+
+    def fprop(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """The response to ``kernel`` without bias, in the caller's layouts."""
+        return torch.conv2d(x, kernel, None, *self.convolution) if self.convolution else x @ kernel.t()
+
+    def used(self, t: Tensor) -> Tensor:
+        """The samples that the rule reads, centred if the rule is."""
+        return self.center(t, self.n) if self.rule.center else t[: self.n]
+
+    def read(self, x: Tensor) -> Tensor:
+        """The positions that are read: a strided 1x1 convolution is a dense one on those."""
+        if self.convolution and self.pointwise:
+            down, across = self.convolution[0]
+            return x[:, :, ::down, ::across]
+        return x
+
+    def block(self, t: Tensor) -> Tensor:
+        """Input (after ``read``) or output as the kernels read it."""
+        if self.convolution:
+            t = t.permute(0, 2, 3, 1)
+        return (t.reshape(-1, 1, 1, t.shape[-1]) if self.pointwise else t).contiguous()
+
+    def input_gradient(self, dx: Tensor) -> Tensor:
+        """A block in the layout of the input."""
+        if not self.convolution:
+            return strided_like(dx.view(self.input.shape), torch.empty_like(self.input))
+        n, c, h, w = self.read(self.input).shape
+        gradient = dx.view(n, h, w, c).permute(0, 3, 1, 2)
+        if gradient.shape != self.input.shape:
+            dense, gradient = gradient, torch.zeros_like(self.input)
+            self.read(gradient).copy_(dense)
+        return strided_like(gradient, torch.empty_like(self.input))
+
+
+def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer: _Layer) -> None:
+    """Add to ``values`` what the launches of the feedback's gradient read and write."""
+    input, weight, feedback, response, *_, rule, n, _ = layer
+    for name, kernel in (("weight", weight), ("feedback", feedback)):
+        if name in names:
+            values[name] = strided_like(kernel, values["f"])
+    # Both factors of every product are centred, each by its own mean: a product with one centred factor, or one from
+    # which the product of the means is subtracted, cancels where the mean is large relative to the spread.
+    if "x" in values:
+        x = values["x_used"] = values["x"][: len(values["x"]) // len(input) * n]
+    if "mean" in names:
+        values["mean"] = x.view(n, -1, x.shape[-1]).mean(0, dtype=torch.float32)
+    if "y" in names:
+        values["y"] = layer.block(layer.used(layer.fprop(input[:n], weight) if response is None else response))
+    if "u" in names:
+        largest = max(abs(rule.sparse), abs(rule.amp))
+        # The combined kernel is exact where B is close to W and the difference of two convolutions would cancel.
+        kernel = blend(feedback, weight, rule.sparse / largest, rule.amp / largest)
+        if "u_unit" in names:
+            values["u_unit"] = unit_of(kernel, dim=0)
+            kernel /= values["u_unit"]
+        # The response is linear: that of a centred input is centred, and is not rounded at the magnitude of its mean.
+        values["u"] = layer.block(layer.fprop(layer.used(input), kernel.to(input.dtype)))
+    if "z" in names:
+        values["z"] = torch.empty_like(values["x_used"])
+    if "z_unit" in names:
+        values["z_unit"] = unit_of(feedback, dim=1)
+    if "f_sparse" in names:
+        values["f_sparse"] = torch.empty_like(weight, dtype=torch.float32)
+    k, c = weight.shape[:2]
+    for name, size in (("cross", (k, c)), ("gram", (k, k) if "y" in names else (c, c))):
+        if name in names:
+            values[name] = weight.new_empty(size, dtype=torch.float32)
+
+
+def _composed_gradient(finish: str, values: dict[str, Any], layer: _Layer) -> Tensor:
+    """f from the products [K, C] and the terms that read no data, in float32 and the shape of the weight."""
+    weight, feedback, rule = layer.weight, layer.feedback, layer.rule
+    if finish == "blend":
+        return blend(feedback, weight, rule.decay, rule.self_)
+    w, b = (t.reshape(t.shape[0], -1).float() for t in (weight, feedback))
+    if finish == "input_gram":  # (sparse B - amp W) G + null W G W' B, with G = x'x
+        total = blend(b, w, rule.sparse, rule.amp) @ values["gram"]
+        if rule.null:
+            mixed = w @ values["gram"]
+            spread = (mixed @ w.t()) @ b if w.shape[0] < w.shape[1] else mixed @ (w.t() @ b)
+            total = total.add_(spread, alpha=rule.null)
+    else:  # null Y B - amp y'x, with Y = y'y
+        total = rule.null * (values["gram"] @ b)
+        if rule.amp:
+            total = total.sub_(values["cross"], alpha=rule.amp)
+    total = total.reshape(weight.shape) / layer.n
+    if rule.decay or rule.self_:
+        total = total + blend(feedback, weight, rule.decay, rule.self_)
+    return total.add_(values["dW"], alpha=rule.tie) if rule.tie else total
+
+
+def unit_of(kernel: Tensor, dim: int) -> Tensor:
+    """[1] in float32: a power of two, the unit in which float16 holds what ``kernel`` makes of any float16 activations.
+
+    No sum over the kernel along all dimensions but ``dim`` exceeds its largest absolute sum. An input gradient
+    (``dim`` 1, the input's channels) has an activation of up to twice float16's range added to it.
+    """
+    sums = kernel.abs().sum([d for d in range(kernel.dim()) if d != dim], dtype=torch.float32)
+    largest = sums.amax().add(2.0) if dim == 1 else sums.amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return largest.log2().ceil().exp2().view(1)
+
+
+def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
+    """b * B - w * W in float32, exact where b == w and B is close to W; an operand with coefficient 0 is not read."""
+    if not w:
+        return b * feedback.float()
+    if not b:
+        return -w * weight.float()
+    difference = b * (feedback.float() - weight.float())
+    return difference if b == w else difference.add_(weight, alpha=b - w)
+
+
+def strided_like(t: Tensor, like: Tensor) -> Tensor:
+    """t with the strides of ``like``: itself where it has them already."""
+    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def _channels_last(kernel: Tensor) -> Tensor:
+    """The view [K, R, S, C] of a kernel [K, C, R, S] or [K, C]."""
+    return kernel.permute(0, 2, 3, 1) if kernel.dim() == 4 else kernel[:, None, None]

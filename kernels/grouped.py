@@ -1,0 +1,66 @@
+"""The weight gradient and the input gradient of a layer too small to fill a GPU with either, in one launch: a
+persistent grid, whose programs take the tiles of the weight gradient first, which are longer, then those of the input
+gradient.
+"""
+
+import triton
+import triton.language as tl
+
+from .dgrad import dgrad_kernel
+from .launch import Launch
+from .tiles import PROGRAMS_PER_PROCESSOR
+from .wgrad import wgrad_kernel
+
+
+@triton.jit
+def grouped_kernel(
+    wgrad_arguments,  # those of wgrad_kernel that are not compile-time constants
+    dgrad_arguments,  # of dgrad_kernel
+    wgrad_tiles,
+    dgrad_tiles,
+    W_STRIDES: tl.constexpr,
+    F_STRIDES: tl.constexpr,
+    PHASES: tl.constexpr,
+    GEO: tl.constexpr,
+    WGRAD_FLAGS: tl.constexpr,
+    WGRAD_TILE: tl.constexpr,
+    DGRAD_FLAGS: tl.constexpr,
+    DGRAD_TILE: tl.constexpr,
+):
+    n_wgrad = wgrad_tiles * WGRAD_TILE.splits
+    n_dgrad = dgrad_tiles * (GEO.stride[0] * GEO.stride[1])
+    for i in range(tl.program_id(0), n_wgrad + n_dgrad, tl.num_programs(0)):
+        if i < n_wgrad:
+            wgrad_kernel(
+                *wgrad_arguments, W_STRIDES, F_STRIDES, GEO, WGRAD_FLAGS, WGRAD_TILE,
+                i % wgrad_tiles, i // wgrad_tiles,
+            )  # fmt: skip
+        else:
+            i_dgrad = i - n_wgrad
+            dgrad_kernel(
+                *dgrad_arguments, PHASES, GEO, DGRAD_FLAGS, DGRAD_TILE, i_dgrad % dgrad_tiles, i_dgrad // dgrad_tiles
+            )
+
+
+def grouped_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int | None = None) -> Launch:
+    """Both launches of one layer as one. Neither may write what the other reads.
+
+    Args:
+        wgrad, dgrad: with tiles of the same number of warps and stages.
+        programs: how many share the tiles; by default as many as are resident at once.
+    """
+    tiles = wgrad.grid[0] * wgrad.grid[1] + dgrad.grid[0] * dgrad.grid[1]
+    arguments = {"wgrad_arguments": tuple(wgrad.arguments.values()), "dgrad_arguments": tuple(dgrad.arguments.values())}
+    arguments |= {"wgrad_tiles": wgrad.grid[0], "dgrad_tiles": dgrad.grid[0]}
+    constants = {}
+    for name, launch in (("WGRAD", wgrad), ("DGRAD", dgrad)):
+        for constant, value in launch.constants.items():
+            constants[f"{name}_{constant}" if constant in ("FLAGS", "TILE") else constant] = value
+    return wgrad._replace(
+        kernel=grouped_kernel,
+        products=wgrad.products + dgrad.products,
+        grid=(min(tiles, programs or PROGRAMS_PER_PROCESSOR * processors), 1),
+        arguments=arguments,
+        constants=constants,
+        operands=wgrad.operands | dgrad.operands,
+    )

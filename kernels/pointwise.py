@@ -1,0 +1,179 @@
+"""The whole backward of a pointwise layer in one pass: rows are output channels, columns input channels, the sum runs
+over positions.
+
+Each program processes its share of the positions, with a block of B in shared memory and the sums of dW and of the
+feedback's gradient in registers; x, dy and y are read once. TERM says what the second sum is:
+
+    none   absent
+    cross  y'x
+    z      y'z, z = (z_scale * y B - x_scale * x) / unit
+    gram   x'x [C, C], written without the rule's other terms
+
+where x is minus its mean if there is one; dW is of x itself.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import add_rule_terms, reduce_splits, subtract_mean
+from .geometry import Geometry
+from .launch import Launch, describe
+from .tiles import PointwiseTile, Target, choose_pointwise
+
+
+@triton.jit
+def pointwise_kernel(
+    p_x,  # [N, C]
+    p_dy,  # [N, K]
+    p_y,  # [used, K]
+    p_feedback,  # [K, C]
+    p_weight,  # [K, C]
+    p_dx,  # [N, C]: dy B
+    p_dw,  # [K, C]: dy'x
+    p_f,  # [K, C]: scale * unit * the second sum + the terms of add_rule_terms; or [C, C]
+    p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
+    p_unit,  # [1] float32, what a 1 in y or z represents
+    p_workspace,  # [channel blocks, splits, rows of both sums, BC] float32, partial sums
+    p_semaphores,  # [channel blocks, splits] int32, zero before and after
+    N,
+    used,
+    z_scale,
+    x_scale,
+    scale,
+    decay,
+    self_,
+    tie,
+    GEO: tl.constexpr,
+    FLAGS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    BK: tl.constexpr = TILE.BK
+    BC: tl.constexpr = TILE.BC
+    SPLITS: tl.constexpr = TILE.splits
+    TERM: tl.constexpr = FLAGS.TERM
+    # Channel blocks run fastest, so that the programs that read the same positions of dy and y run together.
+    i_column = tl.program_id(0)
+    i_split = tl.program_id(1)
+    o_k = tl.arange(0, BK)
+    o_c = i_column * BC + tl.arange(0, BC)
+    o_kernel = o_k[:, None] * GEO.C + o_c[None, :]
+    m_kernel = (o_k < GEO.K)[:, None] & (o_c < GEO.C)[None, :]
+    b_feedback = tl.load(p_feedback + o_kernel, mask=m_kernel, other=0.0)
+
+    F_ROWS: tl.constexpr = 0 if TERM == "none" else BC if TERM == "gram" else BK
+    b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
+    if F_ROWS > 0:
+        b_f = tl.full([F_ROWS, BC], 0.0, dtype=tl.float32)
+    if TERM == "z" and p_unit is not None:
+        unit = tl.load(p_unit)
+        z_scale /= unit
+        x_scale /= unit
+    blocks = (N + TILE.BP - 1) // TILE.BP
+    per_split = (blocks + SPLITS - 1) // SPLITS
+    first = i_split * per_split
+    # At least one block, entirely masked: ptxas serialises the wgmma of a loop that may run zero times (Triton 3.6,
+    # sm_90, warning C7515).
+    for i in range(tl.maximum(tl.minimum(blocks - first, per_split), 1)):
+        o_p = (first + i) * TILE.BP + tl.arange(0, TILE.BP)
+        m_p = o_p < N
+        m_y = (o_k < GEO.K)[:, None] & (o_p < used)[None, :]
+        if FLAGS.WIDE:
+            o_p = o_p.to(tl.int64)
+        o_x = o_p[:, None] * GEO.C + o_c[None, :]
+        m_x = m_p[:, None] & (o_c < GEO.C)[None, :]
+        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
+        # Row operands are loaded through transposed pointers: transposing a loaded block spills on sm_80.
+        o_y = o_p[None, :] * GEO.K + o_k[:, None]
+        b_dy = tl.load(p_dy + o_y, mask=(o_k < GEO.K)[:, None] & m_p[None, :], other=0.0)
+        b_dx = tl.dot(tl.trans(b_dy), b_feedback, input_precision=FLAGS.PRECISION)
+        tl.store(p_dx + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
+        b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=FLAGS.PRECISION)
+        if TERM == "cross" or TERM == "z":
+            b_y = tl.load(p_y + o_y, mask=m_y, other=0.0)
+        if TERM == "z":
+            b_z = z_scale * tl.dot(tl.trans(b_y), b_feedback, input_precision=FLAGS.PRECISION)
+        b_read = b_x
+        if p_mean is not None:
+            b_read = subtract_mean(b_x, p_mean, (o_p % FLAGS.SAMPLE)[:, None] * GEO.C + o_c[None, :], m_x)
+        if TERM == "cross":
+            b_f = tl.dot(b_y, b_read.to(b_x.dtype), b_f, input_precision=FLAGS.PRECISION)
+        elif TERM == "z":
+            if FLAGS.USE_X:
+                b_z -= x_scale * b_read.to(tl.float32)
+            b_f = tl.dot(b_y, b_z.to(b_x.dtype), b_f, input_precision=FLAGS.PRECISION)
+        elif TERM == "gram":
+            b_read = b_read.to(b_x.dtype)
+            b_f = tl.dot(tl.trans(b_read), b_read, b_f, input_precision=FLAGS.PRECISION)
+
+    last = True
+    if SPLITS > 1:
+        SIZE: tl.constexpr = (BK + F_ROWS) * BC
+        p_sums = p_workspace + i_column * SPLITS * SIZE
+        o_dw = tl.arange(0, BK)[:, None] * BC + tl.arange(0, BC)[None, :]
+        tl.store(p_sums + i_split * SIZE + o_dw, b_dw, cache_modifier=".cg")
+        if F_ROWS > 0:
+            o_f = (BK + tl.arange(0, F_ROWS))[:, None] * BC + tl.arange(0, BC)[None, :]
+            tl.store(p_sums + i_split * SIZE + o_f, b_f, cache_modifier=".cg")
+        last = reduce_splits(p_sums, p_semaphores + i_column * SPLITS, i_split, SIZE, SPLITS, FLAGS.LEVELS)
+        if last:
+            b_dw = tl.load(p_sums + o_dw, cache_modifier=".cg")
+            if F_ROWS > 0:
+                b_f = tl.load(p_sums + o_f, cache_modifier=".cg")
+
+    if last:
+        tl.store(p_dw + o_kernel, b_dw.to(p_dw.dtype.element_ty), mask=m_kernel)
+        if TERM == "gram":
+            o_r = tl.arange(0, BC)
+            m_f = (o_r < GEO.C)[:, None] & (o_c < GEO.C)[None, :]
+            tl.store(p_f + o_r[:, None] * GEO.C + o_c[None, :], b_f, mask=m_f)
+        elif FLAGS.HAS_F:
+            b_rule = tl.full([BK, BC], 0.0, dtype=tl.float32) if TERM == "none" else b_f * scale
+            if p_unit is not None:
+                b_rule *= tl.load(p_unit)
+            b_rule = add_rule_terms(
+                b_rule, b_dw, p_dw, p_weight, p_feedback, o_kernel, m_kernel, decay, self_, tie, True, FLAGS
+            )
+            tl.store(p_f + o_kernel, b_rule.to(p_f.dtype.element_ty), mask=m_kernel)
+
+
+def pointwise_launch(
+    geometry: Geometry,
+    target: Target,
+    term: str,
+    *,
+    used: int = 0,
+    sample: int = 1,
+    tile: PointwiseTile | None = None,
+    **named: str | float | None,
+) -> Launch:
+    """dx = convT(dy, feedback), dw = wgrad(x, dy), and the feedback's gradient f, from one read of x, dy and y.
+
+    Args:
+        term: what f is, with decay, self_ and tie as in :func:`wgrad_launch`: "none" (those terms alone; f may be
+            absent), "cross" (scale * unit * y'x + ...), "z" (scale * unit * y'z + ..., z = (z_scale * y feedback -
+            x_scale * x) / unit), or "gram" (x'x alone), where x is minus its mean.
+        used: entries of dimension N that y has.
+        sample: rows of the mean.
+        named: the parameters of ``pointwise_kernel`` without ``p_``. The blocks are contiguous and of one dtype, dw may
+            be float32, and f is for "gram".
+
+    Raises:
+        ValueError: no tile of these sizes fits a processor.
+    """
+    g, f = geometry, named.get("f") is not None
+    tile = tile or choose_pointwise(g, term, target, named.get("mean") is not None)
+    if tile is None:
+        raise ValueError(f"term is {term!r} of {g.C} -> {g.K} channels, expected sums that fit")
+    if term == "gram" and g.C > tile.BC:
+        raise ValueError(f"tile is {tile}, expected BC >= {g.C} where the term is a Gram matrix")
+    decay, self_, tie = (f and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
+    flags = {"TERM": term, "HAS_F": f, "USE_X": term == "z" and named.get("x_scale", 0) != 0}
+    flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie}
+    read = {"mean": term != "none", "weight": self_}
+    named = {name: value for name, value in named.items() if read.get(name, True)} | {"used": used}
+    inputs = (g.N, 1, 1, g.C)
+    shapes = {"x": inputs, "dx": inputs, "dy": (g.N, 1, 1, g.K), "y": (used, 1, 1, g.K)}
+    shapes |= {"feedback": (g.K, 1, 1, g.C), "mean": (sample, g.C)}
+    grid, writes = (-(-g.C // tile.BC), tile.splits), ("dx", "dw", "f")
+    sums = (tile.BK + {"none": 0, "gram": tile.BC}.get(term, tile.BK)) * tile.BC
+    return describe(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)
