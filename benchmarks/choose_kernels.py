@@ -12,11 +12,11 @@ from pathlib import Path
 
 from selection import DTYPES, NETWORKS, RULES
 
-from pyfeedback.forms import Form, choose_form, conv2d_problem
+from pyfeedback.core.algorithm import Algorithm, choose_algorithm
 from pyfeedback.kernels import measured
 
 LEAST_GAIN = 1.03
-PATHS = {"fused": "triton", "unfused": "triton-apart"}  # and the backends that force them
+PATHS = {"fused": "triton", "unfused": "triton-unfused"}  # and the backends that force them
 
 
 def faster_layers(records: list[dict]) -> dict[str, str]:
@@ -31,9 +31,9 @@ def faster_layers(records: list[dict]) -> dict[str, str]:
             coefficients = rule.coefficients(batch, 1)
             input = (batch, shape.in_channels, shape.map_size, shape.map_size)
             weight = (shape.out_channels, shape.in_channels // shape.groups, shape.kernel, shape.kernel)
-            problem = conv2d_problem(input, weight, shape.window, coefficients.samples)
-            form = choose_form(problem, coefficients, True) if rule.learns else Form.NONE
-            found[measured.key(problem, form.algorithm, dtype)] = path
+            sizes = shape.geometry.sizes(input, weight, coefficients.samples)
+            algorithm = choose_algorithm(sizes, coefficients, True) if rule.learns else Algorithm.NONE
+            found[measured.key(sizes, algorithm.value, dtype)] = path
     return dict(sorted(found.items()))
 
 

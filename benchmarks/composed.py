@@ -13,12 +13,12 @@ Here y is the response saved by the forward pass. Centring copies x and y.
 import torch
 from torch import Tensor
 
-from pyfeedback.forms import Coefficients, Window, reads_data
+from pyfeedback.core.coefficients import Coefficients
 
 _backward = torch.ops.aten.convolution_backward.default
 
 
-def conv2d(input: Tensor, weight: Tensor, feedback: Tensor, window: Window, rule: Coefficients) -> Tensor:
+def conv2d(input: Tensor, weight: Tensor, feedback: Tensor, window: tuple, rule: Coefficients) -> Tensor:
     """The same result as ``pyfeedback.functional.fa_conv2d``, without bias."""
     return _Conv2d.apply(input, weight, feedback, window, rule)
 
@@ -27,7 +27,7 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, feedback, window, rule):
         y = torch.conv2d(input, weight, None, *window)
-        ctx.save_for_backward(input, weight, feedback, y if reads_data(rule) else None)
+        ctx.save_for_backward(input, weight, feedback, y if rule.reads_data else None)
         ctx.window, ctx.rule = window, rule
         return y
 
@@ -43,14 +43,14 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _rule_gradient(
-    x: Tensor, y: Tensor | None, w: Tensor, b: Tensor, grad_weight: Tensor, window: Window, rule: Coefficients
+    x: Tensor, y: Tensor | None, w: Tensor, b: Tensor, grad_weight: Tensor, window: tuple, rule: Coefficients
 ) -> Tensor:
     grad = b * rule.decay if rule.decay else torch.zeros_like(b)
     if rule.self_:
         grad.add_(w, alpha=-rule.self_)
     if rule.tie:
         grad.add_(grad_weight, alpha=rule.tie)
-    if reads_data(rule):
+    if rule.reads_data:
         n = rule.samples or x.shape[0]
         x, y = x[:n], y[:n]
         if rule.center:
@@ -59,7 +59,7 @@ def _rule_gradient(
     return grad
 
 
-def _data_terms(x: Tensor, y: Tensor, b: Tensor, window: Window, rule: Coefficients) -> Tensor:
+def _data_terms(x: Tensor, y: Tensor, b: Tensor, window: tuple, rule: Coefficients) -> Tensor:
     total = None
     if rule.null:
         z = _products(y, x, b, window, (True, False, False))[0]
@@ -74,11 +74,11 @@ def _data_terms(x: Tensor, y: Tensor, b: Tensor, window: Window, rule: Coefficie
     return total if total is not None else _wgrad(x, y, b, window).mul_(-rule.amp)
 
 
-def _wgrad(x: Tensor, y: Tensor, kernel: Tensor, window: Window) -> Tensor:
+def _wgrad(x: Tensor, y: Tensor, kernel: Tensor, window: tuple) -> Tensor:
     """wgrad(x, y)"""
     return _products(y, x, kernel, window, (False, True, False))[1]
 
 
-def _products(y: Tensor, x: Tensor, kernel: Tensor, window: Window, needs: tuple[bool, bool, bool]):
+def _products(y: Tensor, x: Tensor, kernel: Tensor, window: tuple, needs: tuple[bool, bool, bool]):
     stride, padding, dilation, groups = window
     return _backward(y, x, kernel, None, stride, padding, dilation, False, (0, 0), groups, needs)

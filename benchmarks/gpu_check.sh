@@ -36,7 +36,7 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
   }
   marked=(-m gpu) rates=(--network resnet50 --batch 128 --dtype bfloat16)
   layers=(--network resnet50 --batch 128 --dtype bfloat16 --budget 0.1 --against plain --against composed
-    --against triton --against triton-apart)
+    --against triton --against triton-unfused)
   for rule in fa wm ia aa kp; do layers+=(--rule "$rule"); done
   depthwise=(--network convnext_t --batch 64 --dtype bfloat16 --budget 0.1 --rule fa --rule ia
     --against plain --against composed --against native)

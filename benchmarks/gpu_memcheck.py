@@ -87,7 +87,7 @@ def main() -> None:
             for momentum, noise, skip in itertools.product((0.0, 0.9), (0.0, 0.01), (False, True)):
                 step(dtype, device, momentum, noise, skip)
     if device.type == "cuda":
-        for name in ("triton", "triton-apart"):
+        for name in ("triton", "triton-unfused"):
             with pyfeedback.backend(name):
                 fused(device)
         torch.cuda.synchronize()

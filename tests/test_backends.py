@@ -12,8 +12,11 @@ from cases import RULES, conv_tensors, fresh, gradients, random_conv
 from triton_cases import DEVICE, assert_near, fill_memory_with_nan, names, record_launches
 
 import pyfeedback
-from pyfeedback import functional, fused, providers
-from pyfeedback.forms import Coefficients, Form, Problem, choose_form, conv2d_problem
+from pyfeedback import functional
+from pyfeedback.backends import dispatch
+from pyfeedback.core.algorithm import Algorithm, Sizes, choose_algorithm
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import Convolution
 from pyfeedback.kernels import backward as kernels
 from pyfeedback.kernels import measured
 
@@ -68,14 +71,15 @@ def test_random_layers(number, monkeypatch):
         assert_near(ours, composed, exact)
 
 
-def test_the_random_layers_cover_every_form_and_window():
+def test_the_random_layers_cover_every_algorithm_and_window():
     seen = set()
     for number, case in CASES.items():
         rule = Coefficients(**RULES[list(RULES)[number % len(RULES)]])
-        problem = conv2d_problem(case.input, case.weight, functional.Window(*case.window), rule.samples)
-        seen |= {choose_form(problem, rule, True), ("stride", max(case.stride)), ("taps", case.weight[2] > 1)}
+        geometry = Convolution(*case.window[:3], groups=case.groups)
+        sizes = geometry.sizes(case.input, case.weight, rule.samples)
+        seen |= {choose_algorithm(sizes, rule, True), ("stride", max(case.stride)), ("taps", case.weight[2] > 1)}
         seen |= {("dilation", max(case.dilation)), ("batch", case.input[0]), ("ragged", case.weight[0] % 16 != 0)}
-    assert seen >= {*Form} - {Form.RESPONSE_MOMENT}
+    assert seen >= {*Algorithm} - {Algorithm.RESPONSE_GRAM}
     assert seen >= {("stride", 1), ("stride", 2), ("stride", 3), ("dilation", 2), ("batch", 1), ("ragged", True)}
     assert seen >= {("taps", True), ("taps", False)}
 
@@ -128,11 +132,11 @@ def test_no_device_is_known_until_it_was_measured():
 
 
 def test_fused_and_unfused_launches_agree(monkeypatch):
-    """What backend("triton") computes in one launch, backend("triton-apart") computes in several."""
+    """What backend("triton") computes in one launch, backend("triton-unfused") computes in several."""
     launched = record_launches(monkeypatch)
     case = CASES[next(number for number in CASES if number % len(RULES) == 0)]
     tensors = conv_tensors(case, 0, torch.float32)
-    results = [backward(name, case, tensors, RULES["wm"]) for name in ("triton-apart", "aten")]
+    results = [backward(name, case, tensors, RULES["wm"]) for name in ("triton-unfused", "aten")]
     assert launched
     assert {*names(launched)} <= {"wgrad", "dgrad"}
     oracle = backward("aten", case, fresh(tensors, torch.float64), RULES["wm"])
@@ -147,26 +151,29 @@ def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     measured.load.cache_clear()
     x = torch.randn(2, 16, 3, 3, device=DEVICE)
-    w, b = (torch.randn(16, 16, 1, 1, device=DEVICE) for _ in range(2))
-    problem = Problem(18, 16, 16)
-    form = choose_form(problem, Coefficients(amp=1.0), False)
-    layers = {measured.key(problem, form.algorithm, torch.float32): "unfused"}
+    w = torch.randn(16, 16, 1, 1, device=DEVICE)
+    problem = Sizes(18, 16, 16)
+    algorithm = choose_algorithm(problem, Coefficients(amp=1.0), False)
+    layers = {measured.key(problem, algorithm.value, torch.float32): "unfused"}
     (tmp_path / f"{measured.device_name(x.device)}.json").write_text(json.dumps(layers))
-    taken = []
-    monkeypatch.setattr(kernels, "layer_backward", lambda *a, **k: taken.append((a[1].shape[0], k["fused"])))
-    monkeypatch.setattr(fused.aten, "conv2d_backward", lambda *a: None)
+    monkeypatch.setitem(dispatch._FASTEST, ("layer", DEVICE), dispatch._FASTEST["layer", "cuda"])
+    dispatch.set_backend("auto")  # forgets what was chosen before
+    chosen = {}
     for batch in (1, 2):
-        for rule in (Coefficients(), Coefficients(amp=1.0)):
-            window = functional.Window()
-            args = (x[:batch], x[:batch], w, b, None, window, rule, (True,) * 4)
-            fused.conv2d_backward(*args, center=None, path=None)
-    assert taken == [(2, False)]
+        for amp in (0.0, 1.0):
+            call = dispatch.plan(Convolution(), x[:batch], w, Coefficients(amp=amp), (True,) * 4, False)
+            chosen[batch, amp] = call.kernels.backward
+    unfused = dispatch._LAYER_BACKENDS["triton-unfused"].backward
+    assert chosen.pop((2, 1.0)) is unfused
+    assert {*chosen.values()} == {dispatch._LAYER_BACKENDS["aten"].backward}
     measured.load.cache_clear()
+    monkeypatch.undo()
+    dispatch.set_backend("auto")
 
 
 def test_a_devices_table_is_written_from_its_results(tmp_path):
     def record(layer, fused, unfused):
-        ratios = {"ratio_to_triton": fused, "ratio_to_triton-apart": unfused}
+        ratios = {"ratio_to_triton": fused, "ratio_to_triton-unfused": unfused}
         return {"extra_info": {"layer": layer, "rule": "wm", "batch": 4, "dtype": "bfloat16", **ratios}}
 
     results = {
@@ -183,9 +190,9 @@ def test_a_devices_table_is_written_from_its_results(tmp_path):
     subprocess.run([sys.executable, script, tmp_path / "layers.json", tmp_path], check=True)
 
     def key(channels):
-        problem = Problem(4 * 56 * 56, channels, 64)
-        form = choose_form(problem, Coefficients(amp=1.0, decay=1.0), True)
-        return measured.key(problem, form.algorithm, torch.bfloat16)
+        problem = Sizes(4 * 56 * 56, channels, 64)
+        algorithm = choose_algorithm(problem, Coefficients(amp=1.0, decay=1.0), True)
+        return measured.key(problem, algorithm.value, torch.bfloat16)
 
     assert json.loads((tmp_path / "A GPU.json").read_text()) == {key(64): "fused", key(256): "unfused"}
 
@@ -195,7 +202,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match='backend is "triton", expected a GPU, or TRITON_INTERPRET=1'):
         pyfeedback.set_backend("triton")
-    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match='backend is "triton", expected triton to be installed'):
         pyfeedback.set_backend("triton")
     assert pyfeedback.current_backend() == "auto"

@@ -11,7 +11,8 @@ import triton_cases
 from cases import RULES
 from triton_cases import DEVICE, Case, assert_near, inner, layer, names, record_launches
 
-from pyfeedback.forms import Coefficients, Form, Problem, choose_form
+from pyfeedback.core.algorithm import Algorithm, Sizes, choose_algorithm
+from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels import backward
 
 pytestmark = triton_cases.MARKS
@@ -29,22 +30,22 @@ LAYERS = {
     "1x1": Case((3, 16, 3, 4), (24, 16, 1, 1)),
     "1x1 stride 2 and 3": Case((3, 24, 5, 4), (16, 24, 1, 1), (2, 3)),
 }
-FORMS = [form for form in Form if form is not Form.NONE]
+ALGORITHMS = [algorithm for algorithm in Algorithm if algorithm is not Algorithm.NONE]
 
 
-def has_form(form: Form, case: Case, rule: dict) -> bool:
-    """Whether the form computes the rule's data terms of this layer."""
-    if case.weight[2:] != (1, 1) and form is not Form.DIRECT:
+def has_algorithm(algorithm: Algorithm, case: Case, rule: dict) -> bool:
+    """Whether the algorithm computes the rule's data terms of this layer."""
+    if case.weight[2:] != (1, 1) and algorithm is not Algorithm.DIRECT:
         return False
-    return form is not Form.RESPONSE_MOMENT or bool(rule.get("null") and not rule.get("sparse"))
+    return algorithm is not Algorithm.RESPONSE_GRAM or bool(rule.get("null") and not rule.get("sparse"))
 
 
-def run_conv2d(case: Case, rule: dict, form: Form, mask=(True,) * 4, dtype=torch.float32, laid_out=inner, respond=True):
+def run_conv2d(case: Case, rule: dict, algorithm: Algorithm, mask=(True,) * 4, dtype=torch.float32, laid_out=inner, respond=True):
     """Gradients of the kernels, and of the composition in the same dtype and in float64."""
     t = layer(case, dtype)
     x, w, b, dy = (laid_out(v).permute(0, 3, 1, 2) if laid_out else v for v in t[:4])
     y = torch.conv2d(x.double(), w.double(), None, *case.window).to(dtype) if respond else None
-    options = {"rule": Coefficients(**rule), "mask": mask, "algorithm": form.algorithm}
+    options = {"rule": Coefficients(**rule), "mask": mask, "algorithm": algorithm.value}
     options["center"] = torch.ops.pyfeedback.center.default
     ours = backward.layer_backward(dy, x, w, b, y, convolution=case.window, **options)
     for grad, like in zip(ours[:3], (x, w, w), strict=True):
@@ -68,25 +69,25 @@ def assert_all_near(ours, composed, oracle):
 @pytest.mark.parametrize("name", LAYERS)
 def test_conv2d_backward(name, rule):
     case = LAYERS[name]
-    for form in FORMS if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else [Form.NONE]:
-        if form is Form.NONE or has_form(form, case, RULES[rule]):
-            assert_all_near(*run_conv2d(case, RULES[rule], form))
+    for algorithm in ALGORITHMS if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else [Algorithm.NONE]:
+        if algorithm is Algorithm.NONE or has_algorithm(algorithm, case, RULES[rule]):
+            assert_all_near(*run_conv2d(case, RULES[rule], algorithm))
 
 
 @pytest.mark.parametrize("rule", ["wm-centered", "ia", "aa", "kp", "everything"])
 @pytest.mark.parametrize("name", ["3x2 stride 2 and 1", "1x1"])
 def test_part_of_the_batch_without_a_response_in_another_layout(name, rule):
-    form = Form.NONE if rule == "kp" else Form.DIRECT
+    algorithm = Algorithm.NONE if rule == "kp" else Algorithm.DIRECT
     sampled = {**RULES[rule], "samples": 2}
-    assert_all_near(*run_conv2d(LAYERS[name], sampled, form, laid_out=None, respond=False))
-    if form is Form.DIRECT and name == "1x1":
-        assert_all_near(*run_conv2d(LAYERS[name], sampled, Form.INPUT_MOMENT))
+    assert_all_near(*run_conv2d(LAYERS[name], sampled, algorithm, laid_out=None, respond=False))
+    if algorithm is Algorithm.DIRECT and name == "1x1":
+        assert_all_near(*run_conv2d(LAYERS[name], sampled, Algorithm.INPUT_GRAM))
 
 
 def test_gram_of_many_channels_is_launched_alone(monkeypatch):
     launched = record_launches(monkeypatch, SHARED_GRAM_CHANNELS=8)
     for rule in ("ia", "everything"):
-        assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Form.INPUT_MOMENT))
+        assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Algorithm.INPUT_GRAM))
         assert launched.pop(0).products == ("gram",)
         launched.clear()
 
@@ -95,14 +96,14 @@ def test_gram_of_many_channels_is_launched_alone(monkeypatch):
 def test_masks(rule):
     """What is not asked for is not launched, and what it would have been computed with is."""
     case = LAYERS["1x1"]
-    form = Form.NONE if rule in ("fa", "kp") else Form.DIRECT
+    algorithm = Algorithm.NONE if rule in ("fa", "kp") else Algorithm.DIRECT
     for mask in itertools.product((True, False), repeat=3):
-        assert_all_near(*run_conv2d(case, RULES[rule], form, (*mask, False)))
+        assert_all_near(*run_conv2d(case, RULES[rule], algorithm, (*mask, False)))
 
 
 def test_conv2d_backward_in_float16():
     for rule in ("wm", "ia", "aa"):
-        assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Form.DIRECT, dtype=torch.float16))
+        assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Algorithm.DIRECT, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -110,9 +111,9 @@ def test_linear_backward(rule):
     torch.manual_seed(0)
     x, w, b, dy = (torch.randn(s, device=DEVICE) for s in ((3, 5, 16), (24, 16), (24, 16), (3, 5, 24)))
     named, mask = RULES[rule], (True,) * 4
-    problem = Problem(15, 16, 24)
-    form = choose_form(problem, Coefficients(**named), False)
-    options = {"rule": Coefficients(**named), "mask": mask, "algorithm": form.algorithm}
+    problem = Sizes(15, 16, 24)
+    algorithm = choose_algorithm(problem, Coefficients(**named), False)
+    options = {"rule": Coefficients(**named), "mask": mask, "algorithm": algorithm.value}
     options["center"] = torch.ops.pyfeedback.center.default
     ours = backward.layer_backward(dy, x, w, b, None, convolution=None, **options)
     op = torch.ops.pyfeedback.fa_linear_backward
@@ -125,7 +126,7 @@ def test_launches_are_shared(monkeypatch):
     launched = record_launches(monkeypatch, choose_grouped=lambda *_: None)  # as if the layer were large
     for rule, wgrads in (("wm", 1), ("kp", 1), ("sa", 1), ("aa", 1), ("ia", 2)):
         launched.clear()
-        run_conv2d(LAYERS["1x1"], RULES[rule], Form.NONE if rule in ("kp", "sa") else Form.DIRECT)
+        run_conv2d(LAYERS["1x1"], RULES[rule], Algorithm.NONE if rule in ("kp", "sa") else Algorithm.DIRECT)
         assert sorted(names(launched)) == ["dgrad", *["wgrad"] * wgrads], rule
 
 

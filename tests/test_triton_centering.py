@@ -6,7 +6,7 @@ import triton_cases
 from cases import norm_error, percentile
 from triton_cases import Case, assert_near, data_terms, layer_backward, one_pass, target, terms_in_one_pass
 
-from pyfeedback.forms import Form
+from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import choose_grouped, choose_pointwise, choose_wgrad
 
@@ -28,17 +28,17 @@ LAYERS = {
 # Launches: the layers, rules and forms that take them.
 COVERED = {
     "one pass": [
-        ("1x1", "wm", Form.DIRECT),
-        ("linear", "ia", Form.DIRECT),
-        ("1x1 strided", "ia, amp above null", Form.INPUT_MOMENT),
+        ("1x1", "wm", Algorithm.DIRECT),
+        ("linear", "ia", Algorithm.DIRECT),
+        ("1x1 strided", "ia, amp above null", Algorithm.INPUT_GRAM),
     ],
     "grouped": [
-        ("2x1", "wm", Form.DIRECT),
-        ("2x1", "ia", Form.DIRECT),
-        ("1x1", "aa", Form.DIRECT),
-        ("1x1", "ia, amp above null", Form.RESPONSE_MOMENT),
+        ("2x1", "wm", Algorithm.DIRECT),
+        ("2x1", "ia", Algorithm.DIRECT),
+        ("1x1", "aa", Algorithm.DIRECT),
+        ("1x1", "ia, amp above null", Algorithm.RESPONSE_GRAM),
     ],
-    "unfused": [("linear", "ia, amp above null", Form.INPUT_MOMENT), ("1x1", "all three", Form.DIRECT)],
+    "unfused": [("linear", "ia, amp above null", Algorithm.INPUT_GRAM), ("1x1", "all three", Algorithm.DIRECT)],
 }
 MEANS = (0, 1, 30, 1000)
 SEEDS = range(5)  # for each mean
@@ -51,7 +51,7 @@ def uninitialised_memory_is_nan(monkeypatch):
     assert_margins()
 
 
-def draw(case: Case, form: Form, mean: float, seed: int, dtype):
+def draw(case: Case, algorithm: Algorithm, mean: float, seed: int, dtype):
     """Activations, kernels and the response, which need not be the layer's where it is read: it then has no rounding
     of its own at the size of the mean."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,17 +60,17 @@ def draw(case: Case, form: Form, mean: float, seed: int, dtype):
     w, b = (torch.randn(case.weight, generator=generator) for _ in range(2))
     y = torch.randn(g.N, g.K, g.P, g.Q, generator=generator) + mean
     x, w, b, y = (t.to(triton_cases.DEVICE, dtype) for t in (x, w, b, y))
-    return x, w, b, None if form is Form.INPUT_MOMENT else y
+    return x, w, b, None if algorithm is Algorithm.INPUT_GRAM else y
 
 
-def error_ratios(name: str, rule: dict, form: Form, dtype=torch.float32, fused=True, samples=0):
+def error_ratios(name: str, rule: dict, algorithm: Algorithm, dtype=torch.float32, fused=True, samples=0):
     """Of every mean and seed: our error to that of composing with both factors centred, beyond a quarter of a unit."""
     case, ratios = LAYERS[name], []
     for mean in MEANS:
         for seed in SEEDS:
-            x, w, b, y = draw(case, form, mean, seed, dtype)
+            x, w, b, y = draw(case, algorithm, mean, seed, dtype)
             terms = {**rule, "center": True, "samples": samples}
-            ours = layer_backward(case, x, w, b, y, terms, form, fused, linear=name == "linear")[2]
+            ours = layer_backward(case, x, w, b, y, terms, algorithm, fused, linear=name == "linear")[2]
             plain, exact = (data_terms(case, x, w, b, y, terms, wide) for wide in (dtype, torch.float64))
             ratios.append(norm_error(ours, exact) / (norm_error(plain, exact) + torch.finfo(dtype).eps / 4))
     assert len(ratios) >= 20
@@ -79,19 +79,19 @@ def error_ratios(name: str, rule: dict, form: Form, dtype=torch.float32, fused=T
 
 @pytest.mark.parametrize(("launches", "case"), [(name, case) for name in COVERED for case in COVERED[name]], ids=str)
 def test_error_at_most_four_times_that_of_centring_both_factors(launches, case, monkeypatch):
-    name, rule, form = case
+    name, rule, algorithm = case
     launched = one_pass(monkeypatch) if launches == "one pass" else None
-    ratios = error_ratios(name, RULES[rule], form, fused=launches != "unfused")
+    ratios = error_ratios(name, RULES[rule], algorithm, fused=launches != "unfused")
     assert percentile(ratios, 95) <= 4, ratios
     assert launched is None or len(terms_in_one_pass(launched)) == len(ratios)
 
 
 @pytest.mark.parametrize("launches", ["one pass", "grouped"])
-@pytest.mark.parametrize(("rule", "form"), [("wm", Form.DIRECT), ("ia", Form.DIRECT), ("ia", Form.INPUT_MOMENT)])
-def test_error_in_float16(launches, rule, form, monkeypatch):
+@pytest.mark.parametrize(("rule", "algorithm"), [("wm", Algorithm.DIRECT), ("ia", Algorithm.DIRECT), ("ia", Algorithm.INPUT_GRAM)])
+def test_error_in_float16(launches, rule, algorithm, monkeypatch):
     if launches == "one pass":
         one_pass(monkeypatch)
-    ratios = error_ratios("1x1", RULES[rule], form, torch.float16)
+    ratios = error_ratios("1x1", RULES[rule], algorithm, torch.float16)
     assert percentile(ratios, 95) <= 4, ratios
 
 
@@ -99,11 +99,11 @@ def test_error_in_float16(launches, rule, form, monkeypatch):
 @pytest.mark.parametrize("rule", ["wm", "ia", "all three"])
 def test_the_mean_is_that_of_the_samples_in_use(rule, fused):
     """The other samples lie elsewhere."""
-    for name, form in (("1x1 strided", Form.DIRECT), ("linear", Form.INPUT_MOMENT), ("2x1", Form.DIRECT)):
+    for name, algorithm in (("1x1 strided", Algorithm.DIRECT), ("linear", Algorithm.INPUT_GRAM), ("2x1", Algorithm.DIRECT)):
         case, terms = LAYERS[name], {**RULES[rule], "center": True, "samples": 3}
-        x, w, b, y = draw(case, form, 30, 0, torch.float32)
+        x, w, b, y = draw(case, algorithm, 30, 0, torch.float32)
         x[3:] += 1000
-        ours = layer_backward(case, x, w, b, y, terms, form, fused, linear=name == "linear")[2]
+        ours = layer_backward(case, x, w, b, y, terms, algorithm, fused, linear=name == "linear")[2]
         assert_near(ours, *(data_terms(case, x, w, b, y, terms, wide) for wide in (torch.float32, torch.float64)))
 
 
@@ -112,11 +112,11 @@ def test_a_sample_alone_is_its_mean(launches, monkeypatch):
     if launches == "one pass":
         one_pass(monkeypatch)
     for rule in ("wm", "ia", "all three"):
-        for form in (Form.DIRECT, Form.INPUT_MOMENT):
-            x, w, b, y = draw(LAYERS["1x1"], form, 30, 0, torch.float32)
+        for algorithm in (Algorithm.DIRECT, Algorithm.INPUT_GRAM):
+            x, w, b, y = draw(LAYERS["1x1"], algorithm, 30, 0, torch.float32)
             terms = {**RULES[rule], "center": True, "samples": 1}
             fused = launches != "unfused"
-            assert (layer_backward(LAYERS["1x1"], x, w, b, y, terms, form, fused)[2] == 0).all()
+            assert (layer_backward(LAYERS["1x1"], x, w, b, y, terms, algorithm, fused)[2] == 0).all()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

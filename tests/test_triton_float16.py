@@ -6,7 +6,7 @@ import triton_cases
 from cases import norm_error, percentile
 from triton_cases import DEVICE, Case, data_terms, layer_backward, one_pass, products, record_launches
 
-from pyfeedback.forms import Form
+from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels import dgrad, wgrad
 from pyfeedback.kernels.backward import unit_of
 from pyfeedback.kernels.tiles import DgradTile, PointwiseTile, WgradTile
@@ -47,20 +47,20 @@ def draw(case: Case, seed: int):
 
 
 @pytest.mark.parametrize(
-    ("launches", "case", "rule", "form", "over"),
+    ("launches", "case", "rule", "algorithm", "over"),
     [
-        ("one pass", POINTWISE, "wm", Form.DIRECT, "sum"),
-        ("one pass", POINTWISE, "ia", Form.DIRECT, "z"),
-        ("one pass", POINTWISE, "aa", Form.DIRECT, "u"),
-        ("grouped", WINDOW, "ia", Form.DIRECT, "z"),
-        ("grouped", POINTWISE, "ia", Form.RESPONSE_MOMENT, "sum"),
-        ("unfused", POINTWISE, "ia", Form.INPUT_MOMENT, "sum"),
-        ("unfused", WINDOW, "aa", Form.DIRECT, "u"),
-        ("unfused", POINTWISE, "all three", Form.DIRECT, "z"),
+        ("one pass", POINTWISE, "wm", Algorithm.DIRECT, "sum"),
+        ("one pass", POINTWISE, "ia", Algorithm.DIRECT, "z"),
+        ("one pass", POINTWISE, "aa", Algorithm.DIRECT, "u"),
+        ("grouped", WINDOW, "ia", Algorithm.DIRECT, "z"),
+        ("grouped", POINTWISE, "ia", Algorithm.RESPONSE_GRAM, "sum"),
+        ("unfused", POINTWISE, "ia", Algorithm.INPUT_GRAM, "sum"),
+        ("unfused", WINDOW, "aa", Algorithm.DIRECT, "u"),
+        ("unfused", POINTWISE, "all three", Algorithm.DIRECT, "z"),
     ],
 )
 def test_error_at_most_twice_pytorchs_on_activations_that_float16_can_take(
-    launches, case, rule, form, over, monkeypatch
+    launches, case, rule, algorithm, over, monkeypatch
 ):
     """Multiplying the activations by a power of two changes nothing but the exponent of what is to come out."""
     if launches == "one pass":
@@ -69,13 +69,13 @@ def test_error_at_most_twice_pytorchs_on_activations_that_float16_can_take(
     ratios = []
     for seed in range(20):
         x, w, b, y = draw(case, seed)
-        y = None if form is Form.INPUT_MOMENT else y
+        y = None if algorithm is Algorithm.INPUT_GRAM else y
         read = torch.conv2d(x, w, None, *case.window) if y is None else y
         u = torch.conv2d(x.double(), b.double(), None, *case.window)
         exceeds = {"sum": products(x, w, read, case)[1], "z": products(x, b, read, case)[0], "u": u}
         assert exceeds[over].abs().max() > LARGEST
         fused = launches != "unfused"
-        ours = layer_backward(case, x, w, b, y, scaled(terms, COEFFICIENT), form, fused)[2]
+        ours = layer_backward(case, x, w, b, y, scaled(terms, COEFFICIENT), algorithm, fused)[2]
         exact = data_terms(case, x, w, b, y, scaled(terms, COEFFICIENT), torch.float64)
         assert exact.abs().max() < LARGEST
         plain = data_terms(case, x * SHRUNK, w, b, y if y is None else y * SHRUNK, terms, torch.float16)
@@ -97,7 +97,7 @@ def test_activations_at_the_edge_of_float16_that_align_with_the_feedback(rule, c
     x[:] = aligned[0].view(1, c, 1, 1)
     y[:] = aligned[:, 0].view(1, k, 1, 1)
     terms = {rule: 1e-12}
-    ours = layer_backward(case, x, w, b, y, terms, Form.DIRECT, launches != "unfused", dy=y * 0)[2]
+    ours = layer_backward(case, x, w, b, y, terms, Algorithm.DIRECT, launches != "unfused", dy=y * 0)[2]
     exact = data_terms(case, x, w, b, y, terms, torch.float64)
     assert norm_error(ours, exact) <= 2 * norm_error(exact.half(), exact)
 
@@ -111,27 +111,27 @@ def large_tiles(monkeypatch, single: bool):
 
 
 @pytest.mark.parametrize(
-    ("input", "single", "rule", "form"),
+    ("input", "single", "rule", "algorithm"),
     [
-        ((512, 8, 1, 197), True, "ia", Form.DIRECT),
-        ((512, 8, 1, 197), False, "wm", Form.DIRECT),
-        ((64, 4, 56, 56), True, "wm", Form.INPUT_MOMENT),
-        ((64, 4, 56, 56), False, "ia", Form.DIRECT),
+        ((512, 8, 1, 197), True, "ia", Algorithm.DIRECT),
+        ((512, 8, 1, 197), False, "wm", Algorithm.DIRECT),
+        ((64, 4, 56, 56), True, "wm", Algorithm.INPUT_GRAM),
+        ((64, 4, 56, 56), False, "ia", Algorithm.DIRECT),
     ],
     ids=["linear", "linear unfused", "1x1", "1x1 unfused"],
 )
-def test_statistics_at_the_size_of_a_layer(input, single, rule, form, monkeypatch):
+def test_statistics_at_the_size_of_a_layer(input, single, rule, algorithm, monkeypatch):
     """The sums pass 65504 by far; what remains is one rounding of the result, and of z, which averages out."""
     large_tiles(monkeypatch, single)
     case = Case(input, (8, input[1], 1, 1))
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(input, generator=generator) + 1).half().to(DEVICE)
     w, b = (torch.randn(case.weight, generator=generator).half().to(DEVICE) / input[1] ** 0.5 for _ in range(2))
-    y = None if form is Form.INPUT_MOMENT else torch.conv2d(x.float(), w.float()).half()
+    y = None if algorithm is Algorithm.INPUT_GRAM else torch.conv2d(x.float(), w.float()).half()
     terms = {**scaled(RULES[rule], 1e-3 / (input[2] * input[3])), "center": True}
     nothing = torch.zeros(input[0], 8, *input[2:], dtype=torch.float16, device=DEVICE)
     mask = (single, single, True, False)
-    ours = layer_backward(case, x, w, b, y, terms, form, linear=input[2] == 1, mask=mask, dy=nothing)[2]
+    ours = layer_backward(case, x, w, b, y, terms, algorithm, linear=input[2] == 1, mask=mask, dy=nothing)[2]
     exact = data_terms(case, x, w, b, y, terms, torch.float64)
     assert norm_error(ours, exact) <= 2 * norm_error(exact.half(), exact)
 
@@ -144,9 +144,9 @@ def test_a_tie_to_a_gradient_of_the_weight_that_is_infinite(samples):
     x, w, b, y = draw(case, 0)
     dy = torch.full_like(y, 2000)
     terms = {"amp": COEFFICIENT, "tie": COEFFICIENT, "samples": samples}
-    for form in (Form.DIRECT, Form.INPUT_MOMENT):
-        _, grad_weight, grad_feedback, _ = layer_backward(case, x, w, b, y, terms, form, dy=dy)
-        read = y if form is Form.DIRECT else None
+    for algorithm in (Algorithm.DIRECT, Algorithm.INPUT_GRAM):
+        _, grad_weight, grad_feedback, _ = layer_backward(case, x, w, b, y, terms, algorithm, dy=dy)
+        read = y if algorithm is Algorithm.DIRECT else None
         exact = products(x, w, dy, case)[1]
         assert grad_weight.dtype == grad_feedback.dtype == torch.float16
         assert torch.equal(grad_weight, exact.half())

@@ -23,7 +23,7 @@ from triton_cases import (
     target,
 )
 
-from pyfeedback.forms import Form
+from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels import launch
 from pyfeedback.kernels.dgrad import dgrad_launch
 from pyfeedback.kernels.geometry import Geometry
@@ -125,28 +125,28 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rule", "form", "expected"),
+    ("rule", "algorithm", "expected"),
     [
-        ("fa", Form.NONE, ["grouped"]),
-        ("kp", Form.NONE, ["grouped"]),
-        ("wm-centered", Form.DIRECT, ["grouped"]),
-        ("aa", Form.DIRECT, ["grouped"]),
-        ("aa-centered", Form.DIRECT, ["grouped"]),
-        ("ia", Form.DIRECT, ["grouped", "wgrad"]),
-        ("ia", Form.INPUT_MOMENT, ["grouped"]),
-        ("ia", Form.RESPONSE_MOMENT, ["wgrad", "grouped"]),
+        ("fa", Algorithm.NONE, ["grouped"]),
+        ("kp", Algorithm.NONE, ["grouped"]),
+        ("wm-centered", Algorithm.DIRECT, ["grouped"]),
+        ("aa", Algorithm.DIRECT, ["grouped"]),
+        ("aa-centered", Algorithm.DIRECT, ["grouped"]),
+        ("ia", Algorithm.DIRECT, ["grouped", "wgrad"]),
+        ("ia", Algorithm.INPUT_GRAM, ["grouped"]),
+        ("ia", Algorithm.RESPONSE_GRAM, ["wgrad", "grouped"]),
     ],
 )
-def test_launches(rule, form, expected, launched):
-    """dW and dx are in one launch, whatever the rule and the form."""
-    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], form))
+def test_launches(rule, algorithm, expected, launched):
+    """dW and dx are in one launch, whatever the rule and the algorithm."""
+    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], algorithm))
     assert names(launched) == expected
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_conv2d_backward_of_part_of_the_batch(rule, launched):
-    form = Form.DIRECT if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else Form.NONE
-    assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], {**RULES[rule], "samples": 2}, form))
+    algorithm = Algorithm.DIRECT if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else Algorithm.NONE
+    assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], {**RULES[rule], "samples": 2}, algorithm))
     assert "grouped" in names(launched)
 
 
@@ -154,7 +154,7 @@ def test_masks(launched):
     """Without dx nothing is grouped; without dW, dx is grouped with the feedback's gradient."""
     for mask, name in (((False, True, True, True), "wgrad"), ((True, False, True, True), "grouped")):
         launched.clear()
-        assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], RULES["wm"], Form.DIRECT, mask))
+        assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], RULES["wm"], Algorithm.DIRECT, mask))
         assert names(launched) == [name]
 
 

@@ -8,7 +8,8 @@ import triton_cases
 from cases import RULES, laid_out
 from triton_cases import DEVICE, assert_near, one_pass, surround, terms_in_one_pass
 
-from pyfeedback.forms import Coefficients, Form
+from pyfeedback.core.algorithm import Algorithm
+from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels import backward
 
 pytestmark = triton_cases.MARKS
@@ -22,13 +23,13 @@ class Layer(NamedTuple):
     window: tuple
     launches: str
     rule: str
-    form: Form
+    algorithm: Algorithm
 
 
 LAYERS = {
-    "2x2": Layer((3, 5, 5, 4), (6, 5, 2, 2), ((2, 1), (1, 0), (1, 2)), "grouped", "everything", Form.DIRECT),
-    "1x1": Layer((3, 6, 4, 4), (7, 6, 1, 1), ((2, 3), (0, 0), (1, 1)), "one pass", "ia-centered", Form.DIRECT),
-    "linear": Layer((3, 5, 6), (7, 6), (), "unfused", "ia-centered", Form.RESPONSE_MOMENT),
+    "2x2": Layer((3, 5, 5, 4), (6, 5, 2, 2), ((2, 1), (1, 0), (1, 2)), "grouped", "everything", Algorithm.DIRECT),
+    "1x1": Layer((3, 6, 4, 4), (7, 6, 1, 1), ((2, 3), (0, 0), (1, 1)), "one pass", "ia-centered", Algorithm.DIRECT),
+    "linear": Layer((3, 5, 6), (7, 6), (), "unfused", "ia-centered", Algorithm.RESPONSE_GRAM),
 }
 OPERANDS = ("grad_output", "input", "weight", "feedback", "response")
 
@@ -62,7 +63,7 @@ def assert_right(layer: Layer, tensors: dict[str, torch.Tensor]):
         convolution=layer.window or None,
         rule=Coefficients(**rule),
         mask=(True,) * 4,
-        algorithm=layer.form.algorithm,
+        algorithm=layer.algorithm.value,
         center=torch.ops.pyfeedback.center.default,
         fused=layer.launches != "unfused",
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_cases
 from cases import RULES
-from test_triton_backward import FORMS, LAYERS, assert_all_near, has_form, run_conv2d
+from test_triton_backward import ALGORITHMS, LAYERS, assert_all_near, has_algorithm, run_conv2d
 from triton_cases import (
     DEVICE,
     UNIT,
@@ -23,7 +23,7 @@ from triton_cases import (
     terms_in_one_pass,
 )
 
-from pyfeedback.forms import Form
+from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels import launch, plan
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.pointwise import pointwise_launch
@@ -189,47 +189,47 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["1x1", "1x1 stride 2 and 3"])
 def test_conv2d_backward(name, rule, launched):
-    """dx and dW are in one pass, whatever the rule and the form."""
+    """dx and dW are in one pass, whatever the rule and the algorithm."""
     reads = any(RULES[rule].get(p) for p in ("amp", "null", "sparse"))
-    for form in FORMS if reads else [Form.NONE]:
-        if form is Form.NONE or has_form(form, LAYERS[name], RULES[rule]):
+    for algorithm in ALGORITHMS if reads else [Algorithm.NONE]:
+        if algorithm is Algorithm.NONE or has_algorithm(algorithm, LAYERS[name], RULES[rule]):
             launched.clear()
-            assert_all_near(*run_conv2d(LAYERS[name], RULES[rule], form))
+            assert_all_near(*run_conv2d(LAYERS[name], RULES[rule], algorithm))
             assert len(terms_in_one_pass(launched)) == 1
 
 
 @pytest.mark.parametrize(
-    ("rule", "form", "term"),
+    ("rule", "algorithm", "term"),
     [
-        ("fa", Form.NONE, "none"),
-        ("kp", Form.NONE, "none"),
-        ("wm-centered", Form.DIRECT, "cross"),
-        ("aa", Form.DIRECT, "cross"),
-        ("aa", Form.INPUT_MOMENT, "gram"),
-        ("ia", Form.INPUT_MOMENT, "gram"),
-        ("ia", Form.DIRECT, "z"),
-        ("ia", Form.RESPONSE_MOMENT, "z"),
+        ("fa", Algorithm.NONE, "none"),
+        ("kp", Algorithm.NONE, "none"),
+        ("wm-centered", Algorithm.DIRECT, "cross"),
+        ("aa", Algorithm.DIRECT, "cross"),
+        ("aa", Algorithm.INPUT_GRAM, "gram"),
+        ("ia", Algorithm.INPUT_GRAM, "gram"),
+        ("ia", Algorithm.DIRECT, "z"),
+        ("ia", Algorithm.RESPONSE_GRAM, "z"),
     ],
 )
-def test_terms(rule, form, term, launched):
-    run_conv2d(LAYERS["1x1"], RULES[rule], form)
+def test_terms(rule, algorithm, term, launched):
+    run_conv2d(LAYERS["1x1"], RULES[rule], algorithm)
     assert terms_in_one_pass(launched) == [term]
 
 
 @pytest.mark.parametrize("rule", ["wm", "ia-centered", "aa"])
 def test_part_of_the_batch(rule, launched):
-    for form in (Form.DIRECT, Form.INPUT_MOMENT):
+    for algorithm in (Algorithm.DIRECT, Algorithm.INPUT_GRAM):
         launched.clear()
-        assert_all_near(*run_conv2d(LAYERS["1x1"], {**RULES[rule], "samples": 2}, form, respond=False))
+        assert_all_near(*run_conv2d(LAYERS["1x1"], {**RULES[rule], "samples": 2}, algorithm, respond=False))
         assert terms_in_one_pass(launched) == [
-            {"ia-centered": "z"}.get(rule, "cross") if form is Form.DIRECT else "none"
+            {"ia-centered": "z"}.get(rule, "cross") if algorithm is Algorithm.DIRECT else "none"
         ]
 
 
 @pytest.mark.parametrize("mask", [(False, True, True, True), (True, False, True, True), (True, True, False, True)])
 def test_masks(mask, launched):
     """Without dx or dW there is no one-pass launch."""
-    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES["ia"], Form.DIRECT, mask))
+    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES["ia"], Algorithm.DIRECT, mask))
     assert terms_in_one_pass(launched) == (["none"] if mask[:2] == (True, True) else [])
 
 
@@ -238,7 +238,7 @@ def test_a_weight_in_another_layout_is_launched_separately(launched):
     def rows_innermost(t):
         return t.permute(2, 3, 1, 0).contiguous().permute(3, 0, 1, 2) if t.shape[2:] == (1, 1) else inner(t)
 
-    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES["wm"], Form.DIRECT, laid_out=rows_innermost))
+    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES["wm"], Algorithm.DIRECT, laid_out=rows_innermost))
     assert terms_in_one_pass(launched) == []
 
 
@@ -249,7 +249,7 @@ def test_a_gram_matrix_that_does_not_fit_is_not_taken_for_a_response(rule, launc
     assert choose_pointwise(Geometry(9, 128, 64), "gram", target(2, 80, 108)) is None
     every = plan.choose_pointwise
     monkeypatch.setattr(plan, "choose_pointwise", lambda g, t, *_: None if t == "gram" else every(g, t))
-    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Form.INPUT_MOMENT))
+    assert_all_near(*run_conv2d(LAYERS["1x1"], RULES[rule], Algorithm.INPUT_GRAM))
     assert terms_in_one_pass(launched) == []
 
 

@@ -20,7 +20,8 @@ DEVICE = "cuda" if GPU else "cpu"
 with pytest.MonkeyPatch.context() as _patch:
     if not GPU:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
-    from pyfeedback.forms import Coefficients, Form
+    from pyfeedback.core.algorithm import Algorithm
+    from pyfeedback.core.coefficients import Coefficients
     from pyfeedback.kernels import backward, plan
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
     from pyfeedback.kernels.launch import Launch, run
@@ -178,10 +179,10 @@ def one_pass(monkeypatch) -> list[Launch]:
 
 
 def layer_backward(
-    case: Case, x, w, b, y, terms: dict, form: Form, fused=True, mask=(True,) * 4, linear=False, dy=None
+    case: Case, x, w, b, y, terms: dict, algorithm: Algorithm, fused=True, mask=(True,) * 4, linear=False, dy=None
 ):
     """The four gradients of the kernels; a linear layer's with the positions of the case as its tokens."""
-    options = {"rule": Coefficients(**terms), "mask": mask, "algorithm": form.algorithm, "fused": fused}
+    options = {"rule": Coefficients(**terms), "mask": mask, "algorithm": algorithm.value, "fused": fused}
     options["center"] = torch.ops.pyfeedback.center.default
     g = case.geometry
     dy = x.new_ones(g.N, g.K, g.P, g.Q) if dy is None else dy

@@ -9,6 +9,7 @@ that device than the ones after it: "measured" is either of Triton's for the lay
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -178,16 +179,15 @@ def _of_this_thread() -> str:
 def set_backend(name: str) -> None:
     """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the one at the start.
 
-    A ``backend`` block goes before it.
+    A ``backend`` block has precedence.
 
     Raises:
         ValueError: the name is none of :data:`BACKENDS`.
-        RuntimeError: "native" is asked for and the compiled library is not there; "triton", and triton is not, or
-            neither a GPU nor Triton's interpreter (TRITON_INTERPRET=1, set before the first use) is.
+        RuntimeError: "native" without the compiled library; "triton" without triton, or without a GPU and without
+            Triton's interpreter (TRITON_INTERPRET=1, set before the first use).
     """
     global _default
-    _check(name)
-    _default = name
+    _default = _checked(name, 3)
     implementation.cache_clear()
     _candidates.cache_clear()
 
@@ -201,7 +201,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises: as :func:`set_backend`.
     """
-    _check(name)
+    name = _checked(name, 4)
     _open.append(name)
     try:
         with in_force(name):
@@ -220,7 +220,12 @@ def in_force(name: str) -> Iterator[None]:
         _here.reset(token)
 
 
-def _check(name: str) -> None:
+def _checked(name: str, stacklevel: int) -> str:
+    """The name of a backend that can be used here."""
+    if name == "triton-apart":
+        message = 'backend "triton-apart" is now "triton-unfused"; the old name is removed in the release after next'
+        warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+        name = "triton-unfused"
     check_choice("backend", name, BACKENDS)
     if name == "native" and not loading.has_cpu():
         raise RuntimeError(f'backend is "native", expected a compiled library: {loading.build_info().missing}')
@@ -229,6 +234,7 @@ def _check(name: str) -> None:
         raise RuntimeError(f'backend is "{name}", expected triton to be installed')
     if triton and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f'backend is "{name}", expected a GPU, or TRITON_INTERPRET=1 for Triton\'s interpreter')
+    return name
 
 
 def _preferred(op: str, device_type: str, backend: str) -> tuple[str, ...]:

@@ -34,6 +34,11 @@ class DirectFeedback:
         self._untapped: set[str] = set()  # layers of a pass that learns, which ran without gradients
         self._drawn: dict[tuple, Tensor] = {}
         self._number, self._seed_seen = -1, (0, -1)
+        _exclude_from_compilation()
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _exclude_from_compilation()
 
     def attach(self, model: nn.Module) -> None:
         """Stand at the two ends of the model's forward."""
@@ -76,7 +81,6 @@ class DirectFeedback:
             )
         return input.detach()
 
-    @torch.compiler.disable(reason="draws what depends on no input, at the first pass alone")
     def projection(self, inputs: list[tuple[str, int]], outputs: int, seed: Tensor, like: Tensor) -> Tensor:
         """The projections of these layers, by name and size, one below the other: [sum of the sizes, outputs]."""
         key = (tuple(inputs), outputs, like.dtype, like.device)
@@ -134,6 +138,16 @@ class _Passes(threading.local):
 
 
 _drawing = threading.Lock()
+
+
+def _exclude_from_compilation() -> None:
+    """Have the compiler call ``projection``, which draws at the first pass alone, instead of tracing it.
+
+    This imports torch._dynamo, which takes longer than torch itself: it is done for models that use dfa, not at import.
+    """
+    if not hasattr(DirectFeedback.projection, "_torchdynamo_disable"):
+        reason = "draws what depends on no input, at the first pass alone"
+        DirectFeedback.projection = torch.compiler.disable(DirectFeedback.projection, reason=reason)  # type: ignore
 
 
 def _in_backward() -> bool:
