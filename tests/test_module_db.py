@@ -93,8 +93,10 @@ def assert_described_alike(module, expected):
     assert_same(found[1], expected[1])
 
 
-def test_importing_the_list_keeps_torch_backends_assignable():
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark
+@pytest.mark.parametrize("value", [True, False])
+def test_importing_the_list_keeps_torch_backends_assignable(monkeypatch, value):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", value)
+    assert torch.backends.cudnn.benchmark is value
 
 
 def test_the_expected_modules_are_in_the_list():

@@ -188,14 +188,15 @@ def test_disjoint_views_of_one_storage_are_accepted():
 
 
 def test_unread_operands_may_be_anything():
-    operands = lists(2)
-    operands["weight"][0], operands["grad"][1] = operands["feedback"][1], operands["momentum_buffer"][0]
-    operands["weight"][0].untyped_storage()
-    step(operands, self_=[0.0, 0.2], tie=[0.3, 0.0])
+    operands, separate = lists(2), lists(2)
     freed = torch.ones(4, 6, dtype=torch.float64)
     freed.untyped_storage().resize_(0)
-    operands["weight"][0], operands["grad"][1] = freed, freed
-    step(operands, self_=[0.0, 0.2], tie=[0.3, 0.0])
+    for unread in ((operands["feedback"][1], operands["momentum_buffer"][0]), (freed, freed)):
+        operands["weight"][0], operands["grad"][1] = unread
+        for each in (operands, separate):
+            step(each, self_=[0.0, 0.2], tie=[0.3, 0.0])
+        for name in ("feedback", "momentum_buffer"):
+            assert all(map(torch.equal, operands[name], separate[name]))
 
 
 @pytest.mark.parametrize("size", [(0,), (3, 0)])
@@ -204,7 +205,10 @@ def test_empty_tensors_share_nothing(size):
     empty = torch.zeros(size, dtype=torch.float64)
     for name in operands:
         operands[name][0] = operands[name][2] = empty
+    alone = {name: [tensors[1].clone()] for name, tensors in operands.items()}
     step(operands)
+    step(alone)
+    assert torch.equal(operands["feedback"][1], alone["feedback"][0])
 
 
 def test_without_momentum_the_buffer_is_ignored():
