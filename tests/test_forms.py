@@ -36,7 +36,7 @@ def test_moments_are_for_dense_pointwise_layers():
     for problem in (
         Problem(POSITIONS, 64, 256, taps=9, pointwise=False),
         Problem(POSITIONS, 64, 256, groups=2),
-        Problem(16, 4096, 4096),  # fewer positions than channels: the moment costs more than the layer
+        Problem(16, 4096, 4096),  # fewer positions than channels: the Gram matrix costs more than the layer
     ):
         assert all(choose_form(problem, r, True) is Form.DIRECT for r in (WM, IA, AA))
 
