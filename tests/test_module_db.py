@@ -186,7 +186,7 @@ def test_conversion_and_back_leaves_everything_unchanged(name, dtype):
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - CONVERTIBLE))
-def test_a_module_without_layers_of_ours_is_left_alone(name):
+def test_a_module_without_supported_layers_is_unchanged(name):
     for constructor, _ in samples(name, torch.float32):
         module = build(name, constructor, torch.float32)
         expected = description(module)

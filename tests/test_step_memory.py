@@ -149,7 +149,7 @@ def test_a_weight_may_follow_the_rows_that_read_it(readers, arrange):
     assert_steps(operands)
 
 
-def test_readers_of_one_gradient_between_a_weight_and_its_reader():
+def test_rows_that_share_a_gradient_are_grouped():
     """Rows that share a gradient are grouped, so the first may read the weight that the last one updates."""
     operands = lists(3, size=(40, 70))
     operands["grad"][1] = operands["grad"][2] = operands["grad"][0]
