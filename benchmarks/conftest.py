@@ -45,19 +45,26 @@ RECORDS = pytest.StashKey[list]()
 def pytest_addoption(parser):
     group = parser.getgroup("pyfeedback benchmarks")
     group.addoption("--quick", action="store_true", help="a few layers, a small batch, few rounds")
-    group.addoption("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    group.addoption("--batch", type=int, default=0, help="batch of the layers (default: 16, cuda 128, --quick 8)")
-    group.addoption("--network", action="append", choices=[*WHOLE_NETWORKS, *DEPTHWISE], help="this network alone")
-    group.addoption("--rule", action="append", choices=list(RULES), help="this rule alone")
-    group.addoption("--dtype", action="append", choices=list(DTYPES), help="default: float32, on cuda bfloat16 too")
-    group.addoption("--against", action="append", choices=list(BASELINES), help="this baseline alone")
-    group.addoption("--compile", action="store_true", help="torch.compile of the reference, and of whole networks, too")
-    group.addoption("--backward-only", action="store_true", help="time a layer's backward without its forward")
-    group.addoption("--processor-time", action="store_true", help="the process's own seconds, on a shared machine")
+    group.addoption("--device", default=None, help="cpu or cuda (default: cuda if available)")
     group.addoption(
-        "--budget", type=float, default=0.0, help="seconds for the rounds of one benchmark, a minimum apart"
+        "--batch", type=int, default=0, help="batch size of the layers (default: 16; 128 on cuda; 8 with --quick)"
     )
-    group.addoption("--time-limit", type=float, default=float("inf"), help="seconds after which the rest is skipped")
+    group.addoption("--network", action="append", choices=[*WHOLE_NETWORKS, *DEPTHWISE], help="only this network")
+    group.addoption("--rule", action="append", choices=list(RULES), help="only this rule")
+    group.addoption("--dtype", action="append", choices=list(DTYPES), help="default: float32; on cuda also bfloat16")
+    group.addoption("--against", action="append", choices=list(BASELINES), help="only this baseline")
+    group.addoption("--compile", action="store_true", help="also torch.compile of the reference and of whole networks")
+    group.addoption("--backward-only", action="store_true", help="time only the backward pass of a layer")
+    group.addoption("--processor-time", action="store_true", help="measure processor time, for a shared machine")
+    group.addoption(
+        "--budget", type=float, default=0.0, help="seconds for the rounds of one benchmark, beyond a minimum"
+    )
+    group.addoption(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        help="seconds after which the remaining benchmarks are skipped",
+    )
 
 
 def pytest_configure(config):

@@ -97,8 +97,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no layer is begun")
-    parser.add_argument("--out", help="a JSON file")
+    parser.add_argument(
+        "--time-limit", type=float, default=float("inf"), help="seconds after which no further layer is measured"
+    )
+    parser.add_argument("--out", help="JSON file of the results")
     options = parser.parse_args()
     device, started = torch.device(options.device), time.monotonic()
     torch.backends.cudnn.benchmark = True

@@ -30,9 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--network", choices=list(MODELS), default="resnet50")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--image", type=int, default=0, help="its height and width (default: 32 or 224)")
+    parser.add_argument("--image", type=int, default=0, help="height and width of the images (default: 32 or 224)")
     parser.add_argument("--rule", action="append", choices=list(RULES), help="default: every rule on the whole batch")
-    parser.add_argument("--without-reference", action="store_true", help="which takes most of the time")
+    parser.add_argument(
+        "--without-reference", action="store_true", help="skip the reference, which takes most of the time"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     image = options.image or (224 if options.network in ("resnet18", "resnet50") else 32)

@@ -210,7 +210,7 @@ def _(package):
     assert package.options(second) == before, "all layers changed with one"
 
 
-@check("a subclass with a forward of its own keeps it", "test_layers_without_a_counterpart_are_left_and_reported")
+@check("a subclass with a forward of its own keeps it", "test_layers_without_a_counterpart_are_skipped_and_reported")
 def _(package):
     class Scaled(nn.Conv2d):
         def forward(self, x):
@@ -310,7 +310,7 @@ def _(package):
     package.convert(conv()).load_state_dict(conv().state_dict(), strict=True)
 
 
-@check("deepcopy and pickle", "test_copies_are_equal_and_apart")
+@check("deepcopy and pickle", "test_copies_are_equal_and_independent")
 def _(package):
     learns(pickle.loads(pickle.dumps(copy.deepcopy(package.convert(conv())))), images())
 

@@ -13,9 +13,7 @@ labels, (train, test) = torch.tensor(digits.target), torch.randperm(len(images))
 
 model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 64), nn.ReLU(), nn.Linear(64, 10))
 pyfeedback.convert(model, pyfeedback.rule("kp", decay=0.01))  # errors go back through a random B per layer
-optimizer = pyfeedback.optim.SGD(
-    model, lr=0.05, momentum=0.9, weight_decay=0.01
-)  # for W and B; equal decays let B meet W
+optimizer = pyfeedback.optim.SGD(model, lr=0.05, momentum=0.9, weight_decay=0.01)  # equal decays: B converges to W
 for _ in range(20):  # epochs: a converted model trains like any other
     for batch in train[torch.randperm(len(train))].split(50):
         nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()

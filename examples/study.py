@@ -346,8 +346,10 @@ def main() -> None:
 
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few settings, seeds, images and epochs")
-    parser.add_argument("--workers", type=count, default=2, help="processes of one thread each; default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("study"), help="folder of results; default ./%(default)s")
+    parser.add_argument(
+        "--workers", type=count, default=2, help="number of single-threaded processes; default %(default)s"
+    )
+    parser.add_argument("--out", type=Path, default=Path("study"), help="output folder; default ./%(default)s")
     options = parser.parse_args()
     try:
         options.out.mkdir(parents=True, exist_ok=True)

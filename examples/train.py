@@ -29,7 +29,7 @@ def main() -> None:
         try:
             train(settings, options, here)
         except KeyboardInterrupt:
-            raise SystemExit("train.py: interrupted; --resume goes on from the last checkpoint") from None
+            raise SystemExit("train.py: interrupted; --resume continues from the last checkpoint") from None
 
 
 def train(settings: Settings, options: argparse.Namespace, here: place.Place) -> None:

@@ -234,10 +234,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=positive, help="default 12 for cluttered, 30 for digits, a third of it in a sweep"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, feedback and order; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, feedback and order; default %(default)s")
     parser.add_argument("--device", type=device, default="cpu", help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the picture and the JSON; default here")
-    parser.add_argument("--sweep", action="store_true", help="try wm and ia over a grid of coefficients instead")
+    parser.add_argument("--out", type=Path, default=Path("."), help="output folder; default: the current folder")
+    parser.add_argument("--sweep", action="store_true", help="train wm and ia on a grid of coefficients")
     options = parser.parse_args()
     if options.epochs is None:
         options.epochs = EPOCHS[options.data] // (3 if options.sweep else 1)
@@ -263,7 +263,7 @@ def main() -> None:
         return
     results = run(list(dict.fromkeys(options.rule)), data, options.epochs, options.seed)
     if not results:
-        raise SystemExit("interrupted before the first rule was done: nothing written")
+        raise SystemExit("interrupted before the first rule finished: nothing written")
     print(table(results))
     write_json(options.out / "two_routes.json", options, {"results": {name: asdict(r) for name, r in results.items()}})
     accuracy = {name: result.accuracy for name, result in results.items()}

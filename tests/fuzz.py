@@ -45,10 +45,10 @@ def answer() -> None:
         kind, number = line.split()
         try:
             check(kind, int(number))
-            told = ""
+            problem = ""
         except Exception as error:
-            told = f"{type(error).__name__}: {error}".replace("\n", " ")
-        print(told, flush=True)
+            problem = f"{type(error).__name__}: {error}".replace("\n", " ")
+        print(problem, flush=True)
 
 
 class Worker:
@@ -69,9 +69,9 @@ class Worker:
         self.process.stdin.write(f"{kind} {number}\n")
         self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], HANGS)
-        told = self.process.stdout.readline() if ready else ""
-        if told:
-            return told.strip()
+        problem = self.process.stdout.readline() if ready else ""
+        if problem:
+            return problem.strip()
         if not ready:
             self.process.kill()
         status = self.stop()
@@ -98,11 +98,11 @@ def fuzz(kinds: list[str], seed: int, seconds: float, cases: int | None = None) 
     try:
         while time.monotonic() < end and failed < MOST_FAILURES and (cases is None or done.total() < cases):
             kind, number = kinds[done.total() % len(kinds)], draw.randrange(10**9)
-            told = worker.run(kind, number)
+            problem = worker.run(kind, number)
             done[kind] += 1
-            if told:
+            if problem:
                 failed += 1
-                print(f"FAILED {told[:SHOWN]}\n    {reproducer(kind, number)}", flush=True)
+                print(f"FAILED {problem[:SHOWN]}\n    {reproducer(kind, number)}", flush=True)
     finally:
         worker.stop()
     print(f"{', '.join(f'{count} {kind}' for kind, count in done.items())}: {failed} failed", flush=True)
@@ -119,11 +119,11 @@ def reproducer(kind: str, number: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=KINDS, action="append", help="all by default; may be given more than once")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="default: all; may be repeated")
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--cases", type=int, help="end after so many")
-    parser.add_argument("--seed", type=int, help="of the numbers drawn; a new one by default")
-    parser.add_argument("--number", type=int, help="run this one case, here, and show where it fails")
+    parser.add_argument("--cases", type=int, help="number of cases to run")
+    parser.add_argument("--seed", type=int, help="seed of the case numbers; default: random")
+    parser.add_argument("--number", type=int, help="run a single case in this process, with the traceback")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     kinds = options.kind or list(KINDS)

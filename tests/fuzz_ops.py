@@ -281,8 +281,8 @@ def check(number: int) -> None:
                 sums[name] = [a + b for a, b in zip(sums[name], row, strict=True)]
     for name, (error, plain, largest) in sums.items():
         relative = [f"{e / (largest or 1.0):.2e}" for e in (error, plain)]
-        told = f"{name} is off by {relative[0]} of its largest, plain PyTorch by {relative[1]}"
-        assert not is_off(call, error, plain, largest), f"{told}: {call}"
+        message = f"{name} is off by {relative[0]} of its largest, plain PyTorch by {relative[1]}"
+        assert not is_off(call, error, plain, largest), f"{message}: {call}"
 
 
 def is_off(call: Call, error: float, plain: float, largest: float) -> bool:

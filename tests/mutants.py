@@ -142,7 +142,7 @@ def mutated(mutant: Mutant, source: str) -> str:
     """
     found = source.count(mutant.text)
     if found != 1:
-        raise ValueError(f"{mutant.name}: {mutant.text!r} stands {found} times in {mutant.file}, expected once")
+        raise ValueError(f"{mutant.name}: {mutant.text!r} occurs {found} times in {mutant.file}, expected once")
     return source.replace(mutant.text, mutant.becomes)
 
 
@@ -177,7 +177,7 @@ def check_tests(copy: Copy, mutants: list[Mutant]) -> None:
     tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     whole = {test for test in tests if "::" not in test}
     tests = tuple(t for t in tests if t in whole or not any(t.startswith(f"{w}::") for w in whole))
-    print(f"the tests of {len(mutants)} faults, on the code as it is", flush=True)
+    print(f"the tests of {len(mutants)} faults, on the unmodified code", flush=True)
     status, failed = copy.test(tests, longest=3600)
     if status:
         raise SystemExit(f"they must pass without a fault; failed: {', '.join(failed) or f'exit status {status}'}")
@@ -207,11 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a fault was not detected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="faults by name")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no other fault after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further fault after this time")
     parser.add_argument(
-        "--work", type=Path, default=ROOT / ".cache" / "mutants", help="where the copy and results stand"
+        "--work", type=Path, default=ROOT / ".cache" / "mutants", help="folder of the copy and the results"
     )
-    parser.add_argument("--again", action="store_true", help="forget what was found before")
+    parser.add_argument("--again", action="store_true", help="ignore cached results")
     options = parser.parse_args(arguments)
     chosen = [mutant for mutant in MUTANTS if options.only is None or mutant.name in options.only]
     if options.only and len(chosen) != len(options.only):
@@ -231,13 +231,13 @@ def main(arguments: list[str] | None = None) -> int:
         check_tests(copy, left)
     for number, mutant in enumerate(left, 1):
         if time.monotonic() > end:
-            print(f"{len(left) - number + 1} are left", flush=True)
+            print(f"{len(left) - number + 1} remain", flush=True)
             break
         results[mutant.name] = {"key": key_of(mutant), **judge(copy, mutant)}
         kept.write_text(json.dumps(results, indent=1))
-        told = results[mutant.name]
-        found = f"found by {told['by']}" if told["killed"] else "NOT FOUND"
-        print(f"{number}/{len(left)} {mutant.name}: {found} ({told['seconds']} s)", flush=True)
+        outcome = results[mutant.name]
+        found = f"found by {outcome['by']}" if outcome["killed"] else "NOT FOUND"
+        print(f"{number}/{len(left)} {mutant.name}: {found} ({outcome['seconds']} s)", flush=True)
     TABLE.write_text(table(results))
     return int(not all(results[mutant.name]["killed"] for mutant in chosen if mutant.name in results))
 

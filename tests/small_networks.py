@@ -9,6 +9,19 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+import pyfeedback
+
+# The coefficients are large enough for every term to matter, and training is stable.
+RULES = {
+    "bp": pyfeedback.rule("bp"),
+    "fa": pyfeedback.rule("fa"),
+    "wm": pyfeedback.rule("wm", amp=0.05, decay=0.1),
+    "ia": pyfeedback.rule("ia", amp=0.05, null=0.02, decay=0.1),
+    "sa": pyfeedback.rule("sa", self_=0.2, decay=0.3),
+    "aa": pyfeedback.rule("aa", amp=0.05, sparse=0.05),
+    "kp": pyfeedback.rule("kp", decay=0.1),
+}
+
 
 def perceptron(*sizes: int) -> nn.Sequential:
     """Linear layers of these sizes with tanh in between: "0", "2", "4", ..."""

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def package_modules():
             yield ".".join([prefix, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"), path
 
 
+@cache
 def imports_of(name, path):
     return imports(path.read_text(), name, path.name == "__init__.py")
 

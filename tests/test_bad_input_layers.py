@@ -70,11 +70,13 @@ def refuses(call, message, kinds=(TypeError, ValueError)):
 @pytest.mark.parametrize("name", ["input", "weight", "feedback", "bias"])
 @pytest.mark.parametrize("function", GOOD)
 def test_not_a_tensor(function, name, kind):
-    value, told = NO_TENSORS[kind]
+    value, shown = NO_TENSORS[kind]
     if name == "bias" and value is None:
         assert getattr(functional, function)(**{**GOOD[function], name: value}) is not None
         return
-    refuses(lambda: getattr(functional, function)(**{**GOOD[function], name: value}), f"{name} is {told}, expected a t")
+    refuses(
+        lambda: getattr(functional, function)(**{**GOOD[function], name: value}), f"{name} is {shown}, expected a t"
+    )
 
 
 @pytest.mark.parametrize("name", ["input", "weight", "feedback"])
@@ -90,26 +92,26 @@ def test_a_tensor_without_dimensions(function, name):
 @pytest.mark.parametrize("name", ["decay", "amp", "null", "sparse", "self_", "tie"])
 @pytest.mark.parametrize("function", GOOD)
 def test_not_a_coefficient(function, name, kind):
-    value, told = NO_NUMBERS[kind]
+    value, shown = NO_NUMBERS[kind]
     refuses(
         lambda: getattr(functional, function)(**GOOD[function], **{name: value}),
-        f"{name} is {told}, expected a finite number",
+        f"{name} is {shown}, expected a finite number",
     )
 
 
 @pytest.mark.parametrize("kind", NO_FLAGS)
 @pytest.mark.parametrize("function", GOOD)
 def test_center_is_a_flag(function, kind):
-    value, told = NO_FLAGS[kind]
-    refuses(lambda: getattr(functional, function)(**GOOD[function], center=value), f"center is {told}, expected True")
+    value, shown = NO_FLAGS[kind]
+    refuses(lambda: getattr(functional, function)(**GOOD[function], center=value), f"center is {shown}, expected True")
 
 
 @pytest.mark.parametrize("kind", NO_SAMPLES)
 @pytest.mark.parametrize("function", GOOD)
 def test_samples_are_a_whole_number(function, kind):
-    value, told = NO_SAMPLES[kind]
+    value, shown = NO_SAMPLES[kind]
     refuses(
-        lambda: getattr(functional, function)(**GOOD[function], samples=value), f"samples is {told}, expected an int"
+        lambda: getattr(functional, function)(**GOOD[function], samples=value), f"samples is {shown}, expected an int"
     )
 
 
@@ -117,10 +119,10 @@ def test_samples_are_a_whole_number(function, kind):
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation", "output_padding"])
 @pytest.mark.parametrize("function", ["fa_conv2d", "fa_convolution"])
 def test_sizes_are_whole_numbers(function, name, kind):
-    value, told = NO_SIZES[kind]
+    value, shown = NO_SIZES[kind]
     if function == "fa_conv2d" and name == "output_padding":
         return
-    refuses(lambda: getattr(functional, function)(**GOOD[function], **{name: value}), f"{name} is {told}")
+    refuses(lambda: getattr(functional, function)(**GOOD[function], **{name: value}), f"{name} is {shown}")
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
@@ -132,14 +134,16 @@ def test_sizes_are_as_many_as_dimensions(name, value):
 @pytest.mark.parametrize("kind", NO_GROUPS)
 @pytest.mark.parametrize("function", ["fa_conv2d", "fa_convolution"])
 def test_groups_are_a_whole_number(function, kind):
-    value, told = NO_GROUPS[kind]
-    refuses(lambda: getattr(functional, function)(**GOOD[function], groups=value), f"groups is {told}, expected an int")
+    value, shown = NO_GROUPS[kind]
+    refuses(
+        lambda: getattr(functional, function)(**GOOD[function], groups=value), f"groups is {shown}, expected an int"
+    )
 
 
 @pytest.mark.parametrize("kind", NO_FLAGS)
 def test_transposed_is_a_flag(kind):
-    value, told = NO_FLAGS[kind]
-    refuses(lambda: functional.fa_convolution(**CONV1D, transposed=value), f"transposed is {told}, expected True or")
+    value, shown = NO_FLAGS[kind]
+    refuses(lambda: functional.fa_convolution(**CONV1D, transposed=value), f"transposed is {shown}, expected True or")
 
 
 def test_an_unknown_coefficient():
@@ -289,9 +293,9 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_accepts_only_tensors(name, kind, rule):
     make, shape = LAYERS[name]
-    layer, (value, told) = pyfeedback.convert(make(), rule), NO_TENSORS[kind]
+    layer, (value, shown) = pyfeedback.convert(make(), rule), NO_TENSORS[kind]
     layer(torch.randn(shape))
-    refuses(lambda: layer(value), f"input is {told}, expected a tensor")
+    refuses(lambda: layer(value), f"input is {shown}, expected a tensor")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
@@ -333,13 +337,13 @@ CONSTRUCTORS = {
 
 @pytest.mark.parametrize("make", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
 def test_rule_and_init_of_a_layer(make):
-    for value, told in (
+    for value, shown in (
         (3, "3"),
         (None, "None"),
         ("xy", "'xy'"),
         ([], "a list"),
         (torch.ones(2), "a tensor of shape ("),
     ):
-        refuses(lambda value=value: make(rule=value), f"rule is {told}")
-    for value, told in ((3, "3"), ("normal", "'normal'"), (torch.ones(2), "a tensor of shape (2,)"), ([], "a list")):
-        refuses(lambda value=value: make(init=value), f"init is {told}, expected a pyfeedback.Init")
+        refuses(lambda value=value: make(rule=value), f"rule is {shown}")
+    for value, shown in ((3, "3"), ("normal", "'normal'"), (torch.ones(2), "a tensor of shape (2,)"), ([], "a list")):
+        refuses(lambda value=value: make(init=value), f"init is {shown}, expected a pyfeedback.Init")

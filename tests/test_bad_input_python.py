@@ -51,8 +51,8 @@ MODEL_TAKERS = {
 @pytest.mark.parametrize("kind", NO_MODELS)
 @pytest.mark.parametrize("taker", MODEL_TAKERS)
 def test_not_a_model(taker, kind):
-    value, told = NO_MODELS[kind]
-    refuses(lambda: MODEL_TAKERS[taker](value), f"model is {told}, expected a torch.nn.Module")
+    value, shown = NO_MODELS[kind]
+    refuses(lambda: MODEL_TAKERS[taker](value), f"model is {shown}, expected a torch.nn.Module")
 
 
 CASES = {

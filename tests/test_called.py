@@ -103,7 +103,7 @@ def test_symbolic_tracing_with_feedback_layers_as_leaves():
 # Alignment of layers that never run
 
 
-def test_alignment_warns_once_of_a_layer_that_was_not_called(caplog):
+def test_alignment_warns_once_about_a_layer_that_was_not_called(caplog):
     model = pyfeedback.convert(ReadsTheWeight(), "ia")
     pyfeedback.alignment(model)
     assert not caplog.messages  # nothing has run yet

@@ -27,7 +27,7 @@ import site, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
 for module in [name for name in sys.modules if name.startswith("__editable__")]:
     del sys.modules[module]
-sys.path.insert(1, sys.argv[1])  # behind the current folder
+sys.path.insert(1, sys.argv[1])  # after the current folder
 site.addsitedir(sys.argv[1])
 import torch, pyfeedback
 import pyfeedback.kernels.measured

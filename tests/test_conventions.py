@@ -5,21 +5,11 @@ import copy
 import pytest
 import torch
 from cases import largest_error
-from small_networks import classification, pointwise_convnet
+from small_networks import RULES, classification, pointwise_convnet
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import pyfeedback
-
-RULES = {
-    "bp": pyfeedback.rule("bp"),
-    "fa": pyfeedback.rule("fa"),
-    "wm": pyfeedback.rule("wm", amp=0.05, decay=0.1),
-    "ia": pyfeedback.rule("ia", amp=0.05, null=0.02, decay=0.1),
-    "sa": pyfeedback.rule("sa", self_=0.2, decay=0.2),
-    "aa": pyfeedback.rule("aa", amp=0.05, sparse=0.05),
-    "kp": pyfeedback.rule("kp", decay=0.1),
-}
 
 
 def network(rule):

@@ -121,7 +121,7 @@ def test_gradients_of_a_converted_model_are_the_reference(name, rule):
     ("name", "expected"),
     [("vgg", []), ("vgg_no_bias", []), ("alexnet", []), ("bias_free", ["1", "4", "7", "9"]), ("one_activation", ["3"])],
 )
-def test_activations_that_would_destroy_a_response_are_switched_and_reported(name, expected, rule):
+def test_activations_that_would_overwrite_a_response_are_replaced_and_reported(name, expected, rule):
     plain = MODELS[name]()
     model, report, _ = converted(name, rule)
     switched = expected if rule in READ_RESPONSE else []
@@ -135,7 +135,7 @@ def test_activations_that_would_destroy_a_response_are_switched_and_reported(nam
             assert model.get_submodule(key).inplace, key
 
 
-def test_a_custom_rule_that_reads_the_response_switches_too():
+def test_a_custom_rule_that_reads_the_response_replaces_them_too():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(inplace=True))
     _, report = pyfeedback.convert(model, Rule(null=1.0, sparse=1.0), return_report=True)
     assert report.not_in_place == ["1"]
@@ -245,7 +245,7 @@ class OwnForward(nn.Conv2d):
     """A subclass, which may have its own forward."""
 
 
-def test_layers_without_a_counterpart_are_left_and_reported():
+def test_layers_without_a_counterpart_are_skipped_and_reported():
     model = nn.ModuleDict(
         {
             "attention": nn.MultiheadAttention(8, 2, kdim=6),

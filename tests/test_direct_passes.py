@@ -67,7 +67,7 @@ def test_threads_that_share_a_model_have_the_gradients_of_their_own_pass():
     assert wrong == []
 
 
-def test_passes_interleaved_layer_by_layer_are_kept_apart():
+def test_passes_interleaved_layer_by_layer_are_separate():
     """Deterministic interleaving: the second pass runs between two layers of the first."""
     model = made()
     inputs = [torch.randn(4, 6, dtype=torch.float64) for _ in range(2)]
@@ -107,7 +107,7 @@ def test_threads_draw_the_same_projections_at_their_first_pass():
 
 
 @pytest.mark.parametrize("which", [[0], [1], [2], [0, 1, 2]], ids=str)
-def test_reentrant_checkpointing_is_refused_by_the_name_of_the_layer(which):
+def test_reentrant_checkpointing_is_refused_with_the_name_of_the_layer(which):
     def use(block, x):
         chosen = any(block is model.blocks[i] for i in which)
         return reentrant(block, x) if chosen else block(x)
@@ -133,7 +133,7 @@ def test_checkpointing_that_is_not_reentrant_changes_nothing():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_whole_model_may_be_computed_again(use_reentrant):
+def test_a_whole_model_may_be_recomputed(use_reentrant):
     model = made()
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     expected = gradients(model, x)
@@ -142,7 +142,7 @@ def test_a_whole_model_may_be_computed_again(use_reentrant):
         torch.testing.assert_close(p.grad, plain, rtol=0, atol=0)
 
 
-def test_evaluation_and_a_part_without_gradients_are_left_alone():
+def test_evaluation_and_parts_without_gradients_are_unaffected():
     model, x = made(), torch.randn(4, 6, dtype=torch.float64)
     plain = pyfeedback.unconvert(copy.deepcopy(model))
     with torch.no_grad():

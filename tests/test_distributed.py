@@ -55,7 +55,7 @@ def test_feedback_is_the_same_on_every_rank(ranks, rule):
 
 @pytest.mark.parametrize("rule", [rule for rule in worker.RULES if rule not in PER_RANK])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one_on_the_joined_batch(ranks, wrapper, rule):
+def test_two_ranks_train_like_one_process_on_the_joint_batch(ranks, wrapper, rule):
     for found in ranks:
         assert error(found[wrapper, rule], joined(rule)) < 1e-5
 

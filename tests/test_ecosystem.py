@@ -139,7 +139,7 @@ def test_gradients_of_a_whole_model_are_the_reference(name, rule):
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "wm", "ia", "sa", "aa", "kp"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_few_steps_change_what_the_rule_updates(name, rule):
+def test_a_few_steps_change_the_parameters_that_the_rule_updates(name, rule):
     model, x, target = build(name, rule)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = pyfeedback.optim.SGD(model, lr=0.01)

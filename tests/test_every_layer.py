@@ -280,7 +280,7 @@ def test_separate_attention_projections_equal_packed_ones():
         assert largest_error(*found) < 1e-12
 
 
-def test_encoder_layer_converts_trains_compiles_and_comes_back():
+def test_encoder_layer_converts_trains_compiles_and_unconverts():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     x, names = torch.randn(3, 5, 8), set(model.state_dict())

@@ -71,7 +71,7 @@ def test_magnitudes():
     assert fixed.effective_feedback() is not fixed.feedback
 
 
-def test_batch_random_magnitudes_are_drawn_for_each_pass_and_not_without_one():
+def test_batch_random_magnitudes_are_drawn_only_in_passes_with_gradients():
     layer = pyfeedback.nn.Linear(40, 30, rule="brsf")
     first, second = layer.effective_feedback(), layer.effective_feedback()
     assert not torch.equal(first, second)
@@ -137,7 +137,7 @@ def test_optimizers_step_the_factor_as_autograd_would(optimizer):
             torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_product_finds_the_weight():
+def test_the_product_converges_to_the_weight():
     """Both decay at the same rate and take the same steps: Kolen-Pollack through a random matrix."""
     torch.manual_seed(0)
     layer = pyfeedback.nn.Linear(20, 15, rule=pyfeedback.rule("pfa", decay=0.1, expansion=8))
@@ -214,7 +214,7 @@ def test_direct_projections_are_sparse_scaled_and_seeded_by_init():
     assert torch.equal(*(next(iter(m.direct_feedback._drawn.values())) for m in (model, again)))
 
 
-def test_direct_projections_are_drawn_again_for_another_seed_alone():
+def test_direct_projections_are_redrawn_only_for_another_seed():
     model = network("dfa")
     gradients(model)
     (first,) = model.direct_feedback._drawn.values()
@@ -337,7 +337,7 @@ def test_a_mixture_by_name():
     )
 
 
-def test_a_mixture_reports_what_no_pattern_names():
+def test_a_mixture_reports_layers_without_a_pattern():
     _, report = pyfeedback.convert(network("bp"), {"0": "ia"}, return_report=True)
     assert report.left == {
         "3": "no pattern of the rules matches its name",

@@ -23,8 +23,8 @@ def worker():
 
 @pytest.mark.parametrize("kind", CASES)
 def test_the_first_cases_pass(kind, worker):
-    told = {number: worker.run(kind, number) for number in range(CASES[kind])}
-    assert not [f"{fuzz.reproducer(kind, number)}: {what}" for number, what in told.items() if what]
+    problems = {number: worker.run(kind, number) for number in range(CASES[kind])}
+    assert not [f"{fuzz.reproducer(kind, number)}: {what}" for number, what in problems.items() if what]
 
 
 def test_a_number_is_a_case():
@@ -94,9 +94,9 @@ def broken(tmp_path, monkeypatch):
 
 def test_failures_crashes_and_hangs_are_reported_and_the_run_continues(broken):
     worker = fuzz.Worker()
-    told = [worker.run(broken, number) for number in (0, 1, 2, 0, 3, 0)]
+    problems = [worker.run(broken, number) for number in (0, 1, 2, 0, 3, 0)]
     assert worker.stop() == 0
-    assert told == [
+    assert problems == [
         "",
         "ValueError: two lines",
         "the process ended with status -6",

@@ -76,7 +76,7 @@ class TestBuildInfo:
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith("False False no CPU library: PYFEEDBACK_NATIVE=0")
 
-    def test_a_tree_that_was_never_built_says_so(self, source_tree):
+    def test_build_info_reports_a_tree_that_was_never_built(self, source_tree):
         code = "import pyfeedback; print(pyfeedback.__file__, pyfeedback.build_info())"
         result = run_python(code, source_tree)
         assert result.returncode == 0, result.stderr
@@ -96,7 +96,7 @@ class TestBuildInfo:
 
 
 class TestLayout:
-    def test_kernels_is_no_package_of_its_own(self, tmp_path):
+    def test_kernels_is_not_a_top_level_package(self, tmp_path):
         code = """
 import importlib.util
 assert importlib.util.find_spec("kernels") is None
@@ -199,7 +199,7 @@ class TestCudaPlan:
         assert setup_script.plan_cuda(torch_cuda, home) == reason
 
     @pytest.mark.parametrize("wish", ["1", "yes"])
-    def test_never_silently_less_than_asked(self, setup_script, monkeypatch, wish):
+    def test_a_build_without_the_requested_device_is_an_error(self, setup_script, monkeypatch, wish):
         monkeypatch.setenv("PYFEEDBACK_CUDA", wish)
         with pytest.raises(SystemExit, match=f"PYFEEDBACK_CUDA.*{wish}"):
             setup_script.plan_cuda("13.0", None)

@@ -84,7 +84,7 @@ def test_weights_are_drawn_as_torch_nn_draws_them():
     "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_are_equal_and_apart(kind, duplicate, rule):
+def test_copies_are_equal_and_independent(kind, duplicate, rule):
     layer, x = small_layer(kind, rule)
     twin = duplicate(layer)
     assert type(twin) is type(layer)

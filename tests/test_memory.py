@@ -67,7 +67,7 @@ def test_no_rule_saves_more_than_backprop(rule):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rule", ["wm", "ia"])
-def test_without_batch_norm_the_response_is_saved_or_computed_again(rule, bias):
+def test_without_batch_norm_the_response_is_saved_or_recomputed(rule, bias):
     """With a bias, the output is not the response."""
     layers = nn.Conv2d(3, WIDTH, 3, padding=1, bias=bias), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
@@ -87,7 +87,7 @@ def test_the_peak_is_that_of_backprop(rule, layout):
 
 
 @pytest.mark.parametrize("rule", ["wm", "ia", "aa"])
-def test_the_reference_holds_more(rule):
+def test_the_reference_needs_more_memory(rule):
     """A check of the two tests above: the graph of the regularisers keeps every response and its products."""
     with by_reference() as penalties:
 

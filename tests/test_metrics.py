@@ -272,7 +272,7 @@ class Drifting(nn.Module):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_the_model_is_left_as_it_was(train):
+def test_the_model_is_not_changed(train):
     torch.manual_seed(6)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), Drifting(), nn.Dropout(0.5),
@@ -320,7 +320,7 @@ def test_both_passes_see_the_same_dropout():
         assert found.gradient_angle == pytest.approx(0, abs=1e-4)
 
 
-def test_a_failing_model_is_left_as_it_was():
+def test_a_failing_model_is_not_changed():
     model = network("ia")
     state = [(name, id(p)) for name, p in model.named_parameters()]
 

@@ -93,8 +93,10 @@ def assert_described_alike(module, expected):
     assert_same(found[1], expected[1])
 
 
-def test_importing_the_list_keeps_torch_backends_assignable():
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark
+@pytest.mark.parametrize("value", [True, False])
+def test_importing_the_list_keeps_torch_backends_assignable(monkeypatch, value):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", value)
+    assert torch.backends.cudnn.benchmark is value
 
 
 def test_the_expected_modules_are_in_the_list():
@@ -184,7 +186,7 @@ def test_conversion_and_back_leaves_everything_unchanged(name, dtype):
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - CONVERTIBLE))
-def test_a_module_without_layers_of_ours_is_left_alone(name):
+def test_a_module_without_supported_layers_is_unchanged(name):
     for constructor, _ in samples(name, torch.float32):
         module = build(name, constructor, torch.float32)
         expected = description(module)

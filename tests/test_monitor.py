@@ -36,7 +36,7 @@ def probe():
     return torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
 
 
-def test_a_reading_every_n_steps_is_the_alignment_then():
+def test_a_reading_every_n_steps_is_the_current_alignment():
     model = network()
     before = pyfeedback.alignment(model)
     monitor = pyfeedback.Monitor(model, every=3)
@@ -72,7 +72,7 @@ def test_a_batch_gives_the_angles_of_gradients():
 
 
 @pytest.mark.parametrize("batch", [None, probe()], ids=["weights", "gradients"])
-def test_a_file_gives_back_what_was_saved(tmp_path, batch):
+def test_a_saved_file_loads_unchanged(tmp_path, batch):
     model = network("fa")
     with torch.no_grad():
         model[0].feedback.zero_()  # an angle of nan
@@ -107,7 +107,7 @@ def test_another_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("every", [0, -1])
-def test_every_is_a_step_or_more(every):
+def test_every_must_be_at_least_one(every):
     with pytest.raises(ValueError, match=f"every is {every}, expected 1 or more"):
         pyfeedback.Monitor(network(), every=every)
 

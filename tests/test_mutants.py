@@ -38,7 +38,7 @@ def test_a_text_that_does_not_occur_exactly_once_is_an_error():
     mutant = Mutant("name", "file.py", "a + b", "a - b", ())
     assert mutants.mutated(mutant, "x = a + b") == "x = a - b"
     for source in ("x = a * b", "x = a + b; y = a + b"):
-        with pytest.raises(ValueError, match=r"^name: 'a \+ b' stands [02] times in file.py, expected once$"):
+        with pytest.raises(ValueError, match=r"^name: 'a \+ b' occurs [02] times in file.py, expected once$"):
             mutants.mutated(mutant, source)
 
 

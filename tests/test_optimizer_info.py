@@ -163,7 +163,7 @@ def test_training_resumes_from_a_saved_state(name, kwargs, backend, tmp_path):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_copy_of_an_optimizer_is_its_own(name):
+def test_a_copied_optimizer_is_independent(name):
     optimizer, parameters = ours(name, {"weight_decay": 0.1}, torch.float64)
     steps(optimizer, parameters, 0, 2)
     state = copy.deepcopy(optimizer.state_dict())

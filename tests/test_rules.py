@@ -72,7 +72,7 @@ def assert_one_line(error, *parts):
 
 @pytest.mark.parametrize("field", COEFFICIENTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", None, True], ids=repr)
-def test_coefficient_that_is_no_finite_number_is_refused(field, value):
+def test_coefficient_that_is_not_a_finite_number_is_refused(field, value):
     with pytest.raises(ValueError, match=field) as error:
         rule("fa", **{field: value})
     assert_one_line(error, field, repr(value), "expected a finite number")
@@ -148,7 +148,7 @@ def test_reduction_scales_the_terms_that_sum_over_positions(reduction, scale):
     }
 
 
-def test_reduction_of_an_empty_map_divides_by_nothing():
+def test_reduction_of_an_empty_map_does_not_divide_by_zero():
     assert rule("ia", reduction="mean").coefficients(batch=2, positions=0).amp == rule("ia").amp
 
 
@@ -163,11 +163,11 @@ def test_reduction_of_an_empty_map_divides_by_nothing():
     ],
     ids=str,
 )
-def test_str_names_what_differs_from_nothing(made, text):
+def test_str_shows_nonzero_fields(made, text):
     assert str(made) == text
 
 
-def test_the_package_lists_what_it_has():
+def test_every_public_name_exists():
     assert {name for name in pyfeedback.__all__ if not hasattr(pyfeedback, name)} == set()
 
 

@@ -98,9 +98,11 @@ def test_a_graph_built_after_a_step_is_valid():
     model = network("kp")
     optimizer = SGD(model, lr=0.1)
     for _ in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
         model.zero_grad()
         model(torch.randn(6, 4)).square().sum().backward()
         optimizer.step()
+        assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 # Grad mode
@@ -135,7 +137,10 @@ def test_weight_and_gradient_are_constants(call):
 def test_a_buffer_that_is_not_written_may_require_grad():
     lists = operands()
     lists[3] = [nn.Parameter(lists[3][0])]
+    feedback, buffer = lists[0][0].clone(), lists[3][0].detach().clone()
     functional.feedback_step_(*lists, **{**NUMBERS, "momentum": 0.0})
+    assert torch.equal(lists[3][0], buffer)
+    assert not torch.equal(lists[0][0], feedback)
 
 
 def test_a_compiled_step_is_refused_too():

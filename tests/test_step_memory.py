@@ -150,7 +150,7 @@ def test_a_weight_may_follow_the_rows_that_read_it(readers, arrange):
     assert_steps(operands)
 
 
-def test_readers_of_one_gradient_between_a_weight_and_its_reader():
+def test_rows_that_share_a_gradient_are_grouped():
     """Rows that share a gradient are grouped, so the first may read the weight that the last one updates."""
     operands = lists(3, size=(40, 70))
     operands["grad"][1] = operands["grad"][2] = operands["grad"][0]
@@ -189,14 +189,15 @@ def test_disjoint_views_of_one_storage_are_accepted():
 
 
 def test_unread_operands_may_be_anything():
-    operands = lists(2)
-    operands["weight"][0], operands["grad"][1] = operands["feedback"][1], operands["momentum_buffer"][0]
-    operands["weight"][0].untyped_storage()
-    step(operands, self_=[0.0, 0.2], tie=[0.3, 0.0])
+    operands, separate = lists(2), lists(2)
     freed = torch.ones(4, 6, dtype=torch.float64)
     freed.untyped_storage().resize_(0)
-    operands["weight"][0], operands["grad"][1] = freed, freed
-    step(operands, self_=[0.0, 0.2], tie=[0.3, 0.0])
+    for unread in ((operands["feedback"][1], operands["momentum_buffer"][0]), (freed, freed)):
+        operands["weight"][0], operands["grad"][1] = unread
+        for each in (operands, separate):
+            step(each, self_=[0.0, 0.2], tie=[0.3, 0.0])
+        for name in ("feedback", "momentum_buffer"):
+            assert all(map(torch.equal, operands[name], separate[name]))
 
 
 @pytest.mark.parametrize("size", [(0,), (3, 0)])
@@ -205,7 +206,10 @@ def test_empty_tensors_share_nothing(size):
     empty = torch.zeros(size, dtype=torch.float64)
     for name in operands:
         operands[name][0] = operands[name][2] = empty
+    alone = {name: [tensors[1].clone()] for name, tensors in operands.items()}
     step(operands)
+    step(alone)
+    assert torch.equal(operands["feedback"][1], alone["feedback"][0])
 
 
 def test_without_momentum_the_buffer_is_ignored():

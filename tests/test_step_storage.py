@@ -53,7 +53,7 @@ def test_center_refuses_freed_storage():
 
 @pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
 @pytest.mark.parametrize("which", range(6))
-def test_the_compiled_leaves_refuse_freed_storage(which):
+def test_the_compiled_ops_refuse_freed_storage(which):
     """Also when called directly. Before torch 2.13, the dispatcher drops the message of a library's error."""
     x, dy, w, m = torch.ones(2, 4, 6, 6), torch.ones(2, 4, 4, 4), torch.ones(4, 1, 3, 3), torch.ones(1, 4, 6, 6)
     tensors = [dy, x, w, w.clone(), m, torch.ones(2, 4, 4, 4)]
@@ -75,7 +75,7 @@ def test_meta_tensors_are_refused(name):
     refuses(step, operands, f"{name}[1] is ")
 
 
-def test_a_step_of_meta_tensors_alone_is_refused():
+def test_a_step_of_only_meta_tensors_is_refused():
     operands = {name: [t.to("meta") for t in ts] for name, ts in lists(2).items()}
     message = r"feedback\[0\] is on meta, expected a device with memory"
     with pytest.raises(ValueError, match=message):

@@ -69,7 +69,7 @@ def test_choices_on_validation_digits_involve_no_test_digit(study):
 
 
 @pytest.mark.parametrize("name", ["wm", "ia", "oja", "sa", "aa", "kp"])
-def test_settings_searched_lie_in_the_box(study, name):
+def test_searched_settings_are_in_the_box(study, name):
     found = study.candidates(name, 8, weight_decay=0.004)
     assert len(set(found)) == 8
     for setting in found:
@@ -81,7 +81,7 @@ def test_settings_searched_lie_in_the_box(study, name):
 
 
 @pytest.mark.parametrize("repeats", [0, 1, 3])
-def test_layers_counts_what_has_weights(study, repeats):
+def test_layers_counts_layers_with_weights(study, repeats):
     network = study.build(32, width=4, repeats=repeats)
     assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in network.modules()) == study.layers(repeats)
 

@@ -28,7 +28,7 @@ def test_ranks_share_each_batch_and_an_epoch_has_every_image_once():
     assert [sorted(a + b) for a, b in zip(*orders, strict=True)] == [sorted(batch) for batch in alone]
 
 
-def test_the_order_is_that_of_seed_and_epoch_wherever_it_starts():
+def test_the_order_depends_only_on_seed_and_epoch():
     def order(seed=0, epoch=0, start=0):
         made = part("order").Order(30, 8, seed, 0, 1)
         made.epoch, made.start = epoch, start

@@ -88,7 +88,7 @@ def test_an_unwritable_folder_is_reported_before_training(tmp_path, run_program)
     assert len(str(left.value.code).splitlines()) == 1
 
 
-def test_an_error_that_is_not_the_disks_is_raised(tmp_path):
+def test_an_error_other_than_a_disk_error_is_raised(tmp_path):
     """No partial file is left."""
     checkpoint = part("checkpoint")
     checkpoint.save({"step": 1}, tmp_path / "checkpoint.pt")

@@ -5,21 +5,12 @@ import copy
 import pytest
 import torch
 from cases import largest_error
-from small_networks import classification, normalized_convnet, perceptron
+from small_networks import RULES, classification, normalized_convnet, perceptron
 from torch import nn
 
 import pyfeedback
 from pyfeedback.optim import SGD, AdamW, FeedbackSGD
 
-RULES = {
-    "bp": pyfeedback.rule("bp"),
-    "fa": pyfeedback.rule("fa"),
-    "wm": pyfeedback.rule("wm", amp=0.05, decay=0.1),
-    "ia": pyfeedback.rule("ia", amp=0.05, null=0.02, decay=0.1),
-    "sa": pyfeedback.rule("sa", self_=0.2, decay=0.3),
-    "aa": pyfeedback.rule("aa", amp=0.05, sparse=0.05),
-    "kp": pyfeedback.rule("kp", decay=0.01),
-}
 OPTIONS = {
     SGD: [{}, {"momentum": 0.9}, {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}],
     AdamW: [{}, {"weight_decay": 0.1, "betas": (0.8, 0.9)}, {"amsgrad": True}],

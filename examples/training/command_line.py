@@ -22,16 +22,20 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("configuration", nargs="?", default="digits-bp", help=what)
     parser.add_argument("--list", action="store_true", help="show the configurations and their sources")
     run = parser.add_argument_group("the run")
-    run.add_argument("--out", type=Path, default=Path("run"), help="folder of the results, default %(default)s")
-    run.add_argument("--resume", action="store_true", default=False, help="go on from the checkpoint in --out, if any")
+    run.add_argument("--out", type=Path, default=Path("run"), help="output folder, default %(default)s")
+    run.add_argument(
+        "--resume", action="store_true", default=False, help="continue from the checkpoint in --out, if there is one"
+    )
     run.add_argument("--root", type=Path, default=Path("data"), help="folder of torchvision's data sets")
-    run.add_argument("--download", action="store_true", default=False, help="let torchvision fetch the data set")
-    run.add_argument("--device", default=None, help="default a GPU where there is one")
-    run.add_argument("--workers", type=int, default=0, help="processes that load images, default %(default)s")
+    run.add_argument("--download", action="store_true", default=False, help="download the data set by torchvision")
+    run.add_argument("--device", default=None, help="default: a GPU if available")
+    run.add_argument("--workers", type=int, default=0, help="number of processes that load images, default %(default)s")
     run.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints within an epoch")
-    run.add_argument("--tensorboard", action="store_true", default=False, help="write TensorBoard events to --out too")
-    group = parser.add_argument_group("settings", "where the configuration is to be changed")
-    group.add_argument("--coefficients", nargs="+", metavar="NAME=VALUE", help="of the rule, as pyfeedback.Rule's")
+    run.add_argument("--tensorboard", action="store_true", default=False, help="also write TensorBoard events to --out")
+    group = parser.add_argument_group("settings", "changes to the configuration")
+    group.add_argument(
+        "--coefficients", nargs="+", metavar="NAME=VALUE", help="coefficients of the rule: fields of pyfeedback.Rule"
+    )
     hints = get_type_hints(Settings)
     for each in fields(Settings):
         group.add_argument(f"--{each.name.replace('_', '-')}", help=each.metadata["help"], **_kind(hints[each.name]))
