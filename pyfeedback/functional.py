@@ -251,4 +251,4 @@ for _function in (fa_conv2d, fa_convolution, fa_linear):  # for help() and edito
         for name, default in Coefficients._field_defaults.items()
     ]
     _positional = list(_signature.parameters.values())[:-1]
-    _function.__signature__ = _signature.replace(parameters=[*_positional, *_keywords])  # type: ignore[attr-defined]
+    setattr(_function, "__signature__", _signature.replace(parameters=[*_positional, *_keywords]))  # noqa: B010

@@ -1,7 +1,10 @@
 """What tests and benchmarks share: layers of well-known networks, inputs, the reference in a model, peak memory."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 from unittest import mock
 
@@ -195,6 +198,24 @@ def by_reference() -> Iterator[list[Tensor]]:
 
     with mock.patch.object(functional, "layer", layer):
         yield penalties
+
+
+def python_calls(run: Callable[[], object]) -> list[str]:
+    """The functions of this package and its kernels that ``run`` calls, in order: "backends/dispatch.py plan"."""
+    package = Path(__file__).parent
+    found: list[str] = []
+
+    def record(frame: FrameType, event: str, argument: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and package in path.parents:
+            found.append(f"{path.relative_to(package)} {frame.f_code.co_name}")
+
+    sys.setprofile(record)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:

@@ -16,16 +16,38 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "pyfeedback"
 USERS = ("tests", "benchmarks", "examples")  # directories that import the package, but not each other
 SHARED = "pyfeedback.testing"  # shapes and inputs for tests and benchmarks; not used by the package
-PROVIDERS = "pyfeedback.providers"  # the only module that chooses a backend
+DISPATCH = "pyfeedback.backends.dispatch"  # the only module that chooses an implementation
 MOST_LINES = 400
+
+# The modules of the package that each module, or any module inside it, may import: only what is below it.
+MAY_IMPORT = {
+    "pyfeedback.kernels": {"pyfeedback.kernels"},
+    "pyfeedback.core": {"pyfeedback.core"},
+    "pyfeedback.backends": {"pyfeedback.core", "pyfeedback.kernels", "pyfeedback.backends"},
+    "pyfeedback.ops": {"pyfeedback.core", "pyfeedback.backends", "pyfeedback.ops"},
+    "pyfeedback.functional": {"pyfeedback.core", DISPATCH, "pyfeedback.ops"},
+    "pyfeedback.rules": {"pyfeedback.core"},
+    "pyfeedback.init": {"pyfeedback.core"},
+    "pyfeedback.nn": {
+        "pyfeedback.core", "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn",
+    },
+    "pyfeedback.conversion": {"pyfeedback.core", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn"},
+    "pyfeedback.schedules": {"pyfeedback.core", "pyfeedback.conversion", "pyfeedback.nn"},
+    "pyfeedback.metrics": {"pyfeedback.core", DISPATCH, "pyfeedback.nn", "pyfeedback.metrics"},
+    "pyfeedback.optim": {
+        "pyfeedback.core", DISPATCH, "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.nn",
+        "pyfeedback.conversion", "pyfeedback.optim",
+    },
+    "pyfeedback.reference": set(),
+    SHARED: {"pyfeedback.core", "pyfeedback.functional", "pyfeedback.reference"},
+}  # fmt: skip
 
 # A module of the package, and the modules that may import it or its submodules.
 SEEN_ONLY_BY = {
-    "pyfeedback.native": {"pyfeedback", PROVIDERS},
-    "pyfeedback.kernels": {PROVIDERS, "pyfeedback.fused"},
-    "pyfeedback.fused": {PROVIDERS},
-    "pyfeedback.aten": {PROVIDERS, "pyfeedback.fused", "pyfeedback.depthwise"},
-    "pyfeedback.depthwise": {PROVIDERS},
+    "pyfeedback.backends.composite": {DISPATCH, "pyfeedback.backends.extension.kernels"},
+    "pyfeedback.backends.extension": {"pyfeedback", DISPATCH},
+    "pyfeedback.backends.triton": {DISPATCH},
+    "pyfeedback.kernels": {DISPATCH, "pyfeedback.backends.triton"},
     "pyfeedback.reference": {"pyfeedback", SHARED},
     SHARED: set(),
 }
@@ -74,7 +96,8 @@ def test_imports_are_found_anywhere_in_a_file():
 
 
 def test_the_modules_are_found():
-    assert {PACKAGE, PROVIDERS, SHARED, "pyfeedback.aten.backward", "pyfeedback.reference"} <= MODULES.keys()
+    assert {PACKAGE, DISPATCH, SHARED, "pyfeedback.kernels.plan", "pyfeedback.reference"} <= MODULES.keys()
+    assert {name for name in MODULES if name.count(".") == 1} == MAY_IMPORT.keys()
 
 
 # The package
@@ -105,6 +128,15 @@ def test_a_module_is_imported_only_where_allowed(module):
     assert intruders(module, SEEN_ONLY_BY[module], MODULES) == set()
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name != PACKAGE])
+def test_a_module_imports_only_what_is_below_it(name):
+    allowed = next(below for above, below in MAY_IMPORT.items() if inside(name, above))
+    found = {i for i in imports_of(name, MODULES[name]) if inside(i, PACKAGE)}
+    modules = {next(m for m in (i, i.rpartition(".")[0]) if m in MODULES) for i in found} - {PACKAGE}
+    packages = {m for m in modules if any(other.startswith(f"{m}.") for other in modules)}
+    assert {m for m in modules - packages if not any(inside(m, a) for a in allowed)} == set()
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_package_does_not_import_its_users(name):
     assert not {
@@ -117,10 +149,14 @@ def test_the_reference_imports_only_torch():
     assert {name.split(".")[0] for name in found} == {"torch"}
 
 
-def test_the_choice_of_a_form_imports_neither_torch_nor_the_package():
-    found = imports_of("pyfeedback.forms", MODULES["pyfeedback.forms"])
+@pytest.mark.parametrize("name", ["pyfeedback.core.algorithm", "pyfeedback.core.coefficients"])
+def test_the_choice_of_an_algorithm_does_not_import_torch(name):
+    found = imports_of(name, MODULES[name])
     assert found
-    assert not {name for name in found if name.split(".")[0] in ("torch", PACKAGE, "numpy")}
+    assert not {i for i in found if i.split(".")[0] in ("torch", "numpy")}
+    assert {i for i in found if inside(i, PACKAGE)} <= {
+        "pyfeedback.core.coefficients", "pyfeedback.core.coefficients.Coefficients"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,7 +204,9 @@ def test_users_do_not_import_kernels(directory):
     """A benchmark selects a backend by pyfeedback.backend. The tools that inspect the kernels are exempt."""
     for path in (p for p in (ROOT / directory).rglob("*.py") if p.name not in ("codegen.py", "choose_kernels.py")):
         found = imports(path.read_text())
-        assert not {i for i in found if any(inside(i, m) for m in ("kernels", "pyfeedback.kernels", "pyfeedback.aten"))}
+        assert not {
+            i for i in found if any(inside(i, m) for m in ("kernels", "pyfeedback.kernels", "pyfeedback.backends"))
+        }
 
 
 # C++ and CUDA
@@ -259,7 +297,7 @@ def test_undocumented_names_are_found():
 def imported_modules():
     """The Python modules of the package, except those whose import requires triton."""
     found = {m.name for m in pkgutil.walk_packages(pyfeedback.__path__, f"{PACKAGE}.")} & MODULES.keys()
-    return [PACKAGE, *sorted(n for n in found if not inside(n, "pyfeedback.kernels") and n != "pyfeedback.fused")]
+    return [PACKAGE, *sorted(n for n in found if not inside(n, "pyfeedback.kernels"))]
 
 
 @pytest.mark.parametrize("name", imported_modules())

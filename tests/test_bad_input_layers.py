@@ -236,11 +236,15 @@ OPS = {
         "coefficients is (6,) torch.float32 on cpu, expected (6,) torch.float64 on cpu",
     ),
     "positions": (
-        lambda ops: ops.scheduled_layer(**LINEAR, **EMPTY, coefficients=torch.zeros(6).double(), **{**MOVING, "positions": 0}),
+        lambda ops: ops.scheduled_layer(
+            **LINEAR, **EMPTY, coefficients=torch.zeros(6).double(), **{**MOVING, "positions": 0}
+        ),
         "positions is 0, expected 1 or more",
     ),
     "scheduled samples": (
-        lambda ops: ops.scheduled_layer(**LINEAR, **EMPTY, coefficients=torch.zeros(6).double(), **{**MOVING, "samples": 3}),
+        lambda ops: ops.scheduled_layer(
+            **LINEAR, **EMPTY, coefficients=torch.zeros(6).double(), **{**MOVING, "samples": 3}
+        ),
         "samples is 3, expected 0 (all) to 2",
     ),
 }  # fmt: skip

@@ -40,7 +40,9 @@ def has_algorithm(algorithm: Algorithm, case: Case, rule: dict) -> bool:
     return algorithm is not Algorithm.RESPONSE_GRAM or bool(rule.get("null") and not rule.get("sparse"))
 
 
-def run_conv2d(case: Case, rule: dict, algorithm: Algorithm, mask=(True,) * 4, dtype=torch.float32, laid_out=inner, respond=True):
+def run_conv2d(
+    case: Case, rule: dict, algorithm: Algorithm, mask=(True,) * 4, dtype=torch.float32, laid_out=inner, respond=True
+):
     """Gradients of the kernels, and of the composition in the same dtype and in float64."""
     t = layer(case, dtype)
     x, w, b, dy = (laid_out(v).permute(0, 3, 1, 2) if laid_out else v for v in t[:4])

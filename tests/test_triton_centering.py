@@ -87,7 +87,9 @@ def test_error_at_most_four_times_that_of_centring_both_factors(launches, case, 
 
 
 @pytest.mark.parametrize("launches", ["one pass", "grouped"])
-@pytest.mark.parametrize(("rule", "algorithm"), [("wm", Algorithm.DIRECT), ("ia", Algorithm.DIRECT), ("ia", Algorithm.INPUT_GRAM)])
+@pytest.mark.parametrize(
+    ("rule", "algorithm"), [("wm", Algorithm.DIRECT), ("ia", Algorithm.DIRECT), ("ia", Algorithm.INPUT_GRAM)]
+)
 def test_error_in_float16(launches, rule, algorithm, monkeypatch):
     if launches == "one pass":
         one_pass(monkeypatch)
@@ -99,7 +101,11 @@ def test_error_in_float16(launches, rule, algorithm, monkeypatch):
 @pytest.mark.parametrize("rule", ["wm", "ia", "all three"])
 def test_the_mean_is_that_of_the_samples_in_use(rule, fused):
     """The other samples lie elsewhere."""
-    for name, algorithm in (("1x1 strided", Algorithm.DIRECT), ("linear", Algorithm.INPUT_GRAM), ("2x1", Algorithm.DIRECT)):
+    for name, algorithm in (
+        ("1x1 strided", Algorithm.DIRECT),
+        ("linear", Algorithm.INPUT_GRAM),
+        ("2x1", Algorithm.DIRECT),
+    ):
         case, terms = LAYERS[name], {**RULES[rule], "center": True, "samples": 3}
         x, w, b, y = draw(case, algorithm, 30, 0, torch.float32)
         x[3:] += 1000

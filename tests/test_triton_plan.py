@@ -3,8 +3,8 @@
 import pytest
 import torch
 import triton_cases
-from pyfeedback.core.coefficients import Coefficients
 
+from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels.geometry import Geometry, layer_geometry
 from pyfeedback.kernels.plan import Problem, plan_backward, scales
 from pyfeedback.kernels.tiles import Target

@@ -26,7 +26,7 @@ from pyfeedback.backends.extension import depthwise, kernels, loading
 from pyfeedback.core.algorithm import Algorithm, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Kernels, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
-from pyfeedback.core.geometry import Geometry, Shape
+from pyfeedback.core.geometry import LINEAR, Geometry, Shape
 from pyfeedback.core.values import check_choice
 from pyfeedback.kernels import measured
 
@@ -123,7 +123,7 @@ def plan(
             algorithm, reads_response = _cached_algorithm(geometry, input.shape, weight.shape, rule, response_saved)
         except TypeError:  # symbolic sizes have no hash
             algorithm, reads_response = _algorithm(geometry, input.shape, weight.shape, rule, response_saved)
-    for found, made_of, missing in _candidates(device_type, backend, geometry.groups > 1):
+    for found, made_of, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
         if missing and any(getattr(rule, name) for name in missing):
             continue
         if found.supports is None or found.supports(geometry, input, weight, rule, algorithm):

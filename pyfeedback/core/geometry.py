@@ -39,14 +39,14 @@ class Convolution(NamedTuple):
     groups: int = 1
 
     @property
-    def is_conv2d(self) -> bool:
-        """True for what ``fa_conv2d`` computes."""
-        return len(self.stride) == 2 and not self.transposed
-
-    @property
     def channel(self) -> int:
         """The dimension of the channels of an activation."""
         return 1
+
+    @property
+    def is_conv2d(self) -> bool:
+        """True for what ``fa_conv2d`` computes."""
+        return len(self.stride) == 2 and not self.transposed
 
     def is_pointwise(self, kernel: Shape) -> bool:
         """True where every output position reads one input position and no padding."""
@@ -101,9 +101,16 @@ class Convolution(NamedTuple):
         read = self.read_positions(x).contiguous(memory_format=memory_format_of(x))
         return self._replace(stride=(1,) * len(self.stride)), read
 
+    def spread(self, grad: Tensor, input: Tensor) -> Tensor:
+        """The gradient of ``input`` from that of the positions that are read; it is zero elsewhere."""
+        spread = torch.zeros_like(input)
+        self.read_positions(spread).copy_(grad)
+        return spread
+
     def read_positions(self, x: Tensor) -> Tensor:
         """The view of the positions that a pointwise convolution of this stride reads."""
-        return x[(slice(None), slice(None), *(slice(None, None, step) for step in self.stride))]
+        strides = (slice(None), slice(None), *(slice(None, None, step) for step in self.stride))
+        return x[strides]
 
 
 class Linear(NamedTuple):
@@ -154,6 +161,10 @@ class Linear(NamedTuple):
     def dense(self, x: Tensor, kernel: Shape) -> "tuple[Linear, Tensor]":
         """The layer itself."""
         return self, x
+
+    def spread(self, grad: Tensor, input: Tensor) -> Tensor:
+        """The gradient itself."""
+        return grad
 
 
 Geometry = Convolution | Linear

@@ -54,7 +54,7 @@ def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Ten
         good = False
     if not good:
         _refuse_tensors(geometry, input, weight, feedback, bias)
-    if rank == 2:
+    if not isinstance(geometry, Convolution):
         return
     try:
         good = transposed is False and type(groups) is int and groups > 0 and w[0] % groups == 0
@@ -206,9 +206,9 @@ def _refuse_tensors(
     geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> NoReturn:
     """Raise for the first argument that is wrong."""
-    convolution = isinstance(geometry, Convolution)
-    rank, groups = max(len(geometry.stride), 1) + 2 if convolution else 2, geometry.groups
-    transposed = convolution and geometry.transposed
+    rank, transposed, groups = 2, False, geometry.groups
+    if isinstance(geometry, Convolution):
+        rank, transposed = max(len(geometry.stride), 1) + 2, geometry.transposed
     tensors = {"input": input, "weight": weight, "feedback": feedback, "bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):

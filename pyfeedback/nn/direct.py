@@ -120,7 +120,8 @@ class DirectFeedback:
                 shapes = f"input of {layer} has shape {tuple(input.shape)} and output {tuple(output.shape)}"
                 raise ValueError(f"{shapes}, expected the batch in dimension 0 of both")
         sizes = [(layer, input[0].numel()) for layer, input in taps]
-        projection = self.projection(sizes, output[0].numel(), model.direct_feedback_seed, output.detach())
+        seed: Tensor = model.direct_feedback_seed  # type: ignore[assignment]
+        projection = self.projection(sizes, output[0].numel(), seed, output.detach())
         return _Broadcast.apply(output, projection, *(input for _, input in taps))
 
 
@@ -147,7 +148,7 @@ def _exclude_from_compilation() -> None:
     """
     if not hasattr(DirectFeedback.projection, "_torchdynamo_disable"):
         reason = "draws what depends on no input, at the first pass alone"
-        DirectFeedback.projection = torch.compiler.disable(DirectFeedback.projection, reason=reason)  # type: ignore
+        DirectFeedback.projection = torch.compiler.disable(DirectFeedback.projection, reason=reason)  # type: ignore[method-assign]
 
 
 def _in_backward() -> bool:

@@ -90,16 +90,16 @@ class FeedbackLayer(torch.nn.Module):
         if input.dim() == weight.dim() - 1:
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
         rule, coefficients = self.rule, self.rule.fixed
-        scheduled = self.scheduled is not None and torch.compiler.is_compiling()
-        if coefficients is None or scheduled:
+        scheduled = self.scheduled if torch.compiler.is_compiling() else None
+        if coefficients is None or scheduled is not None:
             positions = 1
             if rule.reduction == "mean":
                 shape = geometry.output_shape(input.shape, weight.shape)
                 positions = math.prod(shape[2:] if geometry.channel == 1 else shape[1:-1])
-            if scheduled:
+            if scheduled is not None:
                 options = {"samples": rule.samples_of(input.shape[0]), "positions": positions or 1}
                 return functional.scheduled_layer(
-                    geometry, self.scheduled, input, weight, feedback, bias, center=rule.center, **options
+                    geometry, scheduled, input, weight, feedback, bias, center=rule.center, **options
                 )
             coefficients = rule.coefficients(input.shape[0], positions)
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
@@ -129,9 +129,10 @@ class FeedbackLayer(torch.nn.Module):
             return feedback
         if rule.expansion:
             return torch.ops.pyfeedback.mix.default(self.mixing, feedback, rule.decay)
+        magnitudes: Tensor = feedback
         if random and rule.signs == "batch" and torch.is_grad_enabled():
-            feedback = feedback * torch.randn_like(feedback)
-        return torch.copysign(feedback, self.weight.detach())
+            magnitudes = feedback * torch.randn_like(feedback)
+        return torch.copysign(magnitudes, self.weight.detach())
 
     def forward_without_hooks(self, input: Tensor) -> Tensor:
         """The output for an input, without a call of the layer's hooks."""

@@ -4,6 +4,7 @@ Implementations check their arguments and call the backend that :mod:`pyfeedback
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,7 +191,7 @@ def _fake_center(input: Tensor, samples: int) -> Tensor:
     return torch.empty_like(input[:samples])
 
 
-for _name, _fake in {
+_fakes: dict[str, Any] = {
     "feedback_step_": _fake_step,
     "native_feedback_step_": _fake_native_step,
     "mix": mix,
@@ -200,7 +201,8 @@ for _name, _fake in {
     "add_centered_": _fake_add_centered_,
     "native_add_centered_": _fake_add_centered_,
     "native_alignment_products": _fake_products,
-}.items():
+}
+for _name, _fake in _fakes.items():
     torch.library.register_fake(f"pyfeedback::{_name}", _fake, lib=LIBRARY)
 
 
@@ -238,7 +240,8 @@ def cast_to(value, dtype: torch.dtype, device_type: str):
     return value.to(dtype) if eligible and value.device.type == device_type else value
 
 
-for _name, _geometry_of in {"fa_conv2d": _conv2d, "fa_convolution": from_arguments, "fa_linear": _linear}.items():
+_geometries: dict[str, Any] = {"fa_conv2d": _conv2d, "fa_convolution": from_arguments, "fa_linear": _linear}
+for _name, _geometry_of in _geometries.items():
     LIBRARY.impl(_name, _forward(_geometry_of), "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_name}_backward", _backward(_geometry_of), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyfeedback::{_name}", _forward(_geometry_of), lib=LIBRARY)

@@ -114,6 +114,7 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
 
 
 def check_option(name: str, value: object, below: float = math.inf) -> None:
+    """Raise where ``value`` is no number, or tensor of one number, from 0 to ``below``."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     number = number or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not 0 <= value < below:  # type: ignore[operator]

@@ -38,12 +38,10 @@ def backward(
             grad_feedback = laid_out_like(grad_feedback, weight)
     if grad_input is not None:
         if x is not input:
-            spread = torch.zeros_like(input)
-            call.geometry.read_positions(spread).copy_(grad_input)
-            grad_input = spread
+            grad_input = call.geometry.spread(grad_input, input)
         elif grad_input.stride() != input.stride():
             grad_input = laid_out_like(grad_input, input)
-    if not need_weight:
+    if not need_weight or grad_weight is None:
         grad_weight = None
     elif grad_weight.stride() != weight.stride():
         grad_weight = laid_out_like(grad_weight, weight)

@@ -42,6 +42,7 @@ def backward(
 ) -> Gradients:
     """The gradients of a layer that :func:`supports` accepts."""
     geometry, rule, mask = call.geometry, call.rule, call.mask
+    assert isinstance(geometry, Convolution)
     n = rule.samples or input.shape[0]
     mean = response_mean = None
     learns = mask[2] and rule.reads_data
