@@ -159,4 +159,4 @@ def test_a_read_only_source_tree_installs_and_is_not_modified(clone, tmp_path):
         for path in (clone, *clone.rglob("*")):
             path.chmod(path.stat().st_mode | 0o200)  # pytest has to remove it
     assert sorted(clone.rglob("*")) == before
-    assert (site / "pyfeedback" / "kernels" / "rule.py").exists()
+    assert (site / "pyfeedback" / "kernels" / "plan.py").exists()

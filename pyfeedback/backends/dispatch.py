@@ -130,7 +130,7 @@ def plan(
             if found.reads_response is not None:
                 reads_response = mask[2] and found.reads_response(rule, device_type)
             return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response)
-    name = next(name for name in COEFFICIENTS if getattr(rule, name) and name not in layer.IMPLEMENTED)
+    name = next(name for name in missing if getattr(rule, name))  # of the composition, which supports every layer
     raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
 
 
@@ -151,7 +151,11 @@ def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidat
     kind = "grouped layer" if grouped else "layer"
     center, add_centered_ = (implementation(op, device_type, backend) for op in ("center", "add_centered_"))
     return tuple(
-        Candidate(found, Kernels(found.backward, center, add_centered_), tuple(set(COEFFICIENTS) - found.implemented))
+        Candidate(
+            found,
+            Kernels(found.backward, center, add_centered_),
+            tuple(name for name in COEFFICIENTS if name not in found.implemented),
+        )
         for name in _preferred(kind, device_type, backend)
         if name in _LAYERS[kind] and _is_available(name, "depthwise_backward", device_type)
         for found in [_LAYER_BACKENDS[name]]
