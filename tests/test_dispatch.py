@@ -1,4 +1,4 @@
-"""How the backward of a layer is planned: once, for its device and backend, with the coefficients that those implement."""
+"""How the backward of a layer is planned: once, for its device, its backend and the coefficients they implement."""
 
 import pytest
 import torch
