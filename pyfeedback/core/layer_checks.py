@@ -6,6 +6,7 @@ function, which always raises.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from pyfeedback.core.geometry import Convolution, Geometry
 from pyfeedback.core.tensors import DTYPES
 from pyfeedback.core.values import check_flag, check_int, check_number, in_words, is_int, refuse_no_tensor
 
-_NUMBERS, _COUNT = frozenset((int, float)), len(COEFFICIENTS)
+_INTS, _NUMBERS, _COUNT = frozenset((int,)), frozenset((int, float)), len(COEFFICIENTS)
 _WRONG_TYPE = (AttributeError, TypeError, ValueError, IndexError)  # raised by the checks of another type of value
 
 
@@ -26,7 +27,7 @@ def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Ten
         x, w, dtype, device = input.shape, weight.shape, input.dtype, input.device  # each access makes an object
         if isinstance(geometry, Convolution):
             stride, padding, dilation, transposed, output_padding, groups = geometry
-            rank, wide = max(len(stride), 1) + 2, w[1] * groups
+            rank, wide = len(stride) + 2 if stride else 3, w[1] * groups
             fits = len(x) == rank and x[1] == (w[0] if transposed else wide)
             outputs = wide if transposed else w[0]
         else:
@@ -54,19 +55,25 @@ def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Ten
         good = False
     if not good:
         _refuse_tensors(geometry, input, weight, feedback, bias)
-    if not isinstance(geometry, Convolution):
+    if rank == 2:
         return
     try:
-        good = transposed is False and type(groups) is int and groups > 0 and w[0] % groups == 0
-        for size, taps, s, p, d, extra in zip(x[2:], w[2:], stride, padding, dilation, output_padding, strict=True):
-            good = (
-                good and type(s) is type(p) is type(d) is type(extra) is int
-                and s > 0 and p >= 0 and d > 0 and extra == 0 and taps > 0 and size + 2 * p > d * (taps - 1)
-            )  # fmt: skip
-    except _WRONG_TYPE:
+        # Numbers of other types are equal to ints: they must not find the result of an int.
+        good = type(groups) is int and _INTS.issuperset(map(type, (*stride, *padding, *dilation, *output_padding)))
+        good = good and type(transposed) is bool and _window_is_valid(geometry, x, w)
+    except _WRONG_TYPE:  # among them symbolic sizes, which have no hash
         good = False
     if not good:
-        _check_window(x, w, geometry)
+        _check_window(x, w, geometry)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4096)
+def _window_is_valid(geometry: Convolution, x: Sequence[int], kernel: Sequence[int]) -> bool:
+    try:
+        _check_window(x, kernel, geometry)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def check_lengths(geometry: Geometry, spatial: int) -> None:

@@ -89,8 +89,10 @@ class FeedbackLayer(torch.nn.Module):
         """The output of these weights under the layer's rule, for an input with or without a batch."""
         if input.dim() == weight.dim() - 1:
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
-        rule, coefficients = self.rule, self.rule.fixed
-        scheduled = self.scheduled if torch.compiler.is_compiling() else None
+        rule, scheduled = self.rule, self.scheduled
+        coefficients = rule.fixed
+        if scheduled is not None and not torch.compiler.is_compiling():
+            scheduled = None
         if coefficients is None or scheduled is not None:
             positions = 1
             if rule.reduction == "mean":
