@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from pyfeedback.core import overlap
+from pyfeedback.core.step_options import StepOptions
 from pyfeedback.core.tensors import DTYPES
 
 Tensors = Sequence[Tensor]
@@ -27,29 +28,21 @@ _facts = attrgetter("shape", "dtype", "device", "layout")
 _nbytes, _requires_grad = attrgetter("nbytes"), attrgetter("requires_grad")
 
 
-def check_step_numbers(
-    count: int, coefficients: dict[str, Sequence[float]], scalars: dict[str, float], options: dict[str, Any]
-) -> None:
-    """Raise where a coefficient is missing, or a number is not finite.
-
-    Args:
-        count: the number of rows.
-        coefficients: a number for each row.
-        scalars: numbers of 0 or more.
-        options: bools, and the seed.
-    """
+def check_step_numbers(count: int, coefficients: dict[str, Sequence[float]], options: StepOptions) -> None:
+    """Raise where one of ``count`` rows lacks a coefficient, or a number is not finite or in its range."""
+    lr, momentum, nesterov, noise, seed, skip_nonfinite, _ = options
     try:
         good = (
             all(len(values) == count and type(total := sum(values)) in (float, int) and math.isfinite(total)
                 for values in coefficients.values())
-            and all(value >= 0 and math.isfinite(value) for value in scalars.values())
-            and all(type(value) is bool or (name == "seed" and type(value) is int and -(2**63) <= value < 2**63)
-                    for name, value in options.items())
+            and all(value >= 0 and math.isfinite(value) for value in (lr, momentum, noise))
+            and type(nesterov) is type(skip_nonfinite) is bool
+            and type(seed) is int and -(2**63) <= seed < 2**63
         )  # fmt: skip
     except (TypeError, OverflowError, ValueError, RuntimeError):
         good = False
     if not good:
-        _refuse_step_numbers(count, coefficients, scalars, options)
+        _refuse_step_numbers(count, coefficients, options)
 
 
 def check_step_tensors(
@@ -58,17 +51,16 @@ def check_step_tensors(
     grad: Tensors,
     momentum_buffer: Tensors,
     coefficients: dict[str, Sequence[float]],
-    scalars: dict[str, float],
-    dynamic: Tensor | None,
+    options: StepOptions,
     memory: bool = True,
 ) -> None:
     """Raise where the tensors of a feedback step do not fit together, or have no memory (looked at if ``memory``)."""
     read = {"weight": coefficients["self_"], "grad": coefficients["tie"]}
-    buffers = momentum_buffer if scalars["momentum"] else ()
-    if not scalars["momentum"]:
+    dynamic, buffers = options.dynamic, momentum_buffer if options.momentum else ()
+    if not options.momentum:
         _check_length("momentum_buffer", momentum_buffer, len(feedback), needed=False)
     lists = {"feedback": feedback, "weight": weight, "grad": grad, "momentum_buffer": buffers}
-    operands = _operands(lists, read, optional=() if scalars["momentum"] else ("momentum_buffer",))
+    operands = _operands(lists, read, optional=() if options.momentum else ("momentum_buffer",))
     written = ("feedback", "momentum_buffer")
     _check_alike(operands, written)
     if dynamic is not None and feedback:
@@ -334,9 +326,7 @@ def _chains(operands: dict[str, Rows]) -> list[int]:
     return chains
 
 
-def _refuse_step_numbers(
-    count: int, coefficients: dict[str, Sequence[float]], scalars: dict[str, float], options: dict[str, Any]
-) -> None:
+def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], options: StepOptions) -> None:
     """Raise for the first number that is wrong, if one is."""
     for name, values in coefficients.items():
         if not isinstance(values, (list, tuple)):
@@ -345,16 +335,16 @@ def _refuse_step_numbers(
             raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")
         for i, value in enumerate(values):
             check_number(f"{name}[{i}]", value, -math.inf)
-    for name, value in scalars.items():
-        check_number(name, value)
-    for name, value in options.items():
-        if name == "seed":
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"seed is {value!r}, expected an int")
-            if not -(2**63) <= value < 2**63:
-                raise ValueError(f"seed is {value}, expected a number of 64 bits")
-        elif not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}, expected True or False")
+    for name in ("lr", "momentum", "noise"):
+        check_number(name, getattr(options, name))
+    for name in ("nesterov", "skip_nonfinite"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name} is {getattr(options, name)!r}, expected True or False")
+    seed = options.seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed is {seed!r}, expected an int")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, expected a number of 64 bits")
 
 
 def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:

@@ -13,6 +13,7 @@ from pyfeedback.backends.dispatch import plan, provide
 from pyfeedback.core import layer_checks, step_checks
 from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients
 from pyfeedback.core.geometry import LINEAR, Convolution, Geometry, from_arguments
+from pyfeedback.core.step_options import StepOptions
 from pyfeedback.ops.autograd import not_a_view, register
 from pyfeedback.ops.schemas import LIBRARY
 
@@ -109,22 +110,18 @@ def _fake_scheduled_backward(grad_output, input, weight, *others, output_mask=AL
 # The multi-tensor step, centering and mixing
 
 
-def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
-                    noise=0.0, seed=0, skip_nonfinite=False, dynamic=None) -> None:  # fmt: skip
+def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **options) -> None:
     """The op's implementation; eager callers call it directly, since the dispatcher costs more than a small step."""
     if not isinstance(feedback, (list, tuple)) or not all(isinstance(t, Tensor) for t in feedback[:1]):
         step_checks.refuse_list("feedback", feedback)
-    coefficients = {"decay": decay, "self_": self_, "tie": tie}
-    scalars = {"lr": lr, "momentum": momentum, "noise": noise}
-    switches = {"nesterov": nesterov, "skip_nonfinite": skip_nonfinite, "seed": seed}
-    step_checks.check_step_numbers(len(feedback), coefficients, scalars, switches)
+    coefficients, given = {"decay": decay, "self_": self_, "tie": tie}, StepOptions(**options)
+    step_checks.check_step_numbers(len(feedback), coefficients, given)
     if not feedback:
         return
     if torch.is_grad_enabled():
-        step_checks.check_in_place({"feedback": feedback, "momentum_buffer": momentum_buffer if momentum else ()})
-    provide("feedback_step_", feedback[0].device.type)(
-        feedback, weight, grad, momentum_buffer, **coefficients, **scalars, **switches, dynamic=dynamic
-    )
+        step_checks.check_in_place({"feedback": feedback, "momentum_buffer": momentum_buffer if given.momentum else ()})
+    step = provide("feedback_step_", feedback[0].device.type)
+    step(feedback, weight, grad, momentum_buffer, coefficients, given)
 
 
 def _center(input: Tensor, samples: int) -> Tensor:
@@ -156,13 +153,10 @@ for _name, _implementation in {
 # Fakes: shapes and strides without values
 
 
-def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False,
-               noise=0.0, seed=0, skip_nonfinite=False, dynamic=None) -> None:  # fmt: skip
-    coefficients = {"decay": decay, "self_": self_, "tie": tie}
-    scalars = {"lr": lr, "momentum": momentum, "noise": noise}
-    switches = {"nesterov": nesterov, "skip_nonfinite": skip_nonfinite, "seed": seed}
-    step_checks.check_step_numbers(len(feedback), coefficients, scalars, switches)
-    step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, scalars, dynamic, False)
+def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **options) -> None:
+    coefficients, given = {"decay": decay, "self_": self_, "tie": tie}, StepOptions(**options)
+    step_checks.check_step_numbers(len(feedback), coefficients, given)
+    step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, given, memory=False)
     step_checks.refuse_meta({"feedback": feedback})
 
 

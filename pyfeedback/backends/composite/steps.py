@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from pyfeedback.core import step_checks
+from pyfeedback.core.step_options import StepOptions
 
 T = TypeVar("T")
 
@@ -18,25 +19,15 @@ def feedback_step_(
     weight: Sequence[Tensor],
     grad: Sequence[Tensor],
     momentum_buffer: Sequence[Tensor],
-    *,
-    decay: Sequence[float],
-    self_: Sequence[float],
-    tie: Sequence[float],
-    lr: float,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    noise: float = 0.0,
-    seed: int = 0,
-    skip_nonfinite: bool = False,
-    dynamic: Tensor | None = None,
+    coefficients: dict[str, Sequence[float]],
+    options: StepOptions,
 ) -> None:
-    """See ``pyfeedback.functional.feedback_step_``. The noise is torch's own normal stream for ``seed``."""
+    """See :func:`pyfeedback.functional.feedback_step_`. The noise is torch's own normal stream for the seed."""
     if not feedback:
         return
-    coefficients = {"decay": decay, "self_": self_, "tie": tie}
-    step_checks.check_step_tensors(
-        feedback, weight, grad, momentum_buffer, coefficients, {"momentum": momentum}, dynamic
-    )
+    step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, options)
+    lr, momentum, nesterov, noise, seed, skip_nonfinite, dynamic = options
+    decay, self_, tie = coefficients.values()
     feedback, buffers = list(feedback), list(momentum_buffer) if momentum else []
     written, backup = [*feedback, *buffers], []
     if skip_nonfinite:

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyfeedback.backends.composite import center as composite_center
 from pyfeedback.backends.composite import steps as composite_steps
 from pyfeedback.core import step_checks
+from pyfeedback.core.step_options import StepOptions
 
 _ops = torch.ops.pyfeedback
 
@@ -32,21 +33,18 @@ def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> Non
         composite_center.add_centered_(self, input, beta, alpha)
 
 
-def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **options) -> None:
+def feedback_step_(feedback, weight, grad, momentum_buffer, coefficients: dict, options: StepOptions) -> None:
     """See :func:`pyfeedback.functional.feedback_step_`."""
     # A tensor costs as much to pass as a small one costs to step, and a number a quarter of that.
-    factors = {"decay": _compact(decay), "self_": _compact(self_), "tie": _compact(tie)}
+    factors = {name: _compact(values) for name, values in coefficients.items()}
     read = weight if any(factors["self_"]) else [], grad if any(factors["tie"]) else []
-    buffers = momentum_buffer if options["momentum"] else []
+    buffers = momentum_buffer if options.momentum else []
     try:
         if not {len(weight), len(grad), len(momentum_buffer)} <= {0, len(feedback)}:
             raise RuntimeError("lists differ in length")
-        _ops.native_feedback_step_.default(feedback, *read, buffers, **factors, **options)
+        _ops.native_feedback_step_.default(feedback, *read, buffers, **factors, **options._asdict())
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        coefficients = {"decay": decay, "self_": self_, "tie": tie}
-        step_checks.check_step_tensors(
-            feedback, weight, grad, momentum_buffer, coefficients, options, options["dynamic"]
-        )
+        step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, options)
         raise step_checks.kernel_error(error) from None
     torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not see these writes
 
