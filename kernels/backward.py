@@ -77,7 +77,9 @@ def layer_backward(
     plan = plan_backward(Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused))
 
     layer = _Layer(input, weight, feedback, response, convolution, geometry.pointwise, rule, n, center)
-    values = {"B": _channels_last(feedback).contiguous()}
+    values = {}
+    if "B" in plan.operands:
+        values["B"] = (feedback.permute(0, 2, 3, 1) if convolution else feedback[:, None, None]).contiguous()
     if plan.operands & {"x", "x_used", "z"}:
         values["x"] = layer.block(layer.read(input))
     if "dy" in plan.operands:
@@ -238,8 +240,3 @@ def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
 def strided_like(t: Tensor, like: Tensor) -> Tensor:
     """t with the strides of ``like``: itself where it has them already."""
     return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)
-
-
-def _channels_last(kernel: Tensor) -> Tensor:
-    """The view [K, R, S, C] of a kernel [K, C, R, S] or [K, C]."""
-    return kernel.permute(0, 2, 3, 1) if kernel.dim() == 4 else kernel[:, None, None]

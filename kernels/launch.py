@@ -129,12 +129,10 @@ def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
     if launch.semaphores:
         values["workspace"] = torch.empty(launch.workspace, dtype=torch.float32, device=device)
         values["semaphores"] = semaphores(launch.semaphores, device)
-    arguments = {}
+    arguments = {}  # names are looked up, numbers and None stay
     for parameter, value in launch.arguments.items():
-        if isinstance(value, tuple):
-            arguments[parameter] = tuple([values[v] if isinstance(v, str) else v for v in value])
-        else:
-            arguments[parameter] = values[value] if isinstance(value, str) else value
+        found = tuple(map(values.get, value, value)) if isinstance(value, tuple) else values.get(value, value)
+        arguments[parameter] = found
     launch.kernel[launch.grid](**arguments, **launch.constants, **launch.options)
 
 

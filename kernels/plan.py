@@ -12,6 +12,10 @@ z = convT(y, B), f the gradient of B. What is launched, by the algorithm that co
 dW is computed by the first weight gradient that reads the whole x, dx by a dgrad that computes z of the whole batch. If
 ``fused``, a pointwise layer whose sums fit a processor gets dx, dW and one of y'x, y'z or x'x from a single launch, and
 the dW and dx of a small layer are grouped with the next launch.
+
+Launches name their tensors: x, dy, y, u and z; x_used, the samples of x that the rule reads; B as the kernels read it,
+and weight and feedback with the strides of f for its epilogue; dx, dW and f; gram (x'x or y'y) and cross (y'x);
+f_sparse, to which the null term is added; mean of x; z_unit and u_unit of float16.
 """
 
 from functools import lru_cache
