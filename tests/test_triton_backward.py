@@ -1,8 +1,6 @@
 """The backward of a layer from the Triton kernels, against the composition and float64."""
 
 import itertools
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,9 +9,11 @@ import triton_cases
 from cases import RULES
 from triton_cases import DEVICE, Case, assert_near, inner, layer, names, record_launches
 
+import pyfeedback
 from pyfeedback.core.algorithm import Algorithm, Sizes, choose_algorithm
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels import backward
+from pyfeedback.testing import python_calls
 
 pytestmark = triton_cases.MARKS
 
@@ -170,29 +170,20 @@ def test_a_coefficient_that_the_kernels_do_not_implement_is_refused():
     assert run(ExtendedRule(growth=1e-3), (True, True, False, True), "none")[2] is None  # nothing is computed of it
 
 
-def test_host_calls_of_a_backward(monkeypatch):
-    """The plan is cached: a step is the preparation of operands and the launches."""
-    case = Case((4, 16, 5, 5), (16, 16, 3, 3), padding=(1, 1))
-    x, w, b, dy, y = (inner(v).permute(0, 3, 1, 2) for v in layer(case))
-    options = {"rule": Coefficients(amp=0.1, null=0.1, decay=0.1), "mask": (True, True, True, False)}
-    options |= {"algorithm": "direct", "center": None, "convolution": case.window}
-    real, calls = backward.run, []
-
-    def run(launch, values, device):
-        calls.append("run")
-        return real(launch._replace(kernel={launch.grid: lambda **_: None}), values, device)
-
-    def count(frame, event, _):
-        if event == "call" and Path(frame.f_code.co_filename).parent.name == "kernels":
-            calls.append(frame.f_code.co_name)
-
-    monkeypatch.setattr(backward, "run", run)
-    for _ in range(2):
-        calls.clear()
-        sys.setprofile(count)
-        try:
-            backward.layer_backward(dy, x, w, b, y, **options)
-        finally:
-            sys.setprofile(None)
-    assert calls.count("run") == 4  # two launches, each counted here and in launch.py
-    assert len(calls) <= 22, calls
+def test_host_calls_of_a_layer(monkeypatch):
+    """The plan is cached: a step prepares operands and launches kernels, in few calls of Python functions."""
+    real = backward.run
+    monkeypatch.setattr(
+        backward, "run", lambda launch, *rest: real(launch._replace(kernel={launch.grid: lambda **_: None}), *rest)
+    )
+    layer = pyfeedback.nn.Conv2d(16, 16, 3, padding=1, bias=False, rule="ia", device=DEVICE)
+    x = torch.randn(4, 16, 5, 5, device=DEVICE, requires_grad=True)
+    outputs = []
+    with pyfeedback.backend("triton"):
+        layer(x).sum().backward()
+        forward = python_calls(lambda: outputs.append(layer(x)))
+    gradient = torch.ones_like(outputs[0])
+    calls = python_calls(lambda: outputs[0].backward(gradient))
+    assert calls.count("kernels/launch.py run") == 2
+    assert len(forward) <= 12, forward
+    assert len(calls) <= 40, calls
