@@ -26,13 +26,7 @@ from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_
 from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
-    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
-    yield
-    assert_margins()
+uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
 
 
 # Strides, paddings, dilations and sizes of the two dimensions differ wherever there is one.

@@ -16,13 +16,7 @@ from pyfeedback.kernels import backward
 from pyfeedback.testing import python_calls
 
 pytestmark = triton_cases.MARKS
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
-    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
-    yield
-    assert_margins()
+uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
 
 
 LAYERS = {

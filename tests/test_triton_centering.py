@@ -11,6 +11,7 @@ from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import choose_grouped, choose_pointwise, choose_wgrad
 
 pytestmark = triton_cases.MARKS
+uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
 
 RULES = {
     "wm": {"amp": 0.7},
@@ -42,13 +43,6 @@ COVERED = {
 }
 MEANS = (0, 1, 30, 1000)
 SEEDS = range(5)  # for each mean
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
-    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
-    yield
-    assert_margins()
 
 
 def draw(case: Case, algorithm: Algorithm, mean: float, seed: int, dtype):

@@ -12,6 +12,7 @@ from pyfeedback.kernels.backward import unit_of
 from pyfeedback.kernels.tiles import DgradTile, PointwiseTile, WgradTile
 
 pytestmark = triton_cases.MARKS
+uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
 
 LARGEST = torch.finfo(torch.float16).max
 RULES = {
@@ -24,13 +25,6 @@ POINTWISE = Case((4, 6, 2, 4), (7, 6, 1, 1))
 WINDOW = Case((3, 5, 3, 2), (6, 5, 2, 1), (1, 1), (1, 0))
 COEFFICIENT = 1e-6  # of every term
 SHRUNK = 2.0**-10  # activations that the composition in float16 can take
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
-    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
-    yield
-    assert_margins()
 
 
 def scaled(terms: dict, factor: float) -> dict:

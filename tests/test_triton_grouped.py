@@ -32,13 +32,7 @@ from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_grouped
 from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
-    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
-    yield
-    assert_margins()
+uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
 
 
 CASES = {

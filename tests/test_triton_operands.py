@@ -13,6 +13,7 @@ from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels import backward
 
 pytestmark = triton_cases.MARKS
+uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
 
 
 class Layer(NamedTuple):
@@ -32,13 +33,6 @@ LAYERS = {
     "linear": Layer((3, 5, 6), (7, 6), (), "unfused", "ia-centered", Algorithm.RESPONSE_GRAM),
 }
 OPERANDS = ("grad_output", "input", "weight", "feedback", "response")
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
-    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
-    yield
-    assert_margins()
 
 
 def channels_innermost(t):

@@ -30,16 +30,10 @@ from pyfeedback.kernels.pointwise import pointwise_launch
 from pyfeedback.kernels.tiles import PointwiseTile, choose_pointwise
 
 pytestmark = triton_cases.MARKS
+uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
 
 TERMS = ("none", "cross", "z", "gram")
 REST = {"decay": 0.3, "self_": 0.2, "tie": 0.7}
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
-    assert_margins = triton_cases.fill_memory_with_nan(monkeypatch)
-    yield
-    assert_margins()
 
 
 class Case(NamedTuple):

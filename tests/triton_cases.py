@@ -248,6 +248,14 @@ def fill_memory_with_nan(monkeypatch):
     return assert_margins
 
 
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(monkeypatch):
+    """For the module that names it: memory is filled with NaN, and what a kernel writes beside its tensors is found."""
+    assert_margins = fill_memory_with_nan(monkeypatch)
+    yield
+    assert_margins()
+
+
 @contextmanager
 def shuffled_programs(monkeypatch, seed: int):
     """The programs of every launch in a random order; one at least must be launched."""
