@@ -1,4 +1,4 @@
-// The four floating dtypes of the native ops, without a torch header.
+// The four floating-point dtypes of the native ops, without a torch header.
 #pragma once
 
 #include <cstdint>

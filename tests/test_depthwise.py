@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import cuda_emulator
 import pytest
-import simt
 import torch
 from cases import RULES, Conv, conv_tensors, fresh, gradients, largest_error, random_conv
 
@@ -227,26 +227,26 @@ SMALL = {
 
 
 @pytest.fixture
-def on_simt(monkeypatch):
+def on_cuda_emulator(monkeypatch):
     """depthwise.conv2d_backward as on a CUDA device."""
-    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(simt.native_depthwise_backward))
+    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(cuda_emulator.native_depthwise_backward))
     monkeypatch.setattr(depthwise, "_reads_response", lambda input, rule: rule.null != 0)
 
 
-@pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", SMALL)
-def test_the_cuda_kernel(on_simt, name, dtype):
+def test_the_cuda_kernel(on_cuda_emulator, name, dtype):
     for rule in ("wm", "ia-centered", "aa", "kp", "everything") if dtype is DTYPES[0] else ("kp", "everything"):
         assert_as_accurate(SMALL[name], {**RULES[rule], "samples": SMALL[name].input[0] - 1}, dtype)
 
 
-@pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
-def test_the_cuda_kernel_in_any_order(on_simt):
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
+def test_the_cuda_kernel_in_any_order(on_cuda_emulator):
     args = arguments(SMALL["3x3"])
     results = []
-    for order in simt.ORDERS:
-        with simt.order(order):
+    for order in cuda_emulator.ORDERS:
+        with cuda_emulator.order(order):
             results.append(depthwise.conv2d_backward(*args, (True,) * 4))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
