@@ -8,20 +8,15 @@ namespace {
 
 using StridedRow = Strided<FeedbackRow>;
 
-// Updates one element. `momentum` is null if the row has none.
 template <typename Scalar>
 __device__ __forceinline__ void step_element(const FeedbackStep<AccType<Scalar>>& step, Scalar& feedback, Scalar weight,
-                                             Scalar grad, Scalar* momentum, AccType<Scalar> noise) {
+                                             Scalar grad, Scalar& momentum, bool has_momentum, AccType<Scalar> noise) {
   using T = AccType<Scalar>;
   const T old = to_acc(feedback);
   const T gradient = step.gradient(old, to_acc(weight), to_acc(grad)) + noise;
-  if (momentum == nullptr) {
-    from_acc(step.next(old, gradient, static_cast<T*>(nullptr)), feedback);
-    return;
-  }
-  T buffer = to_acc(*momentum);
-  from_acc(step.next(old, gradient, &buffer), feedback);
-  from_acc(buffer, *momentum);
+  T buffer = to_acc(momentum);
+  from_acc(step.next(old, gradient, has_momentum ? &buffer : nullptr), feedback);
+  if (has_momentum) from_acc(buffer, momentum);
 }
 
 template <typename Scalar>
@@ -46,8 +41,8 @@ __device__ __forceinline__ void step_block(const FeedbackRow& row, const Feedbac
     Pack<Scalar> momentum = load<Scalar>(row.operand[kState], first, count, whole);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      step_element(step, feedback.value[j], weight.value[j], grad.value[j],
-                   row.has(kState) ? &momentum.value[j] : nullptr, static_cast<T>(options.noise) * noise[j]);
+      step_element(step, feedback.value[j], weight.value[j], grad.value[j], momentum.value[j], row.has(kState),
+                   static_cast<T>(options.noise) * noise[j]);
     }
     store(feedback, row.operand[kStepped], first, count, whole);
     if (row.has(kState)) store(momentum, row.operand[kState], first, count, whole);
@@ -66,10 +61,11 @@ __device__ __forceinline__ void step_block(const StridedRow& row, const Feedback
     }
     int64_t offset[FeedbackRow::kOperands];
     find_offsets(row.strides, i, offset);
-    const auto element = [&](int k) { return static_cast<Scalar*>(row.operand[k]) + offset[k]; };
-    step_element(make_step<T>(row, options), *element(kStepped), read<Scalar>(row.operand[kWeight], offset[kWeight]),
-                 read<Scalar>(row.operand[kGrad], offset[kGrad]), row.has(kState) ? element(kState) : nullptr,
-                 static_cast<T>(options.noise) * normal);
+    Scalar momentum = read<Scalar>(row.operand[kState], offset[kState]);
+    step_element(make_step<T>(row, options), static_cast<Scalar*>(row.operand[kStepped])[offset[kStepped]],
+                 read<Scalar>(row.operand[kWeight], offset[kWeight]), read<Scalar>(row.operand[kGrad], offset[kGrad]),
+                 momentum, row.has(kState), static_cast<T>(options.noise) * normal);
+    if (row.has(kState)) static_cast<Scalar*>(row.operand[kState])[offset[kState]] = momentum;
   });
 }
 
