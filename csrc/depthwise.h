@@ -22,9 +22,9 @@ struct DepthwiseLayer {
   int64_t stride[2], padding[2], dilation[2];
   int64_t samples;  // that the rule reads, at least 1
   Dtype dtype;
-  FeatureMap input, mean, grad_output,
-      grad_input;                      // mean of the input over the samples, in the acc type; null if not centered
-  FeatureMap response, response_mean;  // conv(x, W) and its mean: read by CUDA alone, and only if the rule has null
+  FeatureMap input, grad_output, grad_input;
+  FeatureMap mean;                     // of the input over the samples, in the acc type; null if not centered
+  FeatureMap response, response_mean;  // conv(x, W) and its mean; read by CUDA alone, and only for null
   const void *weight, *feedback;       // [K, I, R, S]
   void *grad_weight, *grad_feedback, *grad_bias;  // [K, I, R, S] and [K], null if not needed
   double decay, amp, null, sparse, self, tie;

@@ -14,4 +14,7 @@ struct Layout {
   int64_t stride[kOperands][kMaxDims];  // in elements
 };
 
+template <typename Row>
+using RowLayout = Layout<Row::kOperands>;
+
 }  // namespace pyfeedback

@@ -5,6 +5,7 @@
 // registers without an error and returns wrong values.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -31,7 +32,7 @@ void feedback_step_(StableListHandle feedback, StableListHandle weight, StableLi
   if (!plan.rows.empty()) Backend(plan.device).feedback_step(plan, options);
 }
 
-// There is no CUDA kernel.
+// For CPUs only: there is no CUDA kernel.
 template <typename Backend>
 void adamw_step_(StableListHandle param, StableListHandle weight, StableListHandle grad, StableListHandle exp_avg,
                  StableListHandle exp_avg_sq, StableListHandle step, const std::vector<double>& decay,
@@ -81,20 +82,9 @@ DepthwiseGradients depthwise_backward(const Tensor& grad_output, const Tensor& i
                                       const std::vector<int64_t>& dilation, int64_t groups,
                                       const std::vector<double>& coefficients, int64_t samples, bool need_input,
                                       bool need_weight, bool need_feedback, bool need_bias) {
-  const DepthwisePlan plan = plan_depthwise({grad_output,
-                                             input,
-                                             weight,
-                                             feedback,
-                                             mean,
-                                             response,
-                                             response_mean,
-                                             stride,
-                                             padding,
-                                             dilation,
-                                             groups,
-                                             coefficients,
-                                             samples,
-                                             {need_input, need_weight, need_feedback, need_bias}});
+  const std::array<bool, 4> mask = {need_input, need_weight, need_feedback, need_bias};
+  const DepthwisePlan plan = plan_depthwise({grad_output, input, weight, feedback, mean, response, response_mean,
+                                             stride, padding, dilation, groups, coefficients, samples, mask});
   Backend(device_of(input.get())).depthwise_backward(plan.layer);
   return plan.gradients;
 }

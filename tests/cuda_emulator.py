@@ -136,7 +136,7 @@ class DepthwiseLayer(ctypes.Structure):
         *((name, ctypes.c_int64 * 2) for name in ("stride", "padding", "dilation")),
         ("samples", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
-        *((name, FeatureMap) for name in ("input", "mean", "grad_output", "grad_input", "response", "response_mean")),
+        *((name, FeatureMap) for name in ("input", "grad_output", "grad_input", "mean", "response", "response_mean")),
         *((name, ctypes.c_void_p) for name in ("weight", "feedback", "grad_weight", "grad_feedback", "grad_bias")),
         *((name, ctypes.c_double) for name in ("decay", "amp", "null", "sparse", "self", "tie")),
     )
@@ -274,7 +274,7 @@ def native_depthwise_backward(
     grads = [torch.full_like(t, float("nan")) if needed else None for t, needed in zip(like, mask, strict=True)]
     (n, _, *size), (k, per_group, *kernel) = input.shape, weight.shape
     sizes = (n, groups, per_group, k // groups, *size, *grad_output.shape[2:], *kernel)
-    maps = (input, mean, grad_output, grads[0], response, response_mean)
+    maps = (input, grad_output, grads[0], mean, response, response_mean)
     maps = [FeatureMap() if t is None else FeatureMap(_pointer(t), *t.stride()) for t in maps]
     pointers = map(_pointer, (weight, feedback, *grads[1:]))
     layer = DepthwiseLayer(

@@ -20,7 +20,7 @@ View checked_view(const Tensor& tensor, const char* name, const std::array<int64
   STD_TORCH_CHECK(view.shape.dims == 4 && std::equal(size.begin(), size.end(), view.shape.size), name,
                   " has the wrong shape; expected ", size[0], ", ", size[1], ", ", size[2], ", ", size[3]);
   STD_TORCH_CHECK(view.dtype == dtype && view.device == device_of(like.get()), name,
-                  " has the wrong dtype or device; expected those of input, or float32 for a mean in 16 bits");
+                  " has the wrong dtype or device; expected those of input, or float32 for the mean of 16 bits");
   return view;
 }
 

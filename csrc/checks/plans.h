@@ -20,10 +20,10 @@ namespace pyfeedback {
 template <typename Row>
 struct Plan {
   std::vector<Row> rows;
-  std::vector<Layout<Row::kOperands>> layouts;  // Row::layout is an index into these
-  Device device{};                              // of all rows
+  std::vector<RowLayout<Row>> layouts;  // Row::layout is an index into these
+  Device device{};                      // of all rows
 
-  const Layout<Row::kOperands>* layout(const Row& row) const { return row.layout < 0 ? nullptr : &layouts[row.layout]; }
+  const RowLayout<Row>* layout(const Row& row) const { return row.layout < 0 ? nullptr : &layouts[row.layout]; }
 };
 
 // The tensors and coefficients of a step. A coefficient has one value for all rows or one for each.

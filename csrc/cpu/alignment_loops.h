@@ -65,7 +65,8 @@ void add_dense(Partial& products, const Scalar* feedback, const Scalar* weight, 
   }
 }
 
-void alignment_products(const AlignmentPair& pair, const Layout<2>* layout, int64_t begin, int64_t end, double* sums) {
+void alignment_products(const AlignmentPair& pair, const RowLayout<AlignmentPair>* layout, int64_t begin, int64_t end,
+                        double* sums) {
   Partial products;
   visit_dtype(pair.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);

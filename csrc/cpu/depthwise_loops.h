@@ -53,7 +53,8 @@ class DepthwiseStrip {
         blocks_(blocks),
         weights_(layer.J * layer.I * layer.R * layer.S) {
     const int64_t reach = a_.dilation[0] * (a_.R - 1), width = a_.dilation[1] * (a_.S - 1);
-    // The columns that a tap reads before the first one and from the first one on, of the input and of the output.
+    // Of the input and of the output: the columns that taps read to the left of the first one, and from it to the
+    // right.
     const int64_t in_left = a_.padding[1], in_right = a_.stride[1] * (a_.Q - 1) + width - a_.padding[1] + 1;
     const int64_t out_left = std::max<int64_t>(0, (width - a_.padding[1] + a_.stride[1] - 1) / a_.stride[1]);
     const int64_t out_right = (a_.W - 1 + a_.padding[1]) / a_.stride[1] + 1;

@@ -23,18 +23,17 @@ struct DepthwiseWork {
 
 // Elements begin .. end - 1 of one row: in storage order, or in row-major order if there is a layout.
 template <typename Row, typename Options>
-using StepKernel = void (*)(const Row& row, const Layout<Row::kOperands>* layout, const Options& options, int64_t begin,
+using StepKernel = void (*)(const Row& row, const RowLayout<Row>* layout, const Options& options, int64_t begin,
                             int64_t end);
 
 struct Kernels {
   StepKernel<FeedbackRow, FeedbackOptions> feedback_step;
   StepKernel<AdamWRow, AdamWOptions> adamw_step;
   // Whether one of the same elements of weight or grad is inf or nan.
-  bool (*any_nonfinite)(const FeedbackRow& row, const Layout<FeedbackRow::kOperands>* layout, int64_t begin,
-                        int64_t end);
+  bool (*any_nonfinite)(const FeedbackRow& row, const RowLayout<FeedbackRow>* layout, int64_t begin, int64_t end);
   // The kProducts sums of elements begin .. end - 1 of one pair.
-  void (*alignment_products)(const AlignmentPair& pair, const Layout<2>* layout, int64_t begin, int64_t end,
-                             double* sums);
+  void (*alignment_products)(const AlignmentPair& pair, const RowLayout<AlignmentPair>* layout, int64_t begin,
+                             int64_t end, double* sums);
   // For positions begin .. end - 1: output = input minus its mean over the samples.
   void (*center)(const CenterOperands& operands, int64_t begin, int64_t end);
   // For the same positions: output = beta * output + alpha * (input minus its mean over the samples).

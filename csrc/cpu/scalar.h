@@ -1,10 +1,9 @@
-// Storage types and their conversion to the acc type, which the arithmetic is done in: float, or double for double.
+// Storage types and their conversion to the acc type.
 // Unnamed namespaces keep what kernels_avx2.cpp compiles for another instruction set apart from the rest.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include <torch/headeronly/util/Half.h>
 
@@ -20,12 +19,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-template <typename Scalar>
-using AccType = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
-
-template <typename Scalar>
-constexpr bool kIsAccType = std::is_same_v<Scalar, AccType<Scalar>>;
 
 inline double to_acc(double value) {
   return value;

@@ -78,8 +78,9 @@ int64_t alignment_blocks(const std::vector<AlignmentPair>& pairs) {
   return blocks;
 }
 
-cudaError_t launch_alignment(const std::vector<AlignmentPair>& pairs, const std::vector<Layout<2>>& layouts,
-                             double* partial, unsigned* arrived, double* products, cudaStream_t stream) {
+cudaError_t launch_alignment(const std::vector<AlignmentPair>& pairs,
+                             const std::vector<RowLayout<AlignmentPair>>& layouts, double* partial, unsigned* arrived,
+                             double* products, cudaStream_t stream) {
   return for_each_table(pairs, layouts, [&](const auto& table) {
     return launch(products_kernel<std::decay_t<decltype(table)>>, table.blocks(), stream, table,
                   reinterpret_cast<Sums*>(partial), arrived, reinterpret_cast<Sums*>(products));

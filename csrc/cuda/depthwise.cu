@@ -122,8 +122,7 @@ struct DepthwiseThread {
     }
   }
 
-  // Adds to the sums of taps begin .. begin + count - 1 that read the input: grad_weight and wgrad(x, conv(x,
-  // combined)).
+  // Adds grad_weight and wgrad(x, conv(x, combined)) to the sums of taps begin .. begin + count - 1.
   __device__ __forceinline__ void add_windows(int64_t first, int64_t last, int64_t j, int64_t i, int begin, int count,
                                               T (&of_weight)[kTaps], T (&of_data)[kTaps]) const {
     for_each_position(first, last, a.P, a.Q, [&](int64_t n, int p, int q) {

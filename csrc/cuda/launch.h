@@ -1,5 +1,4 @@
-// The launch functions that the kernels export: parameters in, one error out. All work is on the stream, and none of
-// them waits for it.
+// The launch functions of the kernels. They enqueue their work on the stream and return an error without waiting.
 //
 // Unmeasured: the kernels compile for sm_80 and sm_90 without spills and run on the host (csrc/cuda_emulator), but have
 // not run on a GPU yet. No provider selects them by default.
@@ -21,15 +20,15 @@ constexpr int kThreads = 256;  // of every block
 
 // One step of a whole model. `nonfinite` is null, or an int on the device that is zero. If weight or grad of any row
 // has an inf or a nan, it becomes 1 and nothing else is written.
-cudaError_t launch_step(const std::vector<FeedbackRow>& rows,
-                        const std::vector<Layout<FeedbackRow::kOperands>>& layouts, const FeedbackOptions& options,
-                        int* nonfinite, cudaStream_t stream);
+cudaError_t launch_step(const std::vector<FeedbackRow>& rows, const std::vector<RowLayout<FeedbackRow>>& layouts,
+                        const FeedbackOptions& options, int* nonfinite, cudaStream_t stream);
 
 // The products of all pairs. `products` is [.., kProducts], and its rows without a pair are not written. `partial` is a
 // workspace of [alignment_blocks(pairs), kProducts]. `arrived` holds a zero for every row of products. All three are on
 // the device.
-cudaError_t launch_alignment(const std::vector<AlignmentPair>& pairs, const std::vector<Layout<2>>& layouts,
-                             double* partial, unsigned* arrived, double* products, cudaStream_t stream);
+cudaError_t launch_alignment(const std::vector<AlignmentPair>& pairs,
+                             const std::vector<RowLayout<AlignmentPair>>& layouts, double* partial, unsigned* arrived,
+                             double* products, cudaStream_t stream);
 
 int64_t alignment_blocks(const std::vector<AlignmentPair>& pairs);
 

@@ -1,18 +1,13 @@
-// Storage types on the device and their conversion to the acc type, which the arithmetic is done in.
+// Storage types on the device and their conversion to the acc type.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "../dtype.h"
 
 namespace pyfeedback::cuda {
-
-template <typename Scalar>
-using AccType = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
 
 __device__ __forceinline__ double to_acc(double value) {
   return value;

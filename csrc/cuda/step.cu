@@ -132,9 +132,8 @@ __global__ void __launch_bounds__(kThreads) find_nonfinite_kernel(const __grid_c
 
 }  // namespace
 
-cudaError_t launch_step(const std::vector<FeedbackRow>& rows,
-                        const std::vector<Layout<FeedbackRow::kOperands>>& layouts, const FeedbackOptions& options,
-                        int* nonfinite, cudaStream_t stream) {
+cudaError_t launch_step(const std::vector<FeedbackRow>& rows, const std::vector<RowLayout<FeedbackRow>>& layouts,
+                        const FeedbackOptions& options, int* nonfinite, cudaStream_t stream) {
   if (nonfinite != nullptr) {
     const cudaError_t error = for_each_table(rows, layouts, [&](const auto& table) {
       return launch(find_nonfinite_kernel<std::decay_t<decltype(table)>>, table.blocks(), stream, table, nonfinite);

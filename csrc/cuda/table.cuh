@@ -82,12 +82,12 @@ cudaError_t for_each_table(const std::vector<Row>& rows, const Visitor& visit) {
 // A row whose operands have different strides.
 template <typename Row>
 struct Strided : Row {
-  Layout<Row::kOperands> strides;
+  RowLayout<Row> strides;
 };
 
 // for_each_table over the rows without a layout, then over those with one.
 template <typename Row, typename Visitor>
-cudaError_t for_each_table(const std::vector<Row>& rows, const std::vector<Layout<Row::kOperands>>& layouts,
+cudaError_t for_each_table(const std::vector<Row>& rows, const std::vector<RowLayout<Row>>& layouts,
                            const Visitor& visit) {
   std::vector<Row> dense;
   std::vector<Strided<Row>> strided;

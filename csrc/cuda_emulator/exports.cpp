@@ -14,7 +14,7 @@ void emulated_set_order(cuda_emulator::Order order) {
   cuda_emulator::order = order;
 }
 
-cudaError_t emulated_step(const FeedbackRow* rows, size_t count, const Layout<FeedbackRow::kOperands>* layouts,
+cudaError_t emulated_step(const FeedbackRow* rows, size_t count, const RowLayout<FeedbackRow>* layouts,
                           size_t layout_count, const FeedbackOptions* options, int* nonfinite) {
   return cuda::launch_step({rows, rows + count}, {layouts, layouts + layout_count}, *options, nonfinite, nullptr);
 }
@@ -23,8 +23,8 @@ size_t emulated_alignment_blocks(const AlignmentPair* pairs, size_t count) {
   return cuda::alignment_blocks({pairs, pairs + count});
 }
 
-cudaError_t emulated_alignment(const AlignmentPair* pairs, size_t count, const Layout<2>* layouts, size_t layout_count,
-                               double* partial, unsigned* arrived, double* products) {
+cudaError_t emulated_alignment(const AlignmentPair* pairs, size_t count, const RowLayout<AlignmentPair>* layouts,
+                               size_t layout_count, double* partial, unsigned* arrived, double* products) {
   return cuda::launch_alignment({pairs, pairs + count}, {layouts, layouts + layout_count}, partial, arrived, products,
                                 nullptr);
 }
