@@ -21,9 +21,9 @@ ONE_THREAD := OMP_NUM_THREADS=1
 ROUNDING := tests/test_numerics.py tests/test_centering.py
 
 # The subset of `make test-fast`: files of every area, without the tests marked slow or run by the CUDA emulator.
-FAST := $(addprefix tests/test_,$(addsuffix .py,ops forms layers rules conversion optim whole_model_optimizers \
+FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conversion optim whole_model_optimizers \
 	schedules metrics native backends bad_input docs architecture))
-FAST_ONLY := -m "not slow" -k "not simt and not emulator and not cuda"
+FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast fuzz mutants asan tsan bench lint

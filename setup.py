@@ -99,7 +99,7 @@ def hide_paths(include: list[str]) -> list[str]:
 def cpu_extension(include: list[str], library: list[str]) -> Extension:
     return Extension(
         "pyfeedback._C",
-        sources("*.cpp", "cpu/*.cpp"),
+        sources("checks/*.cpp", "cpu/*.cpp"),
         include_dirs=[*include, os.path.abspath("csrc")],
         library_dirs=library,
         define_macros=DEFINES,
@@ -114,7 +114,7 @@ def cuda_extension(include: list[str], library: list[str], home: Path) -> Extens
     """The runtime is linked statically: the library then asks for no particular libcudart beside torch's own."""
     return Extension(
         "pyfeedback._C_cuda",
-        sources("arguments.cpp", "depthwise_arguments.cpp", "sharing.cpp", "tensors.cpp", "cuda/*.cpp", "cuda/*.cu"),
+        sources("checks/*.cpp", "cuda/*.cpp", "cuda/*.cu"),
         include_dirs=[*include, os.path.abspath("csrc"), str(home / "include")],
         library_dirs=[*library, str(home / "lib64"), str(home / "lib")],
         libraries=["cudart_static", "dl", "pthread", "rt"],

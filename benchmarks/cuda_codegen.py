@@ -31,8 +31,8 @@ KERNEL = re.compile(
 
 
 WIDE_ACCESS = re.compile(r"\b(ld|st)\.global\S*\.(?:v4\.[a-z]+32|v2\.[a-z]+64)\b")
-WIDE_LOADS = ("step_kernel<Table<StepTensor", "find_nonfinite_kernel<Table<StepTensor", "products_kernel<Table<Align")
-WIDE_STORES = ("step_kernel<Table<StepTensor",)
+WIDE_LOADS = ("step_kernel<Table<StepRow", "find_nonfinite_kernel<Table<StepRow", "products_kernel<Table<Align")
+WIDE_STORES = ("step_kernel<Table<StepRow",)
 
 
 class Kernel(NamedTuple):

@@ -1,4 +1,4 @@
-// The arithmetic of native_alignment_products, shared by CPU and CUDA, and the pairs it runs over.
+// native_alignment_products: the pairs that its kernels read and the arithmetic, shared by CPU and CUDA.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@ namespace pyfeedback {
 
 constexpr int kProducts = 3;  // <feedback, feedback>, <weight, weight>, <feedback, weight>
 
-// Sums of products of one pair; Wide is double, or a vector of them.
-template <typename Wide>
+// Sums of products of one pair. T is double, or a vector of doubles.
+template <typename T>
 struct Products {
-  Wide feedback, weight, both;
+  T feedback, weight, both;
 
-  PYFEEDBACK_HOST_DEVICE void add(const Wide& b, const Wide& w) {
+  PYFEEDBACK_HOST_DEVICE void add(const T& b, const T& w) {
     feedback += b * b;
     weight += w * w;
     both += b * w;
@@ -30,14 +30,14 @@ struct Products {
 };
 
 struct AlignmentPair {
+  static constexpr int kOperands = 2;
+
   const void* feedback;
   const void* weight;
   int64_t numel;
   int32_t index;   // row of the output
-  int32_t layout;  // place in the list of layouts, or -1: element i of both is at i
+  int32_t layout;  // index into the layouts of the plan, or -1 if element i of both is at offset i
   Dtype dtype;
 };
-
-using PairLayout = Layout<2>;
 
 }  // namespace pyfeedback

@@ -1,4 +1,4 @@
-// One spelling for functions that the CPU and the CUDA kernels share.
+// Marks the functions that CPU and CUDA kernels share.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-// Where the elements of several operands of one shape stand, if not all at the same place.
+// The strides of several operands of one shape, for operands whose elements are not at equal offsets.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,14 @@ namespace pyfeedback {
 
 constexpr int kMaxDims = 8;
 
-// Element strides of each operand over one shape.
 template <int kOperands>
 struct Layout {
   int64_t dims;
   int64_t size[kMaxDims];
-  int64_t stride[kOperands][kMaxDims];
+  int64_t stride[kOperands][kMaxDims];  // in elements
 };
+
+template <typename Row>
+using RowLayout = Layout<Row::kOperands>;
 
 }  // namespace pyfeedback

@@ -92,7 +92,9 @@ class Copy:
     def build(self) -> None:
         """Compile the sources of the copy unless the library is up to date."""
         names = ["setup.py", "build_backend.py", "pyproject.toml"]
-        sources = [p for p in (self.root / "csrc").rglob("*") if p.is_file() and not {"cuda", "simt"} & set(p.parts)]
+        sources = [
+            p for p in (self.root / "csrc").rglob("*") if p.is_file() and not {"cuda", "cuda_emulator"} & set(p.parts)
+        ]
         digest = digest_of(*sorted(sources), *(self.root / name for name in names))
         if self.built.exists() and self.built.read_text() == digest:
             return

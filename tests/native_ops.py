@@ -1,9 +1,13 @@
-"""The native ops by implementation, all under one name and for CPU tensors, so that one set of value tests serves all:
-the CPU kernels, the CUDA kernels run on the CPU (simt), and the CUDA kernels on a device.
+"""The native ops by implementation and what their tests share.
+
+All implementations have the names of the ops and take CPU tensors, so that the same tests judge the CPU kernels, the
+CUDA kernels on the CPU (cuda_emulator) and the CUDA kernels on a device. The rule everywhere: the error is at most
+twice that of the same formula in plain torch in the dtype of the tensor, plus one unit in the last place of the largest
+value; four in float64, where the formula that judges rounds as much itself.
 """
 
+import cuda_emulator
 import pytest
-import simt
 import torch
 
 from pyfeedback.backends.extension import loading
@@ -50,9 +54,79 @@ def _to_device(tensor):
     return storage.as_strided(tensor.shape, tensor.stride(), start)
 
 
-IMPLEMENTATIONS = {"cpu": torch.ops.pyfeedback, "simt": simt, "cuda": OnDevice}
+IMPLEMENTATIONS = {"cpu": torch.ops.pyfeedback, "cuda_emulator": cuda_emulator, "cuda": OnDevice}
 PARAMETERS = [
     pytest.param("cpu", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
-    pytest.param("simt", marks=pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")),
+    pytest.param("cuda_emulator", marks=pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+
+cpu = pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EVERYTHING = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5, "momentum": 0.9}
+SIZES = [(0,), (), (1,), (7,), (3, 5), (33, 1, 7), (4, 6, 3, 3), (8, 3, 5, 7), (40000,)]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def assert_as_accurate(actual, composed, oracle, scale=None):
+    """`actual` against the float64 `oracle`; `composed` is plain torch in the dtype of `actual`, `scale` the largest
+    value that took part, by default the largest of the oracle."""
+    assert actual.shape == oracle.shape
+    if oracle.numel() == 0:
+        return
+    own = (composed.double() - oracle).abs().max()
+    ulps = 4 if actual.dtype == torch.float64 else 1
+    floor = ulps * torch.finfo(actual.dtype).eps * (oracle if scale is None else scale).abs().max()
+    error = (actual.double() - oracle).abs().max()
+    assert error <= 2 * own + floor, f"error {error:.3g}, plain torch {own:.3g}, floor {floor:.3g}"
+
+
+def step_formula(
+    feedback, weight, grad, buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False, noise=0.0, seed=0
+):
+    """(feedback, momentum buffer) after one step of one tensor, out of place and in the dtype given."""
+    gradient = decay * feedback
+    if self_:
+        gradient = gradient - self_ * weight
+    if tie:
+        gradient = gradient + tie * grad
+    if buffer is None:
+        return feedback - lr * gradient, None
+    buffer = momentum * buffer + gradient
+    direction = gradient + momentum * buffer if nesterov else buffer
+    return feedback - lr * direction, buffer
+
+
+def random_like_model(shapes, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def native_step(ops, feedback, weight, grad, buffers, **keywords):
+    """The op on copies; per-tensor coefficients may be given as one number. Returns (feedback, buffers)."""
+    feedback = [tensor.clone() for tensor in feedback]
+    buffers = [tensor.clone() for tensor in buffers]
+    for name in ("decay", "self_", "tie"):
+        value = keywords.get(name, 0.0)
+        keywords[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(feedback)
+    ops.native_feedback_step_(feedback, weight, grad, buffers, **keywords)
+    return feedback, buffers
+
+
+def check_step(ops, feedback, weight, grad, buffers, **keywords):
+    """One native step of a model against the formula, tensor by tensor."""
+    stepped, stepped_buffers = native_step(ops, feedback, weight, grad, buffers, **keywords)
+    for i, start in enumerate(feedback):
+        operands = [start, *(list_[i] if list_ else None for list_ in (weight, grad, buffers))]
+        own = {name: value[i] if isinstance(value, list) else value for name, value in keywords.items()}
+        own = {"decay": 0.0, "self_": 0.0, "tie": 0.0, **own}
+        composed, composed_buffer = step_formula(*operands, **own)
+        oracle, oracle_buffer = step_formula(*(t if t is None else t.double() for t in operands), **own)
+        assert_as_accurate(stepped[i], composed, oracle)
+        assert stepped[i].stride() == start.stride()
+        if buffers:
+            assert_as_accurate(stepped_buffers[i], composed_buffer, oracle_buffer)

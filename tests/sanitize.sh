@@ -37,8 +37,8 @@ export PYTHONPATH="$site" PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS="${OMP_NUM_T
 cd "$site"
 "$python" -c "import pyfeedback; assert pyfeedback.__file__.startswith('$site'), pyfeedback.__file__"
 result=0
-"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" -k "not simt and not cuda" \
-  "$root"/tests/test_native.py "$root"/tests/test_native_optimizers.py "$root"/tests/test_step_memory.py \
+"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" -k "not cuda" \
+  "$root"/tests/test_native*.py "$root"/tests/test_step_memory.py \
   "$root"/tests/test_step_storage.py "$root"/tests/test_step_exactness.py "$root"/tests/test_depthwise.py || result=$?
 unset LD_PRELOAD
 for report in "$site"/report.*; do

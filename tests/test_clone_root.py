@@ -103,11 +103,11 @@ def test_a_regular_installation_works_in_the_clone_it_was_made_from(clone, tmp_p
 def test_an_installation_of_other_sources_is_refused_in_one_line(clone, tmp_path):
     site = install(clone, tmp_path)
     add_library(site / "pyfeedback")
-    with open(clone / "csrc" / "cpu" / "walk.h", "a") as file:
+    with open(clone / "csrc" / "cpu" / "chunks.h", "a") as file:
         file.write("// changed\n")
     result = run(clone, "-c", PROGRAM, site)
     assert result.returncode != 0
-    assert "ImportError: csrc/cpu/walk.h has changed since" in result.stderr
+    assert "ImportError: csrc/cpu/chunks.h has changed since" in result.stderr
     assert run(clone, "-c", PROGRAM, site, PYFEEDBACK_NATIVE="0").returncode == 0
     assert "cpu=True" in run(tmp_path, "-c", PROGRAM, site).stdout  # elsewhere, the installed package
 

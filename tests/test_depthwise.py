@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import cuda_emulator
 import pytest
-import simt
 import torch
 from cases import RULES, Conv, conv_tensors, fresh, gradients, largest_error, random_conv
 
@@ -254,9 +254,9 @@ SMALL = {
 
 
 @pytest.fixture
-def on_simt(monkeypatch):
+def on_cuda_emulator(monkeypatch):
     """The backward pass with the CUDA kernel, run by the emulator."""
-    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(simt.native_depthwise_backward))
+    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(cuda_emulator.native_depthwise_backward))
     native = dispatch._LAYER_BACKENDS["native"]._replace(reads_response=lambda rule, device_type: rule.null != 0)
     monkeypatch.setitem(dispatch._LAYER_BACKENDS, "native", native)
     dispatch.set_backend("auto")  # forgets what was chosen before
@@ -266,21 +266,21 @@ def on_simt(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", SMALL)
-def test_the_cuda_kernel(on_simt, name, dtype):
+def test_the_cuda_kernel(on_cuda_emulator, name, dtype):
     for rule in ("wm", "ia-centered", "aa", "kp", "everything") if dtype is DTYPES[0] else ("kp", "everything"):
         assert_as_accurate(SMALL[name], {**RULES[rule], "samples": SMALL[name].input[0] - 1}, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(simt.COMPILER is None, reason="no C++ compiler")
-def test_the_cuda_kernel_in_any_order(on_simt):
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
+def test_the_cuda_kernel_in_any_order(on_cuda_emulator):
     args = arguments(SMALL["3x3"])
     results = []
-    for order in simt.ORDERS:
-        with simt.order(order):
+    for order in cuda_emulator.ORDERS:
+        with cuda_emulator.order(order):
             results.append(backward(SMALL["3x3"], *args))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 

@@ -212,7 +212,7 @@ class TestCudaPlan:
 
 
 def test_a_source_that_changed_since_the_build_is_found(tmp_path):
-    for name in ("a.cpp", "cpu/b.h", "cuda/d.cu", "simt/c.cpp", "notes.md"):
+    for name in ("a.cpp", "cpu/b.h", "cuda/d.cu", "cuda_emulator/c.cpp", "notes.md"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)

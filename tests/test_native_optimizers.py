@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from native_ops import IMPLEMENTATIONS, PARAMETERS
-from test_native import DTYPES, SIZES, assert_as_accurate, dtype_id, random_like_model, step_formula
+from native_ops import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    PARAMETERS,
+    SIZES,
+    assert_as_accurate,
+    dtype_id,
+    random_like_model,
+    step_formula,
+)
 
 import pyfeedback
 from pyfeedback.backends.composite import steps as composite_steps

@@ -4,8 +4,8 @@ import ctypes
 import subprocess
 from pathlib import Path
 
+import cuda_emulator
 import pytest
-import simt
 import torch
 from native_ops import IMPLEMENTATIONS, PARAMETERS
 
@@ -30,7 +30,7 @@ PHILOX = [
 @pytest.fixture(scope="module")
 def philox(tmp_path_factory):
     """philox4x32_10 of csrc/philox.h."""
-    if simt.COMPILER is None:
+    if cuda_emulator.COMPILER is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("philox")
     (folder / "philox.cpp").write_text(
@@ -42,7 +42,7 @@ def philox(tmp_path_factory):
     )
     library = folder / "philox.so"
     command = [
-        *simt.COMPILER.split(),
+        *cuda_emulator.COMPILER.split(),
         "-std=c++17",
         "-shared",
         "-fPIC",

@@ -1,23 +1,22 @@
-// The loops of native_alignment_products over one stretch of one pair. In an unnamed namespace, see scalar.h.
+// The loops of native_alignment_products over one chunk of one pair. In an unnamed namespace, see scalar.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "../alignment.h"
 #include "scalar.h"
-#include "walk.h"
+#include "strided_iterator.h"
 
 namespace pyfeedback::cpu {
 namespace {
 
-// Vectors of the compiler's own: left to itself it keeps these sums in memory.
+// Explicit vectors, because the compiler would keep the sums of plain loops in memory.
 constexpr int kLanes = 4;
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 
-// Two partial sums of each product, so that an addition need not wait for the one before it.
+// Two partial sums of each product, so that consecutive additions are independent.
 struct Partial {
   Products<Lanes> half[2] = {};
 
@@ -33,16 +32,16 @@ struct Partial {
 
 // T is float or double.
 template <typename T>
-void add_straight(Partial& products, const T* feedback, const T* weight, int64_t count) {
-  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
+void add_contiguous(Partial& products, const T* feedback, const T* weight, int64_t count) {
+  typedef T Values __attribute__((vector_size(kLanes * sizeof(T))));
   Partial local = products;
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
     for (int half = 0; half < 2; ++half) {
-      Narrow b_read, w_read;
-      std::memcpy(&b_read, feedback + i + half * kLanes, sizeof(Narrow));
-      std::memcpy(&w_read, weight + i + half * kLanes, sizeof(Narrow));
-      const Lanes b = __builtin_convertvector(b_read, Lanes), w = __builtin_convertvector(w_read, Lanes);
+      Values b_values, w_values;
+      std::memcpy(&b_values, feedback + i + half * kLanes, sizeof(Values));
+      std::memcpy(&w_values, weight + i + half * kLanes, sizeof(Values));
+      const Lanes b = __builtin_convertvector(b_values, Lanes), w = __builtin_convertvector(w_values, Lanes);
       local.half[half].add(b, w);
     }
   }
@@ -52,21 +51,22 @@ void add_straight(Partial& products, const T* feedback, const T* weight, int64_t
 
 template <typename Scalar>
 void add_dense(Partial& products, const Scalar* feedback, const Scalar* weight, int64_t count) {
-  if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
-    add_straight(products, feedback, weight, count);
+  if constexpr (kIsAccType<Scalar>) {
+    add_contiguous(products, feedback, weight, count);
   } else {
-    constexpr int64_t kRow = 512;
-    float wide_feedback[kRow], wide_weight[kRow];
-    for (int64_t i = 0; i < count; i += kRow) {
-      const int64_t row = std::min(kRow, count - i);
-      widen_row(feedback + i, wide_feedback, row);
-      widen_row(weight + i, wide_weight, row);
-      add_straight(products, wide_feedback, wide_weight, row);
+    constexpr int64_t kPiece = 512;
+    float feedback_values[kPiece], weight_values[kPiece];
+    for (int64_t i = 0; i < count; i += kPiece) {
+      const int64_t piece = std::min(kPiece, count - i);
+      to_acc(feedback + i, feedback_values, piece);
+      to_acc(weight + i, weight_values, piece);
+      add_contiguous(products, feedback_values, weight_values, piece);
     }
   }
 }
 
-void alignment_products(const AlignmentPair& pair, const PairLayout* layout, int64_t begin, int64_t end, double* sums) {
+void alignment_products(const AlignmentPair& pair, const RowLayout<AlignmentPair>* layout, int64_t begin, int64_t end,
+                        double* sums) {
   Partial products;
   visit_dtype(pair.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
@@ -76,9 +76,9 @@ void alignment_products(const AlignmentPair& pair, const PairLayout* layout, int
       add_dense(products, feedback + begin, weight + begin, end - begin);
       return;
     }
-    Walk at(*layout, begin);
+    StridedIterator at(*layout, begin);
     for (int64_t i = begin; i < end; ++i, at.next()) {
-      products.add(widen(feedback[at.offset(0)]), widen(weight[at.offset(1)]));
+      products.add(to_acc(feedback[at.offset(0)]), to_acc(weight[at.offset(1)]));
     }
   });
   products.store(sums);

@@ -1,43 +1,40 @@
-#include "center.h"
+#include <algorithm>
 
 #include <torch/csrc/stable/ops.h>
 
+#include "backend.h"
 #include "kernels.h"
-#include "ops.h"
 
 namespace pyfeedback::cpu {
 
 namespace {
 
+// A chunk of positions is read twice. The second pass finds it in a second-level cache, because a chunk of all samples
+// has this size. A smaller chunk than the minimum wastes the cache line that is fetched with each sample.
+constexpr int64_t kChunkBytes = 512 * 1024;
+constexpr int64_t kMinChunk = 64;
+
 // Runs visit(begin, end) over the positions of a sample.
 template <typename Visitor>
-void for_each_position(const SampleBlocks& blocks, const Visitor& visit) {
-  if (blocks.samples == 0 || blocks.positions == 0) return;
-  const int64_t width = stretch_width(blocks.samples, element_size(blocks.dtype));
-  const int64_t stretches = (blocks.positions + width - 1) / width;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (width * blocks.samples));
-  torch::stable::parallel_for(0, stretches, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) visit(k * width, std::min((k + 1) * width, blocks.positions));
+void for_each_chunk(const CenterOperands& operands, const Visitor& visit) {
+  const int64_t fitting = kChunkBytes / (operands.samples * element_size(operands.dtype));
+  const int64_t width = std::clamp(fitting / kMinChunk * kMinChunk, kMinChunk, kMaxCenterChunk);
+  const int64_t chunks = (operands.positions + width - 1) / width;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (width * operands.samples));
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) visit(k * width, std::min((k + 1) * width, operands.positions));
   });
 }
 
 }  // namespace
 
-torch::stable::Tensor center(const torch::stable::Tensor& input, int64_t samples) {
-  const SampleBlocks blocks = sample_blocks(input, samples);
-  torch::stable::Tensor output = empty_samples(input, blocks);
-  const void* from = input.const_data_ptr();
-  void* to = output.mutable_data_ptr();
-  for_each_position(blocks, [&](int64_t begin, int64_t end) { kernels().center(from, to, blocks, begin, end); });
-  return output;
+void Backend::center(const CenterOperands& operands) const {
+  for_each_chunk(operands, [&](int64_t begin, int64_t end) { kernels().center(operands, begin, end); });
 }
 
-void add_centered_(const torch::stable::Tensor& self, const torch::stable::Tensor& input, double beta, double alpha) {
-  const SampleBlocks blocks = sample_blocks_like(self, input);
-  const void* from = input.const_data_ptr();
-  void* to = self.mutable_data_ptr();
-  for_each_position(
-      blocks, [&](int64_t begin, int64_t end) { kernels().add_centered(to, from, blocks, begin, end, beta, alpha); });
+void Backend::add_centered(const CenterOperands& operands, double beta, double alpha) const {
+  for_each_chunk(operands,
+                 [&](int64_t begin, int64_t end) { kernels().add_centered(operands, beta, alpha, begin, end); });
 }
 
 }  // namespace pyfeedback::cpu

@@ -1,104 +1,84 @@
-// The loops of native_center and native_add_centered_ over one stretch of positions. In an unnamed namespace, see
+// The loops of native_center and native_add_centered_ over one chunk of positions. In an unnamed namespace, see
 // scalar.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
-#include "../arguments.h"
-#include "center.h"
+#include "../center.h"
+#include "kernels.h"
 #include "scalar.h"
 
 namespace pyfeedback::cpu {
 namespace {
 
-// Samples added up before the sum is passed on: rounding grows with the group and with the number of groups, no longer
-// with the number of samples.
+// Samples are summed in groups of this size and the groups are then added: the rounding error grows with the size and
+// the number of groups, not with the number of samples.
 constexpr int64_t kGroup = 16;
 
-// A row in the wide type: converted into `scratch`, or where it lies if it is wide already.
+// A row in the acc type: converted into `scratch`, or the row itself if it is in the acc type already.
 template <typename Scalar>
-const Wide<Scalar>* wide_row(const Scalar* row, Wide<Scalar>* scratch, int64_t count) {
-  if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
+const AccType<Scalar>* acc_row(const Scalar* row, AccType<Scalar>* scratch, int64_t count) {
+  if constexpr (kIsAccType<Scalar>) {
     return row;
   } else {
-    widen_row(row, scratch, count);
+    to_acc(row, scratch, count);
     return scratch;
   }
 }
 
 // The mean over the samples of each position.
 template <typename Scalar>
-void mean_of_stretch(const Scalar* input, Wide<Scalar>* mean, const SampleBlocks& blocks, int64_t width) {
-  using T = Wide<Scalar>;
-  T sum[kMaxStretch], scratch[kMaxStretch];
+void mean_of_chunk(const Scalar* input, AccType<Scalar>* mean, const CenterOperands& operands, int64_t width) {
+  using T = AccType<Scalar>;
+  T sum[kMaxCenterChunk], scratch[kMaxCenterChunk];
   std::fill_n(mean, width, T(0));
-  for (int64_t group = 0; group < blocks.samples; group += kGroup) {
+  for (int64_t group = 0; group < operands.samples; group += kGroup) {
     std::fill_n(sum, width, T(0));
-    const int64_t last = std::min(group + kGroup, blocks.samples);
+    const int64_t last = std::min(group + kGroup, operands.samples);
     for (int64_t n = group; n < last; ++n) {
-      const T* row = wide_row(input + n * blocks.stride, scratch, width);
+      const T* row = acc_row(input + n * operands.stride, scratch, width);
       for (int64_t p = 0; p < width; ++p) sum[p] += row[p];
     }
     for (int64_t p = 0; p < width; ++p) mean[p] += sum[p];
   }
-  for (int64_t p = 0; p < width; ++p) mean[p] /= static_cast<T>(blocks.samples);
+  for (int64_t p = 0; p < width; ++p) mean[p] /= static_cast<T>(operands.samples);
 }
 
-template <typename Scalar>
-void center_stretch(const Scalar* input, Scalar* output, const SampleBlocks& blocks, int64_t width) {
-  using T = Wide<Scalar>;
-  T mean[kMaxStretch], scratch[kMaxStretch];
-  mean_of_stretch(input, mean, blocks, width);
-  for (int64_t n = 0; n < blocks.samples; ++n) {
-    const T* row = wide_row(input + n * blocks.stride, scratch, width);
-    Scalar* __restrict centered = output + n * blocks.positions;
-    if constexpr (std::is_same_v<Scalar, T>) {
-      for (int64_t p = 0; p < width; ++p) centered[p] = row[p] - mean[p];
+// output = update(output, input - mean), where `output` is read if kReads.
+template <bool kReads, typename Scalar, typename Update>
+void update_chunk(const CenterOperands& operands, int64_t begin, int64_t end, const Update& update) {
+  using T = AccType<Scalar>;
+  const int64_t width = end - begin;
+  const Scalar* input = static_cast<const Scalar*>(operands.input) + begin;
+  T mean[kMaxCenterChunk], scratch[kMaxCenterChunk], values[kMaxCenterChunk];
+  mean_of_chunk(input, mean, operands, width);
+  for (int64_t n = 0; n < operands.samples; ++n) {
+    const T* row = acc_row(input + n * operands.stride, scratch, width);
+    Scalar* output = static_cast<Scalar*>(operands.output) + begin + n * operands.positions;
+    if constexpr (kIsAccType<Scalar>) {
+      T* __restrict result = output;
+      for (int64_t p = 0; p < width; ++p) result[p] = update(result[p], row[p] - mean[p]);
     } else {
-      for (int64_t p = 0; p < width; ++p) scratch[p] = row[p] - mean[p];
-      narrow_row(scratch, centered, width);
+      if (kReads) to_acc(output, values, width);
+      for (int64_t p = 0; p < width; ++p) values[p] = update(values[p], row[p] - mean[p]);
+      from_acc(values, output, width);
     }
   }
 }
 
-void center(const void* input, void* output, const SampleBlocks& blocks, int64_t begin, int64_t end) {
-  visit_dtype(blocks.dtype, [&](auto scalar) {
+void center(const CenterOperands& operands, int64_t begin, int64_t end) {
+  visit_dtype(operands.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    center_stretch(static_cast<const Scalar*>(input) + begin, static_cast<Scalar*>(output) + begin, blocks,
-                   end - begin);
+    update_chunk<false, Scalar>(operands, begin, end, [](auto, auto centered) { return centered; });
   });
 }
 
-// self = beta * self + alpha * (input - mean)
-template <typename Scalar>
-void add_centered_stretch(Scalar* self, const Scalar* input, const SampleBlocks& blocks, int64_t width,
-                          Wide<Scalar> beta, Wide<Scalar> alpha) {
-  using T = Wide<Scalar>;
-  T mean[kMaxStretch], scratch[kMaxStretch], sum[kMaxStretch];
-  mean_of_stretch(input, mean, blocks, width);
-  for (int64_t n = 0; n < blocks.samples; ++n) {
-    const T* row = wide_row(input + n * blocks.stride, scratch, width);
-    Scalar* total = self + n * blocks.positions;
-    if constexpr (std::is_same_v<Scalar, T>) {
-      T* __restrict wide = total;
-      for (int64_t p = 0; p < width; ++p) wide[p] = beta * wide[p] + alpha * (row[p] - mean[p]);
-    } else {
-      widen_row(total, sum, width);
-      for (int64_t p = 0; p < width; ++p) sum[p] = beta * sum[p] + alpha * (row[p] - mean[p]);
-      narrow_row(sum, total, width);
-    }
-  }
-}
-
-void add_centered(void* self, const void* input, const SampleBlocks& blocks, int64_t begin, int64_t end, double beta,
-                  double alpha) {
-  visit_dtype(blocks.dtype, [&](auto scalar) {
+void add_centered(const CenterOperands& operands, double beta, double alpha, int64_t begin, int64_t end) {
+  visit_dtype(operands.dtype, [&](auto scalar) {
     using Scalar = decltype(scalar);
-    using T = Wide<Scalar>;
-    add_centered_stretch(static_cast<Scalar*>(self) + begin, static_cast<const Scalar*>(input) + begin, blocks,
-                         end - begin, static_cast<T>(beta), static_cast<T>(alpha));
+    const auto b = static_cast<AccType<Scalar>>(beta), a = static_cast<AccType<Scalar>>(alpha);
+    update_chunk<true, Scalar>(operands, begin, end, [=](auto old, auto centered) { return b * old + a * centered; });
   });
 }
 

@@ -1,38 +1,25 @@
 #include <algorithm>
 #include <memory>
-#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../depthwise_arguments.h"
+#include "backend.h"
 #include "kernels.h"
-#include "ops.h"
 
 namespace pyfeedback::cpu {
 
 namespace {
 
-// Sums kept apart until the end, so that the result is the same on any number of threads.
+// About this many units of work have sums of their own, which are added in a fixed order: any number of threads gives
+// the same result.
 constexpr int64_t kUnits = 64;
-// Blocks handled together share cache lines in channels_last, and a second-level cache.
+// The blocks of a unit share cache lines in channels_last, and a second-level cache.
 constexpr int64_t kBlocks = 8, kCacheBytes = 256 * 1024;
 
 }  // namespace
 
-DepthwiseGradients depthwise_backward(const torch::stable::Tensor& grad_output, const torch::stable::Tensor& input,
-                                      const torch::stable::Tensor& weight, const torch::stable::Tensor& feedback,
-                                      const std::optional<torch::stable::Tensor>& mean,
-                                      const std::optional<torch::stable::Tensor>& response,
-                                      const std::optional<torch::stable::Tensor>& response_mean,
-                                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                      const std::vector<int64_t>& dilation, int64_t groups,
-                                      const std::vector<double>& coefficients, int64_t samples, bool need_input,
-                                      bool need_weight, bool need_feedback, bool need_bias) {
-  DepthwiseCall call = plan_depthwise(grad_output, input, weight, feedback, {mean, response, response_mean},
-                                      {stride, padding, dilation, groups}, coefficients, samples,
-                                      {need_input, need_weight, need_feedback, need_bias});
-  const DepthwiseLayer& layer = call.layer;
+void Backend::depthwise_backward(const DepthwiseLayer& layer) const {
   const Kernels& kernel = kernels();
   const int64_t lanes = layer.dtype == Dtype::kFloat64 ? 4 : 8;
   const int64_t size = (2 * layer.J * layer.I * layer.R * layer.S + layer.J) * lanes;
@@ -61,7 +48,6 @@ DepthwiseGradients depthwise_backward(const torch::stable::Tensor& grad_output, 
       kernel.depthwise_finish(layer, block, &sums[block * size], chunks, blocks * size);
     }
   });
-  return call.gradients;
 }
 
 }  // namespace pyfeedback::cpu

@@ -1,6 +1,6 @@
-// The backward of a strip of groups: blocks of as many groups as a vector has lanes. A sample streams through row by
-// row: what a window can reach stays in rings in the cache, and every row of the input and of the output's gradient is
-// read once. In an unnamed namespace, see scalar.h.
+// The backward of a strip of blocks, each of as many groups as a vector has lanes. A sample is processed row by row:
+// the rows that a window covers stay in rings in the cache, and every row of the input and of grad_output is read once.
+// In an unnamed namespace, see scalar.h.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace pyfeedback::cpu {
 namespace {
 
-// Hands out pieces of one block of memory; without a block it only counts.
+// Allocates from one block of memory. Without a block it only counts the bytes.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -36,12 +36,12 @@ class Arena {
 
 template <typename Scalar>
 class DepthwiseStrip {
-  using T = Wide<Scalar>;
+  using T = AccType<Scalar>;
   using Vector = LanesVector<T>;
   static constexpr int kLanes = kLanesOf<T>;
 
-  // Kernel column s spreads output column c over input column first + stride * (c - column), first < stride.
-  struct Reaching {
+  // Kernel column s connects output column c to input column first + stride * (c - column), with first < stride.
+  struct KernelColumn {
     int64_t first, s, column;
   };
 
@@ -53,14 +53,15 @@ class DepthwiseStrip {
         blocks_(blocks),
         weights_(layer.J * layer.I * layer.R * layer.S) {
     const int64_t reach = a_.dilation[0] * (a_.R - 1), width = a_.dilation[1] * (a_.S - 1);
-    // Columns that a tap reaches before the first and behind the last, of the input and of the output.
+    // Of the input and of the output: the columns that taps read to the left of the first one, and from it to the
+    // right.
     const int64_t in_left = a_.padding[1], in_right = a_.stride[1] * (a_.Q - 1) + width - a_.padding[1] + 1;
     const int64_t out_left = std::max<int64_t>(0, (width - a_.padding[1] + a_.stride[1] - 1) / a_.stride[1]);
     const int64_t out_right = (a_.W - 1 + a_.padding[1]) / a_.stride[1] + 1;
     const int64_t out_rows = reach / a_.stride[0] + 1;
     Arena arena(memory);
     taps_ = arena.take<Tap<T>>(std::max(a_.I, a_.J) * a_.R * a_.S);
-    reaching_ = arena.take<Reaching>(a_.S);
+    columns_ = arena.take<KernelColumn>(a_.S);
     shared_ = arena.used();
     const auto ring = [&](bool needed, int64_t channels, int64_t rows, int64_t left, int64_t right) {
       const int64_t columns = needed ? left + right : 0;
@@ -83,7 +84,7 @@ class DepthwiseStrip {
 
   int64_t bytes() const { return shared_ + blocks_ * step_ * static_cast<int64_t>(sizeof(Vector)); }
 
-  // sums: of each block [weight, data][J, I, R, S, lanes] and [J, lanes] of the bias; added to.
+  // Adds to the sums of each block: [weight, data][J, I, R, S, lanes], then [J, lanes] of the bias.
   void run(int64_t first, int64_t last, double* sums) {
     load_weights();
     for (int64_t n = first; n < last; ++n) {
@@ -104,32 +105,34 @@ class DepthwiseStrip {
       for (int64_t l = 0; l < lanes(b); ++l) {
         const int64_t first = (group(b) + l) * weights_;
         for (int64_t k = 0; k < weights_; ++k) {
-          const T weight = widen(static_cast<const Scalar*>(a_.weight)[first + k]);
-          const T feedback = widen(static_cast<const Scalar*>(a_.feedback)[first + k]);
+          const T weight = to_acc(static_cast<const Scalar*>(a_.weight)[first + k]);
+          const T feedback = to_acc(static_cast<const Scalar*>(a_.feedback)[first + k]);
           lane(weight_ + b * step_ + k, l) = weight;
           lane(feedback_ + b * step_ + k, l) = feedback;
           lane(combined_ + b * step_ + k, l) = rule_.combined(feedback, weight);
         }
       }
     }
-    Reaching* reaching = reaching_;
+    KernelColumn* next = columns_;
     for (int64_t first = 0; first < a_.stride[1]; ++first) {
       for (int64_t s = 0; s < a_.S; ++s) {
         const int64_t column = first + a_.padding[1] - a_.dilation[1] * s;
-        if (column % a_.stride[1] == 0) *reaching++ = {first, s, column / a_.stride[1]};
+        if (column % a_.stride[1] == 0) *next++ = {first, s, column / a_.stride[1]};
       }
     }
   }
 
-  // An input row is done with as soon as the last output row that reaches it is there.
+  // An input row is complete as soon as the last output row that reads it is loaded.
   void run_sample(int64_t n, bool learns) {
-    int64_t loaded = 0, done = 0;
+    int64_t loaded = 0, complete = 0;
     for (int64_t p = 0; p < a_.P; ++p) {
       const int64_t top = a_.stride[0] * p - a_.padding[0], bottom = top + a_.dilation[0] * (a_.R - 1);
       for (loaded = std::max(loaded, top); loaded < a_.H && loaded <= bottom; ++loaded) load_input(n, loaded, learns);
       load_output(n, p);
       output_row(p, learns);
-      for (; done < a_.H && (done < top + a_.stride[0] || p + 1 == a_.P); ++done) input_row(n, done, learns);
+      for (; complete < a_.H && (complete < top + a_.stride[0] || p + 1 == a_.P); ++complete) {
+        input_row(n, complete, learns);
+      }
     }
   }
 
@@ -159,73 +162,73 @@ class DepthwiseStrip {
     }
   }
 
-  // What reads the input under the window: the weight's gradient, the response, and the combined term.
+  // What reads the input under the window: grad_weight, the response and the combined term.
   void output_row(int64_t p, bool learns) {
     const int64_t step = a_.stride[1], length = a_.Q;
     for (int64_t j = 0; j < a_.J; ++j) {
       if (a_.grad_weight || rule_.tie != 0) {
         const Taps<T> taps = window_taps(x_, p, j, weight_, sums_);
         const Vector* dy = dy_.row(j, p);
-        for_each_block([&](int64_t at) { correlate(taps, at, step, dy + at, 1, length); });
+        for_each_block([&](int64_t at) { wgrad(taps, at, step, dy + at, 1, length); });
       }
       if (learns && rule_.null != 0) {
         const Taps<T> taps = window_taps(centered_, p, j, weight_, sums_);
         Vector* y = y_.row(j, p);
-        for_each_block([&](int64_t at) { combine(taps, at, step, y + at, 1, length); });
+        for_each_block([&](int64_t at) { convolve(taps, at, step, y + at, 1, length); });
       }
       if (learns && rule_.has_combined()) {
         const Taps<T> taps = window_taps(centered_, p, j, combined_, sums_ + weights_);
         for_each_block([&](int64_t at) {
-          combine(taps, at, step, row_, 1, length);
-          correlate(taps, at, step, row_, 1, length);
+          convolve(taps, at, step, row_, 1, length);
+          wgrad(taps, at, step, row_, 1, length);
         });
       }
     }
   }
 
-  // What spreads the output back over the input: the input's gradient, and z = convT(y, B).
+  // What maps the output back to the input: grad_input and z = convT(y, B).
   void input_row(int64_t n, int64_t h, bool learns) {
-    const bool spreads = learns && rule_.null != 0;
-    const T null = rule_.null, amp = rule_.carried_amp();
+    const bool has_null = learns && rule_.null != 0;
+    const T null = rule_.null, amp = rule_.amp_of_null();
     for (int64_t i = 0; i < a_.I; ++i) {
       if (a_.grad_input.data) {
         for_each_phase([&](int64_t first, int64_t step, int64_t length, int64_t begin, int64_t end) {
           const Taps<T> taps = adjoint_taps(dy_, h, i, begin, end);
-          for_each_block([&](int64_t at) { combine(taps, at, 1, row_ + at + first, step, length); });
+          for_each_block([&](int64_t at) { convolve(taps, at, 1, row_ + at + first, step, length); });
         });
         for (int64_t b = 0; b < blocks_; ++b) {
           store_row<Scalar>(row_ + b * step_, row<Scalar>(a_.grad_input, n, b, i, a_.I, h), a_.W, lanes(b));
         }
       }
-      if (!spreads) continue;
+      if (!has_null) continue;
       const Vector* x = centered_.row(i, h);
       for_each_phase([&](int64_t first, int64_t step, int64_t length, int64_t begin, int64_t end) {
         const Taps<T> taps = adjoint_taps(y_, h, i, begin, end);
         if (taps.count == 0) return;
         for_each_block([&](int64_t at) {
-          combine(taps, at, 1, row_ + first, step, length);
+          convolve(taps, at, 1, row_ + first, step, length);
           for (int64_t w = first; w < a_.W; w += step) row_[w] = null * row_[w] - amp * x[at + w];
-          correlate(taps, at, 1, row_ + first, step, length);
+          wgrad(taps, at, 1, row_ + first, step, length);
         });
       });
     }
   }
 
-  // visit(shift) for the vectors between the first block and each.
+  // visit(shift) for every block, with the number of vectors between the first block and this one.
   template <typename Visitor>
   void for_each_block(const Visitor& visit) const {
     for (int64_t b = 0; b < blocks_; ++b) visit(b * step_);
   }
 
-  // visit(first, step, length, begin, end) for the columns first, first + step, ..., which reaching_[begin .. end - 1]
-  // reach.
+  // visit(first, step, length, begin, end) for the input columns first, first + step, ..., to which
+  // columns_[begin .. end - 1] apply.
   template <typename Visitor>
   void for_each_phase(const Visitor& visit) const {
     const int64_t step = a_.stride[1];
     int64_t begin = 0;
     for (int64_t first = 0; first < std::min(step, a_.W); ++first) {
       int64_t end = begin;
-      while (end < a_.S && reaching_[end].first == first) ++end;
+      while (end < a_.S && columns_[end].first == first) ++end;
       visit(first, step, (a_.W - first + step - 1) / step, begin, end);
       begin = end;
     }
@@ -248,7 +251,7 @@ class DepthwiseStrip {
     return {taps_, tap - taps_};
   }
 
-  // The taps that spread the output over row h of input channel i, at columns that reaching_[begin .. end - 1] reach.
+  // The taps that map the output to row h of input channel i, for columns_[begin .. end - 1].
   Taps<T> adjoint_taps(const Ring<T>& ring, int64_t h, int64_t i, int64_t begin, int64_t end) const {
     const int64_t step = a_.stride[0];
     Tap<T>* tap = taps_;
@@ -258,8 +261,8 @@ class DepthwiseStrip {
       for (int64_t j = 0; j < a_.J; ++j) {
         const int64_t k = ((j * a_.I + i) * a_.R + r) * a_.S;
         const Vector* in = ring.row(j, p);
-        for (const Reaching* to = reaching_ + begin; to < reaching_ + end; ++to) {
-          *tap++ = {in + to->column, feedback_ + k + to->s, sums_ + weights_ + k + to->s};
+        for (const KernelColumn* column = columns_ + begin; column < columns_ + end; ++column) {
+          *tap++ = {in + column->column, feedback_ + k + column->s, sums_ + weights_ + k + column->s};
         }
       }
     }
@@ -269,9 +272,9 @@ class DepthwiseStrip {
   int64_t group(int64_t b) const { return (block_ + b) * kLanes; }
   int64_t lanes(int64_t b) const { return std::min<int64_t>(kLanes, a_.G - group(b)); }
 
-  // Row `row` of the channels that are `member` of their groups, which have `members`.
+  // Row `row` of channel `member` of each group. A group has `members` channels.
   template <typename Item>
-  Row<Item> row(const Map& map, int64_t n, int64_t b, int64_t member, int64_t members, int64_t row) const {
+  Row<Item> row(const FeatureMap& map, int64_t n, int64_t b, int64_t member, int64_t members, int64_t row) const {
     const int64_t channel = group(b) * members + member;
     Item* data = static_cast<Item*>(map.data) + n * map.sample + channel * map.channel + row * map.row;
     return {data, members * map.channel, map.column};
@@ -282,14 +285,14 @@ class DepthwiseStrip {
   const DepthwiseLayer& a_;
   const DepthwiseRule<T> rule_;
   const int64_t block_, blocks_, weights_;
-  // Of the first block; those of the others lie step_ vectors further on each.
+  // Of the first block. Those of each further block are step_ vectors further.
   Ring<T> x_, centered_, dy_, y_;
   Vector *weight_, *feedback_, *combined_, *sums_, *row_;
   int64_t step_;
-  // Of all blocks.
+  // Shared by all blocks.
   Tap<T>* taps_;
-  Reaching* reaching_;  // one of each kernel column, in the order of first
-  int64_t shared_;      // bytes of both
+  KernelColumn* columns_;  // sorted by `first`
+  int64_t shared_;         // bytes of both
 };
 
 int64_t depthwise_bytes(const DepthwiseLayer& layer, int64_t blocks) {
@@ -303,10 +306,10 @@ void depthwise(const DepthwiseLayer& layer, const DepthwiseWork& work, void* mem
   });
 }
 
-// The gradients of one block's weights; sums are those of its chunks, `step` apart.
+// The gradients of the weights of one block, from the sums of its chunks, which are `step` apart.
 template <typename Scalar>
 void finish(const DepthwiseLayer& layer, int64_t block, const double* sums, int64_t chunks, int64_t step) {
-  constexpr int64_t kLanes = kLanesOf<Wide<Scalar>>;
+  constexpr int64_t kLanes = kLanesOf<AccType<Scalar>>;
   const auto rule = make_rule<double>(layer);
   const int64_t weights = layer.J * layer.I * layer.R * layer.S, group = block * kLanes;
   const auto sum = [&](int64_t index) {
@@ -315,14 +318,14 @@ void finish(const DepthwiseLayer& layer, int64_t block, const double* sums, int6
     return total;
   };
   const auto set = [](void* to, int64_t index, double value) {
-    if (to) narrow(static_cast<Wide<Scalar>>(value), static_cast<Scalar*>(to)[index]);
+    if (to) from_acc(static_cast<AccType<Scalar>>(value), static_cast<Scalar*>(to)[index]);
   };
   for (int64_t l = 0; l < std::min(kLanes, layer.G - group); ++l) {
     for (int64_t k = 0; k < weights; ++k) {
       const int64_t index = (group + l) * weights + k;
       const double grad_weight = sum(k * kLanes + l), data = sum((weights + k) * kLanes + l);
-      const double weight = widen(static_cast<const Scalar*>(layer.weight)[index]);
-      const double feedback = widen(static_cast<const Scalar*>(layer.feedback)[index]);
+      const double weight = to_acc(static_cast<const Scalar*>(layer.weight)[index]);
+      const double feedback = to_acc(static_cast<const Scalar*>(layer.feedback)[index]);
       const double samples = static_cast<double>(layer.samples);
       set(layer.grad_weight, index, grad_weight);
       set(layer.grad_feedback, index, rule.gradient(data, samples, feedback, weight, grad_weight));

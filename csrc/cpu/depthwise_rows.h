@@ -1,11 +1,10 @@
-// Rows of a map as the depthwise loops see them: a vector of neighbouring groups at every column. In an unnamed
-// namespace, see scalar.h.
+// Rows of a feature map in the form that the depthwise loops use: at every column a vector of adjacent groups. In an
+// unnamed namespace, see scalar.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "scalar.h"
 
@@ -30,41 +29,41 @@ struct Row {
   int64_t lane, column;
 };
 
-// A square of vectors, rows and columns exchanged.
+// Exchanges rows and columns of a square of vectors.
 template <typename T>
 void transpose(LanesVector<T> (&square)[kLanesOf<T>]) {
   constexpr int kLanes = kLanesOf<T>;
-  alignas(32) T turned[kLanes][kLanes];
+  alignas(32) T transposed[kLanes][kLanes];
   for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < kLanes; ++j) turned[j][i] = square[i][j];
+    for (int j = 0; j < kLanes; ++j) transposed[j][i] = square[i][j];
   }
-  for (int i = 0; i < kLanes; ++i) square[i] = *reinterpret_cast<const LanesVector<T>*>(turned[i]);
+  for (int i = 0; i < kLanes; ++i) square[i] = *reinterpret_cast<const LanesVector<T>*>(transposed[i]);
 }
 
 template <typename Scalar>
-inline void load_lanes(const Scalar* from, LanesVector<Wide<Scalar>>* to) {
-  if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
+inline void load_lanes(const Scalar* from, LanesVector<AccType<Scalar>>* to) {
+  if constexpr (kIsAccType<Scalar>) {
     std::memcpy(to, from, sizeof(*to));
   } else {
-    widen_row(from, reinterpret_cast<float*>(to), kLanesOf<float>);
+    to_acc(from, reinterpret_cast<float*>(to), kLanesOf<float>);
   }
 }
 
 template <typename Scalar>
-inline void store_lanes(const LanesVector<Wide<Scalar>>* from, Scalar* to) {
-  if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
+inline void store_lanes(const LanesVector<AccType<Scalar>>* from, Scalar* to) {
+  if constexpr (kIsAccType<Scalar>) {
     std::memcpy(to, from, sizeof(*from));
   } else {
-    narrow_row(reinterpret_cast<const float*>(from), to, kLanesOf<float>);
+    from_acc(reinterpret_cast<const float*>(from), to, kLanesOf<float>);
   }
 }
 
-// The first `lanes` lanes of `columns` columns; the other lanes of `to` are left as they are.
+// Loads the first `lanes` lanes of `columns` columns and leaves the other lanes of `to` as they are.
 template <typename Scalar>
-void load_row(const Row<const Scalar>& from, LanesVector<Wide<Scalar>>* to, int64_t columns, int64_t lanes) {
-  using T = Wide<Scalar>;
+void load_row(const Row<const Scalar>& from, LanesVector<AccType<Scalar>>* to, int64_t columns, int64_t lanes) {
+  using T = AccType<Scalar>;
   constexpr int kLanes = kLanesOf<T>;
-  T* wide = reinterpret_cast<T*>(to);
+  T* values = reinterpret_cast<T*>(to);
   int64_t w = 0;
   if (lanes == kLanes && from.lane == 1) {
     for (; w < columns; ++w) {
@@ -80,15 +79,15 @@ void load_row(const Row<const Scalar>& from, LanesVector<Wide<Scalar>>* to, int6
     }
   }
   for (; w < columns; ++w) {
-    for (int64_t l = 0; l < lanes; ++l) wide[w * kLanes + l] = widen(from.data[l * from.lane + w * from.column]);
+    for (int64_t l = 0; l < lanes; ++l) values[w * kLanes + l] = to_acc(from.data[l * from.lane + w * from.column]);
   }
 }
 
 template <typename Scalar>
-void store_row(const LanesVector<Wide<Scalar>>* from, const Row<Scalar>& to, int64_t columns, int64_t lanes) {
-  using T = Wide<Scalar>;
+void store_row(const LanesVector<AccType<Scalar>>* from, const Row<Scalar>& to, int64_t columns, int64_t lanes) {
+  using T = AccType<Scalar>;
   constexpr int kLanes = kLanesOf<T>;
-  const T* wide = reinterpret_cast<const T*>(from);
+  const T* values = reinterpret_cast<const T*>(from);
   int64_t w = 0;
   if (lanes == kLanes && to.lane == 1) {
     for (; w < columns; ++w) {
@@ -104,11 +103,12 @@ void store_row(const LanesVector<Wide<Scalar>>* from, const Row<Scalar>& to, int
     }
   }
   for (; w < columns; ++w) {
-    for (int64_t l = 0; l < lanes; ++l) narrow(wide[w * kLanes + l], to.data[l * to.lane + w * to.column]);
+    for (int64_t l = 0; l < lanes; ++l) from_acc(values[w * kLanes + l], to.data[l * to.lane + w * to.column]);
   }
 }
 
-// The latest rows of one map, as many as a window can reach and a power of two, each between margins of zeros.
+// The latest rows of a feature map, each between margins of zeros. The height is a power of two and at least the number
+// of rows that a window covers.
 template <typename T>
 struct Ring {
   LanesVector<T>* data;
@@ -119,8 +119,8 @@ struct Ring {
   }
 };
 
-// One weight of a window: what it is multiplied with along a row, and where its own gradient is summed up. The pointers
-// are those of the first block of a strip; the others lie `shift` vectors further on.
+// One weight of a window: the row it is multiplied with and the sum of its gradient. The pointers are those of the
+// first block of a strip; those of another block are `shift` vectors further.
 template <typename T>
 struct Tap {
   const LanesVector<T>* in;
@@ -135,8 +135,8 @@ struct Taps {
 };
 
 template <typename T, int kColumns>
-inline void combine_columns(const Taps<T>& taps, int64_t shift, int64_t step, int64_t first, LanesVector<T>* out,
-                            int64_t out_step) {
+inline void convolve_columns(const Taps<T>& taps, int64_t shift, int64_t step, int64_t first, LanesVector<T>* out,
+                             int64_t out_step) {
   LanesVector<T> sum[kColumns] = {};
   for (int64_t k = 0; k < taps.count; ++k) {
     const LanesVector<T> weight = taps.tap[k].weight[shift];
@@ -148,20 +148,20 @@ inline void combine_columns(const Taps<T>& taps, int64_t shift, int64_t step, in
 
 // out[t * out_step] = sum over the taps of weight * in[t * step], for t < length.
 template <typename T>
-void combine(const Taps<T>& taps, int64_t shift, int64_t step, LanesVector<T>* out, int64_t out_step, int64_t length) {
+void convolve(const Taps<T>& taps, int64_t shift, int64_t step, LanesVector<T>* out, int64_t out_step, int64_t length) {
   if (length < 4) {
-    for (int64_t t = 0; t < length; ++t) combine_columns<T, 1>(taps, shift, step, t, out, out_step);
+    for (int64_t t = 0; t < length; ++t) convolve_columns<T, 1>(taps, shift, step, t, out, out_step);
     return;
   }
   int64_t t = 0;
-  for (; t + 8 <= length; t += 8) combine_columns<T, 8>(taps, shift, step, t, out, out_step);
-  // The last columns again with those before them, rather than one by one.
-  for (; t < length; t += 4) combine_columns<T, 4>(taps, shift, step, std::min(t, length - 4), out, out_step);
+  for (; t + 8 <= length; t += 8) convolve_columns<T, 8>(taps, shift, step, t, out, out_step);
+  // The last columns are computed once more with those before them, which is faster than one by one.
+  for (; t < length; t += 4) convolve_columns<T, 4>(taps, shift, step, std::min(t, length - 4), out, out_step);
 }
 
 template <typename T, int kTaps>
-void correlate_taps(const Tap<T>* tap, int64_t shift, int64_t step, const LanesVector<T>* u, int64_t u_step,
-                    int64_t length) {
+void wgrad_taps(const Tap<T>* tap, int64_t shift, int64_t step, const LanesVector<T>* u, int64_t u_step,
+                int64_t length) {
   LanesVector<T> sum[kTaps];
   for (int k = 0; k < kTaps; ++k) sum[k] = tap[k].in[shift] * u[0];
   for (int64_t t = 1; t < length; ++t) {
@@ -171,15 +171,14 @@ void correlate_taps(const Tap<T>* tap, int64_t shift, int64_t step, const LanesV
   for (int k = 0; k < kTaps; ++k) tap[k].sum[shift] += sum[k];
 }
 
-// Every tap's sum += the sum over t < length, at least one, of in[t * step] * u[t * u_step]; as many taps at a time as
-// registers hold.
+// sum += sum over t < length of in[t * step] * u[t * u_step], for every tap. `length` is at least 1. As many taps are
+// computed at a time as registers can hold.
 template <typename T>
-void correlate(const Taps<T>& taps, int64_t shift, int64_t step, const LanesVector<T>* u, int64_t u_step,
-               int64_t length) {
+void wgrad(const Taps<T>& taps, int64_t shift, int64_t step, const LanesVector<T>* u, int64_t u_step, int64_t length) {
   constexpr int64_t kMost = 9;
-  constexpr decltype(&correlate_taps<T, 1>) kLoops[] = {
-      correlate_taps<T, 1>, correlate_taps<T, 2>, correlate_taps<T, 3>, correlate_taps<T, 4>, correlate_taps<T, 5>,
-      correlate_taps<T, 6>, correlate_taps<T, 7>, correlate_taps<T, 8>, correlate_taps<T, 9>};
+  constexpr decltype(&wgrad_taps<T, 1>) kLoops[] = {wgrad_taps<T, 1>, wgrad_taps<T, 2>, wgrad_taps<T, 3>,
+                                                    wgrad_taps<T, 4>, wgrad_taps<T, 5>, wgrad_taps<T, 6>,
+                                                    wgrad_taps<T, 7>, wgrad_taps<T, 8>, wgrad_taps<T, 9>};
   int64_t done = 0;
   for (int64_t parts = (taps.count + kMost - 1) / kMost; parts > 0; --parts) {
     const int64_t taken = (taps.count - done) / parts;

@@ -1,49 +1,53 @@
-// The CPU kernels, compiled once for the baseline instruction set and once for AVX2.
+// The CPU kernels, which loops.h collects. They are compiled once for the baseline instruction set and once for AVX2.
 #pragma once
 
 #include <cstdint>
 
-#include "../arguments.h"
+#include "../alignment.h"
+#include "../center.h"
 #include "../depthwise.h"
+#include "../step.h"
 
 namespace pyfeedback::cpu {
 
-// A part of a depthwise backward: blocks of as many groups as a vector has lanes, and samples first .. last - 1.
+// The largest chunk of positions that `center` and `add_centered` take: three float64 rows of it fit a second-level
+// cache beside the samples.
+constexpr int64_t kMaxCenterChunk = 2048;
+
+// A part of a depthwise backward: samples first .. last - 1 of some blocks. A block has as many groups as a vector has
+// lanes.
 struct DepthwiseWork {
   int64_t block, blocks;
   int64_t first, last;
 };
 
+// Elements begin .. end - 1 of one row: in storage order, or in row-major order if there is a layout.
+template <typename Row, typename Options>
+using StepKernel = void (*)(const Row& row, const RowLayout<Row>* layout, const Options& options, int64_t begin,
+                            int64_t end);
+
 struct Kernels {
-  // Elements begin .. end - 1 of one tensor, in storage order, or in row-major order where it has a layout.
-  void (*step)(const StepTensor& tensor, const StepLayout* layout, const StepOptions& options, int64_t begin,
-               int64_t end);
-  // Whether an inf or a nan stands among the same elements of weight and grad.
-  bool (*any_nonfinite)(const StepTensor& tensor, const StepLayout* layout, int64_t begin, int64_t end);
-  // The same elements of an AdamW step.
-  void (*adamw_step)(const AdamWTensor& tensor, const AdamWLayout* layout, const AdamWOptions& options, int64_t begin,
-                     int64_t end);
-  // Sums of products of elements begin .. end - 1 of one pair, kProducts of them.
-  void (*alignment_products)(const AlignmentPair& pair, const PairLayout* layout, int64_t begin, int64_t end,
-                             double* sums);
-  // output[:, begin:end] = input[:, begin:end] minus its mean over the samples.
-  void (*center)(const void* input, void* output, const SampleBlocks& blocks, int64_t begin, int64_t end);
-  // self[:, begin:end] = beta * self[:, begin:end] + alpha * (input[:, begin:end] minus its mean over the samples).
-  void (*add_centered)(void* self, const void* input, const SampleBlocks& blocks, int64_t begin, int64_t end,
-                       double beta, double alpha);
-  // Bytes of memory that the backward of so many blocks works in.
+  StepKernel<FeedbackRow, FeedbackOptions> feedback_step;
+  StepKernel<AdamWRow, AdamWOptions> adamw_step;
+  // Whether one of the same elements of weight or grad is inf or nan.
+  bool (*any_nonfinite)(const FeedbackRow& row, const RowLayout<FeedbackRow>* layout, int64_t begin, int64_t end);
+  // The kProducts sums of elements begin .. end - 1 of one pair.
+  void (*alignment_products)(const AlignmentPair& pair, const RowLayout<AlignmentPair>* layout, int64_t begin,
+                             int64_t end, double* sums);
+  // For positions begin .. end - 1: output = input minus its mean over the samples.
+  void (*center)(const CenterOperands& operands, int64_t begin, int64_t end);
+  // For the same positions: output = beta * output + alpha * (input minus its mean over the samples).
+  void (*add_centered)(const CenterOperands& operands, double beta, double alpha, int64_t begin, int64_t end);
+  // The bytes of scratch memory that `depthwise` needs for this number of blocks.
   int64_t (*depthwise_bytes)(const DepthwiseLayer& layer, int64_t blocks);
   // Adds to the sums of each block: [weight, data][J, I, R, S, lanes], then [J, lanes] of the bias.
   void (*depthwise)(const DepthwiseLayer& layer, const DepthwiseWork& work, void* memory, double* sums);
-  // The gradients of one block's weights, from the sums of its chunks, `step` apart.
+  // The gradients of the weights of one block, from the sums of its chunks, which are `step` apart.
   void (*depthwise_finish)(const DepthwiseLayer& layer, int64_t block, const double* sums, int64_t chunks,
                            int64_t step);
 };
 
-extern const Kernels kBaselineKernels;
-extern const Kernels kAvx2Kernels;
-
-// The best of them for this processor.
+// The fastest kernels that this processor can run.
 const Kernels& kernels();
 
 }  // namespace pyfeedback::cpu

@@ -1,5 +1,5 @@
-// The same loops again with AVX2, FMA and F16C. Everything that has external linkage is included before the target
-// changes: the linker keeps one copy of an inline function and must not keep one that an older processor cannot run.
+// The loops compiled for AVX2, FMA and F16C. Everything with external linkage is included before the target changes:
+// the linker keeps one copy of an inline function, and it must be one that an older processor can run.
 #if defined(__x86_64__)
 
 #include <algorithm>
@@ -10,7 +10,6 @@
 
 #include <torch/headeronly/util/Half.h>
 
-#include "../depthwise.h"
 #include "../philox.h"
 #include "kernels.h"
 
@@ -22,11 +21,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "adamw_step_loops.h"
-#include "alignment_loops.h"
-#include "center_loops.h"
-#include "depthwise_loops.h"
-#include "feedback_step_loops.h"
+#include "loops.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -36,8 +31,7 @@
 
 namespace pyfeedback::cpu {
 
-const Kernels kAvx2Kernels = {step,         any_nonfinite,   adamw_step, alignment_products, center,
-                              add_centered, depthwise_bytes, depthwise,  depthwise_finish};
+extern const Kernels kAvx2Kernels = kLoops;
 
 }  // namespace pyfeedback::cpu
 

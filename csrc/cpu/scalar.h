@@ -1,10 +1,9 @@
-// Storage types and their conversion to the type that the arithmetic is done in: float, or double for double.
-// In an unnamed namespace because kernels_avx2.cpp compiles it for another instruction set.
+// Storage types and their conversion to the acc type.
+// Unnamed namespaces keep what kernels_avx2.cpp compiles for another instruction set apart from the rest.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include <torch/headeronly/util/Half.h>
 
@@ -21,24 +20,21 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <typename Scalar>
-using Wide = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
-
-inline double widen(double value) {
+inline double to_acc(double value) {
   return value;
 }
-inline float widen(float value) {
+inline float to_acc(float value) {
   return value;
 }
 
-inline float widen(BFloat16 value) {
+inline float to_acc(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
+  float acc;
+  std::memcpy(&acc, &bits, sizeof(acc));
+  return acc;
 }
 
-inline float widen(Float16 value) {
+inline float to_acc(Float16 value) {
 #ifdef PYFEEDBACK_F16C
   return _cvtsh_ss(value.bits);
 #else
@@ -46,22 +42,22 @@ inline float widen(Float16 value) {
 #endif
 }
 
-inline void narrow(double value, double& result) {
+inline void from_acc(double value, double& result) {
   result = value;
 }
-inline void narrow(float value, float& result) {
+inline void from_acc(float value, float& result) {
   result = value;
 }
 
-// To nearest, ties to even; a nan keeps a bit of its mantissa.
-inline void narrow(float value, BFloat16& result) {
+// Rounds to nearest, ties to even. A nan keeps a bit of its mantissa.
+inline void from_acc(float value, BFloat16& result) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   result.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-inline void narrow(float value, Float16& result) {
+inline void from_acc(float value, Float16& result) {
 #ifdef PYFEEDBACK_F16C
   result.bits = static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -69,9 +65,9 @@ inline void narrow(float value, Float16& result) {
 #endif
 }
 
-// Rows of 16-bit values are converted as a whole: scalar conversions of float16 keep a loop from being vectorised.
+// Many values at once: scalar conversions of float16 would keep the loop around them from being vectorized.
 template <typename Scalar>
-inline void widen_row(const Scalar* from, Wide<Scalar>* to, int64_t count) {
+inline void to_acc(const Scalar* from, AccType<Scalar>* to, int64_t count) {
   int64_t i = 0;
 #ifdef PYFEEDBACK_F16C
   if constexpr (std::is_same_v<Scalar, Float16>) {
@@ -80,11 +76,11 @@ inline void widen_row(const Scalar* from, Wide<Scalar>* to, int64_t count) {
     }
   }
 #endif
-  for (; i < count; ++i) to[i] = widen(from[i]);
+  for (; i < count; ++i) to[i] = to_acc(from[i]);
 }
 
 template <typename Scalar>
-inline void narrow_row(const Wide<Scalar>* from, Scalar* to, int64_t count) {
+inline void from_acc(const AccType<Scalar>* from, Scalar* to, int64_t count) {
   int64_t i = 0;
 #ifdef PYFEEDBACK_F16C
   if constexpr (std::is_same_v<Scalar, Float16>) {
@@ -94,10 +90,10 @@ inline void narrow_row(const Wide<Scalar>* from, Scalar* to, int64_t count) {
     }
   }
 #endif
-  for (; i < count; ++i) narrow(from[i], to[i]);
+  for (; i < count; ++i) from_acc(from[i], to[i]);
 }
 
-// Integer tests of the exponent, which vectorise; a floating comparison would have to keep its order.
+// Integer tests of the exponent, which vectorize. A floating-point comparison would have to keep its order.
 inline uint64_t nonfinite(double value) {
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

@@ -8,30 +8,30 @@ namespace pyfeedback::cuda {
 namespace {
 
 using Sums = Products<double>;
-using StridedPair = Strided<AlignmentPair, 2>;
+using StridedPair = Strided<AlignmentPair>;
 
 template <typename Scalar>
 __device__ __forceinline__ void add_block(Sums& sums, const AlignmentPair& pair, int64_t block) {
   constexpr int kWidth = kPack<Scalar>;
   const bool aligned = is_aligned(pair.feedback, pair.weight);
   for_each_pack<kWidth>(pair.numel, block, [&](int64_t first, int count) {
-    const Pack<Scalar> feedback = load<Scalar>(pair.feedback, true, first, count, aligned && count == kWidth);
-    const Pack<Scalar> weight = load<Scalar>(pair.weight, true, first, count, aligned && count == kWidth);
+    const Pack<Scalar> feedback = load<Scalar>(pair.feedback, first, count, aligned && count == kWidth);
+    const Pack<Scalar> weight = load<Scalar>(pair.weight, first, count, aligned && count == kWidth);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sums.add(widen(feedback.value[j]), widen(weight.value[j]));
+    for (int j = 0; j < kWidth; ++j) sums.add(to_acc(feedback.value[j]), to_acc(weight.value[j]));
   });
 }
 
 template <typename Scalar>
 __device__ __forceinline__ void add_block(Sums& sums, const StridedPair& pair, int64_t block) {
   for_each_element(pair.numel, block, [&](int64_t i) {
-    int64_t at[2];
-    find_offsets(pair.place, i, at);
-    sums.add(widen(read<Scalar>(pair.feedback, true, at[0])), widen(read<Scalar>(pair.weight, true, at[1])));
+    int64_t offset[2];
+    find_offsets(pair.strides, i, offset);
+    sums.add(to_acc(read<Scalar>(pair.feedback, offset[0])), to_acc(read<Scalar>(pair.weight, offset[1])));
   });
 }
 
-// The sums of all threads, in the first one.
+// The first thread gets the sums of all threads.
 __device__ __forceinline__ void reduce_block(Sums& sums) {
   __shared__ Sums of_warp[kThreads / kWarp];
   add_lanes(sums.feedback);
@@ -43,12 +43,13 @@ __device__ __forceinline__ void reduce_block(Sums& sums) {
   for (int warp = 1; warp < kThreads / kWarp; ++warp) sums.add(of_warp[warp]);
 }
 
-// What another block wrote in this launch: not from a line that this processor may have cached before.
+// Reads what another block wrote in this launch, past the first-level cache, which may hold an older line.
 __device__ __forceinline__ Sums read_fresh(const Sums* sums) {
   return {__ldcg(&sums->feedback), __ldcg(&sums->weight), __ldcg(&sums->both)};
 }
 
-// partial: sums of each block; arrived: zero for each pair. The last block of a pair adds up all of its blocks.
+// `partial` takes the sums of each block and `arrived` is zero for each pair. The last block of a pair to arrive adds
+// up the sums of all its blocks.
 template <typename Table>
 __global__ void __launch_bounds__(kThreads)
     products_kernel(const __grid_constant__ Table table, Sums* partial, unsigned* arrived, Sums* products) {
@@ -77,8 +78,9 @@ int64_t alignment_blocks(const std::vector<AlignmentPair>& pairs) {
   return blocks;
 }
 
-cudaError_t launch_alignment(const std::vector<AlignmentPair>& pairs, const std::vector<PairLayout>& layouts,
-                             double* partial, unsigned* arrived, double* products, cudaStream_t stream) {
+cudaError_t launch_alignment(const std::vector<AlignmentPair>& pairs,
+                             const std::vector<RowLayout<AlignmentPair>>& layouts, double* partial, unsigned* arrived,
+                             double* products, cudaStream_t stream) {
   return for_each_table(pairs, layouts, [&](const auto& table) {
     return launch(products_kernel<std::decay_t<decltype(table)>>, table.blocks(), stream, table,
                   reinterpret_cast<Sums*>(partial), arrived, reinterpret_cast<Sums*>(products));

@@ -1,6 +1,6 @@
-// One block takes a few neighbouring groups and some samples. A thread keeps to one group and holds the sums of its
-// taps in registers while it goes over positions; what windows share is left to the caches. Neighbouring threads read
-// neighbouring groups in channels_last and neighbouring positions otherwise.
+// A block processes a few adjacent groups and some samples. A thread processes one group and keeps the sums of its taps
+// in registers while it iterates over positions; windows overlap in the caches. Adjacent threads read adjacent groups
+// in channels_last, and adjacent positions otherwise.
 #include <algorithm>
 
 #include "../depthwise.h"
@@ -11,10 +11,10 @@ namespace pyfeedback::cuda {
 
 namespace {
 
-constexpr int64_t kBlocks = 2048;  // about so many, several for every processor of any GPU
-constexpr int kTapsAtOnce = 8;     // of a kernel that has no code of its own
+constexpr int64_t kBlocks = 2048;  // roughly: several for every processor of any GPU
+constexpr int kTapsAtOnce = 8;     // for kernel sizes without a specialization
 
-// Groups that neighbouring threads take, a power of two.
+// The number of groups of adjacent threads, a power of two.
 int lanes_of(const DepthwiseLayer& a) {
   int lanes = 1;
   while (a.input.channel == 1 && lanes < 32 && lanes < a.G) lanes *= 2;
@@ -29,26 +29,27 @@ __host__ __device__ __forceinline__ int64_t weights_of(const DepthwiseLayer& a) 
   return a.G * a.J * a.I * a.R * a.S;
 }
 
-// Parts that the samples are cut into.
+// The number of chunks that the samples are cut into.
 int64_t chunks_of(const DepthwiseLayer& a) {
   return std::clamp<int64_t>(kBlocks / tiles_of(a), 1, a.N);
 }
 
-// Sums of one chunk: of grad_weight, of the rule's data terms, of the bias.
+// The number of sums of one chunk: of grad_weight, of the data terms of the rule, of the bias.
 __host__ __device__ __forceinline__ int64_t sums_of(const DepthwiseLayer& a) {
   return 2 * weights_of(a) + a.G * a.J;
 }
 
-// A thread's group. kSide is the side of a square kernel with one input channel a group, or 0 for any.
+// What one thread computes for its group. kSide is the side of a square kernel with one input channel per group, or 0
+// for any kernel.
 template <typename Scalar, int kSide>
 struct DepthwiseThread {
-  using T = Wide<Scalar>;
+  using T = AccType<Scalar>;
   static constexpr int kTaps = kSide ? kSide * kSide : kTapsAtOnce;
 
   const DepthwiseLayer& a;
   const DepthwiseRule<T> rule;
   const int64_t group;
-  const int worker, workers;  // of those that share the group's positions
+  const int worker, workers;  // index and number of the threads that share the positions of the group
 
   __device__ __forceinline__ int kernel_columns() const { return kSide ? kSide : static_cast<int>(a.S); }
   __device__ __forceinline__ int taps() const { return kSide ? kSide * kSide : static_cast<int>(a.R * a.S); }
@@ -57,17 +58,17 @@ struct DepthwiseThread {
     return ((group * a.J + j) * a.I + i) * taps() + tap;
   }
   __device__ __forceinline__ T weight(const void* weights, int64_t index) const {
-    return widen(static_cast<const Scalar*>(weights)[index]);
+    return to_acc(static_cast<const Scalar*>(weights)[index]);
   }
 
   template <typename Item>
-  static __device__ __forceinline__ auto read(const Map& map, int64_t n, int64_t channel, int row, int column) {
-    return widen(static_cast<const Item*>(
+  static __device__ __forceinline__ auto read(const FeatureMap& map, int64_t n, int64_t channel, int row, int column) {
+    return to_acc(static_cast<const Item*>(
         map.data)[n * map.sample + channel * map.channel + row * map.row + column * map.column]);
   }
 
   // The input under a tap of output position (p, q); zero outside the map.
-  __device__ __forceinline__ T under(const Map& map, int64_t n, int64_t i, int tap, int p, int q,
+  __device__ __forceinline__ T under(const FeatureMap& map, int64_t n, int64_t i, int tap, int p, int q,
                                      bool is_mean = false) const {
     const int h = static_cast<int>(a.stride[0]) * p + static_cast<int>(a.dilation[0]) * (tap / kernel_columns()) -
                   static_cast<int>(a.padding[0]);
@@ -77,8 +78,8 @@ struct DepthwiseThread {
     return is_mean ? read<T>(map, 0, group * a.I + i, h, w) : read<Scalar>(map, n, group * a.I + i, h, w);
   }
 
-  // The output that a tap spreads over input position (h, w), minus its mean if there is one; zero where there is none.
-  __device__ __forceinline__ T over(const Map& map, const Map& mean, int64_t n, int64_t j, int tap, int h,
+  // The output that a tap connects to input position (h, w), minus its mean if there is one; zero outside the map.
+  __device__ __forceinline__ T over(const FeatureMap& map, const FeatureMap& mean, int64_t n, int64_t j, int tap, int h,
                                     int w) const {
     const int down = static_cast<int>(a.stride[0]), right = static_cast<int>(a.stride[1]);
     const int above = h + static_cast<int>(a.padding[0]) - static_cast<int>(a.dilation[0]) * (tap / kernel_columns());
@@ -89,7 +90,7 @@ struct DepthwiseThread {
     return mean.data ? value - read<T>(mean, 0, group * a.J + j, p, q) : value;
   }
 
-  // visit(n, row, column) for this thread's positions of a map, in samples first .. last - 1.
+  // visit(n, row, column) for the positions of this thread in samples first .. last - 1 of a map.
   template <typename Visitor>
   __device__ __forceinline__ void for_each_position(int64_t first, int64_t last, int64_t rows, int64_t columns,
                                                     const Visitor& visit) const {
@@ -100,7 +101,8 @@ struct DepthwiseThread {
   }
 
   // convT(map, B) of input channel i at (h, w).
-  __device__ __forceinline__ T project(const Map& map, const Map& mean, int64_t n, int64_t i, int h, int w) const {
+  __device__ __forceinline__ T dgrad(const FeatureMap& map, const FeatureMap& mean, int64_t n, int64_t i, int h,
+                                     int w) const {
     T total = 0;
     for (int64_t j = 0; j < a.J; ++j) {
       for (int tap = 0; tap < taps(); ++tap) {
@@ -113,14 +115,14 @@ struct DepthwiseThread {
   __device__ __forceinline__ void write_grad_input(int64_t first, int64_t last) const {
     for (int64_t i = 0; i < a.I; ++i) {
       for_each_position(first, last, a.H, a.W, [&](int64_t n, int h, int w) {
-        const Map& to = a.grad_input;
+        const FeatureMap& to = a.grad_input;
         const int64_t at = n * to.sample + (group * a.I + i) * to.channel + h * to.row + w * to.column;
-        narrow(project(a.grad_output, Map{}, n, i, h, w), static_cast<Scalar*>(to.data)[at]);
+        from_acc(dgrad(a.grad_output, FeatureMap{}, n, i, h, w), static_cast<Scalar*>(to.data)[at]);
       });
     }
   }
 
-  // Sums of taps begin .. begin + count - 1 that read the input: of grad_weight, and of corr(x, conv(x, combined)).
+  // Adds grad_weight and wgrad(x, conv(x, combined)) to the sums of taps begin .. begin + count - 1.
   __device__ __forceinline__ void add_windows(int64_t first, int64_t last, int64_t j, int64_t i, int begin, int count,
                                               T (&of_weight)[kTaps], T (&of_data)[kTaps]) const {
     for_each_position(first, last, a.P, a.Q, [&](int64_t n, int p, int q) {
@@ -138,14 +140,14 @@ struct DepthwiseThread {
           if (t < count) value[t] -= under(a.mean, n, i, begin + t, p, q, true);
         }
       }
-      const T response = respond(n, j, p, q, value);
+      const T response = fprop(n, j, p, q, value);
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) of_data[t] += value[t] * response;
     });
   }
 
-  // conv(x, combined) of output channel j; `value` is the window where a thread holds all of it.
-  __device__ __forceinline__ T respond(int64_t n, int64_t j, int p, int q, const T (&value)[kTaps]) const {
+  // conv(x, combined) of output channel j. `value` is the whole window if kSide > 0.
+  __device__ __forceinline__ T fprop(int64_t n, int64_t j, int p, int q, const T (&value)[kTaps]) const {
     T total = 0;
     if constexpr (kSide > 0) {
 #pragma unroll
@@ -165,14 +167,14 @@ struct DepthwiseThread {
     return rule.combined(weight(a.feedback, index), weight(a.weight, index));
   }
 
-  // Sums of the same taps of corr(null convT(y, B) - amp x, y).
-  __device__ __forceinline__ void add_spread(int64_t first, int64_t last, int64_t j, int64_t i, int begin, int count,
-                                             T (&of_data)[kTaps]) const {
+  // Adds wgrad(null convT(y, B) - amp x, y) to the sums of the same taps.
+  __device__ __forceinline__ void add_null(int64_t first, int64_t last, int64_t j, int64_t i, int begin, int count,
+                                           T (&of_data)[kTaps]) const {
     for_each_position(first, last, a.H, a.W, [&](int64_t n, int h, int w) {
       const int64_t channel = group * a.I + i;
       T x = read<Scalar>(a.input, n, channel, h, w);
       if (a.mean.data) x -= read<T>(a.mean, 0, channel, h, w);
-      const T z = rule.null * project(a.response, a.response_mean, n, i, h, w) - rule.carried_amp() * x;
+      const T z = rule.null * dgrad(a.response, a.response_mean, n, i, h, w) - rule.amp_of_null() * x;
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         if (t < count) of_data[t] += z * over(a.response, a.response_mean, n, j, begin + t, h, w);
@@ -181,7 +183,7 @@ struct DepthwiseThread {
   }
 };
 
-// The sum over the workers of a group, in its first one: threads t, t + lanes, ...
+// The first worker of a group gets the sum over its workers, which are the threads t, t + lanes, ...
 template <typename T>
 __device__ __forceinline__ T add_workers(T value, int lanes) {
   __shared__ T of_thread[kThreads];
@@ -196,19 +198,19 @@ __device__ __forceinline__ T add_workers(T value, int lanes) {
   return total;
 }
 
-// partial: the sums of each chunk.
+// `partial` takes the sums of each chunk.
 template <typename Scalar, int kSide>
-__global__ void __launch_bounds__(kThreads, 1)  // one block a processor, so that 7x7 kernels have registers enough
+__global__ void __launch_bounds__(kThreads, 1)  // one block per processor leaves enough registers for 7x7 kernels
     depthwise_kernel(const __grid_constant__ DepthwiseLayer a, int lanes, int64_t tiles, int64_t chunks,
                      double* partial) {
   using Thread = DepthwiseThread<Scalar, kSide>;
-  using T = Wide<Scalar>;
+  using T = AccType<Scalar>;
   const int64_t tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles;
   const int lane = static_cast<int>(threadIdx.x) % lanes, worker = static_cast<int>(threadIdx.x) / lanes;
   const Thread thread{a, make_rule<T>(a), tile * lanes + lane, worker, kThreads / lanes};
   const bool works = thread.group < a.G, writes = works && worker == 0;
   const int64_t first = chunk * a.N / chunks, last = (chunk + 1) * a.N / chunks;
-  const int64_t seen = last < a.samples ? last : a.samples;  // by the rule
+  const int64_t rule_last = last < a.samples ? last : a.samples;
   double* sums = partial + chunk * sums_of(a);
 
   if (works && a.grad_input.data) thread.write_grad_input(first, last);
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)  // one block a processor, so tha
         const int left = thread.taps() - begin, count = left < Thread::kTaps ? left : Thread::kTaps;
         T of_weight[Thread::kTaps] = {}, of_data[Thread::kTaps] = {};
         if (works) thread.add_windows(first, last, j, i, begin, count, of_weight, of_data);
-        if (works && thread.rule.null != 0) thread.add_spread(first, seen, j, i, begin, count, of_data);
+        if (works && thread.rule.null != 0) thread.add_null(first, rule_last, j, i, begin, count, of_data);
         const int64_t index = thread.weight_index(j, i, begin);
 #pragma unroll
         for (int t = 0; t < Thread::kTaps; ++t) {
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)  // one block a processor, so tha
   }
 }
 
-// A thread takes one weight, or one bias, and adds up the chunks in their order.
+// A thread adds up the chunks of one weight, or of one bias, in their order.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ DepthwiseLayer a, int64_t chunks, const double* partial) {
@@ -254,12 +256,12 @@ __global__ void __launch_bounds__(kThreads)
     return total;
   };
   const auto set = [](void* to, int64_t at, double value) {
-    if (to) narrow(static_cast<Wide<Scalar>>(value), static_cast<Scalar*>(to)[at]);
+    if (to) from_acc(static_cast<AccType<Scalar>>(value), static_cast<Scalar*>(to)[at]);
   };
   if (index < weights) {
     const double grad_weight = sum(index), data = sum(weights + index);
-    const double weight = widen(static_cast<const Scalar*>(a.weight)[index]);
-    const double feedback = widen(static_cast<const Scalar*>(a.feedback)[index]);
+    const double weight = to_acc(static_cast<const Scalar*>(a.weight)[index]);
+    const double feedback = to_acc(static_cast<const Scalar*>(a.feedback)[index]);
     const auto rule = make_rule<double>(a);
     set(a.grad_weight, index, grad_weight);
     set(a.grad_feedback, index, rule.gradient(data, static_cast<double>(a.samples), feedback, weight, grad_weight));

@@ -1,4 +1,4 @@
-// Starting a kernel. No source says <<<...>>>, so that a host compiler can read all of them: see csrc/simt.
+// Launches a kernel without the <<<...>>> syntax, so that a host compiler can read the sources: see csrc/cuda_emulator.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// Sixteen bytes or more of neighbouring elements, loaded and stored at once where every operand is aligned.
+// Packs of adjacent elements, loaded and stored 16 bytes at a time if every operand is aligned.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace pyfeedback::cuda {
 
 constexpr int kAccessBytes = 16;
 
-// Elements that a thread takes at a time: no fewer than the four that share one draw of noise.
+// Elements that a thread processes at a time: at least the four that share one draw of noise.
 template <typename Scalar>
 constexpr int kPack = sizeof(Scalar) == 2 ? 8 : 4;
 
@@ -24,12 +24,12 @@ __device__ __forceinline__ bool is_aligned(Pointers... pointers) {
   return (reinterpret_cast<uintptr_t>(pointers) | ...) % kAccessBytes == 0;
 }
 
-// Elements first .. first + count - 1 of one operand; zeros where there is no such operand. `whole` says that count is
-// the width of a pack and the operand aligned.
+// Elements first .. first + count - 1 of one operand, or zeros if `operand` is null. `whole` means that `count` is the
+// width of a pack and the operand is aligned.
 template <typename Scalar>
-__device__ __forceinline__ Pack<Scalar> load(const void* operand, bool is_there, int64_t first, int count, bool whole) {
+__device__ __forceinline__ Pack<Scalar> load(const void* operand, int64_t first, int count, bool whole) {
   Pack<Scalar> pack{};
-  if (!is_there) return pack;
+  if (operand == nullptr) return pack;
   const Scalar* from = static_cast<const Scalar*>(operand) + first;
   if (whole) return *reinterpret_cast<const Pack<Scalar>*>(from);
 #pragma unroll
@@ -43,7 +43,7 @@ template <typename Scalar>
 __device__ __forceinline__ void store(const Pack<Scalar>& pack, void* operand, int64_t first, int count, bool whole) {
   Scalar* to = static_cast<Scalar*>(operand) + first;
   if (whole) {
-    // In plain C++ nvcc 13 stores one element after the other, whatever the alignment.
+    // nvcc 13 compiles a plain assignment to one store for each element, whatever the alignment.
     constexpr int kAccesses = sizeof(pack) / kAccessBytes;
     uint4 bytes[kAccesses];
     memcpy(bytes, &pack, sizeof(pack));
@@ -57,10 +57,10 @@ __device__ __forceinline__ void store(const Pack<Scalar>& pack, void* operand, i
   }
 }
 
-// One element, zero where there is no such operand.
+// One element, or zero if `operand` is null.
 template <typename Scalar>
-__device__ __forceinline__ Scalar read(const void* operand, bool is_there, int64_t at) {
-  return is_there ? static_cast<const Scalar*>(operand)[at] : Scalar{};
+__device__ __forceinline__ Scalar read(const void* operand, int64_t offset) {
+  return operand ? static_cast<const Scalar*>(operand)[offset] : Scalar{};
 }
 
 }  // namespace pyfeedback::cuda

@@ -1,42 +1,37 @@
-// Storage types on the device and their conversion to the type of the arithmetic.
+// Storage types on the device and their conversion to the acc type.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "../dtype.h"
 
 namespace pyfeedback::cuda {
 
-template <typename Scalar>
-using Wide = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
-
-__device__ __forceinline__ double widen(double value) {
+__device__ __forceinline__ double to_acc(double value) {
   return value;
 }
-__device__ __forceinline__ float widen(float value) {
+__device__ __forceinline__ float to_acc(float value) {
   return value;
 }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) {
+__device__ __forceinline__ float to_acc(__nv_bfloat16 value) {
   return __bfloat162float(value);
 }
-__device__ __forceinline__ float widen(__half value) {
+__device__ __forceinline__ float to_acc(__half value) {
   return __half2float(value);
 }
 
-__device__ __forceinline__ void narrow(double value, double& result) {
+__device__ __forceinline__ void from_acc(double value, double& result) {
   result = value;
 }
-__device__ __forceinline__ void narrow(float value, float& result) {
+__device__ __forceinline__ void from_acc(float value, float& result) {
   result = value;
 }
-__device__ __forceinline__ void narrow(float value, __nv_bfloat16& result) {
+__device__ __forceinline__ void from_acc(float value, __nv_bfloat16& result) {
   result = __float2bfloat16_rn(value);
 }
-__device__ __forceinline__ void narrow(float value, __half& result) {
+__device__ __forceinline__ void from_acc(float value, __half& result) {
   result = __float2half_rn(value);
 }
 

@@ -1,5 +1,5 @@
-// The rows of a whole model as the argument of one launch: no copy to the device, and nothing that a captured graph
-// would have to keep alive.
+// The rows of a whole model as an argument of one launch. It needs no copy to the device and no memory that a captured
+// graph would have to keep alive.
 #pragma once
 
 #include <algorithm>
@@ -10,23 +10,23 @@
 
 namespace pyfeedback::cuda {
 
-// Elements of one block.
+// Elements that one block processes.
 constexpr int64_t kBlockElements = 4096;
 
 inline int64_t blocks_of(int64_t numel) {
   return (numel + kBlockElements - 1) / kBlockElements;
 }
 
-// Blocks that a row has of its own: none where those of the row before it step its elements too.
-inline int64_t blocks_of(const StepTensor& tensor) {
-  return tensor.with_previous ? 0 : blocks_of(tensor.numel);
+// The number of blocks of a row: none if the blocks of the row before it process its elements as well.
+inline int64_t blocks_of(const FeedbackRow& row) {
+  return row.with_previous ? 0 : blocks_of(row.numel);
 }
 inline int64_t blocks_of(const AlignmentPair& pair) {
   return blocks_of(pair.numel);
 }
 
-// What the arguments of a launch may take: 32764 bytes on sm_70 and later since CUDA 12.1, of which few tensors are
-// spared the copying. A model beyond that takes another launch.
+// The arguments of a launch may take 32764 bytes on sm_70 and later since CUDA 12.1. A larger model takes more
+// launches, and a small one a smaller table, which is faster to copy.
 constexpr int kSmallTable = 4096, kLargeTable = 32764;
 constexpr int kOtherArguments = 128;  // bytes beside the table
 
@@ -37,7 +37,7 @@ struct Table {
   int32_t first_block[kCapacity + 1];  // [count] is the number of blocks
   int32_t count;
 
-  // The row that a block works on: the last whose first block is not behind it.
+  // The row that a block processes: the last one with first_block <= block.
   __device__ __forceinline__ int find(unsigned block) const {
     int low = 0, high = count;
     while (high - low > 1) {
@@ -50,7 +50,7 @@ struct Table {
   int64_t blocks() const { return first_block[count]; }
 };
 
-// visit(table) for as few tables as hold all rows, each with those that share its blocks; no row is empty.
+// visit(table) for as few tables as can hold all rows. Rows that share blocks are in the same table. No row is empty.
 template <int kBytes, typename Row, typename Visitor>
 cudaError_t visit_tables(const std::vector<Row>& rows, const Visitor& visit) {
   constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
@@ -79,18 +79,18 @@ cudaError_t for_each_table(const std::vector<Row>& rows, const Visitor& visit) {
   return small ? visit_tables<kSmallTable>(rows, visit) : visit_tables<kLargeTable>(rows, visit);
 }
 
-// A row whose operands are in unlike layouts.
-template <typename Row, int kOperands>
+// A row whose operands have different strides.
+template <typename Row>
 struct Strided : Row {
-  Layout<kOperands> place;
+  RowLayout<Row> strides;
 };
 
-// for_each_table over the rows that need no layout, then over those that do.
-template <typename Row, int kOperands, typename Visitor>
-cudaError_t for_each_table(const std::vector<Row>& rows, const std::vector<Layout<kOperands>>& layouts,
+// for_each_table over the rows without a layout, then over those with one.
+template <typename Row, typename Visitor>
+cudaError_t for_each_table(const std::vector<Row>& rows, const std::vector<RowLayout<Row>>& layouts,
                            const Visitor& visit) {
   std::vector<Row> dense;
-  std::vector<Strided<Row, kOperands>> strided;
+  std::vector<Strided<Row>> strided;
   for (const Row& row : rows) {
     if (row.layout < 0) {
       dense.push_back(row);
@@ -102,28 +102,29 @@ cudaError_t for_each_table(const std::vector<Row>& rows, const std::vector<Layou
   return for_each_table(strided, visit);
 }
 
-// Where each operand has the row-major element `element`.
+// The offset of element `element`, in row-major order, in each operand.
 template <int kOperands>
-__device__ __forceinline__ void find_offsets(const Layout<kOperands>& place, int64_t element,
-                                             int64_t (&at)[kOperands]) {
+__device__ __forceinline__ void find_offsets(const Layout<kOperands>& strides, int64_t element,
+                                             int64_t (&offset)[kOperands]) {
 #pragma unroll
-  for (int k = 0; k < kOperands; ++k) at[k] = 0;
-  for (int64_t d = place.dims - 1; d >= 0; --d) {
-    const int64_t position = element % place.size[d];
-    element /= place.size[d];
+  for (int k = 0; k < kOperands; ++k) offset[k] = 0;
+  for (int64_t d = strides.dims - 1; d >= 0; --d) {
+    const int64_t index = element % strides.size[d];
+    element /= strides.size[d];
 #pragma unroll
-    for (int k = 0; k < kOperands; ++k) at[k] += position * place.stride[k][d];
+    for (int k = 0; k < kOperands; ++k) offset[k] += index * strides.stride[k][d];
   }
 }
 
-// visit(i) for every element of this thread in block `block` of a row, neighbours by neighbouring threads.
+// visit(i) for every element of this thread in block `block` of a row. Adjacent threads have adjacent elements.
 template <typename Visitor>
 __device__ __forceinline__ void for_each_element(int64_t numel, int64_t block, const Visitor& visit) {
   const int64_t end = min(numel, (block + 1) * kBlockElements);
   for (int64_t i = block * kBlockElements + threadIdx.x; i < end; i += kThreads) visit(i);
 }
 
-// visit(first, count) for every `kWidth` elements in a row that this thread has there; the last may be fewer.
+// visit(first, count) for every pack of `kWidth` elements of this thread in block `block` of a row. The last pack may
+// have fewer elements.
 template <int kWidth, typename Visitor>
 __device__ __forceinline__ void for_each_pack(int64_t numel, int64_t block, const Visitor& visit) {
   const int64_t end = min(numel, (block + 1) * kBlockElements);

@@ -3,7 +3,7 @@
 A step reads an element of each of a row's operands before it writes there, row after row. So what a row writes may be
 read by the row itself, and by rows before it in one chain: rows of which each shares a weight or a gradient with the
 one before, and whose elements one thread steps in turn. A written tensor shares memory with nothing else.
-`csrc/sharing.h` decides the same for the compiled steps.
+`csrc/checks/sharing.h` decides the same for the compiled steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,0 +1,89 @@
+#include <algorithm>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "plans.h"
+
+namespace pyfeedback {
+
+namespace {
+
+FeatureMap map_of(const View& view) {
+  const int64_t* stride = view.shape.stride;
+  return {view.data, stride[0], stride[1], stride[2], stride[3]};
+}
+
+// A view of an operand that has this size and dtype and is on the device of `like`.
+View checked_view(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size, Dtype dtype,
+                  const Tensor& like) {
+  const View view = read_view(tensor.get(), name);
+  STD_TORCH_CHECK(view.shape.dims == 4 && std::equal(size.begin(), size.end(), view.shape.size), name,
+                  " has the wrong shape; expected ", size[0], ", ", size[1], ", ", size[2], ", ", size[3]);
+  STD_TORCH_CHECK(view.dtype == dtype && view.device == device_of(like.get()), name,
+                  " has the wrong dtype or device; expected those of input, or float32 for the mean of 16 bits");
+  return view;
+}
+
+}  // namespace
+
+DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments) {
+  const auto& [grad_output, input, weight, feedback, mean, response, response_mean, stride, padding, dilation, groups,
+               coefficients, samples, mask] = arguments;
+  const View x_view = read_view(input.get(), "input");
+  const Shape &x = x_view.shape, w = shape_of(weight.get());
+  STD_TORCH_CHECK(x.dims == 4 && w.dims == 4, "input and weight have ", x.dims, " and ", w.dims,
+                  " dimensions; expected 4");
+  STD_TORCH_CHECK(groups > 0 && x.size[1] == groups * w.size[1] && w.size[0] % groups == 0, "groups is ", groups,
+                  "; expected a divisor of the channels that fits weight");
+  STD_TORCH_CHECK(coefficients.size() == 6, "coefficients has ", coefficients.size(), " values; expected 6");
+  STD_TORCH_CHECK(samples > 0 && samples <= x.size[0], "samples is ", samples, "; expected 1 to ", x.size[0]);
+  DepthwisePlan plan{};
+  DepthwiseLayer& a = plan.layer;
+  a.N = x.size[0], a.G = groups, a.I = w.size[1], a.J = w.size[0] / groups;
+  a.H = x.size[2], a.W = x.size[3], a.R = w.size[2], a.S = w.size[3];
+  const int64_t map[] = {a.H, a.W}, kernel[] = {a.R, a.S};
+  int64_t* const out[] = {&a.P, &a.Q};
+  for (int d = 0; d < 2; ++d) {
+    a.stride[d] = stride.at(d), a.padding[d] = padding.at(d), a.dilation[d] = dilation.at(d);
+    STD_TORCH_CHECK(a.stride[d] > 0 && a.padding[d] >= 0 && a.dilation[d] > 0,
+                    "stride and dilation must be positive, and padding not negative");
+    const int64_t span = map[d] + 2 * a.padding[d] - a.dilation[d] * (kernel[d] - 1) - 1;
+    STD_TORCH_CHECK(span >= 0, "the kernel is larger than the padded input");
+    *out[d] = span / a.stride[d] + 1;
+  }
+  a.samples = samples;
+  a.dtype = x_view.dtype;
+  const std::array<int64_t, 4> out_size = {a.N, w.size[0], a.P, a.Q}, kernel_size = {w.size[0], a.I, a.R, a.S};
+  const View dy = checked_view(grad_output, "grad_output", out_size, a.dtype, input);
+  const View weight_view = checked_view(weight, "weight", kernel_size, a.dtype, input);
+  const View feedback_view = checked_view(feedback, "feedback", kernel_size, a.dtype, input);
+  STD_TORCH_CHECK(w.contiguous && feedback_view.shape.contiguous, "expected weight and feedback contiguous");
+  STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "expected input dense");
+  a.input = map_of(x_view);
+  a.grad_output = map_of(dy);
+  a.weight = weight_view.data;
+  a.feedback = feedback_view.data;
+  const Dtype acc = a.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  if (mean) a.mean = map_of(checked_view(*mean, "mean", {1, x.size[1], a.H, a.W}, acc, input));
+  if (response) a.response = map_of(checked_view(*response, "response", out_size, a.dtype, input));
+  if (response_mean) {
+    a.response_mean = map_of(checked_view(*response_mean, "response_mean", {1, w.size[0], a.P, a.Q}, acc, input));
+  }
+  a.decay = coefficients[0], a.amp = coefficients[1], a.null = coefficients[2];
+  a.sparse = coefficients[3], a.self = coefficients[4], a.tie = coefficients[5];
+
+  using torch::stable::empty_like, torch::stable::new_empty;
+  auto& [grad_input, grad_weight, grad_feedback, grad_bias] = plan.gradients;
+  grad_input = mask[0] ? empty_like(input) : new_empty(input, {0});
+  grad_weight = mask[1] ? empty_like(weight) : new_empty(input, {0});
+  grad_feedback = mask[2] ? empty_like(weight) : new_empty(input, {0});
+  grad_bias = new_empty(input, {mask[3] ? w.size[0] : 0});
+  if (mask[0]) a.grad_input = map_of(write_view(grad_input.get(), "grad_input"));
+  if (mask[1]) a.grad_weight = grad_weight.mutable_data_ptr();
+  if (mask[2]) a.grad_feedback = grad_feedback.mutable_data_ptr();
+  if (mask[3]) a.grad_bias = grad_bias.mutable_data_ptr();
+  if (!mask[2]) a.decay = a.amp = a.null = a.sparse = a.self = a.tie = 0;
+  return plan;
+}
+
+}  // namespace pyfeedback

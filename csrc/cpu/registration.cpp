@@ -1,0 +1,9 @@
+// The CPU library: registers the ops whose schemas are in pyfeedback/schemas.py.
+#include "../ops.h"
+#include "backend.h"
+
+STABLE_TORCH_LIBRARY_IMPL(pyfeedback, CPU, m) {
+  using pyfeedback::cpu::Backend;
+  pyfeedback::register_ops<Backend>(m);
+  m.impl("native_adamw_step_", TORCH_BOX(&pyfeedback::adamw_step_<Backend>));
+}
