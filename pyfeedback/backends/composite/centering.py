@@ -1,7 +1,7 @@
 """Centering of the factors in the products of a rule with ``center``.
 
-Both factors are centered. In exact arithmetic it is enough to center y in wgrad(x, y), since the mean of x then cancels.
-In rounded arithmetic that leaves an error of (mean / standard deviation)^2 units in the last place.
+Both factors are centered. In exact arithmetic it would be enough to center y in wgrad(x, y), because the mean of x then
+cancels. In rounded arithmetic that leaves an error of (mean / standard deviation)^2 units in the last place.
 """
 
 import torch
