@@ -1,7 +1,7 @@
-"""Training without weight transport: the feedback path and the rules that let it learn, as PyTorch ops.
+"""Training without weight transport: feedback weights, and the rules by which they learn, as PyTorch ops.
 
-model = pyfeedback.convert(model, "ia")                      # any model; layers keep their weights
-pyfeedback.alignment(model)                                  # angles between feedback and forward weights
+model = pyfeedback.convert(model, "ia")                  # any model; the layers keep their weights
+pyfeedback.alignment(model)                              # angles between feedback and forward weights
 torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
 """
 

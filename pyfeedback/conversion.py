@@ -1,4 +1,4 @@
-"""Converting a model: its convolutions and linear layers get a feedback path, everything else stays."""
+"""Conversion of models: convolutions and linear layers get a feedback path, everything else is unchanged."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from pyfeedback.core.algorithm import Algorithm, needs_response
 from pyfeedback.core.values import check_flag, check_model, in_words
-from pyfeedback.init import Init, as_init, fresh
+from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
 from pyfeedback.rules import Rule
@@ -23,13 +23,14 @@ _log = logging.getLogger("pyfeedback")
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did: names of modules, as in ``model.named_modules()``; "" is the model itself.
+    """Report of :func:`convert`. Names of modules are those of ``model.named_modules()``; "" is the model itself.
 
     Attributes:
-        rules: the rule of each pattern of names; "*" is all.
-        changed: layers that have a feedback path now.
-        left: layers with weights that have none, and why.
-        not_in_place: activations that no longer work in place, since the rule reads the response they would destroy.
+        rules: the rule of each pattern of names; "*" matches all names.
+        changed: layers that now have a feedback path.
+        left: layers with weights but without a feedback path, and the reason for each.
+        not_in_place: activations that no longer work in place, because they would overwrite a response that the rule
+            reads.
     """
 
     rules: dict[str, Rule]
@@ -53,28 +54,29 @@ def convert(
     init: Init | Callable[[Tensor], object] | None = None,
     return_report: bool = False,
 ):
-    """Give every convolution and linear layer of ``model`` a feedback path that learns by ``rule``; in place.
+    """Give every convolution and linear layer of ``model`` a feedback path that learns by ``rule``, in place.
 
-    The modules stay the same objects: weights, dtype, device, memory format, training mode, hooks and sharing are
-    kept. An optimizer built before has the weights and not the feedback weights, which then never learn while their
-    gradients grow: build it afterwards, or add ``feedback_parameters(model)`` to it. A layer that has a feedback path
-    already gets the new rule and a fresh feedback. The layers are those of :mod:`pyfeedback.nn`; subclasses are left
-    alone, since what their forward does is their own.
+    The modules remain the same objects and keep their weights, dtype, device, memory format, training mode, hooks and
+    sharing. Create the optimizer after the conversion, or add ``feedback_parameters(model)`` to it. Otherwise it does
+    not have the feedback weights: they never learn, while their gradients keep growing. A layer that already has a
+    feedback path gets the new rule and a newly drawn feedback weight. :mod:`pyfeedback.nn` lists the layers that are
+    converted. Their subclasses are not converted, because they may have a forward of their own.
 
     Args:
-        model: any module, or one layer.
-        rule: a name or a :class:`pyfeedback.Rule`; or for a mixture a dict of patterns of layer names, as
-            ``{"layer1.*": "ia", "fc": "bp", "*": "kp"}``: each layer follows the first that matches (fnmatch), and
-            stays as it is where none does.
-        init: how feedbacks are drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init; by default from a
-            normal law of the standard deviation of the layer's weight. A seed gives each layer a stream of its own.
-        return_report: return ``(model, Conversion)``; the report is logged in any case, at level INFO.
+        model: any module, or a single layer.
+        rule: a name or a :class:`pyfeedback.Rule`. To mix rules, a dict from patterns of layer names to rules, such as
+            ``{"layer1.*": "ia", "fc": "bp", "*": "kp"}``: each layer follows the first pattern that matches (fnmatch)
+            and is not converted if none does.
+        init: the initialization of the feedback weights: a :class:`pyfeedback.Init`, or a function of torch.nn.init. By
+            default, a normal distribution with the standard deviation of the layer's weight. With a seed, each layer
+            draws different values.
+        return_report: return ``(model, Conversion)``. The report is logged in any case, at level INFO.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError, TypeError: an argument is none of these; nothing is changed then.
+        ValueError, TypeError: an argument is invalid; the model has not been changed.
     """
     check_model(model)
     check_flag("return_report", return_report)
@@ -92,32 +94,32 @@ def convert(
                 continue
             module.__class__ = LAYERS.get(type(module), type(module))
             module.attach_feedback(chosen, init.of_layer(name))
-            module.reset_feedback(_like(module.weight))
+            module.reset_feedback(_normal_like(module.weight))
             if chosen.direct != "no":
                 direct = direct or DirectFeedback(init, chosen.direct == "shared")
                 module.direct = DirectInput(name, direct)
             report.changed.append(name)
         elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
-            report.left[name] = f"{type(module).__name__} has weights, and no feedback layer stands for it"
+            report.left[name] = f"{type(module).__name__} has weights, but there is no feedback layer for it"
     if direct is not None:
         direct.attach(model)
-    report.not_in_place = _spare_responses(model)
+    report.not_in_place = _preserve_responses(model)
     _log.info("%s", report)
     return (model, report) if return_report else model
 
 
 def unconvert(model: nn.Module) -> nn.Module:
-    """Take the feedback paths out of ``model`` again, in place: plain torch.nn layers with the trained weights.
+    """Remove the feedback paths from ``model``, in place: the result has plain torch.nn layers and the trained weights.
 
-    Inference, torch.export and ONNX then need no pyfeedback, and the state_dict is that of the plain architecture.
-    Modules stay the same objects. Activations that :func:`convert` switched from working in place stay switched.
+    Inference, torch.export and ONNX then do not need pyfeedback, and the state_dict is that of the plain architecture.
+    The modules remain the same objects. Activations that :func:`convert` switched from working in place stay switched.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: a layer is of a subclass, which a parametrized one is too; nothing is changed then.
-        TypeError: ``model`` is no module.
+        ValueError: a layer is an instance of a subclass, as every parametrized layer is; nothing has been changed.
+        TypeError: ``model`` is not a module.
     """
     check_model(model)
     plain = {layer: original for original, layer in LAYERS.items()}
@@ -134,7 +136,7 @@ def unconvert(model: nn.Module) -> nn.Module:
 
 
 def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
-    """Name and module of each layer of ``model`` that has a feedback weight of its own; shared layers once."""
+    """Yield the name and module of each layer of ``model`` that has a feedback weight; shared layers appear once."""
     check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, FeedbackLayer) and module.feedback is not None:
@@ -142,7 +144,7 @@ def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
 
 
 def feedback_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The feedback weights of ``model``, each once."""
+    """Yield each feedback weight of ``model`` once."""
     seen = set()
     for _, layer in feedback_layers(model):
         if layer.feedback is not None and id(layer.feedback) not in seen:
@@ -151,7 +153,7 @@ def feedback_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter of ``model`` that is no feedback weight: what an optimizer of the task takes."""
+    """Return every parameter of ``model`` that is not a feedback weight, for the optimizer of the task."""
     check_model(model)
     feedback = {id(p) for p in feedback_parameters(model)}
     return (p for p in model.parameters() if id(p) not in feedback)
@@ -175,11 +177,11 @@ def _drop_direct_feedback(model: nn.Module) -> None:
 
 
 def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that have weights and no feedback path, and why."""
+    """Modules that have weights but cannot have a feedback path, with the reason for each."""
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            reasons[module] = "an embedding passes no error on to its input, so it has nothing to feed back"
+            reasons[module] = "an embedding has no input gradient, so there is nothing to feed back"
         elif isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
             if type(module) is not nn.MultiheadAttention:
                 what = f"{type(module).__name__}, a subclass of MultiheadAttention"
@@ -187,33 +189,33 @@ def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
                 what = "attention with kdim or vdim other than embed_dim"
             else:
                 continue
-            reasons[module] = f"{what} has weights, and no feedback layer stands for it"
+            reasons[module] = f"{what} has weights, but there is no feedback layer for it"
             reasons[module.out_proj] = "its attention reads the weight without calling it"
     return reasons
 
 
-def _like(weight: Tensor) -> Callable[[Tensor], object]:
-    """The normal law of the weight's standard deviation; of a constant weight, that of a fresh layer."""
+def _normal_like(weight: Tensor) -> Callable[[Tensor], object]:
+    """Normal with the standard deviation of the weight; for a constant weight, the initialization of a new layer."""
 
-    def law(feedback: Tensor) -> None:
+    def init_fn(feedback: Tensor) -> None:
         scale = weight.detach().float().std() if weight.numel() > 1 else torch.zeros(())
         if scale > 0:
             feedback.normal_(0.0, float(scale))
         else:
-            fresh(feedback)
+            default_init_(feedback)
 
-    return law
+    return init_fn
 
 
-def _spare_responses(model: nn.Module) -> list[str]:
-    """Switch off the in-place activations that stand right behind a layer whose output the rule reads again.
+def _preserve_responses(model: nn.Module) -> list[str]:
+    """Switch off in-place activations directly after a layer whose output the rule reads in the backward pass.
 
-    A layer with a bias computes its response again instead (the output is not the response), so only those without
-    one matter. Order is that of the modules, with shared ones at each of their places. Functional in-place calls
-    cannot be seen from here: autograd raises on them.
+    Only layers without a bias are affected: with a bias, the output is not the response, which is computed again
+    instead. The order is that of ``named_modules``, with each occurrence of a shared module. Functional in-place calls
+    cannot be detected here; autograd raises an error for them.
     """
     leaves = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not any(m.children())]
-    leaves = [(name, m) for name, m in leaves if not isinstance(m, (nn.Identity, nn.Flatten))]  # they make no copy
+    leaves = [(name, m) for name, m in leaves if not isinstance(m, (nn.Identity, nn.Flatten))]  # these do not copy
     switched: list[str] = []
     for (_, layer), (name, follower) in pairwise(leaves):
         if not isinstance(layer, FeedbackLayer) or layer.feedback is None or layer.bias is not None:

@@ -1,7 +1,7 @@
-"""The ops as documented functions, with the least overhead: what `torch.ops.pyfeedback` computes.
+"""The ops of `torch.ops.pyfeedback` as documented functions, with the least overhead.
 
-Each function equals the op of its name. Inside, a plain `torch.autograd.Function` calls the backend directly, in two
-thirds of the dispatcher's time on a tiny layer; :mod:`pyfeedback.ops.autograd` says when it is used.
+Each function computes the same as the op of its name, but a plain `torch.autograd.Function` calls the backend directly.
+On a tiny layer this takes two thirds of the dispatcher's time; :mod:`pyfeedback.ops.autograd` says when it is used.
 """
 
 import inspect
@@ -30,31 +30,32 @@ def fa_conv2d(
     groups: int = 1,
     **coefficients,
 ) -> Tensor:
-    """2-D convolution whose input gradient goes through ``feedback``, and whose ``feedback.grad`` is the rule's.
+    """2-D convolution that sends its input gradient through ``feedback``, which learns by a rule.
 
-    Forward it is ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``. Backward::
+    The forward pass is ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``. The backward pass is::
 
-        grad_input    = conv_transpose2d(grad_output, feedback)        # the one difference from backprop
-        grad_feedback = dR/dB + tie * grad_weight                      # nothing spent if feedback needs no gradient
+        grad_input    = conv_transpose2d(grad_output, feedback)        # the only difference from backprop
+        grad_feedback = dR/dB + tie * grad_weight                      # not computed if feedback needs no gradient
         R(B) = decay/2 |B|^2 - self_ <B, W>
                + 1/n sum_i [ -amp <conv(x_i, B), y_i> + null/2 |conv_transpose(y_i, B)|^2 + sparse/2 |conv(x_i, B)|^2 ]
 
-    with B the feedback, W the weight, y = conv(x, W) without bias, and x and y constants in R.
+    where B is the feedback, W the weight and y = conv(x, W) without bias; x and y are constants in R.
 
     Args:
-        input: [N, C, H, W], float64, float32, bfloat16 or float16, any memory format, kept by the gradients.
+        input: [N, C, H, W], float64, float32, bfloat16 or float16, in any memory format; the gradients keep it.
         weight: [K, C/groups, R, S].
-        feedback: [K, C/groups, R, S], the layout of ``weight``.
+        feedback: [K, C/groups, R, S], like ``weight``.
         bias: [K] or None.
         decay, amp, null, sparse, self_, tie: coefficients of the primitives.
-        center: amp, null and sparse see x and y minus their means over the samples, position by position.
-        samples: R uses the first ``samples`` of the batch; 0 is all of them.
+        center: in amp, null and sparse, subtract from x and y their means over the samples, for each position.
+        samples: the number of samples that R uses, from the start of the batch; 0 means all of them.
 
     Returns:
-        [N, K, P, Q]. It differentiates once: double backward raises.
+        [N, K, P, Q]. Double backward is not supported.
 
     Raises:
-        ValueError, TypeError: naming the argument, its value and what was expected, before anything is computed.
+        ValueError, TypeError: an argument is invalid. The message names the argument, its value and what was expected,
+            and nothing has been computed.
 
     Source: Kunin et al., ICML 2020 (arXiv 2003.01513), section 3; tie: Akrout et al., NeurIPS 2019 (arXiv 1904.05391).
     """
@@ -78,14 +79,14 @@ def fa_convolution(
     groups: int = 1,
     **coefficients,
 ) -> Tensor:
-    """Convolution of any number of dimensions, or its transpose, whose input gradient goes through ``feedback``.
+    """Convolution in any number of dimensions, or its transpose, that sends its input gradient through ``feedback``.
 
-    Forward it is ``torch.convolution``. Backward and rule are those of :func:`fa_conv2d`, with the transpose in the
-    place of the convolution, and the other way round, where ``transposed``.
+    The forward pass is ``torch.convolution``. The backward pass and the rule are those of :func:`fa_conv2d`; if
+    ``transposed``, the convolution and its transpose are swapped in them.
 
     Args:
         input: [N, C, ...].
-        weight, feedback: [K, C/groups, ...]; [C, K/groups, ...] where ``transposed``.
+        weight, feedback: [K, C/groups, ...], or [C, K/groups, ...] if ``transposed``.
         bias: [K] or None.
         stride, padding, dilation, output_padding: one number for all dimensions, or one for each.
         coefficients: decay, amp, null, sparse, self_, tie, center, samples, as in :func:`fa_conv2d`.
@@ -115,7 +116,7 @@ def fa_linear(
     """Linear layer whose input gradient is ``grad_output @ feedback``: the 1x1 case of :func:`fa_conv2d`.
 
     Args:
-        input: [N, ..., C]; n counts dimension 0.
+        input: [N, ..., C]; n in R is the size of dimension 0.
         weight, feedback: [K, C].
         bias: [K] or None.
         decay, amp, null, sparse, self_, tie, center, samples: as in :func:`fa_conv2d`.
@@ -145,39 +146,40 @@ def feedback_step_(
     skip_nonfinite: bool = False,
     dynamic: Tensor | None = None,
 ) -> None:
-    """One step of SGD for the feedback weights of a whole model, in place, in one pass over memory.
+    """Take one step of SGD for the feedback weights of a whole model, in place, in one pass over memory.
 
-    For each tensor i, elementwise, with xi standard normal::
+    For each tensor i, elementwise, with xi drawn from the standard normal distribution::
 
         g = decay[i] * feedback[i] - self_[i] * weight[i] + tie[i] * grad[i] + noise * xi
         momentum_buffer[i] = momentum * momentum_buffer[i] + g
         feedback[i] -= lr * (g + momentum * momentum_buffer[i] if nesterov else momentum_buffer[i])
 
-    weight and grad are constants: autograd follows nothing through a step, and as torch's own ops in place it is
-    refused where a tensor that it writes requires grad, outside ``torch.no_grad()``.
+    Autograd does not differentiate through a step. Like PyTorch's in-place ops, the step raises if a tensor that it
+    writes requires grad, unless it is called under ``torch.no_grad()``.
 
     Args:
         feedback: tensors of any shapes, floating dtypes and memory formats.
-        weight: one for each, of the same shape, dtype and device; may be empty where every ``self_`` is 0.
-        grad: likewise; may be empty where every ``tie`` is 0. weight[i] and grad[i] are not read where their
-            coefficient is 0. ``tie`` 1 with the feedback's own gradient is plain SGD.
-        momentum_buffer: likewise; may be empty where ``momentum`` is 0, and is left alone then.
-        noise: standard deviation of Gaussian noise added to g, the same for the same ``seed`` and backend.
-        skip_nonfinite: write nothing at all if an element that is read of grad or weight is infinite or nan.
-        dynamic: [5] float64 on the device of feedback: factors of ``lr``, ``decay``, ``self_`` and ``tie``, and a whole
-            number to add to ``seed``. Read there when the step runs, so that a captured CUDA graph follows it.
+        weight: one for each feedback, of the same shape, dtype and device; may be empty if every ``self_`` is 0.
+        grad: as ``weight``; may be empty if every ``tie`` is 0. weight[i] and grad[i] are not read if their coefficient
+            is 0. ``tie`` 1 with the feedback's own gradient is plain SGD.
+        momentum_buffer: as ``weight``; if ``momentum`` is 0 it may be empty and is not written.
+        noise: standard deviation of the Gaussian noise added to g. The noise depends only on ``seed`` and the backend.
+        skip_nonfinite: write nothing if any element of grad or weight that the step reads is infinite or nan.
+        dynamic: [5] float64 on the device of feedback: factors of ``lr``, ``decay``, ``self_`` and ``tie``, and an
+            integer to add to ``seed``. It is read on the device when the step runs, so a captured CUDA graph uses its
+            current values.
 
-    A tensor that is written has memory of its own. One exception: feedback[i] may be the weight or the gradient of its
-    own row, or of the rows right before it where each of them shares a weight or a gradient with the next. They read it
-    as it was, so that a layer's W can be stepped in the row behind its B.
+    A tensor that is written must not share memory with another one, with one exception: feedback[i] may be the weight
+    or the gradient of its own row, or of rows directly before it if each of them shares a weight or a gradient with the
+    next. These rows read the old values, so a layer's W can be updated in the row after its B.
 
     Raises:
-        ValueError, TypeError: naming the argument, before anything is written.
-        RuntimeError: a tensor that is written requires grad, and grad mode is on.
+        ValueError, TypeError: an argument is invalid. The message names it, and nothing has been written.
+        RuntimeError: a tensor that is written requires grad, and grad mode is enabled.
     """
     step = library.feedback_step_
     if torch.compiler.is_compiling():
-        if not feedback:  # nothing to dispatch on
+        if not feedback:  # the dispatcher needs at least one tensor
             return
         if torch.is_grad_enabled():
             written = {"feedback": feedback, "momentum_buffer": momentum_buffer if momentum else ()}
@@ -192,7 +194,7 @@ def feedback_step_(
 def layer(
     geometry: Geometry, rule: Coefficients, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Any of the layers above, for coefficients already checked: what :mod:`pyfeedback.nn` calls."""
+    """Call any of the layers above with coefficients that were checked before; used by :mod:`pyfeedback.nn`."""
     if torch._C._is_any_autocast_enabled() and autograd.autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     check_layer(geometry, input, weight, feedback, bias)
@@ -218,7 +220,7 @@ def scheduled_layer(
     bias: Tensor | None,
     **options,
 ) -> Tensor:
-    """:func:`layer` with a tensor of coefficients on the CPU: what a compiled layer under a schedule calls."""
+    """Call :func:`layer` with a CPU tensor of coefficients; used by compiled layers under a schedule."""
     if torch.is_autocast_enabled(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     op = torch.ops.pyfeedback.scheduled_layer.default
@@ -226,25 +228,25 @@ def scheduled_layer(
 
 
 def _checked(keywords: dict[str, Any], input: Tensor) -> Coefficients:
-    """The coefficients of a call."""
+    """The coefficients of a call, checked."""
     rule = from_keywords(keywords)
     check_coefficients(rule, input)
     return rule
 
 
 def _for_each(dimensions: int, number) -> tuple:
-    """One number for each dimension; a sequence has them already."""
+    """Repeat a single number for each dimension; convert a sequence to a tuple."""
     return tuple(number) if isinstance(number, (tuple, list)) else (number,) * dimensions
 
 
 def _cast(input: Tensor, *tensors: Tensor | None) -> tuple:
-    """The arguments in the autocast dtype: the cast is outside of the Function, so that autograd reverses it."""
+    """Cast the arguments to the autocast dtype, outside of the Function, so that autograd reverses the cast."""
     device_type = input.device.type
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(library.cast_to(t, dtype, device_type) for t in (input, *tensors))
 
 
-for _function in (fa_conv2d, fa_convolution, fa_linear):  # for help() and editors
+for _function in (fa_conv2d, fa_convolution, fa_linear):  # help() and editors show the coefficients as keywords
     _signature = inspect.signature(_function)
     _keywords = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default))

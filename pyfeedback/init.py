@@ -1,4 +1,4 @@
-"""How feedback weights are drawn: a law, a scale, and what of it is kept."""
+"""Initialization of feedback weights: a distribution, a scale, a density and signs."""
 
 import math
 import threading
@@ -12,23 +12,23 @@ from torch import Tensor
 from pyfeedback.core.values import check_callable, check_choice, check_number, in_words, is_int, is_number
 
 SIGNS = ("free", "weight")
-_seeding = threading.RLock()  # of the global generator, which laws of torch.nn.init draw from
+_seeding = threading.RLock()  # held while the global generator, which torch.nn.init draws from, has another seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """How a feedback weight is drawn.
+    """The initialization of a feedback weight.
 
     Attributes:
-        law: fills a tensor in place: any function of torch.nn.init, or one of your own. None is the law of the
-            weight: in a fresh layer what torch.nn draws ``weight`` by, in a converted model a normal law of the
-            weight's standard deviation.
-        scale: multiplies what was drawn.
-        density: the fraction of the entries that are kept, chosen at random; the others are zero.
-        signs: "weight" gives each entry the sign of the weight's (sign-concordant feedback, Liao et al. 2016);
-            "free" leaves it.
-        seed: draws the same on every rank, device and call, whatever the global generator's state, which is left
-            alone. None draws from the global generator.
+        law: the init_fn, which fills a tensor in place: any function of torch.nn.init, or one of your own. None
+            follows the weight: a new layer uses the initialization that torch.nn uses for ``weight``, a converted
+            layer a normal distribution with the standard deviation of its weight.
+        scale: a factor applied to the values drawn.
+        density: the fraction of the entries to keep, chosen at random; the others are set to zero.
+        signs: "weight" gives each entry the sign of the corresponding entry of the weight (sign-concordant feedback,
+            Liao et al. 2016); "free" leaves the signs as drawn.
+        seed: makes the values the same on every rank, device and call. The global generator keeps its state. None
+            draws from the global generator.
     """
 
     law: Callable[[Tensor], object] | None = None
@@ -39,7 +39,7 @@ class Init:
 
     def __post_init__(self):
         if self.law is not None and not callable(self.law):
-            what = "a function that fills a tensor, as those of torch.nn.init"
+            what = "a function that fills a tensor, like those of torch.nn.init"
             raise ValueError(f"law is {in_words(self.law)}, expected {what}")
         check_number("scale", self.scale)
         if not is_number(self.density) or not 0 < self.density <= 1:
@@ -50,16 +50,16 @@ class Init:
 
     @torch.no_grad()
     def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
-        """Draw ``feedback`` in place; ``default`` is the law where none was given."""
+        """Initialize ``feedback`` in place; ``default`` is the init_fn to use if ``law`` is None."""
         if feedback.is_meta:
             return
-        if self.seed is None:  # some laws know no 16-bit numbers
+        if self.seed is None:  # some functions of torch.nn.init do not support 16-bit dtypes
             drawn = torch.empty_like(feedback, dtype=torch.promote_types(feedback.dtype, torch.float32))
             self._fill(drawn, weight, default)
             feedback.copy_(drawn)
             return
-        drawn, whole = torch.empty(feedback.shape), _whole(weight).detach().to("cpu", torch.float32)
-        generator = torch.default_generator  # the CPU's; torch.manual_seed would seed those of every GPU as well
+        drawn, whole = torch.empty(feedback.shape), _unsharded(weight).detach().to("cpu", torch.float32)
+        generator = torch.default_generator  # of the CPU; torch.manual_seed would seed every GPU as well
         with _seeding:
             state = generator.get_state()
             generator.manual_seed(self.seed)
@@ -67,7 +67,7 @@ class Init:
                 self._fill(drawn, whole, default)
             finally:
                 generator.set_state(state)
-        if hasattr(feedback, "placements"):  # sharded: each rank keeps its part of the same draw
+        if hasattr(feedback, "placements"):  # a DTensor: every rank draws the same values and keeps its shard
             from torch.distributed.tensor import distribute_tensor
 
             mesh, placements = feedback.device_mesh, feedback.placements  # type: ignore[attr-defined]
@@ -75,7 +75,7 @@ class Init:
         feedback.copy_(drawn)
 
     def of_layer(self, name: str) -> "Init":
-        """The same with a seed of the layer's own."""
+        """The same initialization with a seed that is specific to the layer ``name``."""
         return self if self.seed is None else replace(self, seed=self.seed + crc32(name.encode()))
 
     def _fill(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
@@ -88,19 +88,20 @@ class Init:
             feedback.abs_().mul_(weight.sign())
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that ranks share."""
+def _unsharded(tensor: Tensor) -> Tensor:
+    """The full tensor if it is sharded over ranks, otherwise the tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def as_init(init: "Init | Callable[[Tensor], object] | None") -> Init:
-    """An :class:`Init`, or the law of one."""
+    """Convert an argument ``init`` to an :class:`Init`: a function becomes its ``law``, None the default."""
     if init is not None and not isinstance(init, Init):
-        check_callable("init", init, "a pyfeedback.Init, or a function that fills a tensor, as those of torch.nn.init")
+        what = "a pyfeedback.Init, or a function that fills a tensor, like those of torch.nn.init"
+        check_callable("init", init, what)
         return Init(law=init)
     return init or Init()
 
 
-def fresh(feedback: Tensor) -> None:
-    """The law by which torch.nn draws the weight of a fresh layer: uniform, Kaiming with a = sqrt 5."""
+def default_init_(feedback: Tensor) -> None:
+    """Initialize as torch.nn initializes the weight of a new layer: Kaiming uniform with a = sqrt(5)."""
     torch.nn.init.kaiming_uniform_(feedback, a=math.sqrt(5))

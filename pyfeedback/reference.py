@@ -1,7 +1,7 @@
-"""The reference: the paper's regularisers, differentiated by autograd.
+"""The reference: the paper's regularizers, differentiated by autograd.
 
-Slow and plain on purpose. It reads beside Kunin et al., "Two Routes to Scalable Credit Assignment without Weight
-Symmetry" (ICML 2020, arXiv 2003.01513), and it is what the ops are judged against; it imports torch alone.
+It is slow and simple on purpose, so that it can be read next to Kunin et al., "Two Routes to Scalable Credit Assignment
+without Weight Symmetry" (ICML 2020, arXiv 2003.01513). The ops are tested against it. It imports only torch.
 
     y, regulariser = reference.conv2d(input, weight, feedback, padding=1, amp=1e-3, decay=2e-3)
     (loss(y) + regulariser).backward()          # feedback.grad is the rule's gradient
@@ -27,14 +27,14 @@ def conv2d(
     tie: float = 0.0,
     **rule,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution with a feedback path, and the regulariser whose gradient is the rule.
+    """Convolution with a feedback path, and the regularizer whose gradient is the rule.
 
     Args:
         input: [N, C, H, W]; weight, feedback: [K, C/g, R, S]; bias: [K].
         rule: see :func:`regulariser`; ``tie`` adds ``tie * grad_weight`` to the feedback's gradient.
 
     Returns:
-        The output [N, K, P, Q], and the regulariser R(B), a scalar to be added to the loss.
+        The output [N, K, P, Q], and the regularizer R(B), a scalar to add to the loss.
     """
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
 
@@ -68,9 +68,9 @@ def convolution(
     tie: float = 0.0,
     **rule,
 ) -> tuple[Tensor, Tensor]:
-    """The same in any number of dimensions, or for a transposed convolution, weight and feedback [C, K/g, ...].
+    """:func:`conv2d` for any number of dimensions, or transposed with weight and feedback [C, K/g, ...].
 
-    What the feedback path does is taken from autograd: the gradient of the forward, at B.
+    Autograd computes the feedback path: the input gradient of the forward pass with B in place of W.
     """
     spatial = input.dim() - 2
     plain = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
@@ -97,7 +97,7 @@ def convolution(
 def linear(
     input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None = None, *, tie: float = 0.0, **rule
 ) -> tuple[Tensor, Tensor]:
-    """The same for a linear layer: input [N, ..., C], weight and feedback [K, C]; output [N, ..., K]."""
+    """:func:`conv2d` for a linear layer: input [N, ..., C], weight and feedback [K, C]; output [N, ..., K]."""
     y = _LinearFeedbackPath.apply(input, weight, feedback.detach())
     if tie:
         y = y + tie * _without_value(F.linear(input.detach(), feedback))
@@ -121,7 +121,7 @@ def regulariser(
     center: bool = False,
     samples: int = 0,
 ) -> Tensor:
-    """R(B), the sum of the primitives (paper, section 3), for the first ``samples`` of the batch (0: all of it)."""
+    """R(B), the sum of the primitives (paper, section 3), over the first ``samples`` of the batch (0: all)."""
     n = samples or x.shape[0]
     x, y = x[:n], y[:n]
     if center:
@@ -141,7 +141,7 @@ def regulariser(
 
 
 class _ConvFeedbackPath(torch.autograd.Function):
-    """conv(x, W) forward, convT(dy, B) backward."""
+    """conv(x, W) in the forward pass, convT(dy, B) in the backward pass."""
 
     @staticmethod
     def forward(ctx, input, weight, feedback, *window):
@@ -158,7 +158,7 @@ class _ConvFeedbackPath(torch.autograd.Function):
 
 
 class _LinearFeedbackPath(torch.autograd.Function):
-    """x W' forward, dy B backward."""
+    """x W' in the forward pass, dy B in the backward pass."""
 
     @staticmethod
     def forward(ctx, input, weight, feedback):
@@ -172,5 +172,5 @@ class _LinearFeedbackPath(torch.autograd.Function):
 
 
 def _without_value(x: Tensor) -> Tensor:
-    """Zero, with the gradient of x."""
+    """A zero tensor that has the gradient of x."""
     return x - x.detach()

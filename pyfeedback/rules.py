@@ -1,4 +1,4 @@
-"""Rules: coefficients of the primitives, with the paper's presets."""
+"""Rules: the coefficients of the primitives, and the presets of the papers."""
 
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -23,20 +23,20 @@ class Rule(Primitives):
         sparse: keeps conv(x, B) small; weight estimation.
         self_: pulls B toward W; weight estimation.
         tie: adds the gradient of the weight; weight estimation.
-        center: amp, null and sparse see activations minus their mean over the samples, position by position.
-        samples: how much of a batch amp, null and sparse see: an int is at most so many samples, a float in (0, 1]
-            that fraction of the batch, 0 all of it.
+        center: subtract the mean over the samples from the activations in amp, null and sparse, for each position.
+        samples: how much of a batch amp, null and sparse use: an int is the maximum number of samples, a float in
+            (0, 1] the fraction of the batch, and 0 the whole batch.
         reduction: "batch" sums over positions and averages over samples, as the paper does; "mean" averages over
             positions as well, so that a coefficient has the same meaning in every layer.
-        transport: B is W itself, weight transport: plain backprop.
-        signs: B has the sign of W in every pass, and magnitudes of its own: one for the whole layer ("uniform"), drawn
-            once ("fixed") or for each batch ("batch"). "free" leaves the signs to B.
-        expansion: B is a product of two factors: a fixed random matrix [K, M], M this many times K, and the feedback
-            weight [M, ...], which learns. 0 is one matrix.
-        direct: the input of the layer receives the error of the model's output through a random projection, and nothing
-            from the layers between: "each" layer has its own projection, or all take rows of one, "shared".
-        name: for reports.
-        fixed: the coefficients as the ops take them, where they do not depend on the batch; else None.
+        transport: use W itself as B (weight transport): plain backprop.
+        signs: give B the signs of W in every pass, with magnitudes that are one number for the whole layer ("uniform"),
+            drawn once ("fixed"), or drawn for each batch ("batch"). "free" leaves the signs of B as they are.
+        expansion: make B the product of two factors: a fixed random matrix [K, M], where M is ``expansion`` times K,
+            and the feedback weight [M, ...], which learns. With 0, B is a single matrix.
+        direct: send the error of the model's output to the layer's input through a random projection, and nothing from
+            the layers in between. "each" gives every layer its own projection; "shared" gives all layers rows of one.
+        name: the name shown in reports.
+        fixed: the coefficients in the form that the ops take, or None if they depend on the batch.
     """
 
     center: bool = False
@@ -55,7 +55,7 @@ class Rule(Primitives):
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
                 raise ValueError(f"{name} is {in_words(value)}, expected a finite number")
-            if type(value) not in (int, float):  # of numpy
+            if type(value) not in (int, float):  # e.g. a NumPy scalar
                 object.__setattr__(self, name, float(value))
         if not (is_int(self.samples) and self.samples >= 0) and not (
             isinstance(self.samples, float) and 0 < self.samples <= 1
@@ -86,27 +86,27 @@ class Rule(Primitives):
 
     @property
     def learns(self) -> bool:
-        """True where B has a gradient at all."""
+        """Whether B has a gradient."""
         return any(getattr(self, name) for name in COEFFICIENTS)
 
     @property
     def reads_data(self) -> bool:
-        """True where some term depends on the activations; False where B, W and the gradient of W suffice."""
+        """Whether any term depends on the activations; if not, B, W and the gradient of W suffice."""
         return any(getattr(self, name) for name in READ_DATA)
 
     def coefficients(self, batch: int, positions: int) -> Coefficients:
-        """The rule as the ops take it, for a batch of this size and ``positions`` output positions per sample."""
+        """The coefficients that the ops take, for this batch size and ``positions`` output positions per sample."""
         values = {name: getattr(self, name) for name in COEFFICIENTS}
         if self.reduction == "mean" and positions:
             values |= {name: values[name] * (1.0 / positions) for name in READ_DATA}
         if self.expansion:
-            values["decay"] = 0.0  # acts on the factor that learns, not on the product
+            values["decay"] = 0.0  # decay acts on the factor that learns, not on the product
         return Coefficients(**values, center=self.center, samples=self.samples_of(batch))
 
     def samples_of(self, batch: int) -> int:
-        """How many samples of a batch of this size the data terms look at; 0 is all of them."""
+        """The number of samples that the data terms use for this batch size; 0 means all of them."""
         if isinstance(self.samples, float):
-            # 0.07 * 100 is a little above 7
+            # 0.07 * 100 is slightly above 7 in float64
             return 0 if self.samples == 1.0 else math.ceil(self.samples * batch - 1e-9)
         return 0 if self.samples >= batch else self.samples
 
@@ -133,40 +133,40 @@ PRESETS = {
 
 
 def rule(name: str | Rule, **overrides) -> Rule:
-    """A rule by name, with fields of :class:`Rule` overridden: ``rule("ia", null=1e-3, samples=0.125)``.
+    """Return a rule by name, with some fields of :class:`Rule` overridden: ``rule("ia", null=1e-3, samples=0.125)``.
 
     ==== ====================== ================================ =====================================
     name rule                   primitives                       the authors' coefficients
     ==== ====================== ================================ =====================================
     bp   backprop               none: the feedback is W itself
-    fa   feedback alignment     none: B stays as it was drawn
-    wm   weight mirror          amp, decay; local                1e-3, 2e-3, centred
-    ia   information alignment  amp, null, decay; local          2e-3, 2e-3, 2e-3, centred
+    fa   feedback alignment     none: B keeps its initial value
+    wm   weight mirror          amp, decay; local                1e-3, 2e-3, centered
+    ia   information alignment  amp, null, decay; local          2e-3, 2e-3, 2e-3, centered
     sa   symmetric alignment    self_, decay                     2e-3, 2e-3: 1e-3 |W - B|^2
     aa   activation alignment   amp, sparse                      2e-3, 2e-3: 1e-3 E|Wx - Bx|^2
     kp   Kolen-Pollack          tie, decay                       1, 2e-3; W must decay at the same rate
     oja  Oja's rule             amp, null, equal; local          ours: those of ia without decay
     usf  uniform sign-          none: B has the sign of W, and
          concordant feedback    one magnitude
-    frsf fixed random           likewise, magnitudes as drawn
-         magnitude
-    brsf batch random           likewise, drawn for each pass
-         magnitude
-    pfa  product feedback       B = P R, P fixed and random; R   ours: those of kp, four times as many
-         alignment              learns by tie, decay             rows in R as in W
-    dfa  direct feedback        none: the output's error, by a
-         alignment              random projection
+    frsf fixed random           none: as usf, with magnitudes
+         magnitude              drawn once
+    brsf batch random           none: as usf, with magnitudes
+         magnitude              drawn for each pass
+    pfa  product feedback       B = P R, P fixed and random; R   ours: those of kp, with four times as
+         alignment              learns by tie, decay             many rows in R as in W
+    dfa  direct feedback        none: the output's error goes
+         alignment              through a random projection
     ==== ====================== ================================ =====================================
 
-    Without centring, wm and ia diverge on real images; the paper's coefficients are for its own ImageNet recipe.
+    Without centering, wm and ia diverge on real images. The paper's coefficients are for its own ImageNet recipe.
 
     Source: Kunin et al., ICML 2020 (arXiv 2003.01513), table 1; wm and kp: Akrout et al., NeurIPS 2019; usf, frsf and
     brsf: Liao, Leibo and Poggio, AAAI 2016 (arXiv 1510.05067); pfa: Li and Benna, 2024 (arXiv 2405.20594); dfa:
     Nokland, NeurIPS 2016 (arXiv 1609.01596).
 
     Raises:
-        ValueError: no rule has this name, or a field's value is out of range.
-        TypeError: a field that is none.
+        ValueError: no rule has this name, or the value of a field is invalid.
+        TypeError: ``overrides`` has a name that is not a field.
     """
     if not isinstance(name, (str, Rule)):
         raise ValueError(f"rule is {in_words(name)}, expected a name or a pyfeedback.Rule")
@@ -175,6 +175,6 @@ def rule(name: str | Rule, **overrides) -> Rule:
     for field_name in overrides:
         if field_name not in Rule.__dataclass_fields__:
             raise TypeError(
-                f"{field_name} is no field of a rule, expected one of {', '.join(Rule.__dataclass_fields__)}"
+                f"{field_name} is not a field of a rule, expected one of {', '.join(Rule.__dataclass_fields__)}"
             )
     return replace(PRESETS[name] if isinstance(name, str) else name, **overrides)

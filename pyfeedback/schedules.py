@@ -1,21 +1,21 @@
-"""Rules over time: small objects beside a training loop that stays the user's.
+"""Rules that change over time: small objects to use in your own training loop.
 
-    schedule = Schedule(model, amp=linear(0, 1, 1000))       # factors of the coefficients, step by step
-    alternation = Alternation(model, every=4)                # the feedback learns at every fourth step
-    mirror = Mirror(model)                                   # noise instead of data
-    growth = GrowthControl(model)                            # B keeps its size: growth.step() after rule.step()
+    schedule = Schedule(model, amp=linear(0, 1, 1000))       # factors of the coefficients, by step
+    alternation = Alternation(model, every=4)                # the feedback learns in every fourth step
+    mirror = Mirror(model)                                   # learn from noise instead of data
+    growth = GrowthControl(model)                            # keep the size of B: growth.step() after rule.step()
 
     for x, target in data:
         task.zero_grad(), rule.zero_grad()
         loss(model(x), target).backward()
         if alternation.aligns:
-            rule.step()                                  # before W moves
+            rule.step()                                  # before W is updated
         task.step()
         schedule.step(), alternation.step()
 
-    with alignment_only(model): ...                          # warm-up: W stands still
+    with alignment_only(model): ...                          # warm-up: W does not change
 
-Noise in the updates themselves is the optimizer's: ``pyfeedback.optim.FeedbackSGD(model, noise=...)``.
+The optimizer adds noise to the updates themselves: ``pyfeedback.optim.FeedbackSGD(model, noise=...)``.
 """
 
 import math
@@ -44,13 +44,13 @@ Curve = Callable[[int], float]
 
 
 def constant(value: float) -> Curve:
-    """``value`` at every step."""
+    """Return ``value`` at every step."""
     check_number("value", value)
     return lambda step: value
 
 
 def linear(start: float, end: float, steps: int) -> Curve:
-    """From ``start`` at step 0 to ``end`` at step ``steps`` in equal differences, then ``end``."""
+    """Go from ``start`` at step 0 to ``end`` at step ``steps`` in equal differences, then stay at ``end``."""
     check_number("start", start)
     check_number("end", end)
     check_positive("steps", steps)
@@ -58,17 +58,17 @@ def linear(start: float, end: float, steps: int) -> Curve:
 
 
 def exponential(start: float, end: float, steps: int) -> Curve:
-    """From ``start`` at step 0 to ``end`` at step ``steps`` in equal ratios, then ``end``; both of one sign."""
+    """Go from ``start`` to ``end`` in ``steps`` steps of equal ratio, then stay there; both have the same sign."""
     check_number("start", start)
     check_number("end", end)
     check_positive("steps", steps)
     if start * end <= 0:
-        raise ValueError(f"start and end are {start} and {end}, expected two numbers of the same sign, none of them 0")
+        raise ValueError(f"start and end are {start} and {end}, expected two numbers of the same sign, neither 0")
     return lambda step: start * (end / start) ** min(step / steps, 1.0)
 
 
 def cyclic(low: float, high: float, period: int) -> Curve:
-    """From ``low`` up to ``high`` and back in each ``period`` of steps, along a cosine."""
+    """Go from ``low`` to ``high`` and back in every ``period`` steps, along a cosine."""
     check_number("low", low)
     check_number("high", high)
     check_positive("period", period)
@@ -76,7 +76,7 @@ def cyclic(low: float, high: float, period: int) -> Curve:
 
 
 def between(first: int, last: float, curve: Curve | None = None) -> Curve:
-    """``curve``, or 1, from step ``first`` on and before step ``last``; 0 outside."""
+    """Return ``curve`` (default 1) from step ``first`` up to, but not including, step ``last``, and 0 elsewhere."""
     check_number("first", first)
     check_number("last", last)
     if curve is not None:
@@ -85,24 +85,24 @@ def between(first: int, last: float, curve: Curve | None = None) -> Curve:
 
 
 class Schedule:
-    """Moves the coefficients of every rule of a model: each is multiplied by its curve at the present step.
+    """Multiplies the coefficients of every rule of a model by curves, evaluated at the current step.
 
     Args:
-        model: a model with feedback layers; the rules they have now are those of factor 1.
-        curves: a function of the step, from 0, for some of decay, amp, null, sparse, self_ and tie.
+        model: a model with feedback layers; the factors apply to the rules that the layers have now.
+        curves: functions of the step, starting at 0, for any of decay, amp, null, sparse, self_ and tie.
 
-    The factors of step 0 hold at once, the next after each :meth:`step`. A model compiled after that is not compiled
-    again as they move.
+    The factors of step 0 apply immediately; each :meth:`step` applies the next ones. A model that is compiled after the
+    schedule was created is not recompiled when the factors change.
 
     Raises:
-        ValueError: a coefficient that is none, or a curve whose value is not finite.
-        TypeError: a curve that is no function, or one of no numbers.
+        ValueError: a name is not a coefficient, or the value of a curve is not a finite number.
+        TypeError: a curve is not a function.
     """
 
     def __init__(self, model: nn.Module, **curves: Curve):
         for name, curve in curves.items():
             if name not in COEFFICIENTS:
-                raise ValueError(f"{name} is no coefficient, expected one of {', '.join(COEFFICIENTS)}")
+                raise ValueError(f"{name} is not a coefficient, expected one of {', '.join(COEFFICIENTS)}")
             check_callable(name, curve, "a function of the step")
         self.curves = curves
         self._rules = [(layer, layer.unscheduled or layer.rule) for _, layer in feedback_layers(model)]
@@ -110,12 +110,12 @@ class Schedule:
         self._apply()
 
     def step(self) -> None:
-        """Go on by one step."""
+        """Advance by one step."""
         self._last += 1
         self._apply()
 
     def factors(self) -> dict[str, float]:
-        """What the coefficients are multiplied by at the present step."""
+        """Return the factors of the coefficients at the current step."""
         values = {name: curve(self._last) for name, curve in self.curves.items()}
         for name, value in values.items():
             if not is_number(value) or not math.isfinite(value):
@@ -123,14 +123,14 @@ class Schedule:
         return {name: float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict[str, int]:
-        """The step; curves are code, and made again."""
+        """Return the step. The curves are code and are not saved."""
         return {"step": self._last}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to the step of a :meth:`state_dict`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: ``state`` is not a state_dict of a schedule.
         """
         if not isinstance(state, dict) or not is_int(state.get("step")):
             raise ValueError(f"state is {in_words(state)}, expected what state_dict returned")
@@ -147,14 +147,14 @@ class Schedule:
 
 
 class Alternation:
-    """Lets the feedback learn at every ``every``-th step, and the task alone train at the others.
+    """Lets the feedback learn in one of every ``every`` steps; in the others only the task trains.
 
     Args:
         model: a model with feedback layers.
-        every: 1 is every step; of k steps the last one aligns.
+        every: the period in steps; the feedback learns in the last step of each period, so 1 means in every step.
 
     Attributes:
-        aligns: True where the present step moves the feedback: step its optimizer then.
+        aligns: whether the feedback learns in the current step; if True, step its optimizer.
     """
 
     def __init__(self, model: nn.Module, every: int):
@@ -164,7 +164,7 @@ class Alternation:
         self._apply()
 
     def step(self) -> None:
-        """Go on by one step."""
+        """Advance by one step."""
         self._last += 1
         self._apply()
 
@@ -178,9 +178,9 @@ class Alternation:
 
 @contextmanager
 def alignment_only(model: nn.Module) -> Iterator[None]:
-    """Inside the block nothing but the feedback weights learns: a warm-up before the task.
+    """Train only the feedback weights inside the block: a warm-up before the task.
 
-    Forward parameters need no gradient there, and an optimizer leaves what has none.
+    Forward parameters require no gradient inside the block, so optimizers skip them.
     """
     frozen = [p for p in forward_parameters(model) if p.requires_grad]
     for parameter in frozen:
@@ -194,23 +194,23 @@ def alignment_only(model: nn.Module) -> Iterator[None]:
 
 
 class Mirror:
-    """Mirror mode: the rule's gradient from noise fed to each layer by itself, and not from the data.
+    """Mirror mode: compute the rule's gradient from noise, fed to each layer separately, instead of from the data.
 
-    While it is open the data's backward pass spends nothing on the feedback of rules that read activations. Each
-    layer sees noise of the size its last input had, so run the model once before the first :meth:`step`, which adds
-    to ``feedback.grad`` and leaves every other gradient alone. With white noise the weight mirror's estimate is W
-    itself, and not W times the covariance of the inputs.
+    Until :meth:`close`, the backward pass of the data computes no feedback gradients for rules that read activations.
+    Each layer receives noise of the shape of its last input, so run the model once before the first :meth:`step`. A
+    step adds to ``feedback.grad`` and changes no other gradient. With white noise, the estimate of the weight mirror is
+    W itself rather than W times the covariance of the inputs.
 
     Args:
-        model: a model with feedback layers; those whose rule reads no activations go on as before.
-        law: makes the noise, called as torch.randn is.
-        amplitude: multiplies it.
+        model: a model with feedback layers; layers whose rule reads no activations are not affected.
+        law: a function that returns the noise, with the signature of torch.randn.
+        amplitude: a factor applied to the noise.
 
     Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), mirror mode.
     """
 
     def __init__(self, model: nn.Module, law: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
-        check_callable("law", law, "a function that makes noise, as torch.randn")
+        check_callable("law", law, "a function that makes noise, like torch.randn")
         check_number("amplitude", amplitude)
         check_model(model)
         self.law, self.amplitude = law, amplitude
@@ -220,18 +220,18 @@ class Mirror:
         self._learn(False)
 
     def close(self) -> None:
-        """Let the data teach the feedback again."""
+        """Learn from the data again."""
         self._learn(True)
         for hook in self._hooks:
             hook.remove()
 
     def step(self) -> None:
-        """One estimate for every layer that has run."""
+        """Compute one estimate for every layer that has run."""
         self._learn(True)
         for layer, like in self._inputs.items():
             feedback = layer.feedback
             assert feedback is not None
-            before, feedback.grad = feedback.grad, None  # or the layer would take it for one that nobody clears
+            before, feedback.grad = feedback.grad, None  # avoids the layer's warning about gradients that keep growing
             noise = self.amplitude * self.law(like.shape, dtype=like.dtype, device=like.device)
             output = layer.forward_without_hooks(noise)
             torch.autograd.backward(output, torch.zeros_like(output), inputs=[feedback])
@@ -249,17 +249,17 @@ class Mirror:
 
 
 class GrowthControl:
-    """Keeps feedback weights from growing: rescales each after the optimizer's step.
+    """Keeps feedback weights from growing by rescaling them after the optimizer's step.
 
-    Noise u, uniform in [0, 1) and one number for each output channel, sent back by B excites the input's units with
-    B'u. :meth:`step` scales B so that the variance of B'u over the units, on average over u, is ``std`` squared; both
-    averages are in closed form, so nothing is drawn.
+    Let u be noise with one value per output channel, uniform in [0, 1). Sent back through B, it excites the input units
+    with B'u. :meth:`step` scales B so that the variance of B'u over the units, averaged over u, equals ``std`` squared.
+    Both averages are computed in closed form, so no random numbers are drawn.
 
     Args:
         model: a model with feedback layers.
-        std: the standard deviation to keep.
+        std: the standard deviation to maintain.
 
-    Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), whose code estimates the same from a batch of noise.
+    Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), whose code estimates the variance from a batch of noise.
     """
 
     def __init__(self, model: nn.Module, std: float = 0.5):
@@ -269,7 +269,7 @@ class GrowthControl:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Rescale every feedback weight; one that excites all units alike, such as zero, is left."""
+        """Rescale every feedback weight, except one that excites all units equally, such as zero."""
         for b in feedback_parameters(self.model):
             spread = b.flatten(1) - b.flatten(1).mean(1, keepdim=True)
             variance = (spread.square().sum() / 12 + spread.sum(0).square().sum() / 4) / spread.shape[1]

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: layers of well-known networks, inputs, the reference in a model, peak memory."""
+"""Helpers for tests and benchmarks: layers of well-known networks, inputs, the reference in a model, peak memory."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from pyfeedback.core.geometry import Convolution
 
 
 class ConvShape(NamedTuple):
-    """One convolution of a network: input map H x W, square kernel R, ``repeats`` of them in the network."""
+    """A convolution of a network: square input map, square kernel, and how often it occurs (``repeats``)."""
 
     name: str
     in_channels: int
@@ -30,18 +30,18 @@ class ConvShape(NamedTuple):
 
     @property
     def geometry(self) -> Convolution:
-        """Stride, "same" padding and groups."""
+        """The geometry, with "same" padding."""
         pad = self.kernel // 2
         return Convolution((self.stride,) * 2, (pad, pad), groups=self.groups)
 
     @property
     def window(self) -> tuple:
-        """The same as the arguments of ``fa_conv2d``: stride, padding, dilation, groups."""
+        """The geometry as arguments of ``fa_conv2d``: stride, padding, dilation, groups."""
         return *self.geometry[:3], self.groups
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one forward pass of one sample."""
+        """Multiply-adds of the forward pass of one sample."""
         out = -(-self.map_size // self.stride)
         return out * out * self.in_channels * self.out_channels * self.kernel**2 // self.groups
 
@@ -143,7 +143,7 @@ CONVNEXT_T = (
 
 
 class ConvInputs(NamedTuple):
-    """Leaf tensors of one layer call, and the gradient of its output."""
+    """The leaf tensors of one layer call, and the gradient of its output."""
 
     input: Tensor
     weight: Tensor
@@ -159,7 +159,7 @@ def conv_inputs(
     memory_format: torch.memory_format = torch.channels_last,
     seed: int = 0,
 ) -> ConvInputs:
-    """Random inputs such as a network with batch norm and ReLU sees: half-normal input, Kaiming weights."""
+    """Random inputs as in a network with batch norm and ReLU: half-normal input, Kaiming weights."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -177,9 +177,9 @@ def conv_inputs(
 
 @contextmanager
 def by_reference() -> Iterator[list[Tensor]]:
-    """Inside, the feedback layers of any model compute as :mod:`pyfeedback.reference` does.
+    """Compute the feedback layers of any model by :mod:`pyfeedback.reference` inside the block.
 
-    Yields the list that their regularisers are appended to: ``(loss + sum(penalties)).backward()``.
+    Yields the list to which the layers append their regularizers: ``(loss + sum(penalties)).backward()``.
     """
     penalties: list[Tensor] = []
 
@@ -201,7 +201,7 @@ def by_reference() -> Iterator[list[Tensor]]:
 
 
 def python_calls(run: Callable[[], object]) -> list[str]:
-    """The functions of this package and its kernels that ``run`` calls, in order: "backends/dispatch.py plan"."""
+    """List the functions of this package and its kernels that ``run`` calls, in order: "backends/dispatch.py plan"."""
     package = Path(__file__).parent
     found: list[str] = []
 
@@ -219,7 +219,7 @@ def python_calls(run: Callable[[], object]) -> list[str]:
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
-    """The most memory of PyTorch's allocator that ``run`` holds at one time, beyond what was held before it."""
+    """Return the peak memory that ``run`` allocates through PyTorch, beyond what was allocated before, in bytes."""
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

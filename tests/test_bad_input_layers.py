@@ -147,7 +147,7 @@ def test_transposed_is_a_flag(kind):
 
 
 def test_an_unknown_coefficient():
-    refuses(lambda: functional.fa_convolution(**CONV1D, gain=1.0), "gain is no coefficient, expected one of decay, amp")
+    refuses(lambda: functional.fa_convolution(**CONV1D, gain=1.0), "gain is not a coefficient, expected one of decay,")
 
 
 def test_integers_of_other_types_are_accepted():

@@ -96,7 +96,7 @@ CASES = {
     "direct None": (lambda: Rule(direct=None), "direct is None, expected one of no, each, shared"),
     "expansion half": (lambda: Rule(expansion=0.5), "expansion is 0.5, expected an int of 0 or more"),
     "name number": (lambda: Rule(name=3), "name is 3, expected a string"),
-    "unknown field": (lambda: pyfeedback.rule("ia", gain=1), "gain is no field of a rule, expected one of decay, amp"),
+    "unknown field": (lambda: pyfeedback.rule("ia", gain=1), "gain is not a field of a rule, expected one of decay, a"),
     "unknown rule": (lambda: pyfeedback.rule("backprop"), "rule is 'backprop', expected one of bp, fa, wm, ia, sa"),
     # init
     "law": (lambda: Init(law="normal"), "law is 'normal', expected a function that fills a tensor"),
@@ -132,7 +132,7 @@ CASES = {
     "between first": (lambda: schedules.between(None, 3), "first is None, expected a finite number"),
     "between last": (lambda: schedules.between(0, "3"), "last is '3', expected a finite number"),
     "between curve": (lambda: schedules.between(0, 3, 1.0), "curve is 1.0, expected a function of the step"),
-    "unknown curve": (lambda: schedules.Schedule(model(), gain=len), "gain is no coefficient, expected one of decay"),
+    "unknown curve": (lambda: schedules.Schedule(model(), gain=len), "gain is not a coefficient, expected one of deca"),
     "no curve": (lambda: schedules.Schedule(model(), amp=1.0), "amp is 1.0, expected a function of the step"),
     "curve of words": (lambda: schedules.Schedule(model(), amp=lambda _: "1"), "amp is '1' at step 0, expected a fini"),
     "curve of nan": (lambda: schedules.Schedule(model(), amp=lambda _: math.nan), "amp is nan at step 0, expected a f"),

@@ -98,7 +98,7 @@ def test_a_second_schedule_replaces_the_first_and_converting_ends_it():
 
 @pytest.mark.parametrize(
     ("curves", "message"),
-    [({"gamma": schedules.constant(1)}, "gamma is no coefficient"), ({"amp": 3}, "amp is 3, expected a function")],
+    [({"gamma": schedules.constant(1)}, "gamma is not a coefficient"), ({"amp": 3}, "amp is 3, expected a function")],
 )
 def test_a_schedule_refuses_invalid_curves(curves, message):
     with pytest.raises((ValueError, TypeError), match=message):

@@ -1,1 +1,1 @@
-"""Who computes: PyTorch's own kernels (composite), the compiled library (extension), Triton; dispatch chooses."""
+"""Implementations: PyTorch's own kernels (composite), the compiled library (extension), Triton; dispatch chooses."""

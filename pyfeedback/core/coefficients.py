@@ -25,8 +25,8 @@ class Coefficients(NamedTuple):
     """A rule as the ops take it: the coefficients of its primitives, and what its statistics are taken of.
 
     Attributes:
-        center: amp, null and sparse see activations minus their mean over the samples.
-        samples: the first samples of the batch that amp, null and sparse see; 0 is all of them.
+        center: subtract the mean over the samples from the activations in amp, null and sparse.
+        samples: the number of samples, from the start of the batch, that amp, null and sparse use; 0 means all.
     """
 
     decay: float = 0.0
@@ -53,11 +53,11 @@ def from_keywords(keywords: dict[str, Any]) -> Coefficients:
     """The coefficients of a call by keywords.
 
     Raises:
-        TypeError: a keyword is no coefficient.
+        TypeError: a keyword is not a coefficient.
     """
     try:
         return Coefficients(**keywords)
     except TypeError:
         unknown = next(name for name in keywords if name not in Coefficients._fields)
         expected = ", ".join(Coefficients._fields)
-        raise TypeError(f"{unknown} is no coefficient, expected one of {expected}") from None
+        raise TypeError(f"{unknown} is not a coefficient, expected one of {expected}") from None

@@ -97,7 +97,7 @@ def check_padded(input: Tensor, weight: Tensor) -> None:
 
 
 def check_coefficients(rule: Coefficients, input: Tensor) -> None:
-    """Raise where a coefficient is no finite number, ``center`` no flag, or ``samples`` not in 0..batch."""
+    """Raise unless the coefficients are finite numbers, ``center`` is a bool and ``samples`` is in 0..batch."""
     try:
         good = (
             _NUMBERS.issuperset(map(type, rule[:_COUNT]))
@@ -155,7 +155,7 @@ def check_backward(
 
 
 def check_center(input: Tensor, samples: int) -> None:
-    """Raise where there is no batch of ``samples`` to centre."""
+    """Raise if the batch does not have ``samples`` samples to center."""
     if input.dim() < 1 or input.dtype not in DTYPES:
         raise TypeError(f"input is {_describe(input)}, expected a floating tensor of rank 1 or more")
     if not 1 <= samples <= input.shape[0]:

@@ -131,7 +131,7 @@ def kernel_error(error: Exception) -> RuntimeError:
 
 
 def refuse_list(name: str, tensors: object) -> NoReturn:
-    """Raise for what is no list, or one that does not begin with a tensor."""
+    """Raise for a value that is not a list, or a list whose first element is not a tensor."""
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
     raise TypeError(f"{name}[0] is {_kind(tensors[0])}, expected a Tensor")
@@ -348,7 +348,7 @@ def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], o
 
 
 def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:
-    """Raise where ``value`` is no finite real number of ``least`` or more and below ``most``."""
+    """Raise unless ``value`` is a finite real number, at least ``least`` and below ``most``."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} is {_kind(value)}, expected a number")
     try:

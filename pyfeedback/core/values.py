@@ -39,7 +39,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_int(name: str, value: Any, least: int = 0) -> None:
-    """Raise where ``value`` is no whole number of ``least`` or more."""
+    """Raise unless ``value`` is an integer of at least ``least``."""
     if not is_int(value):
         raise TypeError(f"{name} is {in_words(value)}, expected an int of {least} or more")
     if value < least:
@@ -47,7 +47,7 @@ def check_int(name: str, value: Any, least: int = 0) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise where ``value`` is no finite number."""
+    """Raise unless ``value`` is a finite number."""
     if not is_number(value):
         raise TypeError(f"{name} is {in_words(value)}, expected a finite number")
     if not math.isfinite(value):
@@ -55,7 +55,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise where ``value`` is no finite number above 0."""
+    """Raise unless ``value`` is a finite number above 0."""
     if not is_number(value) or not 0 < value < math.inf:
         kind = ValueError if is_number(value) else TypeError
         raise kind(f"{name} is {in_words(value)}, expected a finite number above 0")
@@ -74,17 +74,17 @@ def check_callable(name: str, value: Any, what: str) -> None:
 
 
 def check_model(value: Any) -> None:
-    """Raise where ``value`` is no model."""
+    """Raise unless ``value`` is a module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"model is {in_words(value)}, expected a torch.nn.Module")
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
-    """Raise where ``value`` is none of the words ``known``."""
+    """Raise unless ``value`` is one of the strings ``known``."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} is {in_words(value)}, expected one of {', '.join(known)}")
 
 
 def refuse_no_tensor(name: str, value: Any) -> NoReturn:
-    """Raise for a value in the place of a tensor."""
+    """Raise for a value that is not a tensor."""
     raise TypeError(f"{name} is {in_words(value)}, expected a tensor")

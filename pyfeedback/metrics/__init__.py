@@ -1,4 +1,4 @@
-"""How well feedback weights align with forward weights: one reading, and readings over time."""
+"""How well feedback weights align with forward weights: a single reading, and readings over time."""
 
 from pyfeedback.metrics.alignment import LayerAlignment, alignment, angle, weight_transport
 from pyfeedback.metrics.monitor import Monitor

@@ -1,4 +1,4 @@
-"""How well feedback weights align with forward weights, and what they do to the gradients."""
+"""How well feedback weights align with forward weights, and how they change the gradients."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +17,17 @@ from pyfeedback.nn.layer import warn_of_uncalled
 
 @dataclass(frozen=True)
 class LayerAlignment:
-    """Alignment of one layer; angles in degrees, 0 the same direction, 90 orthogonal; nan where a side is zero.
+    """Alignment of one layer. Angles are in degrees: 0 same direction, 90 orthogonal, nan if one side is zero.
 
     Attributes:
-        angle: between feedback and weight.
+        angle: the angle between feedback and weight.
         norm_ratio: |feedback| / |weight|; nan without a feedback weight.
         weight_norm: |weight|.
-        projection_angle: between the gradients that the layer hands to its input by way of feedback and of weight,
-            for the output gradient of the same pass (local), all its calls together; nan where there is no feedback
-            weight (dfa) or no single output (attention), None without a batch.
-        gradient_angle: between the weight's gradient in this network and backprop's on the same batch (true); nan
-            for a frozen weight, None without a batch.
+        projection_angle: the angle between the layer's input gradients through the feedback and through the weight, for
+            the same output gradient (local), over all calls of the layer; nan if the layer has no feedback weight (dfa)
+            or no single output (attention), None without a batch.
+        gradient_angle: the angle between the weight's gradient in this network and the gradient of backprop on the same
+            batch (true); nan for a frozen weight, None without a batch.
     """
 
     angle: float
@@ -40,22 +40,22 @@ class LayerAlignment:
 def alignment(
     model: nn.Module, batch: tuple | None = None, loss: Callable[..., Tensor] | None = None
 ) -> dict[str, LayerAlignment]:
-    """Alignment of each feedback layer of ``model``, by name, in the order of its modules.
+    """Return the alignment of each feedback layer of ``model``, by name, in the order of its modules.
 
-    Angles and norms of all weights take one pass over memory and, on a device, one wait for it.
+    Computing the angles and norms of all weights takes one pass over memory and, on a GPU, one synchronization.
 
     Args:
         model: a model with feedback layers.
-        batch: ``(input, target)`` for the projection and gradient angles. The model runs on it twice; parameters'
-            gradients, buffers and the random state are left as they were.
-        loss: ``loss(model(input), target)`` gives the scalar; needed with ``batch``.
+        batch: ``(input, target)``, needed for the projection and gradient angles. The model runs on it twice. The
+            gradients of parameters, the buffers and the random state do not change.
+        loss: ``loss(model(input), target)`` returns the scalar loss; required with ``batch``.
 
     Returns:
         A dict of :class:`LayerAlignment`; empty for a model without feedback layers.
 
     Raises:
-        ValueError: a batch without a loss, or weights without values (on the meta device).
-        TypeError: an argument of another type.
+        ValueError: ``batch`` is given without ``loss``, or weights have no values (on the meta device).
+        TypeError: an argument has the wrong type.
     """
     check_model(model)
     if batch is not None:
@@ -79,9 +79,9 @@ def alignment(
     if batch is None:
         return {name: LayerAlignment(*found) for name, found in weights.items()}
     assert loss is not None
-    with _observing(model):
+    with _preserving_state(model):
         gradients, projections = _gradients(model, layers, batch, loss, observe=True)
-    with _observing(model), weight_transport(model):
+    with _preserving_state(model), weight_transport(model):
         true_gradients, _ = _gradients(model, layers, batch, loss, observe=False)
     return {
         name: LayerAlignment(*weights[name], projections.get(name, math.nan), angle(g, t))
@@ -90,10 +90,11 @@ def alignment(
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """Angle between two tensors of the same shape, in degrees, summed in float64; nan where one is zero.
+    """Return the angle between two tensors of the same shape, in degrees, summed in float64; nan if one is zero.
 
     Raises:
-        ValueError, TypeError: they are no tensors of one shape.
+        ValueError: the tensors differ in shape.
+        TypeError: an argument is not a tensor.
     """
     for name, tensor in (("a", a), ("b", b)):
         if not isinstance(tensor, Tensor):
@@ -105,7 +106,7 @@ def angle(a: Tensor, b: Tensor) -> float:
 
 @contextmanager
 def weight_transport(model: nn.Module) -> Iterator[None]:
-    """Inside, the layers of ``model`` hand back gradients by way of their weight: plain backprop."""
+    """Send the gradients of ``model`` through the weights inside the block: plain backprop."""
     check_model(model)
     layers = [(layer, layer.feedback, layer.direct) for _, layer in _layers(model)]
     for layer, *_ in layers:
@@ -118,7 +119,7 @@ def weight_transport(model: nn.Module) -> Iterator[None]:
 
 
 def _check_values(name: str, layer: FeedbackLayer) -> None:
-    """Raise where there is nothing to read."""
+    """Raise if the weights have no values, or are on different devices."""
     weight, feedback = layer.weight, layer.feedback
     for what, tensor in (("feedback", feedback), ("weight", weight)):
         if tensor is not None and tensor.is_meta and (feedback is None or feedback.is_meta):
@@ -143,7 +144,7 @@ def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tupl
         pairs = [feedback[i] for i in here], [weight[i] for i in here]
         try:
             products = provide("alignment_products", device.type)(*pairs)
-        except RuntimeError as error:  # of the compiled kernel, which looks at each pair in a fraction of the time
+        except RuntimeError as error:  # the compiled kernel checks the pairs itself, in a fraction of the time
             step_checks.check_pairs(*pairs)
             raise step_checks.kernel_error(error) from None
         found |= zip(here, products.tolist(), strict=True)
@@ -160,8 +161,8 @@ def _norm_ratio(bb: float, ww: float, bw: float) -> float:
 
 
 @contextmanager
-def _observing(model: nn.Module) -> Iterator[None]:
-    """Buffers and the random state come out as they went in."""
+def _preserving_state(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers and the random state after the block."""
     saved = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -171,21 +172,21 @@ def _observing(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in saved:
                 buffer.copy_(value)
-                setattr(module, name, buffer)  # a forward may have put another in its place
+                setattr(module, name, buffer)  # the forward may have replaced the buffer
 
 
 def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bool):
-    """The weights' gradients of one pass, and the projection angle of each layer if it is to be observed."""
+    """The weight gradients of one pass and, if ``observe``, the projection angle of each layer."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def remember(name):
         def hook(module, inputs, output):
             if module.feedback is None or not isinstance(output, Tensor):
                 return None
-            if not output.requires_grad:  # all of it frozen up to here
+            if not output.requires_grad:  # every parameter up to here is frozen
                 output = output.detach().requires_grad_()
             calls.setdefault(name, []).append((inputs[0].detach(), output))
-            return output.clone()  # an activation behind may work in place: the gradient wanted is that of before
+            return output.clone()  # the next activation may work in place; we need the gradient of its input
 
         return hook
 
@@ -207,7 +208,7 @@ def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bo
 
 
 def _grad(value: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Gradients of ``value``; zeros for a tensor that it does not depend on, or that is frozen."""
+    """Gradients of ``value``; zero for tensors that are frozen or that it does not depend on."""
     live = [t for t in tensors if t.requires_grad]
     grads = iter(torch.autograd.grad(value, live, allow_unused=True) if live else ())
     found = [next(grads) if t.requires_grad else None for t in tensors]
@@ -225,7 +226,7 @@ def _projection_angle(layer: FeedbackLayer, calls: list[tuple[Tensor, Tensor]]) 
 
 
 def _input_gradients(layer: FeedbackLayer, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """What the layer hands to its input, for each input and output gradient of ``calls``, end to end."""
+    """The layer's input gradients for each input and output gradient of ``calls``, flattened and concatenated."""
     grads: list[Tensor] = []
     for x, grad_output in calls:
         x = x.detach().requires_grad_()

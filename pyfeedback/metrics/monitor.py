@@ -1,4 +1,4 @@
-"""Alignment over time: read every n steps of training, kept as CSV, drawn as a picture."""
+"""Alignment over time: read every n training steps, saved as CSV, plotted as a figure."""
 
 import csv
 import math
@@ -24,25 +24,25 @@ class Monitor:
 
         monitor = pyfeedback.Monitor(model, every=100)
         for x, target in data:
-            ...  # a step of training
+            ...  # a training step
             monitor.step()
         monitor.save("alignment.csv"), monitor.draw("alignment.png")
 
-    A reading takes one pass over the weights (:func:`pyfeedback.alignment`); a step without one adds 1 to a number.
-    Under DistributedDataParallel one rank is enough, with the module inside.
+    A reading takes one pass over the weights (:func:`pyfeedback.alignment`); a step without a reading only increments a
+    counter. With DistributedDataParallel, monitor the inner module on a single rank.
 
     Args:
         model: a model with feedback layers.
-        every: steps from one reading to the next; the first is that of the model as it is now, at step 0.
-        batch, loss: as :func:`pyfeedback.alignment` takes them, for the projection and gradient angles; a reading
-            then costs two training steps more.
+        every: number of steps between readings. The first reading is made immediately, at step 0.
+        batch, loss: as for :func:`pyfeedback.alignment`, for the projection and gradient angles. A reading then costs
+            two training steps more.
 
     Attributes:
-        readings: by step, what :func:`pyfeedback.alignment` returned; nothing of a model that learns by backprop.
+        readings: the results of :func:`pyfeedback.alignment` by step; empty for a model that learns by backprop.
 
     Raises:
-        ValueError: ``every`` below 1, or a batch without a loss.
-        TypeError: an argument of another type.
+        ValueError: ``every`` is below 1, or ``batch`` is given without ``loss``.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -60,27 +60,27 @@ class Monitor:
         self._read()
 
     def step(self) -> dict[str, LayerAlignment] | None:
-        """Go on by one step of training; returns the reading where one is due."""
+        """Advance by one training step, and return the reading if one is due."""
         self._last += 1
         return self._read() if self._last % self.every == 0 else None
 
     @property
     def latest(self) -> dict[str, LayerAlignment]:
-        """The last reading; empty where there is none."""
+        """The last reading; empty if there is none."""
         return next(reversed(self.readings.values()), {})
 
     def save(self, path: str | Path) -> None:
-        """Write the readings as CSV: a row for each step and layer, with the fields of LayerAlignment."""
+        """Write the readings as CSV: one row per step and layer, with the fields of LayerAlignment."""
         with open(path, "w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["step", "layer", *COLUMNS])
             rows.writerows(self._rows())
 
     def load(self, path: str | Path) -> None:
-        """Take the readings of a file, and go on from the last of them.
+        """Load the readings of a file, and continue after the last of them.
 
         Raises:
-            ValueError: a file whose columns are not those of :meth:`save`.
+            ValueError: the columns of the file are not those of :meth:`save`.
         """
         with open(path, newline="") as file:
             columns, *rows = csv.reader(file)
@@ -90,14 +90,14 @@ class Monitor:
         self.load_state_dict({"step": int(rows[-1][0]) if rows else 0, "readings": found})
 
     def state_dict(self) -> dict:
-        """Step and readings, in numbers and strings alone."""
+        """Return the step and the readings, as numbers and strings."""
         return {"step": self._last, "readings": self._rows()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a :meth:`state_dict`.
+        """Continue from a :meth:`state_dict`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: ``state`` is not a state_dict of a monitor.
         """
         readings: dict[int, dict[str, LayerAlignment]] = {}
         try:
@@ -109,13 +109,13 @@ class Monitor:
         self._last, self.readings = last, readings
 
     def draw(self, path: str | Path | None = None) -> "Figure":
-        """The readings as a matplotlib Figure, written to ``path`` if one is given.
+        """Plot the readings as a matplotlib Figure, and save it to ``path`` if given.
 
-        A panel for each metric that was read, a line for each layer, dark near the input and light near the output.
-        Scale growth is the norm of W relative to that of the first reading.
+        There is a panel for each metric and a line for each layer, dark near the input and light near the output. Scale
+        growth is the norm of W relative to the first reading.
 
         Raises:
-            ValueError: there is nothing to draw, as in a model that learns by backprop.
+            ValueError: there are no readings, as for a model that learns by backprop.
         """
         if not self.readings:
             raise ValueError("model has no feedback layer, expected one that was converted to a rule other than bp")
@@ -145,7 +145,7 @@ PANELS: dict[str, Callable[[LayerAlignment, LayerAlignment], float | None]] = {
     "projection angle (degrees)": lambda now, first: now.projection_angle,
     "gradient angle to backprop (degrees)": lambda now, first: now.gradient_angle,
 }
-NAMED = 8  # layers that a legend can name; of more a colour bar names the first and the last
+NAMED = 8  # the most layers that a legend lists; for more, a color bar names the first and the last
 
 
 def _figure(readings: dict[int, dict[str, LayerAlignment]]) -> "Figure":

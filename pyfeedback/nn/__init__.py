@@ -1,4 +1,4 @@
-"""Layers with a feedback path: torch.nn's own, with ``.feedback`` beside ``.weight`` and a rule."""
+"""Layers with a feedback path: the layers of torch.nn with ``.feedback`` in addition to ``.weight``, and a rule."""
 
 import torch
 
@@ -7,7 +7,8 @@ from pyfeedback.nn.convolution import Conv1d, Conv2d, Conv3d, ConvTranspose1d, C
 from pyfeedback.nn.layer import FeedbackLayer
 from pyfeedback.nn.linear import Linear
 
-# The layers of torch.nn that convert, and what they become. Subclasses of them do not: their forward is their own.
+# The layers of torch.nn that are converted, and their classes here. Subclasses may have their own forward, so they are
+# not converted.
 LAYERS: dict[type, type] = {
     torch.nn.Conv1d: Conv1d,
     torch.nn.Conv2d: Conv2d,

@@ -1,4 +1,4 @@
-"""Multi-head attention with feedback paths through its projections; attention itself is PyTorch's."""
+"""Multi-head attention with feedback paths through its projections; attention itself learns by backprop."""
 
 import math
 from collections.abc import Callable
@@ -17,24 +17,25 @@ from pyfeedback.rules import Rule
 
 
 class OutProjection(Linear, NonDynamicallyQuantizableLinear):
-    """The output projection of an attention layer, a :class:`Linear` that torch.nn gives a class of its own."""
+    """The output projection of an attention layer: a :class:`Linear`, for which torch.nn has a separate class."""
 
 
 class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention`` whose four projections have feedback paths.
+    """``torch.nn.MultiheadAttention`` with feedback paths through its four projections.
 
-    ``feedback`` [3E, E] stands for the query, key and value projections, in the layout of ``in_proj_weight``;
-    ``out_proj.feedback`` [E, E] for the output's. A rule's n counts the batch, wherever ``batch_first`` puts it.
+    ``feedback`` [3E, E] belongs to the query, key and value projections, in the layout of ``in_proj_weight``;
+    ``out_proj.feedback`` [E, E] belongs to the output projection. A rule's n is the batch size, whether or not
+    ``batch_first`` is set.
 
     Args:
         rule, init: as in :class:`Linear`.
-        others: as torch.nn.MultiheadAttention, except that ``kdim`` and ``vdim`` are those of the query.
+        others: as in torch.nn.MultiheadAttention, except that ``kdim`` and ``vdim`` must equal ``embed_dim``.
 
-    Shape, masks and results: torch.nn's; nested tensors are not taken.
+    Shapes, masks and results are those of torch.nn. Nested tensors are not supported.
 
     Raises:
-        ValueError: ``kdim`` or ``vdim`` differ from ``embed_dim``; in a call, a shape or device that torch.nn refuses.
-        TypeError: in a call, a mask of a dtype that torch.nn refuses.
+        ValueError: ``kdim`` or ``vdim`` differs from ``embed_dim``; in a call, torch.nn refuses a shape or device.
+        TypeError: in a call, torch.nn refuses the dtype of a mask.
     """
 
     out_proj: OutProjection
@@ -53,7 +54,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """``in_proj_weight``, what ``feedback`` stands beside."""
+        """``in_proj_weight``, the weight that ``feedback`` belongs to."""
         return self.in_proj_weight
 
     @property
@@ -62,7 +63,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         return self.in_proj_bias
 
     def reset_parameters(self) -> None:
-        """Draw all weights, biases and feedback afresh."""
+        """Draw all weights, biases and feedback weights again."""
         self._reset_parameters()
         self.reset_feedback()
         self.out_proj.reset_feedback()
@@ -87,8 +88,8 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if is_causal and attn_mask is None:
-            raise ValueError("attn_mask is None, expected a mask where is_causal is True, which is but a hint")
-        causal = is_causal and key_padding_mask is None and not need_weights  # then torch takes the hint at its word
+            raise ValueError("attn_mask is None, expected a mask with is_causal=True, which is only a hint")
+        causal = is_causal and key_padding_mask is None and not need_weights  # then torch uses it and ignores the mask
         masks.check_masks(attn_mask, key_padding_mask, query, sizes, self.num_heads, need_weights, causal)
         q, k, v = self._project(query, key, value)
         mask = None if causal else masks.merged(attn_mask, key_padding_mask, sizes, self.num_heads, query.dtype)
@@ -109,16 +110,17 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def forward_without_hooks(self, input: Tensor) -> Tensor:
-        """The three projections of one input, and not what attention makes of them."""
+        """Compute the three projections of an input, without the attention."""
         return torch.cat(self._project(input, input, input), -1)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Queries, keys and values, the batch first; one product where all three are one tensor.
+        """Compute queries, keys and values, batch first; in one product if all three inputs are the same tensor.
 
-        Each projection follows the rule as a layer of its own. Only null would tell one product from three.
+        Each projection follows the rule as a separate layer. One product gives the same result unless null is nonzero,
+        which a schedule may change.
         """
-        moves = self.rule.null != 0 or self.scheduled is not None
-        parts = 1 if key is query and value is query and not moves else 3
+        separate = self.rule.null != 0 or self.scheduled is not None
+        parts = 1 if key is query and value is query and not separate else 3
         inputs = (query, key, value)[:parts]
         if query.dim() == 2:
             inputs = tuple(t.unsqueeze(0) for t in inputs)
@@ -135,7 +137,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         return self.run(LINEAR, input, weight, feedback, bias)
 
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values with what ``add_bias_kv`` and ``add_zero_attn`` append, which no mask hides."""
+        """Append the keys and values of ``add_bias_kv`` and ``add_zero_attn``, which are never masked."""
         tails = [(self.bias_k, self.bias_v)] if self.bias_k is not None and self.bias_v is not None else []
         tails += [(k.new_zeros(1, 1, self.embed_dim),) * 2] if self.add_zero_attn else []
         for of_keys, of_values in tails:

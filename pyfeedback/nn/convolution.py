@@ -1,4 +1,4 @@
-"""Convolutions with a feedback path, of any number of dimensions and transposed."""
+"""Convolutions and transposed convolutions with a feedback path, in one to three dimensions."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,7 +15,7 @@ from pyfeedback.rules import Rule
 
 
 class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
-    """What the convolutions share; beside a layer of torch.nn, whose arguments it takes."""
+    """Base class of the convolutions; the layer of torch.nn, which defines the arguments, is the other base class."""
 
     def __init__(
         self, *args, rule: str | Rule = "fa", init: Init | Callable[[Tensor], object] | None = None, **options
@@ -55,13 +55,13 @@ class Conv2d(_Conv, torch.nn.Conv2d):
 
     Args:
         rule: a name of :func:`pyfeedback.rule`, or a :class:`pyfeedback.Rule`.
-        init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
-        others: as torch.nn.Conv2d, every padding mode included.
+        init: the initialization of the feedback: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
+        others: as in torch.nn.Conv2d, including all padding modes.
 
     Shape:
         input [N, C, H, W] or [C, H, W]; output [N, K, P, Q] or [K, P, Q]; feedback [K, C/groups, R, S].
-        Padding of another mode than "zeros" is applied first, so the rule sees the padded input; so is the uneven
-        one of "same" with an even kernel.
+        Padding modes other than "zeros" pad the input first, so the rule uses the padded input. So does the uneven
+        padding of "same" with an even kernel.
 
     Equivalent forward: ``torch.nn.Conv2d.forward``. Backward and rule: :func:`pyfeedback.functional.fa_conv2d`.
     """
@@ -90,33 +90,34 @@ class Conv2d(_Conv, torch.nn.Conv2d):
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):
-    """``torch.nn.Conv1d`` with a feedback path [K, C/groups, R]; takes ``rule`` and ``init`` as :class:`Conv2d`."""
+    """``torch.nn.Conv1d`` with a feedback path [K, C/groups, R]; ``rule`` and ``init`` as in :class:`Conv2d`."""
 
 
 class Conv3d(_Conv, torch.nn.Conv3d):
-    """``torch.nn.Conv3d`` with a feedback path [K, C/groups, T, R, S]; ``rule`` and ``init`` as :class:`Conv2d`."""
+    """``torch.nn.Conv3d`` with a feedback path [K, C/groups, T, R, S]; ``rule`` and ``init`` as in :class:`Conv2d`."""
 
 
 class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
-    """``torch.nn.ConvTranspose1d`` whose backward convolves with its feedback [C, K/groups, R].
+    """``torch.nn.ConvTranspose1d`` with a feedback path [C, K/groups, R].
 
-    Its forward is the transpose, so the roles change: the rule's conv(x, B) is the transposed convolution, and its
-    conv_transpose(y, B) the convolution. ``rule`` and ``init`` as :class:`Conv2d`.
+    The forward pass is a transposed convolution, so the roles are swapped: the rule's conv(x, B) is the transposed
+    convolution, and its conv_transpose(y, B) the convolution. ``rule`` and ``init`` as in :class:`Conv2d`.
     """
 
 
 class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
-    """``torch.nn.ConvTranspose2d`` with a feedback path [C, K/groups, R, S], as :class:`ConvTranspose1d`."""
+    """``torch.nn.ConvTranspose2d`` with a feedback path [C, K/groups, R, S], like :class:`ConvTranspose1d`."""
 
 
 class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
-    """``torch.nn.ConvTranspose3d`` with a feedback path [C, K/groups, T, R, S], as :class:`ConvTranspose1d`."""
+    """``torch.nn.ConvTranspose3d`` with a feedback path [C, K/groups, T, R, S], like :class:`ConvTranspose1d`."""
 
 
 def _pad(input: Tensor, mode: str, sides: list[int]) -> tuple[Tensor, tuple[int, ...]]:
-    """The input and the padding that is left to the op: all of it where it is of zeros and even, else none.
+    """Return the input, padded if necessary, and the padding that the op applies.
 
-    ``sides`` are torch.nn.functional.pad's: both sides of the last dimension first.
+    The op applies zero padding that is equal on both sides. Any other padding is applied here. ``sides`` has the format
+    of torch.nn.functional.pad: both sides of the last dimension first.
     """
     if mode == "zeros" and sides[::2] == sides[1::2]:
         return input, tuple(sides[::-2])

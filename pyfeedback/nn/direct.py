@@ -1,10 +1,10 @@
-"""Direct feedback alignment: the error of a model's output, broadcast to its layers by random projections.
+"""Direct feedback alignment: random projections broadcast the error of a model's output to its layers.
 
-Autograd knows the error first and the layers' inputs last. So each layer cuts its input off from what made it, and the
-model's output takes all those inputs along: its backward hands each of them its projection of the error, all in one
-product, and nothing flows from layer to layer. A plain ``loss.backward()`` does.
+Each layer detaches its input from the graph, so no gradient flows from layer to layer. The original inputs become
+arguments of a function that returns the model's output. Its backward pass projects the error to all of them in a single
+product. A plain ``loss.backward()`` therefore suffices.
 
-What a pass has seen belongs to the thread it runs in, since threads may share a model.
+The inputs of a pass are stored per thread, because several threads may run the same model.
 """
 
 import threading
@@ -14,24 +14,24 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from pyfeedback.init import Init, fresh
+from pyfeedback.init import Init, default_init_
 
 
 class DirectFeedback:
-    """What the layers of one model share: the inputs they have seen in this pass, and the projections.
+    """The state that the layers of a model share: their inputs in the current pass, and the projections.
 
-    A layer's projection [its input's size, the output's size] is drawn when the model first runs, by ``init``, as
-    torch.nn draws a linear weight of that shape unless it says otherwise. The model's buffer ``direct_feedback_seed``
-    draws the same again from a checkpoint. A ``density`` below 1 makes it sparse. Where ``shared``, each layer takes
-    the first rows of one.
+    A layer's projection [size of its input, size of the output] is drawn by ``init`` when the model first runs; by
+    default, like a linear weight of that shape in torch.nn. The model's buffer ``direct_feedback_seed`` reproduces it
+    after loading a checkpoint. A ``density`` below 1 makes it sparse. If ``shared``, all layers use the first rows of
+    the same projection.
 
     Source: Nokland, NeurIPS 2016 (arXiv 1609.01596); shared: Launay, Poli and Krzakala, 2019 (arXiv 1906.04554).
     """
 
     def __init__(self, init: Init, shared: bool):
         self.init, self.shared = init, shared
-        self._passes = _Passes()
-        self._untapped: set[str] = set()  # layers of a pass that learns, which ran without gradients
+        self._current = _CurrentPass()
+        self._ran_without_grad: set[str] = set()  # layers that ran without gradients, in a pass with gradients
         self._drawn: dict[tuple, Tensor] = {}
         self._number, self._seed_seen = -1, (0, -1)
         _exclude_from_compilation()
@@ -41,7 +41,7 @@ class DirectFeedback:
         _exclude_from_compilation()
 
     def attach(self, model: nn.Module) -> None:
-        """Stand at the two ends of the model's forward."""
+        """Register the hooks before and after the model's forward."""
         seed = int(torch.randint(2**31, ())) if self.init.seed is None else self.init.seed
         model.register_buffer("direct_feedback_seed", torch.tensor(seed))
         model.direct_feedback = self  # type: ignore[assignment]
@@ -52,29 +52,29 @@ class DirectFeedback:
         )
 
     def detach(self, model: nn.Module) -> None:
-        """Leave nothing of :meth:`attach`."""
+        """Undo :meth:`attach`."""
         for hook in self._hooks:
             hook.remove()
         del model.direct_feedback, model.direct_feedback_seed
 
     def detach_input(self, layer: str, input: Tensor) -> Tensor:
-        """The input without its history, which the output takes along instead.
+        """Detach the input, and record it for the broadcast of the error.
 
         Raises:
-            RuntimeError: reentrant checkpointing computes the layer again, in a backward pass. The first time was
-                without gradients, so the output did not take the input along.
+            RuntimeError: reentrant checkpointing runs the layer again, in a backward pass. Its first run was without
+                gradients, so the input was not recorded.
         """
-        taps = self._passes.taps
+        inputs = self._current.inputs
         if not torch.is_grad_enabled():
-            if taps is not None and self._passes.learns and all(name != layer for name, _ in taps):
-                self._untapped.add(layer)
+            if inputs is not None and self._current.learns and all(name != layer for name, _ in inputs):
+                self._ran_without_grad.add(layer)
             return input
         if not input.requires_grad:
             return input
-        if taps is not None:
-            taps.append((layer, input))
-            self._untapped.discard(layer)
-        elif layer in self._untapped and not torch.compiler.is_compiling() and _in_backward():
+        if inputs is not None:
+            inputs.append((layer, input))
+            self._ran_without_grad.discard(layer)
+        elif layer in self._ran_without_grad and not torch.compiler.is_compiling() and _in_backward():
             raise RuntimeError(
                 f"{layer} is computed again by reentrant checkpointing, where dfa has no error for it: expected "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
@@ -82,10 +82,10 @@ class DirectFeedback:
         return input.detach()
 
     def projection(self, inputs: list[tuple[str, int]], outputs: int, seed: Tensor, like: Tensor) -> Tensor:
-        """The projections of these layers, by name and size, one below the other: [sum of the sizes, outputs]."""
+        """Return the projections of layers, given by name and size, stacked to [sum of the sizes, outputs]."""
         key = (tuple(inputs), outputs, like.dtype, like.device)
         with _drawing:
-            if self._seed_seen != (id(seed), seed._version):  # reading it makes a device wait
+            if self._seed_seen != (id(seed), seed._version):  # reading the seed synchronizes a GPU
                 number = int(seed)
                 if number != self._number:
                     self._number, self._drawn = number, {}
@@ -102,52 +102,53 @@ class DirectFeedback:
 
     def _draw(self, seed: int, size: int, outputs: int) -> Tensor:
         projection = torch.empty(size, outputs)
-        replace(self.init, seed=seed).draw(projection, projection, fresh)
+        replace(self.init, seed=seed).draw(projection, projection, default_init_)
         return projection
 
     def _begin(self, model: nn.Module, inputs: tuple) -> None:
-        self._passes.taps, self._passes.learns = [], torch.is_grad_enabled()
+        self._current.inputs, self._current.learns = [], torch.is_grad_enabled()
 
-    def _broadcast(self, model: nn.Module, inputs: tuple, output: object) -> Tensor | None:
-        taps, self._passes.taps = self._passes.taps, None
-        if not taps:
+    def _broadcast(self, model: nn.Module, arguments: tuple, output: object) -> Tensor | None:
+        inputs, self._current.inputs = self._current.inputs, None
+        if not inputs:
             return None
         if not isinstance(output, Tensor) or output.dim() < 2:
             what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"output is {what}, expected one tensor [N, ...]: dfa broadcasts its gradient")
-        for layer, input in taps:
+        for layer, input in inputs:
             if len(input) != len(output):
                 shapes = f"input of {layer} has shape {tuple(input.shape)} and output {tuple(output.shape)}"
                 raise ValueError(f"{shapes}, expected the batch in dimension 0 of both")
-        sizes = [(layer, input[0].numel()) for layer, input in taps]
+        sizes = [(layer, input[0].numel()) for layer, input in inputs]
         seed: Tensor = model.direct_feedback_seed  # type: ignore[assignment]
         projection = self.projection(sizes, output[0].numel(), seed, output.detach())
-        return _Broadcast.apply(output, projection, *(input for _, input in taps))
+        return _Broadcast.apply(output, projection, *(input for _, input in inputs))
 
 
-class _Passes(threading.local):
-    """The pass of this thread that is under way: what it has seen, and whether it began with gradients.
+class _CurrentPass(threading.local):
+    """The forward pass that this thread is running: the inputs of layers so far, and whether it began with gradients.
 
-    A copy has none under way.
+    A copy or a pickle starts without a pass.
     """
 
-    taps: list[tuple[str, Tensor]] | None = None
+    inputs: list[tuple[str, Tensor]] | None = None
     learns = False
 
     def __reduce__(self):
-        return _Passes, ()
+        return _CurrentPass, ()
 
 
 _drawing = threading.Lock()
 
 
 def _exclude_from_compilation() -> None:
-    """Have the compiler call ``projection``, which draws at the first pass alone, instead of tracing it.
+    """Make the compiler call ``projection`` instead of tracing it, because it draws only in the first pass.
 
-    This imports torch._dynamo, which takes longer than torch itself: it is done for models that use dfa, not at import.
+    This imports torch._dynamo, which takes longer than torch itself, so it is done for models that use dfa and not when
+    the package is imported.
     """
     if not hasattr(DirectFeedback.projection, "_torchdynamo_disable"):
-        reason = "draws what depends on no input, at the first pass alone"
+        reason = "draws in the first pass only, independently of the inputs"
         DirectFeedback.projection = torch.compiler.disable(DirectFeedback.projection, reason=reason)  # type: ignore[method-assign]
 
 
@@ -163,12 +164,12 @@ class DirectInput:
     shared: DirectFeedback
 
     def detach(self, input: Tensor) -> Tensor:
-        """:meth:`DirectFeedback.detach_input` under the layer's name."""
+        """Call :meth:`DirectFeedback.detach_input` with the layer's name."""
         return self.shared.detach_input(self.layer, input)
 
 
 class _Broadcast(torch.autograd.Function):
-    """The output as it is; backward, its gradient, and its projection to each of the inputs."""
+    """Returns the output unchanged; backward also returns the projection of its gradient for each of the inputs."""
 
     @staticmethod
     def forward(ctx, output, projection, *inputs):
@@ -180,7 +181,10 @@ class _Broadcast(torch.autograd.Function):
     def backward(ctx, grad_output):
         (projection,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            raise RuntimeError("pyfeedback: double backward is not defined: a feedback path is no derivative")
+            raise RuntimeError(
+                "pyfeedback: double backward is not supported: the feedback path is not the derivative of the forward "
+                "pass"
+            )
         errors = grad_output.flatten(1) @ projection.t()
         parts = errors.split([shape[1:].numel() for shape in ctx.shapes], 1)
         grads = (part.reshape(s).to(d) for part, s, d in zip(parts, ctx.shapes, ctx.dtypes, strict=True))
@@ -188,5 +192,5 @@ class _Broadcast(torch.autograd.Function):
 
 
 def _keep_seed(model: nn.Module, state_dict: dict, prefix: str, *others) -> None:
-    """A checkpoint of the plain model loads, and leaves the projections as they are."""
+    """Let a checkpoint of the plain model load; the projections do not change."""
     state_dict.setdefault(f"{prefix}direct_feedback_seed", model.direct_feedback_seed)

@@ -1,4 +1,4 @@
-"""What the layers share: a feedback weight beside the weight, and a rule."""
+"""The base class of the layers: a feedback weight in addition to the weight, and a rule."""
 
 import logging
 import math
@@ -11,34 +11,34 @@ from torch import Tensor
 from pyfeedback import functional
 from pyfeedback.core.geometry import Geometry
 from pyfeedback.core.values import refuse_no_tensor
-from pyfeedback.init import Init, as_init, fresh
+from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn.direct import DirectInput
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
 _log = logging.getLogger("pyfeedback")
-_warned: WeakSet[torch.nn.Module] = WeakSet()  # layers that were warned about
+_warned: WeakSet[torch.nn.Module] = WeakSet()  # layers for which a warning was logged
 
 
 class FeedbackLayer(torch.nn.Module):
-    """What the layers share: ``rule``, and ``feedback``, a Parameter in the layout of ``weight``.
+    """Base class of the layers, with ``rule``, and ``feedback``, a Parameter in the layout of ``weight``.
 
-    ``feedback`` is None under a rule with weight transport (bp), and needs no gradient under one that leaves it as it
-    was drawn (fa).
+    ``feedback`` is None if the rule has weight transport (bp). It requires no gradient if the rule keeps its initial
+    value (fa).
     """
 
     rule: Rule
     weight: Tensor
     feedback: torch.nn.Parameter | None
     feedback_init: Init
-    mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product
-    direct: DirectInput | None = None  # under dfa, where the error comes straight from the model's output
-    called = False  # True from the first forward on; stays False where a model only reads the weight
-    scheduled: Tensor | None = None  # the coefficients under a schedule, as an input of a compiled graph
-    unscheduled: Rule | None = None  # the rule before the schedule
+    mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product (pfa)
+    direct: DirectInput | None = None  # only under dfa, where the error comes directly from the model's output
+    called = False  # True from the first forward pass on; remains False if a model only reads the weight
+    scheduled: Tensor | None = None  # the coefficients under a schedule, an input of a compiled graph
+    unscheduled: Rule | None = None  # the rule before the schedule changed it
 
     def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
-        """Give the layer a rule and a fresh feedback weight of the dtype, device and layout of ``weight``."""
+        """Give the layer a rule and a new feedback weight with the dtype, device and layout of ``weight``."""
         self.rule, self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
         self.called = False
@@ -54,12 +54,12 @@ class FeedbackLayer(torch.nn.Module):
         self.reset_feedback()
 
     def detach_feedback(self) -> None:
-        """Leave nothing of :meth:`attach_feedback`."""
+        """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
         del self.called
 
-    def reset_feedback(self, law: Callable[[Tensor], object] = fresh) -> None:
-        """Draw the feedback weight as ``feedback_init`` says, by default as torch.nn draws a fresh ``weight``."""
+    def reset_feedback(self, law: Callable[[Tensor], object] = default_init_) -> None:
+        """Draw the feedback weight by ``feedback_init``; ``law`` is the init_fn to use if that has none."""
         feedback, init = self.feedback, self.feedback_init
         if feedback is None or feedback.is_meta:
             return
@@ -72,10 +72,10 @@ class FeedbackLayer(torch.nn.Module):
                 feedback.copy_(feedback.square().mean().sqrt().expand_as(feedback))
 
     def enter(self, input: Tensor) -> Tensor | None:
-        """Begin a forward pass: check the input, mark the layer as called, return :meth:`effective_feedback`."""
+        """Begin a forward pass: check the input, mark the layer as called, and return :meth:`effective_feedback`."""
         if not isinstance(input, Tensor):
             refuse_no_tensor("input", input)
-        object.__setattr__(self, "called", True)  # that of nn.Module takes a microsecond
+        object.__setattr__(self, "called", True)  # nn.Module.__setattr__ takes a microsecond
         feedback = self.feedback
         if feedback is None:
             return None
@@ -86,7 +86,7 @@ class FeedbackLayer(torch.nn.Module):
         return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
 
     def run(self, geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
-        """The output of these weights under the layer's rule, for an input with or without a batch."""
+        """Compute the output with these weights under the layer's rule, for an input with or without a batch."""
         if input.dim() == weight.dim() - 1:
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
         rule, scheduled = self.rule, self.scheduled
@@ -107,7 +107,7 @@ class FeedbackLayer(torch.nn.Module):
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
 
     def _check_gradients_are_cleared(self) -> None:
-        """Warn, once for each layer, where the gradients of W were cleared and those of the feedback were not."""
+        """Warn, once per layer, if the gradient of W was cleared and that of the feedback was not."""
         weight = self.weight
         learns = torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad
         if learns and weight.grad is None and self not in _warned:
@@ -121,10 +121,10 @@ class FeedbackLayer(torch.nn.Module):
             )
 
     def effective_feedback(self, random: bool = True) -> Tensor | None:
-        """The feedback weight of a pass: ``feedback`` with what the rule does to it.
+        """Return the feedback weight that a pass uses: ``feedback`` as modified by the rule.
 
         Args:
-            random: False leaves out the random magnitudes of brsf.
+            random: whether to draw the random magnitudes of brsf.
         """
         feedback, rule = self.feedback, self.rule
         if feedback is None or (rule.signs == "free" and not rule.expansion):
@@ -137,26 +137,26 @@ class FeedbackLayer(torch.nn.Module):
         return torch.copysign(magnitudes, self.weight.detach())
 
     def forward_without_hooks(self, input: Tensor) -> Tensor:
-        """The output for an input, without a call of the layer's hooks."""
+        """Compute the output without calling the layer's hooks."""
         return type(self).forward(self, input)
 
     def factor_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of a feedback that is a factor (pfa), from that of the product."""
+        """Compute the gradient of a feedback weight that is a factor (pfa) from the gradient of the product."""
         assert self.mixing is not None
         return (self.mixing.t() @ grad.flatten(1)).view(-1, *self.weight.shape[1:])
 
     def detach_input(self, input: Tensor) -> Tensor:
-        """The input, detached where the error comes straight from the model's output."""
+        """Detach the input if the error comes directly from the model's output (dfa)."""
         return input if self.direct is None else self.direct.detach(input)
 
     def reset_parameters(self) -> None:
-        """Draw weight, bias and feedback afresh."""
-        super().reset_parameters()  # type: ignore[misc]  # of the torch.nn layer beside this class
-        if "feedback" in self._parameters:  # torch.nn calls this before the feedback is there
+        """Draw weight, bias and feedback again."""
+        super().reset_parameters()  # type: ignore[misc]  # defined by the torch.nn layer, the other base class
+        if "feedback" in self._parameters:  # the constructor of torch.nn calls this before the feedback exists
             self.reset_feedback()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *others) -> None:
-        """A checkpoint of torch.nn's layer loads: the feedback it lacks stays as it is, with a warning."""
+        """Load a checkpoint; one of the torch.nn layer loads too, with a warning that the feedback is unchanged."""
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
         for name in ("feedback", "mixing"):
             if f"{prefix}{name}" in missing_keys:
@@ -168,7 +168,7 @@ class FeedbackLayer(torch.nn.Module):
 
 
 def warn_of_uncalled(layers: Mapping[str, FeedbackLayer]) -> None:
-    """Warn, once for each layer, of those that no forward pass has called although it called others."""
+    """Warn, once per layer, about layers that have never been called while others have."""
     left = [name for name, layer in layers.items() if not layer.called and layer not in _warned]
     if left and any(layer.called for layer in layers.values()):
         _warned.update(layers[name] for name in left)

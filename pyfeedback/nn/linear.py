@@ -16,8 +16,8 @@ class Linear(FeedbackLayer, torch.nn.Linear):
 
     Args:
         rule: a name of :func:`pyfeedback.rule`, or a :class:`pyfeedback.Rule`.
-        init: how the feedback is drawn: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
-        others: as torch.nn.Linear.
+        init: the initialization of the feedback: a :class:`pyfeedback.Init`, or a function of torch.nn.init.
+        others: as in torch.nn.Linear.
 
     Shape:
         input [N, ..., C] or [C]; output [N, ..., K] or [K]; feedback [K, C].

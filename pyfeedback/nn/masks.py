@@ -1,4 +1,4 @@
-"""What attention is given, checked as torch.nn.MultiheadAttention does, and its two masks merged into one."""
+"""Checks of the inputs and masks of attention, as in torch.nn.MultiheadAttention, and the merging of its two masks."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from pyfeedback.core.values import refuse_no_tensor
 
 
 class Sizes(NamedTuple):
-    """Of what attention is given: batch N, query length L, key length S."""
+    """Sizes of the inputs of attention: batch N, query length L, key length S."""
 
     batched: bool
     batch: int
@@ -19,11 +19,11 @@ class Sizes(NamedTuple):
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, embed_dim: int, batch_first: bool) -> Sizes:
-    """Sizes of the inputs; each error is one line.
+    """Check the inputs and return their sizes.
 
     Raises:
-        TypeError: one is no tensor.
-        ValueError: their shapes do not fit together.
+        TypeError: an input is not a tensor.
+        ValueError: the shapes of the inputs do not match.
     """
     layout = "[N, L, E]" if batch_first else "[L, N, E]"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -56,11 +56,11 @@ def check_masks(
     need_weights: bool,
     causal: bool,
 ) -> None:
-    """Refuse in one line the masks that torch refuses; ``causal`` says that the hint is taken for ``attn_mask``.
+    """Raise for masks that torch refuses; ``causal`` means that ``is_causal`` is used in place of ``attn_mask``.
 
     Raises:
-        TypeError: a mask is no tensor, or its dtype is neither bool nor that of the computation.
-        ValueError: its shape or device is another.
+        TypeError: a mask is not a tensor, or its dtype is neither bool nor that of the computation.
+        ValueError: a mask has the wrong shape or device.
     """
     autocast = query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
     for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
@@ -74,7 +74,7 @@ def check_masks(
             raise TypeError(f"{name} has dtype {mask.dtype}, expected {_dtypes(query.dtype)}")
         _check_shape(name, mask, sizes, heads, causal)
     given = {
-        name: mask.dtype if mask.is_floating_point() else query.dtype  # a boolean one takes that of the query
+        name: mask.dtype if mask.is_floating_point() else query.dtype  # boolean masks are converted to query's dtype
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask))
         if mask is not None and not causal
     }
@@ -83,15 +83,15 @@ def check_masks(
 
 
 def _check_dtype(given: dict[str, torch.dtype], expected: torch.dtype, autocast: bool, need_weights: bool) -> None:
-    """Refuse masks whose sum torch does not add to products of dtype ``expected``.
+    """Raise for masks whose sum torch does not add to products of dtype ``expected``.
 
-    Autocast casts all but float64; scaled_dot_product_attention takes float32 beside any dtype.
+    Autocast casts all dtypes but float64; scaled_dot_product_attention accepts a float32 mask for inputs of any dtype.
     """
     (name, dtype), *others = given.items()
     for _, other in others:
         dtype = torch.promote_types(dtype, other)
-    taken = dtype == expected or (autocast and dtype != torch.float64)
-    if not taken and (need_weights or dtype != torch.float32):
+    accepted = dtype == expected or (autocast and dtype != torch.float64)
+    if not accepted and (need_weights or dtype != torch.float32):
         name = name if given[name] == dtype else others[0][0]
         raise TypeError(f"{name} has dtype {given[name]}, expected {_dtypes(expected)}")
 
@@ -99,7 +99,7 @@ def _check_dtype(given: dict[str, torch.dtype], expected: torch.dtype, autocast:
 def merged(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, sizes: Sizes, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """One additive mask that broadcasts over [N, heads, L, S]; True hides in a boolean one."""
+    """Merge the masks into an additive one that broadcasts to [N, heads, L, S]; in boolean masks, True masks out."""
     total: Tensor | None = None
     for mask, is_padding in ((attn_mask, False), (key_padding_mask, True)):
         if mask is None:

@@ -1,4 +1,4 @@
-"""What PyTorch is told about each op: its schema, implementation, fake, autograd formula and autocast."""
+"""Registration of the ops with PyTorch: schemas, implementations, fakes, autograd formulas and autocast."""
 
-from pyfeedback.ops import schemas as schemas  # isort: skip  # defines the ops before anything implements them
+from pyfeedback.ops import schemas as schemas  # isort: skip  # must define the ops before they are implemented
 from pyfeedback.ops import library as library

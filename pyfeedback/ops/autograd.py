@@ -1,15 +1,15 @@
-"""The autograd formula of a layer, and the three wrappers that PyTorch needs of it.
+"""The autograd formula of a layer, and the three wrappers that PyTorch needs for it.
 
-The formula is :func:`gradients`: what :func:`pyfeedback.backends.dispatch.plan` decided in the forward computes every
-gradient, once and outside of autocast. It cannot be differentiated again.
+The formula is :func:`gradients`. It computes all gradients as :func:`pyfeedback.backends.dispatch.plan` decided in the
+forward pass, outside of autocast. Double backward is not supported.
 
-* :class:`EagerLayer` is a Function whose forward receives its context, the form with the least overhead: two thirds of
-  what the dispatcher costs on a tiny layer.
-* :class:`TransformableLayer` separates its context from its forward, as torch.func requires, which costs a tiny layer a
-  third more. It is used inside a transform alone.
-* :func:`register` gives the formula to the ops themselves, for the dispatcher and torch.compile: what a compiler makes
-  of a Function that carries symbolic numbers differs between releases, and torch 2.10 makes a wrong gradient of it. The
-  backward is an op as well, so that a compiled graph has one node for it.
+* :class:`EagerLayer` is a Function whose forward receives the context. This form has the least overhead: two thirds of
+  the dispatcher's on a tiny layer.
+* :class:`TransformableLayer` sets up its context separately from its forward, as torch.func requires. This costs a
+  third more on a tiny layer, so it is used only inside a transform.
+* :func:`register` registers the formula for the ops themselves, for the dispatcher and torch.compile. Compilers do not
+  handle a Function with symbolic numbers the same in all releases, and torch 2.10 computes a wrong gradient. The
+  backward is an op as well, so that a compiled graph has a single node for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ ONCE = "pyfeedback: double backward is not supported: the feedback path is not t
 
 
 def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | None]) -> Gradients:
-    """The gradients of input, weight, feedback and bias, from the saved input, weight, feedback and response."""
+    """Compute the gradients of input, weight, feedback and bias from the saved input, weight, feedback and response."""
     if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():
             grads = gradients(call, grad_output, saved)
@@ -46,7 +46,7 @@ class EagerLayer(torch.autograd.Function):
     def forward(ctx, input, weight, feedback, bias, geometry: Geometry, rule: Coefficients):
         output = geometry.fprop(input, weight, bias)
         if output._is_view():
-            output = output.data  # as not_a_view, which takes 3 microseconds
+            output = output.data  # like not_a_view, which takes 3 microseconds
         call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], bias is None)
         response = output if call.reads_response and bias is None else None
         ctx.save_for_backward(input, weight, feedback, response)
@@ -58,7 +58,7 @@ class EagerLayer(torch.autograd.Function):
 
 
 class TransformableLayer(torch.autograd.Function):
-    """A layer under torch.func: grad and vjp by the formula, vmap by a loop."""
+    """A layer under torch.func: grad and vjp use the formula, vmap is a loop."""
 
     @staticmethod
     def forward(input, weight, feedback, bias, geometry, rule, backend):
@@ -103,12 +103,12 @@ class _TransformableGradients(torch.autograd.Function):
 
 
 def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
-    """Give the op ``name`` the formula, by way of its op ``{name}_backward``.
+    """Register the formula for the op ``name``; its backward calls the op ``{name}_backward``.
 
     Args:
-        geometry_of: the geometry, from the op's arguments after the tensors.
-        scheduled: the coefficients are a tensor behind the others, whose values the forward does not know. The response
-            is then saved wherever it is available.
+        geometry_of: makes the geometry from the op's arguments after the tensors.
+        scheduled: whether the coefficients are a tensor, after the other tensors. Its values are not read in the
+            forward pass, so the response is saved whenever it is available.
     """
     backward_op = getattr(torch.ops.pyfeedback, f"{name}_backward").default
 
@@ -123,7 +123,7 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
         ctx.save_for_backward(input, weight, feedback, output if keep else None, *coefficients)
 
     def backward(ctx, grad_output):
-        # The dispatcher drops trailing arguments that have their default, from the gradients that it expects too.
+        # The dispatcher drops trailing arguments that equal their defaults, and expects no gradients for them.
         expected = len(ctx.needs_input_grad)
         mask = [*ctx.needs_input_grad, False][:4]
         with in_force(ctx.backend):
@@ -135,7 +135,7 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
 
 
 class _Once(torch.autograd.Function):
-    """Four gradients as functions of all that made them, which cannot be differentiated."""
+    """The four gradients as functions of all the tensors they were computed from; backward raises."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -151,20 +151,21 @@ def _refuse(ctx, *grads) -> NoReturn:
 
 
 def not_a_view(output: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: autograd refuses in-place work on a view that a custom function returns.
+    """Return the same memory as a tensor that is not a view.
 
-    F.linear returns one where the input has more than two dimensions.
+    Autograd refuses in-place operations on a view that a custom function returns. F.linear returns a view if the input
+    has more than two dimensions.
     """
     return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether autocast is on; the meta device has none, and torch raises when asked about it."""
+    """Whether autocast is enabled. The meta device has no autocast, and torch raises an error for it."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _unstacked(size: int, in_dims: tuple, arguments: tuple) -> list[tuple]:
-    """The arguments of each element of a batch; one without a batch dimension is the same for all."""
+    """The arguments for each element of a batch; an argument without a batch dimension is the same for all."""
     pairs = list(zip(arguments, in_dims, strict=True))
     return [
         tuple(a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in pairs) for i in range(size)

@@ -1,6 +1,6 @@
 """The implementation, fake, autograd formula and autocast of every op, registered with PyTorch.
 
-Implementations check their arguments and call the backend that :mod:`pyfeedback.backends.dispatch` chooses.
+Each implementation checks its arguments and calls the backend that :mod:`pyfeedback.backends.dispatch` chooses.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from pyfeedback.core.step_options import StepOptions
 from pyfeedback.ops.autograd import not_a_view, register
 from pyfeedback.ops.schemas import LIBRARY
 
-ALL = (True, True, True, True)  # gradients
+ALL = (True, True, True, True)  # output_mask: compute all gradients
 
 _ops = torch.ops.pyfeedback
 
 
-# The layers: what an op passes after its tensors is its geometry, and one function serves them all.
+# The layers. The arguments of an op after its tensors define its geometry; the same functions implement all layers.
 
 
 def _conv2d(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> Convolution:
@@ -46,7 +46,7 @@ def _forward(geometry_of: Callable[..., Geometry]) -> Callable[..., Tensor]:
 
 
 def _checked(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, mask) -> tuple:
-    """Geometry and coefficients of a backward op, after its arguments were checked."""
+    """Check the arguments of a backward op, and return its geometry and coefficients."""
     geometry, coefficients = geometry_of(*arguments), Coefficients(**rule)
     if geometry_of is from_arguments:
         layer_checks.check_lengths(geometry, weight.dim() - 2)
@@ -76,15 +76,15 @@ def _fake_backward(geometry_of: Callable[..., Geometry]) -> Callable:
 
 
 def _empty_gradients(grad_output: Tensor, input: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple:
-    """Each gradient has the memory format of the tensor that it is the gradient of."""
+    """Uninitialized gradients, each in the memory format of its tensor."""
     channels = grad_output.shape[-1] if weight.dim() == 2 else grad_output.shape[1]
     grads = [torch.empty_like(t) if need else None for t, need in zip((input, weight, weight), mask, strict=False)]
     return (*grads, weight.new_empty(channels) if mask[3] else None)
 
 
-# The same with coefficients that are a tensor. A compiler turns numbers into constants of its graph and would compile
-# again at each step of a schedule. A tensor on the CPU is an input of the graph: pyfeedback.schedules.Schedule writes
-# to it, and the backward reads it when it runs.
+# The layers with a tensor of coefficients. A compiler makes numbers constants of its graph, so it would recompile at
+# each step of a schedule. A CPU tensor is an input of the graph: pyfeedback.schedules.Schedule writes to it, and the
+# backward reads it when it runs.
 
 
 def _scheduled(input, weight, feedback, bias, coefficients, *arguments, center, samples, positions) -> Tensor:
@@ -111,7 +111,7 @@ def _fake_scheduled_backward(grad_output, input, weight, *others, output_mask=AL
 
 
 def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **options) -> None:
-    """The op's implementation; eager callers call it directly, since the dispatcher costs more than a small step."""
+    """The op's implementation. Eager code calls it directly, because the dispatcher costs more than a small step."""
     if not isinstance(feedback, (list, tuple)) or not all(isinstance(t, Tensor) for t in feedback[:1]):
         step_checks.refuse_list("feedback", feedback)
     coefficients, given = {"decay": decay, "self_": self_, "tie": tie}, StepOptions(**options)
@@ -136,7 +136,7 @@ def _add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> No
 
 
 def mix(mixing: Tensor, feedback: Tensor, decay: float) -> Tensor:
-    """A feedback that is a product, [K, M] times [M, ...]; ``decay`` acts on the second factor, in its gradient."""
+    """Compute the feedback as a product, [K, M] times [M, ...]; ``decay`` is part of the second factor's gradient."""
     layer_checks.check_mix(mixing, feedback, decay)
     return (mixing @ feedback.flatten(1)).view(mixing.shape[0], *feedback.shape[1:])
 
@@ -161,7 +161,7 @@ def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **
 
 
 def _fake_native_step(feedback, weight, grad, momentum_buffer, **options) -> None:
-    """This op accepts one number for all rows, too."""
+    """Unlike ``feedback_step_``, this op also accepts one number for all rows."""
     for name in ("decay", "self_", "tie"):
         options[name] = list(options[name]) * (len(feedback) if len(options[name]) == 1 else 1)
     _fake_step(feedback, weight, grad, momentum_buffer, **options)
@@ -214,7 +214,7 @@ def _differentiate_mix(ctx, grad: Tensor):
 torch.library.register_autograd("pyfeedback::mix", _differentiate_mix, setup_context=_save_factors, lib=LIBRARY)
 
 
-# Autocast: the forward ops run in the autocast dtype, as torch's convolution and linear layer do.
+# Autocast: the forward ops run in the autocast dtype, like torch's convolution and linear layers.
 
 
 def _autocast(op, device_type: str):
@@ -229,7 +229,7 @@ def _autocast(op, device_type: str):
 
 
 def cast_to(value, dtype: torch.dtype, device_type: str):
-    """What autocast does to one argument: floating tensors of the device, float64 apart, take ``dtype``."""
+    """Cast an argument as autocast does: floating-point tensors on the device, except float64, to ``dtype``."""
     eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
     return value.to(dtype) if eligible and value.device.type == device_type else value
 

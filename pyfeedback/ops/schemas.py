@@ -1,8 +1,8 @@
-"""The schema of every op, once.
+"""The schemas of all ops.
 
-`fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`; `center` and `add_centered_` are
-steps of their backward; `mix` makes the feedback of pfa; `scheduled_layer` takes the coefficients as a tensor;
-`native_*` are implemented by the compiled library and called by :mod:`pyfeedback.backends` alone.
+`fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`. `center` and `add_centered_` are
+steps of the backward of `fa_*`. `mix` computes the feedback of pfa. `scheduled_layer` takes the coefficients as a
+tensor. `native_*` are implemented by the compiled library and called only by :mod:`pyfeedback.backends`.
 """
 
 import torch

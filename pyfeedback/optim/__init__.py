@@ -1,7 +1,8 @@
-"""Optimizers: of the feedback weights beside one of torch.optim, or of a whole model at once.
+"""Optimizers for the feedback weights alone, to use with an optimizer of torch.optim, or for a whole model.
 
-Where a rule reads no activations (sa, kp) its gradient is made of W, the gradient of W, and B: the optimizer computes
-it and autograd does no work. W and B of a layer are stepped together, and what both read is read from memory once.
+The gradient of a rule that reads no activations (sa, kp) depends only on W, the gradient of W, and B. The optimizer
+computes it, and autograd does no work for it. W and B of a layer are updated together, so that data which both updates
+read is loaded from memory once.
 """
 
 from pyfeedback.optim.adamw import AdamW

@@ -1,4 +1,4 @@
-"""AdamW of a whole model at once."""
+"""AdamW for a whole model."""
 
 from typing import Any
 
@@ -14,20 +14,20 @@ from pyfeedback.optim.rows import Row, feedback_row, forward_row, is_computed, i
 class AdamW(RowOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW`` for a converted model: W, B and every other parameter.
 
-    Forward parameters step as under torch.optim.AdamW with the same arguments. Each B takes Adam's step along its
-    rule's gradient, without ``weight_decay``: a rule's decay is part of that gradient. Kolen-Pollack (a tie and a decay
-    and nothing else) is the exception: there W and B must take the same step, so the decay is decoupled as W's is, and
-    W - B shrinks by 1 - lr * decay where ``weight_decay`` equals the rule's ``decay``.
+    Forward parameters are updated as by torch.optim.AdamW with the same arguments. Each B takes an Adam step along its
+    rule's gradient, without ``weight_decay``, because the rule's decay is part of that gradient. Kolen-Pollack (tie and
+    decay only) is the exception: W and B must take the same step, so its decay is decoupled like that of W. If
+    ``weight_decay`` equals the rule's ``decay``, W - B is multiplied by 1 - lr * decay in each step.
 
     Args:
-        model: a model with feedback layers; its parameters are taken as they are now.
-        lr, betas, eps, weight_decay, amsgrad: as torch.optim.AdamW.
-        params: as :class:`SGD`.
+        model: a model with feedback layers. The optimizer updates the parameters that the model has now.
+        lr, betas, eps, weight_decay, amsgrad: as in torch.optim.AdamW.
+        params: as in :class:`SGD`.
 
-    Under ``torch.amp.GradScaler`` as :class:`SGD`.
+    ``torch.amp.GradScaler`` is supported as by :class:`SGD`.
 
     Raises:
-        ValueError: no feedback layer in ``model``, or a number out of range.
+        ValueError: ``model`` has no feedback layer, or a number is out of range.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
         row = feedback_row(p, layer, self._names[p], by_autograd, False)
         if row is None or not tied:
             return row
-        # The decay is decoupled: it is left out of the gradient, and taken out where autograd has put it in.
+        # The decay is decoupled: it is not added to the gradient, and subtracted from a gradient that includes it.
         return row._replace(decay=-layer.rule.decay if by_autograd else 0.0, weight_decay=group["weight_decay"])
 
     def _update(self, rows: list[Row], *options) -> None:
@@ -86,7 +86,9 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
         for row in rows:
             if row.grad.is_sparse:
                 shape = tuple(row.param.shape)
-                raise RuntimeError(f"a parameter of shape {shape} has a sparse gradient, expected SGD: AdamW has none")
+                raise RuntimeError(
+                    f"a parameter of shape {shape} has a sparse gradient, expected a dense one; SGD supports sparse"
+                )
             state = self._state_of(row.param, ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])))
             grad = row.grad if row.tie == 1.0 else row.grad * row.tie
             adamw(
@@ -97,7 +99,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
             )  # fmt: skip
 
     def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """As torch.optim.AdamW's fused form keeps it."""
+        """The state of a parameter, in the format of torch.optim.AdamW with fused=True."""
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

@@ -1,4 +1,4 @@
-"""What the optimizers share: which rows a step updates, in which calls."""
+"""Base class of the optimizers: it decides which rows a step updates, and in which calls."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,31 +12,31 @@ from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.core.values import in_words
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
-from pyfeedback.optim.rows import Row, Scaling, is_computed, unscaled
+from pyfeedback.optim.rows import LossScale, Row, is_computed, without_loss_scale
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """Steps the rows of all groups, in as few calls as their options allow."""
+    """Updates the rows of all groups, in as few calls as their options allow."""
 
     _layers: dict[nn.Parameter, FeedbackLayer]
     _names: dict[nn.Parameter, str]  # of the layers, by their feedback weights
-    _step_supports_amp_scaling = True  # GradScaler leaves the gradients, and sets grad_scale and found_inf
+    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, and does not unscale the gradients
 
     def _options(self, group: dict[str, Any]) -> tuple:
-        """What the rows of one call have in common, as `_update` takes it."""
+        """The options that the rows of one call share, as arguments of `_update`."""
         raise NotImplementedError
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
-        """None where nothing moves the parameter."""
+        """The row of a parameter; None if this step does not update it."""
         raise NotImplementedError
 
     def _update(self, rows: list[Row], *options) -> None:
         raise NotImplementedError
 
     def _update_by_torch(self, rows: list[Row], *options) -> None:
-        """As `_update`, of complex parameters and sparse gradients."""
+        """`_update` for complex parameters and sparse gradients."""
         raise NotImplementedError
 
     def __getstate__(self):
@@ -49,16 +49,16 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)  # left by torch.amp.GradScaler, as grad_scale
+        found_inf = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler, like grad_scale
         if found_inf is None or not found_inf:
             for by_torch, options, rows in self._calls():
                 (self._update_by_torch if by_torch else self._update)(rows, *options)
         return loss
 
     def _calls(self) -> Iterator[tuple[bool, tuple, list[Row]]]:
-        """Whether torch's own functions update the rows, their options, and the rows, of each call.
+        """Yield for each call: whether torch's own functions make the update, the options, and the rows.
 
-        B's update must see W before W is updated. If both share options they go in one call, B first; otherwise W is
+        B's update must read W before W is updated. If both share options they go in one call, B first; otherwise W is
         deferred to a second call. If W is computed from other parameters, those are deferred too.
         """
         places: dict[nn.Parameter, tuple[dict, tuple]] = {}
@@ -69,8 +69,8 @@ class RowOptimizer(torch.optim.Optimizer):
         for b, layer in self._layers.items():
             readers.setdefault(layer.weight, []).append(b)
         in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in places]
-        unmade = all(w in places for w in readers)
-        scaling, uncalled = Scaling.of(self), self._uncalled()
+        none_computed = all(w in places for w in readers)
+        loss_scale, uncalled = LossScale.of(self), self._uncalled()
         calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
         for p in dict.fromkeys([*in_turn, *places]):
             group, shared = places[p]
@@ -78,17 +78,17 @@ class RowOptimizer(torch.optim.Optimizer):
             if row is not None:
                 of_feedback = self._layers.get(p)
                 has_weight = of_feedback is not None and of_feedback.weight in places
-                row = unscaled(row, of_feedback, self._names.get(p, ""), scaling, has_weight)
+                row = without_loss_scale(row, of_feedback, self._names.get(p, ""), loss_scale, has_weight)
                 beside = {places[b][1] for b in readers.get(p, ())}
-                late = p not in self._layers and (beside != {shared} if beside else not unmade)
+                late = p not in self._layers and (beside != {shared} if beside else not none_computed)
                 calls[late].setdefault((row.by_torch, shared), []).append(row)
         for of_time in calls.values():
             for (by_torch, (_, options)), rows in of_time.items():
                 yield by_torch, options, rows
 
     def _uncalled(self) -> set[nn.Parameter]:
-        """Feedback weights of layers whose weight is trained without a call of the layer, by plain backprop."""
-        if not any(layer.called for layer in self._layers.values()):  # gradients that no forward pass of it has made
+        """Feedback weights of layers that are never called although their weight is trained, by plain backprop."""
+        if not any(layer.called for layer in self._layers.values()):  # the gradients were set without a forward pass
             return set()
         uncalled = {b for b, layer in self._layers.items() if not layer.called and layer.weight.grad is not None}
         if uncalled:
@@ -99,14 +99,17 @@ class RowOptimizer(torch.optim.Optimizer):
 
 
 def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], dict[nn.Parameter, str]]:
-    """Layers and their names by feedback weight; autograd is left out where the optimizer computes the gradient."""
+    """Return the layers and their names, by feedback weight.
+
+    Sets ``requires_grad`` of each feedback weight: False if the optimizer computes its gradient.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected the converted model itself, not its parameters")
     if not any(isinstance(module, FeedbackLayer) for module in model.modules()):
         raise ValueError("model has no layer with a feedback weight, expected one converted by pyfeedback.convert")
     named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
     layers = {feedback: layer for feedback, (_, layer) in named.items()}
-    if not isinstance(model, DistributedDataParallel):  # which waits for the gradients it saw promised
+    if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with
         for feedback, layer in layers.items():
             rule = layer.unscheduled or layer.rule
             feedback.requires_grad_(rule.reads_data or (rule.learns and is_computed(layer)))
@@ -114,7 +117,7 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
 
 
 def check_option(name: str, value: object, below: float = math.inf) -> None:
-    """Raise where ``value`` is no number, or tensor of one number, from 0 to ``below``."""
+    """Raise unless ``value`` is a number, or a tensor of one number, that is at least 0 and less than ``below``."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     number = number or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not 0 <= value < below:  # type: ignore[operator]
@@ -123,11 +126,11 @@ def check_option(name: str, value: object, below: float = math.inf) -> None:
 
 
 def forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, Any]]:
-    """Parameter groups of what is no feedback weight."""
+    """Parameter groups of the forward parameters: ``params`` if given, else all of ``model``."""
     given: list = list(forward_parameters(model) if params is None else params)
     return given if given and isinstance(given[0], dict) else [{"params": given}]
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of tensors that FSDP may shard."""
+    """The local shards of tensors that FSDP may have sharded."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

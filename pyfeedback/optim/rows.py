@@ -1,4 +1,4 @@
-"""What an optimizer of :mod:`pyfeedback.optim` does to one parameter in one step."""
+"""The update of one parameter in one step of an optimizer of :mod:`pyfeedback.optim`."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from pyfeedback.rules import Rule
 
 
 class Row(NamedTuple):
-    """What moves one parameter: its gradient is ``decay * param - self_ * weight + tie * grad``."""
+    """The update of one parameter, along the gradient ``decay * param - self_ * weight + tie * grad``."""
 
     param: nn.Parameter
     weight: Tensor
@@ -18,18 +18,18 @@ class Row(NamedTuple):
     decay: float
     self_: float
     tie: float
-    weight_decay: float = 0.0  # that is no part of the gradient
+    weight_decay: float = 0.0  # decoupled: not part of the gradient
     by_torch: bool = False  # complex, or with a sparse gradient: updated by the functions of torch.optim
 
 
-class Scaling(NamedTuple):
-    """What torch.amp.GradScaler has done to the gradients."""
+class LossScale(NamedTuple):
+    """The loss scale by which torch.amp.GradScaler has multiplied the gradients."""
 
-    factor: float | None  # by which they are to be multiplied; None where scaler.unscale_ has done it already
+    factor: float | None  # 1 / scale; None if scaler.unscale_ has already been called
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> "Scaling | None":
-        """What the scaler left on the optimizer; None without a scaler."""
+    def of(cls, optimizer: torch.optim.Optimizer) -> "LossScale | None":
+        """Return the scale that a scaler has set on the optimizer; None without a scaler."""
         if getattr(optimizer, "found_inf", None) is None:
             return None
         scale = getattr(optimizer, "grad_scale", None)
@@ -37,20 +37,20 @@ class Scaling(NamedTuple):
 
 
 def is_tied(rule: Rule) -> bool:
-    """True for Kolen-Pollack: a tie, a decay and nothing else."""
+    """Whether the rule is Kolen-Pollack: tie and decay, and nothing else."""
     return rule.tie != 0 and not rule.reads_data and not rule.self_
 
 
 def is_computed(layer: FeedbackLayer) -> bool:
-    """True where the weight is made of other parameters, by a parametrization, weight_norm or pruning.
+    """Whether the weight is computed from other parameters, by a parametrization, weight_norm or pruning.
 
-    Such a weight has no gradient of its own: what a rule reads of it comes by autograd, through the feedback weight.
+    Such a weight has no ``.grad``, so autograd computes the rule's gradient and stores it in the feedback weight.
     """
     return not isinstance(layer.weight, nn.Parameter)
 
 
 def forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | None:
-    """The row of a parameter that is no feedback weight; None without a gradient."""
+    """Return the row of a forward parameter; None if it has no gradient."""
     grad = p.grad
     if grad is None:
         return None
@@ -58,12 +58,12 @@ def forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | Non
 
 
 def feedback_row(b: nn.Parameter, layer: FeedbackLayer, name: str, by_autograd: bool, noisy: bool) -> Row | None:
-    """The row of a feedback weight; None where its rule leaves it."""
+    """Return the row of a feedback weight; None if its rule does not change it."""
     if layer.feedback is not b:
-        raise RuntimeError("model has other feedback weights now, expected those this optimizer was made of")
+        raise RuntimeError("model has other feedback weights now, expected those this optimizer was built with")
     rule, w = layer.rule, layer.weight
     if rule.reads_data or by_autograd:
-        grad, terms = b.grad, (0.0, 0.0, 1.0)  # everything, decay included, is in the gradient
+        grad, terms = b.grad, (0.0, 0.0, 1.0)  # the gradient includes every term, decay too
     elif rule.tie and is_computed(layer):
         raise RuntimeError(
             f"{name}.weight is computed from other parameters, and was not when this optimizer was built: expected "
@@ -71,21 +71,23 @@ def feedback_row(b: nn.Parameter, layer: FeedbackLayer, name: str, by_autograd: 
         )
     else:
         grad, terms = w.grad if rule.tie else w, (rule.decay, rule.self_, rule.tie)
-    if layer.mixing is not None:  # the feedback is a factor of what stands beside the weight
+    if layer.mixing is not None:  # B is a product, and the feedback weight is its second factor
         w, grad = b, grad if grad is b.grad or grad is None else layer.factor_gradient(grad)
     return Row(b, w, grad, *terms) if grad is not None and (rule.learns or noisy) else None
 
 
-def unscaled(row: Row, layer: FeedbackLayer | None, name: str, scaling: Scaling | None, has_weight: bool) -> Row:
-    """The row without the loss scale, which a rule's own gradient never had and W's gradient has.
+def without_loss_scale(
+    row: Row, layer: FeedbackLayer | None, name: str, loss_scale: LossScale | None, has_weight: bool
+) -> Row:
+    """Return the row with the loss scale removed: W's gradient is scaled, but a rule's own gradient is not.
 
     Args:
-        layer: of a feedback weight, None for a forward parameter.
-        has_weight: whether the optimizer steps W as well, so that ``scaling`` is that of W's gradient.
+        layer: the layer of a feedback weight; None for a forward parameter.
+        has_weight: whether the optimizer also updates W, so that ``loss_scale`` is the scale of W's gradient.
     """
-    if scaling is None:
+    if loss_scale is None:
         return row
-    factor = scaling.factor
+    factor = loss_scale.factor
     if layer is None:
         return row if factor is None else row._replace(tie=row.tie * factor)
     rule, by_autograd = layer.rule, row.grad is row.param.grad
@@ -94,7 +96,8 @@ def unscaled(row: Row, layer: FeedbackLayer | None, name: str, scaling: Scaling 
     if not rule.tie:
         return row
     if by_autograd and not rule.reads_data:
-        # The gradient is decay * B - self * W + tie * scale * dW: what is not scaled is taken out and put in again.
+        # The gradient is decay * B - self * W + tie * scale * dW. Dividing it by scale divides the first two terms too:
+        # the rest of these is added here.
         assert factor is not None
         rest = 1 - factor
         return row._replace(decay=row.decay + rest * rule.decay, self_=rest * rule.self_, tie=factor)

@@ -1,4 +1,4 @@
-"""SGD of the feedback weights beside an optimizer of torch.optim, or of a whole model at once."""
+"""SGD for the feedback weights alone, to use with an optimizer of torch.optim, or for a whole model."""
 
 from typing import Any
 
@@ -14,31 +14,33 @@ from pyfeedback.optim.rows import Row, feedback_row, forward_row
 class FeedbackSGD(RowOptimizer):
     """SGD for the feedback weights of a model, all of them in one pass.
 
-    Under a rule that reads no activations (sa, kp and fa) the step computes the rule's gradient itself, from W, its
-    gradient and B, and autograd is spared all work: the constructor sets ``feedback.requires_grad_(False)`` on those
-    layers (build it before DistributedDataParallel wraps the model, or of the wrapped model, whose promise of gradients
-    is kept). Other rules leave ``feedback.grad``, which the step takes; so does every rule of a layer whose weight is
-    computed from other parameters (weight_norm, parametrizations, pruning), which must be so when the optimizer is
-    built. Step it before the optimizer of the forward weights (:func:`pyfeedback.forward_parameters`), since sa reads W
-    before it moves, and before their gradients are cleared. Kolen-Pollack aligns where both step alike: the same
-    learning rate and momentum, and a weight decay equal to the rule's ``decay``.
+    If a rule reads no activations (sa, kp and fa), the step computes the rule's gradient from W, its gradient and B,
+    and autograd does no work for it: the constructor sets ``feedback.requires_grad_(False)`` on these layers. Build the
+    optimizer before DistributedDataParallel wraps the model, or pass the wrapped model, which still gets a gradient for
+    every parameter. Under other rules autograd computes ``feedback.grad``, and the step uses it. The same holds for
+    every rule of a layer whose weight is computed from other parameters (weight_norm, parametrizations, pruning); apply
+    these before you build the optimizer.
 
-    Under ``torch.amp.GradScaler`` call ``scaler.step`` on both optimizers, this one first. Kolen-Pollack reads W's
-    gradient, of which only the optimizer of W has the scale: it wants :class:`SGD` or :class:`AdamW`.
+    Step it before the optimizer of the forward weights (:func:`pyfeedback.forward_parameters`), because sa reads W
+    before W is updated, and before their gradients are cleared. Kolen-Pollack aligns if both optimizers take the same
+    steps: the same learning rate and momentum, and a weight decay equal to the rule's ``decay``.
+
+    With ``torch.amp.GradScaler``, call ``scaler.step`` on both optimizers, this one first. Kolen-Pollack reads W's
+    gradient, and only the optimizer of W has its loss scale: use :class:`SGD` or :class:`AdamW` for this rule.
 
     Args:
-        model: a model with feedback layers; the rule each has at the time of a step is followed.
-        lr: learning rate. A tensor on the parameters' device is read there by each step, so that a captured CUDA graph
-            follows it, and draws its noise from the device's generator.
-        momentum, nesterov: as torch.optim.SGD.
-        noise: standard deviation of Gaussian noise added to each gradient element before momentum; it follows
+        model: a model with feedback layers. Each step follows the rules that the layers have at that time.
+        lr: learning rate. If it is a tensor on the parameters' device, each step reads it there, so that a captured
+            CUDA graph uses its current value, and the noise comes from the device's generator.
+        momentum, nesterov: as in torch.optim.SGD.
+        noise: standard deviation of the Gaussian noise added to each gradient element before momentum. It depends on
             ``torch.manual_seed``.
-        skip_nonfinite: leave every feedback weight as it is when a gradient holds an infinity or nan.
+        skip_nonfinite: do not change any feedback weight if a gradient contains an infinity or nan.
 
     Source: the update with noise is that of Kunin et al., ICML 2020, section 5.
 
     Raises:
-        ValueError: no feedback layer in ``model``, or a number out of range.
+        ValueError: ``model`` has no feedback layer, or a number is out of range.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class FeedbackSGD(RowOptimizer):
         super().__init__([{"params": list(self._layers)}], {**options, "skip_nonfinite": skip_nonfinite})
 
     def add_param_group(self, param_group: dict) -> None:
-        """A group of feedback weights with options of its own, as torch.optim's; they must be the model's."""
+        """Add a group of feedback weights with its own options, as in torch.optim; they must belong to the model."""
         params = param_group["params"]
         for p in [params] if isinstance(params, torch.Tensor) else params:
             if p not in self._layers:
@@ -109,24 +111,24 @@ class FeedbackSGD(RowOptimizer):
 class SGD(FeedbackSGD):
     """``torch.optim.SGD`` for a converted model: W, B and every other parameter, one pass over memory each.
 
-    Forward parameters step as under torch.optim.SGD with the same arguments, which ``state_dict``, parameter groups,
-    schedulers and gradient clipping follow too. Each B follows its rule with the same learning rate and momentum; its
-    decay is the rule's, not ``weight_decay``. Kolen-Pollack therefore wants ``weight_decay`` equal to the rule's
-    ``decay``: ``SGD(convert(model, rule("kp", decay=1e-4)), lr, momentum=0.9, weight_decay=1e-4)``.
+    Forward parameters are updated as by torch.optim.SGD with the same arguments; ``state_dict``, parameter groups,
+    schedulers and gradient clipping work the same, too. Each B follows its rule with the same learning rate and
+    momentum, and the rule's decay instead of ``weight_decay``. Kolen-Pollack therefore requires ``weight_decay`` to
+    equal the rule's ``decay``: ``SGD(convert(model, rule("kp", decay=1e-4)), lr, momentum=0.9, weight_decay=1e-4)``.
 
     Args:
-        model: a model with feedback layers; its parameters are taken as they are now.
-        lr, momentum, weight_decay, nesterov: as torch.optim.SGD.
-        params: forward parameters, or groups of them with options of their own, as torch.optim.SGD takes them; every
-            one of the model by default.
-        noise, skip_nonfinite: as :class:`FeedbackSGD`; noise is added to the feedback's gradients alone.
+        model: a model with feedback layers. The optimizer updates the parameters that the model has now.
+        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
+        params: forward parameters, or groups of them with their own options, as for torch.optim.SGD. By default, all
+            forward parameters of the model.
+        noise, skip_nonfinite: as in :class:`FeedbackSGD`; noise is added only to the gradients of the feedback.
 
-    Under ``torch.amp.GradScaler`` a plain ``scaler.step(optimizer)`` is right: the step divides by the loss scale what
-    was scaled, and not a rule's own gradient. ``scaler.unscale_`` divides that too, so clip with two optimizers,
-    torch's and :class:`FeedbackSGD`.
+    With ``torch.amp.GradScaler``, ``scaler.step(optimizer)`` is enough: the step divides scaled gradients by the loss
+    scale, and does not divide a rule's own gradient. ``scaler.unscale_`` would divide that as well, so to clip
+    gradients use two optimizers, one of torch.optim and :class:`FeedbackSGD`.
 
     Raises:
-        ValueError: no feedback layer in ``model``, or a number out of range.
+        ValueError: ``model`` has no feedback layer, or a number is out of range.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class SGD(FeedbackSGD):
             self.add_param_group(group)
 
     def add_param_group(self, param_group: dict) -> None:
-        """A group with options of its own, as torch.optim's, of feedback weights or of forward parameters."""
+        """Add a group of feedback weights or of forward parameters, with its own options, as in torch.optim."""
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         if all(p in self._layers for p in params):

@@ -1,4 +1,4 @@
-"""Centring over the batch, composed of PyTorch's own kernels."""
+"""Centering over the batch, composed of PyTorch's own kernels."""
 
 from torch import Tensor
 

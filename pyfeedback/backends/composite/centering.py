@@ -1,7 +1,7 @@
-"""Centring the factors of a centred rule's products.
+"""Centering of the factors in the products of a rule with ``center``.
 
-Both factors are centred. In exact arithmetic it is enough to center y in wgrad(x, y), since the mean of x then cancels.
-In rounded arithmetic that leaves an error of (mean / standard deviation)^2 units in the last place.
+Both factors are centered. In exact arithmetic it would be enough to center y in wgrad(x, y), because the mean of x then
+cancels. In rounded arithmetic that leaves an error of (mean / standard deviation)^2 units in the last place.
 """
 
 import torch
@@ -19,7 +19,7 @@ def centered(x: Tensor, call: LayerCall) -> Tensor:
 
 
 def centered_beside(x: Tensor, call: LayerCall) -> Tensor:
-    """x as a factor of wgrad(x, y) where y is centred already.
+    """x as a factor of wgrad(x, y) if y is already centered.
 
     On a CPU a copy of the large input of a 1x1 layer costs half a pass of the layer, so there it is made only if the
     mean is large. On other devices asking for the mean would synchronize, so there the copy is always made.
@@ -29,7 +29,7 @@ def centered_beside(x: Tensor, call: LayerCall) -> Tensor:
 
 
 def combined(z: Tensor, beta: float, x: Tensor, alpha: float, call: LayerCall) -> Tensor:
-    """beta * z + alpha * x, with x centred where the rule asks for it, written to z; beta or alpha is 1."""
+    """beta * z + alpha * x, with x centered if the rule asks for it, written to z; beta or alpha is 1."""
     if not alpha:
         return z
     if call.rule.center:

@@ -1,4 +1,4 @@
-"""The compiled libraries: loads what the build made and tells what that was.
+"""Loading of the compiled libraries, and information on how they were built.
 
 Loading registers the C++ implementations of the `native_*` ops; their schemas are in `pyfeedback.ops.schemas`, and
 either may come first. PYFEEDBACK_NATIVE=0 leaves the libraries alone: every op then runs its Python implementation.
@@ -30,7 +30,7 @@ CUDA_LIBRARY = "_C_cuda.abi3.so"
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What was built and what of it is loaded.
+    """What was built, and which libraries are loaded.
 
     cpu, cuda             the library was built and is loaded
     cuda_architectures    e.g. ("8.0", "9.0+PTX"); empty where CUDA was not built
