@@ -1,10 +1,9 @@
-"""Which implementation computes an op on a device, decided in this one place.
+"""The choice of the implementation of each op.
 
-"aten" composes PyTorch's own kernels and is always available; "native" is the compiled library (csrc); "triton" are the
-Triton kernels of a whole backward (kernels), "triton-unfused" the same without one-pass and grouped launches. Under
-"auto" an op takes the first available implementation of its row. A row names only those that were measured faster on
-that device than the ones after it: "measured" is either of Triton's for the layers in the device's own table, which
-`kernels/measured.py` keeps, and "depthwise" is the compiled backward for the layers that its module names.
+"aten" composes PyTorch's own kernels and is always available. "native" is the compiled library (csrc). "triton" is the
+backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches. Under "auto", an op uses the first available implementation in its row of `_FASTEST`. Each of them was measured to be
+faster on that device than those after it. "measured-triton" is limited to the layers in the device's table
+(`kernels/measured.py`), and "depthwise" to the layers that its module lists.
 """
 
 import os
@@ -38,8 +37,8 @@ class LayerBackend(NamedTuple):
 
     backward: Callable[..., Gradients]
     implemented: frozenset[str]  # coefficients
-    supports: Callable[..., bool] | None = None  # of (geometry, input, weight, rule, algorithm); None: all of them
-    reads_response: Callable[[Coefficients, str], bool] | None = None  # of (rule, device type); None: as the algorithm
+    supports: Callable[..., bool] | None = None  # (geometry, input, weight, rule, algorithm); None: all layers
+    reads_response: Callable[[Coefficients, str], bool] | None = None  # (rule, device type); None: as the algorithm
 
 
 _LAYER_BACKENDS = {
@@ -72,19 +71,19 @@ _LAYERS = {  # implementations of each kind of layer
     "layer": ("aten", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
 }
 
-_default = "auto"  # of the process
-_here: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # of the blocks open around the caller
-_open: list[str] = []  # of the blocks open in any thread
+_default = "auto"  # set by set_backend
+_here: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
+_open: list[str] = []  # set by the open blocks of all threads
 
 
 @cache
 def implementation(op: str, device_type: str, backend: str) -> Callable:
-    """What computes ``op`` on a device of this type under a backend."""
+    """The implementation of ``op`` on a device of this type, for a backend."""
     return _IMPLEMENTATIONS[op][_choose(op, device_type, backend)]
 
 
 def provide(op: str, device_type: str) -> Callable:
-    """What computes ``op`` on a device of this type now."""
+    """The implementation of ``op`` on a device of this type, for the current backend."""
     return implementation(op, device_type, current_backend())
 
 
@@ -105,12 +104,12 @@ def plan(
     response_saved: bool,
     backend: str | None = None,
 ) -> LayerCall:
-    """Decide how the backward of a layer is computed: by which algorithm, on which kernels.
+    """Choose the algorithm and the kernels of a layer's backward.
 
     Args:
-        mask: which gradients are asked for: of input, weight, feedback and bias.
-        response_saved: False where the backward would have to compute the response again.
-        backend: the one in force by default.
+        mask: which gradients are needed: of input, weight, feedback and bias.
+        response_saved: False if the backward would have to compute the response again.
+        backend: the current one by default.
 
     Raises:
         NotImplementedError: a coefficient that no backend for this layer implements.
@@ -163,7 +162,7 @@ def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidat
 
 
 def current_backend() -> str:
-    """The backend in force: that of the innermost ``backend`` block around, else that of ``set_backend``, or "auto"."""
+    """The backend in use: that of the innermost ``backend`` block, else that of ``set_backend``, else "auto"."""
     name = _here.get()
     if name is not None:
         return name
@@ -171,10 +170,10 @@ def current_backend() -> str:
 
 
 def _of_this_thread() -> str:
-    """The backend outside of every block of this thread, while another thread has one open.
+    """The backend of a thread outside of a block, while another thread has one open.
 
-    A thread that Python did not start is autograd's own, where the backward pass of a compiled model runs for a GPU.
-    Nothing there tells which forward it belongs to, so it takes the block that was opened last.
+    A thread that Python did not start belongs to autograd, which runs the backward of a compiled model there on a GPU.
+    Its forward is not known, so the block that was opened last decides.
     """
     foreign = isinstance(threading.current_thread(), threading._DummyThread)
     return next(iter(_open[-1:]), _default) if foreign else _default
@@ -186,7 +185,7 @@ def set_backend(name: str) -> None:
     A ``backend`` block has precedence.
 
     Raises:
-        ValueError: the name is none of :data:`BACKENDS`.
+        ValueError: the name is not one of :data:`BACKENDS`.
         RuntimeError: "native" without the compiled library; "triton" without triton, or without a GPU and without
             Triton's interpreter (TRITON_INTERPRET=1, set before the first use).
     """
@@ -200,8 +199,8 @@ def set_backend(name: str) -> None:
 def backend(name: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block: ``with pyfeedback.backend("aten"): ...``
 
-    It holds for the forward passes of this thread, and for their backward passes wherever and whenever they run. Ops
-    that the backend does not implement are composed of PyTorch's own.
+    It applies to the forward passes of this thread, and to their backward passes, also outside of the block. Ops that
+    the backend does not implement are composed of PyTorch's own.
 
     Raises: as :func:`set_backend`.
     """
@@ -216,7 +215,7 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def in_force(name: str) -> Iterator[None]:
-    """:func:`backend` for a backward pass: ``name`` was in force at its forward."""
+    """:func:`backend` for a backward pass, with the backend of its forward."""
     token = _here.set(name)
     try:
         yield
@@ -225,7 +224,7 @@ def in_force(name: str) -> Iterator[None]:
 
 
 def _checked(name: str, stacklevel: int) -> str:
-    """The name of a backend that can be used here."""
+    """The name of a backend that is available; RuntimeError or ValueError otherwise."""
     if name == "triton-apart":
         message = 'backend "triton-apart" is now "triton-unfused"; the old name is removed in the release after next'
         warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)

@@ -9,12 +9,12 @@ from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
 
-Mask = tuple[bool, ...]  # which gradients are asked for: of input, weight, feedback and bias
+Mask = tuple[bool, ...]  # which gradients are needed: of input, weight, feedback and bias
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # in that order
 
 
 class Kernels(NamedTuple):
-    """The implementations that a layer's backward runs on, chosen for its device and backend."""
+    """The implementations that the backward of a layer uses, chosen for its device and backend."""
 
     backward: Callable[..., Gradients]  # of (call, grad_output, input, weight, feedback, response)
     center: Callable[[Tensor, int], Tensor]
@@ -22,7 +22,7 @@ class Kernels(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """Made once by the forward, see :func:`pyfeedback.backends.dispatch.plan`, and kept for the backward."""
+    """Created once, in the forward, by :func:`pyfeedback.backends.dispatch.plan`, and kept for the backward."""
 
     geometry: Geometry
     rule: Coefficients

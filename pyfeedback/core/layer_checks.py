@@ -22,7 +22,7 @@ _WRONG_TYPE = (AttributeError, TypeError, ValueError, IndexError)  # raised by t
 
 
 def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> None:
-    """Raise where these are not the tensors of a layer of this geometry, or the geometry itself is invalid."""
+    """Raise unless the tensors fit a layer of this geometry and the geometry is valid."""
     try:
         x, w, dtype, device = input.shape, weight.shape, input.dtype, input.device  # each access makes an object
         if isinstance(geometry, Convolution):
@@ -58,7 +58,7 @@ def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Ten
     if rank == 2:
         return
     try:
-        # Numbers of other types are equal to ints: they must not find the result of an int.
+        # A float or bool may equal an int, and must not find the cached result of the int.
         good = type(groups) is int and _INTS.issuperset(map(type, (*stride, *padding, *dilation, *output_padding)))
         good = good and type(transposed) is bool and _window_is_valid(geometry, x, w)
     except _WRONG_TYPE:  # among them symbolic sizes, which have no hash
@@ -77,7 +77,7 @@ def _window_is_valid(geometry: Convolution, x: Sequence[int], kernel: Sequence[i
 
 
 def check_lengths(geometry: Geometry, spatial: int) -> None:
-    """Raise where the numbers of a convolution are not one for each of so many dimensions of the map."""
+    """Raise unless a convolution has one number for each of so many spatial dimensions."""
     if not isinstance(geometry, Convolution):
         return
     check_flag("transposed", geometry.transposed)
@@ -88,7 +88,7 @@ def check_lengths(geometry: Geometry, spatial: int) -> None:
 
 
 def check_padded(input: Tensor, weight: Tensor) -> None:
-    """Raise where a layer cannot pad its input, with or without a batch."""
+    """Raise for an input that a layer cannot pad, with or without a batch."""
     if input.dtype not in DTYPES:
         raise TypeError(f"input has dtype {input.dtype}, expected float64, float32, bfloat16 or float16")
     if input.dim() not in (weight.dim(), weight.dim() - 1):
@@ -113,7 +113,7 @@ def check_coefficients(rule: Coefficients, input: Tensor) -> None:
 
 
 def check_scheduled(coefficients: Tensor, positions: int) -> None:
-    """Raise where these are not the coefficients of a scheduled op."""
+    """Raise unless these are the coefficients of a scheduled op."""
     fits = len(coefficients.shape) == 1 and coefficients.shape[0] == _COUNT and coefficients.dtype is torch.float64
     if not fits or coefficients.device.type not in ("cpu", "meta"):
         raise ValueError(f"coefficients is {_describe(coefficients)}, expected ({_COUNT},) torch.float64 on cpu")
@@ -122,7 +122,7 @@ def check_scheduled(coefficients: Tensor, positions: int) -> None:
 
 
 def check_mix(mixing: Tensor, feedback: Tensor, decay: float) -> None:
-    """Raise where these are not the factors of a feedback that is a product."""
+    """Raise unless these are the factors of a feedback weight that is a product."""
     if mixing.dim() != 2:
         raise ValueError(f"mixing has shape {_shape(mixing)}, expected [K, M]")
     if feedback.dim() < 2 or feedback.shape[0] != mixing.shape[1]:
@@ -138,7 +138,7 @@ def check_mix(mixing: Tensor, feedback: Tensor, decay: float) -> None:
 def check_backward(
     grad_output: Tensor, output_shape: Sequence[int], input: Tensor, response: Tensor | None, mask: Sequence[bool]
 ) -> None:
-    """Raise where the gradient or the response does not have the shape, dtype and device of the output."""
+    """Raise unless the gradient and the response have the shape, dtype and device of the output."""
     for name, tensor in (("grad_output", grad_output), ("response", response)):
         if tensor is None:
             continue
@@ -163,7 +163,7 @@ def check_center(input: Tensor, samples: int) -> None:
 
 
 def check_add_centered(self: Tensor, input: Tensor) -> None:
-    """Raise where the two do not have one shape, dtype and device."""
+    """Raise unless both have the same shape, dtype and device."""
     check_center(input, input.shape[0] if input.dim() else 0)
     if _describe(self) != _describe(input):
         raise ValueError(f"self is {_describe(self)}, expected that of input, {_describe(input)}")
@@ -212,7 +212,7 @@ def _check_transposed_sizes(sizes: tuple[int, ...], taps: tuple[int, ...], geome
 def _refuse_tensors(
     geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> NoReturn:
-    """Raise for the first argument that is wrong."""
+    """Raise for the first invalid argument."""
     rank, transposed, groups = 2, False, geometry.groups
     if isinstance(geometry, Convolution):
         rank, transposed = max(len(geometry.stride), 1) + 2, geometry.transposed
@@ -220,7 +220,7 @@ def _refuse_tensors(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
             refuse_no_tensor(name, tensor)
-    if not is_int(groups):  # the error of a number that does not divide the channels names theirs
+    if not is_int(groups):  # otherwise the error would be about the channels
         check_int("groups", groups, least=1)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.layout is not torch.strided:
@@ -253,13 +253,13 @@ def _refuse_tensors(
 
 
 def _refuse_coefficients(rule: Coefficients, input: Tensor) -> None:
-    """Raise for the first that is wrong; numbers of numpy and those that a compiler keeps symbolic are taken."""
+    """Raise for the first invalid coefficient; NumPy numbers and symbolic numbers of a compiler are accepted."""
     for name in COEFFICIENTS:
         check_number(name, getattr(rule, name))
     check_flag("center", rule.center)
     if not isinstance(input, Tensor):
         refuse_no_tensor("input", input)
-    if input.dim() == 0:  # refused by its rank, later
+    if input.dim() == 0:  # its rank is refused later
         return
     expected = f"0 (all) to {input.shape[0]}, the size of the batch"
     if not is_int(rule.samples):
@@ -269,7 +269,7 @@ def _refuse_coefficients(rule: Coefficients, input: Tensor) -> None:
 
 
 def _given(numbers: tuple) -> str:
-    """What was given for each dimension; once where it was given for all of them."""
+    """The numbers, or the one object that was given for all dimensions."""
     first = numbers[0]
     alone = all(n is first for n in numbers) and not isinstance(first, (int, float, tuple))
     return in_words(first if alone else numbers)

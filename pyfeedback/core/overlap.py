@@ -1,4 +1,4 @@
-"""Which tensors of a multi-tensor step share memory, found from pointers, sizes and strides alone.
+"""Which tensors of a multi-tensor step share memory, from pointers, sizes and strides alone.
 
 A step reads an element of each of a row's operands before it writes there, row after row. So what a row writes may be
 read by the row itself, and by rows before it in one chain: rows of which each shares a weight or a gradient with the
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# Combinations of indices that are tried before two tensors count as sharing: nested strides need a handful.
+# After so many combinations of indices, two tensors are assumed to overlap; nested strides need a handful.
 MOST_TRIED = 10_000
 
 
 class Operand(NamedTuple):
-    """A tensor of a step: number ``order`` of the operands of row ``row``; row -1 is for what all rows read."""
+    """A tensor of a step: operand ``order`` of row ``row``; row -1 is for operands of all rows."""
 
     begin: int
     end: int
@@ -41,7 +41,7 @@ def span(tensor: Tensor) -> int:
 
 
 def are_apart(begins: Sequence[int], ends: Sequence[int]) -> bool:
-    """Whether no two of the spans begins[i] .. ends[i] overlap; then their ends have the order of their begins."""
+    """Whether no two of the spans begins[i] .. ends[i] overlap: then sorted begins and ends alternate."""
     return not any(map(gt, sorted(ends), islice(sorted(begins), 1, None)))
 
 
@@ -50,7 +50,7 @@ def conflict(
     operand: Callable[[int, int], Operand],
     chains: Callable[[], Sequence[int]],
 ) -> tuple[Operand, Operand] | None:
-    """Two operands that share memory and may not, the later one first.
+    """Two operands that share memory in an unsupported way, the later one first.
 
     Args:
         extents: (begin, end, row, order) of each operand that is not empty; it lies within, in bytes.
@@ -67,7 +67,7 @@ def conflict(
 
 
 def _clusters(ordered: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Runs of two or more items that overlap, of items (begin, end, ...) in the order of their begins."""
+    """Runs of two or more overlapping items; the items (begin, end, ...) are sorted by begin."""
     first, reach = 0, 0
     for i, item in enumerate(ordered):
         if item[0] >= reach:
@@ -80,7 +80,7 @@ def _clusters(ordered: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def _conflict_among(operands: Sequence[Operand], chains: Sequence[int]) -> tuple[Operand, Operand] | None:
-    """Of operands whose spans overlap."""
+    """A conflict among operands whose spans overlap."""
     for i, a in enumerate(operands):
         for j, b in enumerate(operands):
             if a.written and i != j and (j > i or not b.written) and _clash(a, b, chains):
@@ -103,7 +103,7 @@ def _clash(written: Operand, other: Operand, chains: Sequence[int]) -> bool:
 
 
 def is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether both are there and are the same elements in the same order."""
+    """Whether both exist and are the same elements in the same order."""
     if a is None or b is None or a is b:
         return a is b and a is not None
     return (
@@ -122,12 +122,12 @@ def _share_a_byte(a: Operand, b: Operand) -> bool:
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             step = stride * tensor.itemsize
             terms[step] = terms.get(step, 0) + size - 1
-    # An index of b counts down from its last, so that every term adds: the sum wanted is the distance plus b's span.
+    # Indices of b count down from the last one, so that every term is added: the total is the distance plus b's span.
     return reachable(b.end - 1 - a.begin, terms)
 
 
 def has_shared_places(tensor: Tensor) -> bool:
-    """Whether two elements of ``tensor`` lie at one place."""
+    """Whether two elements of ``tensor`` share memory."""
     dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     reach, nested = 0, True
     for stride, size in dims:
@@ -135,7 +135,7 @@ def has_shared_places(tensor: Tensor) -> bool:
         reach += stride * (size - 1)
     if nested or not tensor.numel():
         return False
-    # Two indices that differ, the first time in dimension k and there by 1 or more.
+    # Two indices that differ, first in dimension k and there by 1 or more.
     for k, (stride, size) in enumerate(dims):
         terms = {stride: size - 2}
         for other, count in dims[k + 1 :]:
@@ -146,7 +146,7 @@ def has_shared_places(tensor: Tensor) -> bool:
 
 
 def reachable(total: int, terms: dict[int, int]) -> bool:
-    """Whether ``total`` is a sum of k * step over the terms (step, most), each with some k in 0..most.
+    """Whether ``total`` is a sum of k * step over the terms (step, most), with any k in 0..most for each.
 
     True too where that takes more than MOST_TRIED tries to find out.
     """

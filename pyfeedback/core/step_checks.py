@@ -20,7 +20,7 @@ from pyfeedback.core.step_options import StepOptions
 from pyfeedback.core.tensors import DTYPES
 
 Tensors = Sequence[Tensor]
-Rows = Sequence[Any]  # of tensors, and of None where a row has no such operand
+Rows = Sequence[Any]  # tensors, or None for a row without that operand
 
 PLAIN = {Tensor, torch.nn.Parameter}
 _DTYPES, _STRIDED = set(DTYPES), {torch.strided}
@@ -54,7 +54,7 @@ def check_step_tensors(
     options: StepOptions,
     memory: bool = True,
 ) -> None:
-    """Raise where the tensors of a feedback step do not fit together, or have no memory (looked at if ``memory``)."""
+    """Raise if the tensors of a feedback step do not match or, with ``memory``, have no memory of their own."""
     read = {"weight": coefficients["self_"], "grad": coefficients["tie"]}
     dynamic, buffers = options.dynamic, momentum_buffer if options.momentum else ()
     if not options.momentum:
@@ -81,7 +81,7 @@ def check_adamw_tensors(
     step: Tensors,
     coefficients: dict[str, Sequence[float]],
 ) -> None:
-    """Raise where the tensors of an AdamW step do not fit together, or have no memory."""
+    """Raise if the tensors of an AdamW step do not match, or have no memory of their own."""
     read = {"weight": coefficients["self_"], "grad": coefficients["tie"]}
     operands = _operands({"param": param, "weight": weight, "grad": grad, **moments}, read)
     written = ("param", *moments)
@@ -97,14 +97,14 @@ def check_adamw_tensors(
 
 
 def check_pairs(feedback: Tensors, weight: Tensors) -> None:
-    """Raise where feedback and weight are not pairs of tensors with memory."""
+    """Raise if feedback and weight are not pairs of tensors with memory."""
     operands = _operands({"feedback": feedback, "weight": weight}, {})
     _check_alike(operands, ())
     _check_memory(operands, ())
 
 
 def check_storage(name: str, tensor: Tensor) -> None:
-    """Raise where the storage of ``tensor`` has been freed, as FSDP frees those of parameters."""
+    """Raise if the storage of ``tensor`` was freed, as FSDP does with parameters."""
     offset = tensor.storage_offset() * tensor.itemsize
     held, needed = tensor.untyped_storage().nbytes(), offset + overlap.span(tensor)
     if tensor.numel() and held < needed:
@@ -112,12 +112,12 @@ def check_storage(name: str, tensor: Tensor) -> None:
 
 
 def check_in_place(lists: dict[str, Tensors]) -> None:
-    """Raise where autograd would miss a write: torch's own ops in place refuse a leaf that requires grad."""
+    """Raise if autograd would miss a write, as PyTorch's in-place ops do for a leaf that requires grad."""
     for name, tensors in lists.items():
         try:
             if not any(map(_requires_grad, tensors)):
                 continue
-        except (AttributeError, TypeError):  # no tensors, which others refuse
+        except (AttributeError, TypeError):  # not tensors; another check refuses them
             continue
         for i, tensor in enumerate(tensors):
             if tensor.requires_grad:
@@ -126,7 +126,7 @@ def check_in_place(lists: dict[str, Tensors]) -> None:
 
 
 def kernel_error(error: Exception) -> RuntimeError:
-    """What a kernel alone refuses, in one line: without the place in its source, and the dispatcher's explanations."""
+    """A kernel's error in one line, without its source position and the dispatcher's explanations."""
     return RuntimeError(re.sub(r"^\w+, \S+:\d+, ", "", str(error).partition("\n")[0]))
 
 
@@ -138,7 +138,7 @@ def refuse_list(name: str, tensors: object) -> NoReturn:
 
 
 def refuse_meta(operands: dict[str, Tensor | Tensors]) -> None:
-    """Raise for meta tensors: an op that writes, or computes a gradient, would do nothing and say nothing."""
+    """Raise for meta tensors: an op that writes, or computes a gradient, would silently do nothing."""
     for name, given in operands.items():
         for i, tensor in enumerate([given] if isinstance(given, Tensor) else given):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
@@ -149,7 +149,7 @@ def refuse_meta(operands: dict[str, Tensor | Tensors]) -> None:
 def _operands(
     lists: dict[str, Tensors], read: dict[str, Sequence[float]], optional: Sequence[str] = ()
 ) -> dict[str, Rows]:
-    """The lists with None where a coefficient is 0; what is not read is not looked at."""
+    """The lists, with None if a coefficient is 0: operands that are not read are not checked."""
     rows = next(iter(lists.values()))
     operands: dict[str, Rows] = {}
     for name, tensors in lists.items():
@@ -180,9 +180,9 @@ def _check_length(name: str, tensors: Tensors, count: int, needed: bool = True) 
 
 
 def _check_alike(operands: dict[str, Rows], written: Sequence[str]) -> None:
-    """Raise where a row's operands differ in shape, dtype or device, or what is written is not made to be."""
+    """Raise if a row's operands differ in shape, dtype or device, or one that is written overlaps itself."""
     (_, first), *others = operands.items()
-    likes = list(map(_facts, first))  # map calls cost half of a comprehension's
+    likes = list(map(_facts, first))  # map takes half the time of a comprehension
     _, dtypes, devices, layouts = zip(*likes, strict=True) if likes else ((), (), (), ())
     good = set(dtypes) <= _DTYPES and set(layouts) <= _STRIDED and len(set(devices)) <= 1
     for _, tensors in others:
@@ -204,7 +204,7 @@ def _check_alike(operands: dict[str, Rows], written: Sequence[str]) -> None:
 
 
 def _refuse_unlike(operands: dict[str, Rows]) -> NoReturn:
-    """Raise for the first tensor that does not go with the first list."""
+    """Raise for the first tensor that does not match the first list."""
     (first, likes), *others = operands.items()
     for i, like in enumerate(likes):
         if like is None:
@@ -227,7 +227,7 @@ def _refuse_unlike(operands: dict[str, Rows]) -> NoReturn:
 
 
 def _check_memory(operands: dict[str, Rows], written: Sequence[str], extra: dict[str, Tensor] | None = None) -> None:
-    """Raise where a tensor has no memory, or one that is written shares it with another in a way no step follows."""
+    """Raise if a tensor has no memory, or a written one shares it in a way that a step does not support."""
     lists = {**operands, **{name: [tensor] for name, tensor in (extra or {}).items()}}
     names: list[str] = list(lists)
     begins: list[int] = []
@@ -270,7 +270,7 @@ def _check_memory(operands: dict[str, Rows], written: Sequence[str], extra: dict
 
 
 def _has_memory(tensor: Tensor | None) -> bool:
-    """Whether there is an element to look at; a subclass that wraps other tensors has none of its own."""
+    """Whether the tensor has elements in memory; a subclass that wraps other tensors has none of its own."""
     return tensor is not None and tensor.nbytes > 0 and (type(tensor) in PLAIN or not _wraps(type(tensor)))
 
 
@@ -286,7 +286,7 @@ def _check_held(name: str, tensor: Tensor) -> None:
 
 
 def _refuse_inference(lists: dict[str, Rows]) -> None:
-    """Raise where torch's own ops in place would, after some of them have written."""
+    """Raise for inference tensors, before anything is written; PyTorch's in-place ops would raise halfway."""
     for name, tensors in lists.items():
         if any(map(Tensor.is_inference, tensors)):
             i = next(i for i, tensor in enumerate(tensors) if tensor.is_inference())
@@ -302,9 +302,9 @@ def _refuse_sharing(later: overlap.Operand, earlier: overlap.Operand) -> None:
 
 
 def _chains(operands: dict[str, Rows]) -> list[int]:
-    """A number for each row: those in a chain are stepped element by element together, in their order.
+    """The chain of each row. Rows of one chain are stepped together, element by element, in their order.
 
-    A row goes on with the chain of the one before where it reads the same weight or gradient, or is that weight.
+    A row belongs to the chain of the row before it if both read the same weight or gradient, or if it is that weight.
     """
     likes = next(iter(operands.values()))
     absent = [None] * len(likes)
@@ -327,7 +327,7 @@ def _chains(operands: dict[str, Rows]) -> list[int]:
 
 
 def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], options: StepOptions) -> None:
-    """Raise for the first number that is wrong, if one is."""
+    """Raise for the first invalid number, if there is one."""
     for name, values in coefficients.items():
         if not isinstance(values, (list, tuple)):
             raise TypeError(f"{name} is {_kind(values)}, expected a list of numbers")
@@ -353,7 +353,7 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
         raise TypeError(f"{name} is {_kind(value)}, expected a number")
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # an int beyond every float
+    except OverflowError:  # an int that exceeds every float
         finite = False
     if not finite or float(value) < least or float(value) >= most:
         bounds = "" if least == -math.inf else f", {least:g} or more"
@@ -362,7 +362,7 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
 
 
 def _kind(value: object) -> str:
-    """What a wrong argument is, in a few words."""
+    """A short description of an argument."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         return repr(value)
     return f"a {type(value).__name__}"

@@ -12,16 +12,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def laid_out_like(grad: Tensor | None, like: Tensor) -> Tensor | None:
-    """``grad`` with the strides of ``like``: the same tensor where it has them already."""
+    """``grad`` with the strides of ``like``; the same tensor if it has them already."""
     if grad is None or grad.stride() == like.stride():
         return grad
-    if grad.is_contiguous() and like.is_contiguous():  # they differ in dimensions of size one alone
+    if grad.is_contiguous() and like.is_contiguous():  # only dimensions of size one differ
         return grad.as_strided(like.shape, like.stride())
     return torch.empty_like(like).copy_(grad)
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """channels_last where ``x`` is laid out so and is not contiguous too."""
+    """channels_last (2-D or 3-D) if that is the layout of ``x`` and it is not contiguous as well."""
     if not x.is_contiguous():
         for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
             if x.dim() == rank and x.is_contiguous(memory_format=memory_format):

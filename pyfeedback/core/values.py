@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def in_words(value: Any) -> str:
-    """A value in a few words on one line: numbers and strings as they are, of anything else the type."""
+    """A short description of a value on one line: numbers and strings themselves, the type of anything else."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
@@ -29,12 +29,12 @@ def in_words(value: Any) -> str:
 
 
 def is_int(value: Any) -> bool:
-    """True for whole numbers, those that a compiler keeps symbolic among them."""
+    """True for integers, including symbolic ones of a compiler."""
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """True for real numbers, those that a compiler keeps symbolic among them."""
+    """True for real numbers, including symbolic ones of a compiler."""
     return isinstance(value, (Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -62,13 +62,13 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise where ``value`` is neither True nor False."""
+    """Raise unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {in_words(value)}, expected True or False")
 
 
 def check_callable(name: str, value: Any, what: str) -> None:
-    """Raise where ``value`` cannot be called."""
+    """Raise unless ``value`` is callable."""
     if not callable(value):
         raise TypeError(f"{name} is {in_words(value)}, expected {what}")
 

@@ -17,7 +17,7 @@ from pyfeedback.core.tensors import laid_out_like, wide_dtype
 
 IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients
 
-Scaled = tuple[Tensor, float]  # a product, and the factor that it still lacks
+Scaled = tuple[Tensor, float]  # a product, and the factor to multiply it by
 
 
 def backward(
@@ -138,7 +138,7 @@ def _response_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedba
     return total.reshape(weight.shape), rule.null
 
 
-# What computes the data terms; y is None where the algorithm does not read it.
+# The functions of the data terms; y is None if the algorithm does not read it.
 _DATA_TERMS: dict[Algorithm, Callable[..., Scaled]] = {
     Algorithm.DIRECT: _direct,
     Algorithm.INPUT_GRAM: _input_gram,

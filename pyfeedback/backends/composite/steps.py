@@ -84,7 +84,7 @@ def adamw_step_(
     made = [
         i
         for i, terms in enumerate(zip(decay, self_, tie, strict=True))
-        if terms != (0.0, 0.0, 1.0) or gradient[i].data_ptr() in stepped  # which torch's kernels would read too late
+        if terms != (0.0, 0.0, 1.0) or gradient[i].data_ptr() in stepped  # PyTorch's kernels would read it too late
     ]
     if made:
         weight, grad = ([tensors[i] for i in made] if tensors else [] for tensors in (weight, grad))
@@ -102,7 +102,7 @@ def adamw_step_(
             amsgrad=bool(max_exp_avg_sq), beta1=beta1, beta2=beta2, lr=lr, weight_decay=decayed, eps=eps,
             maximize=False,
         )  # fmt: skip
-        if fused:  # torch's own kernel leaves the version counters of what it writes
+        if fused:  # PyTorch's fused kernel does not bump version counters
             written = (param, exp_avg, exp_avg_sq, max_exp_avg_sq or [])
             torch.autograd.graph.increment_version([tensors[i] for tensors in written if tensors for i in here])
 
@@ -132,7 +132,7 @@ def _scaled(tensors: list[Tensor], factor: Tensor | None) -> list[Tensor]:
 
 
 def _add_(direction: list[Tensor], tensors: Sequence[Tensor], scale: Sequence[float], factor: Tensor | None) -> None:
-    """direction[i] += factor * scale[i] * tensors[i] for the indices that are read at all: 0 * nan is nan."""
+    """direction[i] += factor * scale[i] * tensors[i] for non-zero scale[i], since 0 * nan is nan."""
     read = [i for i, a in enumerate(scale) if a]
     if not read:
         return

@@ -12,7 +12,8 @@ from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution
 from pyfeedback.core.tensors import laid_out_like, wide_dtype
 
-IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients, in the kernel's order
+COEFFICIENTS = ("decay", "amp", "null", "sparse", "self_", "tie")  # in the order of the kernel's argument
+IMPLEMENTED = frozenset(COEFFICIENTS)
 
 
 def supports(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
@@ -22,7 +23,7 @@ def supports(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coeffic
 
 
 def is_faster(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
-    """True for the supported layers that were measured faster than PyTorch's own kernels (docs/depthwise.md).
+    """True for the supported layers that were measured to be faster than PyTorch's kernels (docs/depthwise.md).
 
     They are depthwise, with a kernel of 5x5 or larger, or of 3x3 on a large map in contiguous memory.
     """
@@ -33,7 +34,7 @@ def is_faster(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coeffi
 
 
 def reads_response(rule: Coefficients, device_type: str) -> bool:
-    """True where the backward reads the response; on a CPU it is computed again, in the cache."""
+    """True if the backward reads the response; on a CPU it is computed again, in the cache."""
     return device_type != "cpu" and rule.null != 0
 
 
@@ -55,7 +56,8 @@ def backward(
         response_mean = None if response is None else _mean(response, n)
     grads = torch.ops.pyfeedback.native_depthwise_backward.default(
         grad_output, input, weight.contiguous(), feedback.contiguous(), mean, response, response_mean,
-        geometry.stride, geometry.padding, geometry.dilation, geometry.groups, list(rule[:6]), n, *mask[:4],
+        geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
+        [getattr(rule, name) for name in COEFFICIENTS], n, *mask[:4],
     )  # fmt: skip
     grad_input, grad_weight, grad_feedback, grad_bias = (
         grad if needed else None for grad, needed in zip(grads, mask, strict=False)

@@ -18,14 +18,14 @@ alignment_products = _ops.native_alignment_products.default
 
 
 def center(input: Tensor, samples: int) -> Tensor:
-    """The kernel takes samples that are dense blocks; others are composed."""
+    """The kernel needs samples that are dense blocks; other inputs are composed."""
     if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
         return _ops.native_center.default(input, samples)
     return composite_center.center(input, samples)
 
 
 def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
-    """The kernel takes samples that are dense blocks with the same strides in both tensors; others are composed."""
+    """The kernel needs samples that are dense blocks of the same strides in both; other inputs are composed."""
     alike = self.stride() == input.stride()
     if alike and (self.is_contiguous() or (self.dim() == 4 and self.is_contiguous(memory_format=torch.channels_last))):
         _ops.native_add_centered_.default(self, input, beta, alpha)
@@ -66,5 +66,5 @@ def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, 
 
 
 def _compact(values):
-    """One number where all are the same."""
+    """One number if all are the same."""
     return values[:1] if values.count(values[0]) == len(values) else values

@@ -1,7 +1,7 @@
 """Loading of the compiled libraries, and information on how they were built.
 
 Loading registers the C++ implementations of the `native_*` ops; their schemas are in `pyfeedback.ops.schemas`, and
-either may come first. PYFEEDBACK_NATIVE=0 leaves the libraries alone: every op then runs its Python implementation.
+either may come first. With PYFEEDBACK_NATIVE=0 no library is loaded, and every op runs its Python implementation.
 
 Python started in the root of a clone imports the clone's folder `pyfeedback` and not the installed package. That
 folder has no library unless it was built in place (`pip install -e .`), so the libraries of the installed package are
