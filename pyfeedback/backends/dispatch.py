@@ -1,8 +1,9 @@
 """The choice of the implementation of each op.
 
 "aten" composes PyTorch's own kernels and is always available. "native" is the compiled library (csrc). "triton" is the
-backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches. Under "auto", an op uses the first available implementation in its row of `_FASTEST`. Each of them was measured to be
-faster on that device than those after it. "measured-triton" is limited to the layers in the device's table
+backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches. Under
+"auto", an op uses the first available implementation in its row of `_FASTEST`. Each of them was measured to be faster
+on that device than those after it. "measured-triton" is limited to the layers in the device's table
 (`kernels/measured.py`), and "depthwise" to the layers that its module lists.
 """
 
