@@ -166,6 +166,7 @@ def test_a_coefficient_that_the_kernels_do_not_implement_is_refused():
 
 def test_host_calls_of_a_layer(monkeypatch):
     """The plan is cached: a step prepares operands and launches kernels, in few calls of Python functions."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     real = backward.run
     monkeypatch.setattr(
         backward, "run", lambda launch, *rest: real(launch._replace(kernel={launch.grid: lambda **_: None}), *rest)

@@ -59,7 +59,12 @@ def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Ten
         return
     try:
         # A float or bool may equal an int, and must not find the cached result of the int.
-        good = type(groups) is int and _INTS.issuperset(map(type, (*stride, *padding, *dilation, *output_padding)))
+        # Dynamo traces through a cache, with a warning.
+        good = (
+            not torch.compiler.is_compiling()
+            and type(groups) is int
+            and _INTS.issuperset(map(type, (*stride, *padding, *dilation, *output_padding)))
+        )
         good = good and type(transposed) is bool and _window_is_valid(geometry, x, w)
     except _WRONG_TYPE:  # among them symbolic sizes, which have no hash
         good = False
