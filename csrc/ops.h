@@ -1,7 +1,7 @@
 // The signature of every native op, once for all devices. An op checks its arguments and plans the work of the kernels
 // (checks/plans.h), then calls its backend: cpu::Backend (cpu/backend.h) or cuda::Backend (cuda/backend.h).
 //
-// A signature must match its schema in pyfeedback/schemas.py exactly: a boxed kernel that contradicts its schema
+// A signature must match its schema in pyfeedback/ops/schemas.py exactly: a boxed kernel that contradicts its schema
 // registers without an error and returns wrong values.
 #pragma once
 

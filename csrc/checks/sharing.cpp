@@ -7,7 +7,7 @@ namespace pyfeedback {
 
 namespace {
 
-// As MOST_TRIED of pyfeedback/sharing.py.
+// As MOST_TRIED of pyfeedback/core/overlap.py.
 constexpr int kMostTried = 10000;
 
 // Decides whether a total is a sum of k * step over the terms (step, most), with some k in 0..most for each. Answers

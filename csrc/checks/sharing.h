@@ -1,4 +1,4 @@
-// Which tensors of a step share memory. pyfeedback/sharing.py decides the same for the steps composed of PyTorch's
+// Which tensors of a step share memory. pyfeedback/core/overlap.py decides the same for the steps composed of PyTorch's
 // kernels, with errors for the user.
 #pragma once
 

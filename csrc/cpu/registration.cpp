@@ -1,4 +1,4 @@
-// The CPU library: registers the ops whose schemas are in pyfeedback/schemas.py.
+// The CPU library: registers the ops whose schemas are in pyfeedback/ops/schemas.py.
 #include "../ops.h"
 #include "backend.h"
 

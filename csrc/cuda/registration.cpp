@@ -1,4 +1,4 @@
-// The CUDA library: registers the ops whose schemas are in pyfeedback/schemas.py.
+// The CUDA library: registers the ops whose schemas are in pyfeedback/ops/schemas.py.
 #include "../ops.h"
 #include "backend.h"
 

@@ -1,6 +1,6 @@
 """The backward of a layer by the Triton kernels.
 
-Triton is optional, and importing it takes a second: the kernels are imported when the first layer is offered to them.
+Triton is optional, and importing it takes a second. The kernels are therefore imported when the first layer is planned.
 """
 
 from torch import Tensor

@@ -9,6 +9,10 @@ from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
 
+DIFFERENTIATED_ONCE = (
+    "pyfeedback: double backward is not supported: the feedback path is not the derivative of the forward pass"
+)
+
 Mask = tuple[bool, ...]  # which gradients are needed: of input, weight, feedback and bias
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # in that order
 

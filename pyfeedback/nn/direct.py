@@ -14,6 +14,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from pyfeedback.core.call import DIFFERENTIATED_ONCE
 from pyfeedback.init import Init, default_init_
 
 
@@ -181,10 +182,7 @@ class _Broadcast(torch.autograd.Function):
     def backward(ctx, grad_output):
         (projection,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "pyfeedback: double backward is not supported: the feedback path is not the derivative of the forward "
-                "pass"
-            )
+            raise RuntimeError(DIFFERENTIATED_ONCE)
         errors = grad_output.flatten(1) @ projection.t()
         parts = errors.split([shape[1:].numel() for shape in ctx.shapes], 1)
         grads = (part.reshape(s).to(d) for part, s, d in zip(parts, ctx.shapes, ctx.dtypes, strict=True))

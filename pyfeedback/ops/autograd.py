@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from pyfeedback.backends.dispatch import current_backend, in_force, plan
-from pyfeedback.core.call import Gradients, LayerCall
+from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
 from pyfeedback.ops.schemas import LIBRARY
-
-ONCE = "pyfeedback: double backward is not supported: the feedback path is not the derivative of the forward pass"
 
 
 def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | None]) -> Gradients:
@@ -93,7 +91,7 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(ONCE)
+        raise RuntimeError(DIFFERENTIATED_ONCE)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -143,11 +141,11 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(ONCE)
+        raise RuntimeError(DIFFERENTIATED_ONCE)
 
 
 def _refuse(ctx, *grads) -> NoReturn:
-    raise RuntimeError(ONCE)
+    raise RuntimeError(DIFFERENTIATED_ONCE)
 
 
 def not_a_view(output: Tensor) -> Tensor:
