@@ -22,7 +22,7 @@ class Primitives:
 
 
 class Coefficients(NamedTuple):
-    """A rule as the ops take it: the coefficients of its primitives, and what its statistics are taken of.
+    """A rule as the arguments of an op: the coefficients of its primitives, and the options of its statistics.
 
     Attributes:
         center: subtract the mean over the samples from the activations in amp, null and sparse.
