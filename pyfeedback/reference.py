@@ -49,6 +49,7 @@ def conv2d(
     y = _ConvFeedbackPath.apply(input, weight, feedback.detach(), stride, padding, dilation, groups)
     if tie:
         y = y + tie * _without_value(conv(input.detach(), feedback))
+    rule["positions"] = y[0, 0].numel()
     penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, 1, 1), penalty
 
@@ -90,6 +91,7 @@ def convolution(
     y = conv(fixed, weight) + _without_value(through_feedback)
     if tie:
         y = y + tie * _without_value(conv(fixed, feedback))
+    rule["positions"] = (input if transposed else y)[0, 0].numel()
     penalty = regulariser(fixed, y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, *(1,) * spatial), penalty
 
@@ -101,6 +103,7 @@ def linear(
     y = _LinearFeedbackPath.apply(input, weight, feedback.detach())
     if tie:
         y = y + tie * _without_value(F.linear(input.detach(), feedback))
+    rule["positions"] = y[0, ..., 0].numel()
     penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, F.linear, torch.matmul, **rule)
     return y if bias is None else y + bias, penalty
 
@@ -120,12 +123,24 @@ def regulariser(
     self_: float = 0.0,
     center: bool = False,
     samples: int = 0,
+    normalize: bool = False,
+    positions: int = 1,
 ) -> Tensor:
-    """R(B), the sum of the primitives (paper, section 3), over the first ``samples`` of the batch (0: all)."""
+    """R(B), the sum of the primitives (paper, section 3), over the first ``samples`` of the batch (0: all).
+
+    With ``normalize``, each data term is divided by the power of what it reads, which is a constant in R: the
+    mean of x^2 times the output ``positions`` of a sample (of a transposed convolution, its input positions); for null,
+    :func:`null_power`; for sparse, and the amp beside it, :func:`largest_variance`.
+    """
     n = samples or x.shape[0]
     x, y = x[:n], y[:n]
     if center:
         x, y = x - x.mean(0), y - y.mean(0)
+    if normalize:
+        largest = largest_variance(x, weight, conv) / n if sparse else 1.0
+        amp = amp / (largest if sparse else positions * x.square().mean())
+        sparse = sparse / largest
+        null = null * n / null_power(y, feedback.detach(), conv_transposed) if null else 0.0
     total = feedback.new_zeros(())
     if decay:
         total = total + decay * feedback.square().sum() / 2
@@ -138,6 +153,23 @@ def regulariser(
     if self_:
         total = total - self_ * (feedback * weight).sum()
     return total
+
+
+def null_power(y: Tensor, feedback: Tensor, conv_transposed) -> Tensor:
+    """The sum over the samples of |conv_transpose(y, B)|^2 / |B|^2"""
+    return conv_transposed(y, feedback).square().sum() / feedback.square().sum()
+
+
+def largest_variance(x: Tensor, weight: Tensor, conv, steps: int = 4, share: int = 8) -> Tensor:
+    """The largest eigenvalue of the sum over the windows of x x', by power iteration on one of ``share`` samples."""
+    part = x[: -(-len(x) // share)]
+    kernel = torch.ones_like(weight)
+    value = x.new_zeros(())
+    for _ in range(steps):
+        kernel = (kernel / kernel.norm()).requires_grad_()
+        kernel = torch.autograd.grad(conv(part, kernel).square().sum() / 2, kernel)[0]
+        value = kernel.norm()
+    return value * (len(x) / len(part))
 
 
 class _ConvFeedbackPath(torch.autograd.Function):

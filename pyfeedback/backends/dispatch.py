@@ -93,7 +93,7 @@ class Candidate(NamedTuple):
 
     backend: LayerBackend
     kernels: Kernels
-    missing: tuple[str, ...]  # coefficients that it does not implement
+    missing: tuple[str, ...]  # coefficients and options that it does not implement
 
 
 def plan(
@@ -155,7 +155,7 @@ def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidat
         Candidate(
             found,
             Kernels(found.backward, center, add_centered_),
-            tuple(name for name in COEFFICIENTS if name not in found.implemented),
+            tuple(name for name in (*COEFFICIENTS, "normalize") if name not in found.implemented),
         )
         for name in _preferred(kind, device_type, backend)
         if name in _LAYERS[kind] and _is_available(name, "depthwise_backward", device_type)

@@ -27,6 +27,8 @@ class Coefficients(NamedTuple):
     Attributes:
         center: subtract the mean over the samples from the activations in amp, null and sparse.
         samples: the number of samples, from the start of the batch, that amp, null and sparse use; 0 means all.
+        normalize: divide each data term by the power of what it reads, so that its coefficient has no unit; see
+            :func:`pyfeedback.reference.regulariser`.
     """
 
     decay: float = 0.0
@@ -37,6 +39,7 @@ class Coefficients(NamedTuple):
     tie: float = 0.0
     center: bool = False
     samples: int = 0
+    normalize: bool = False
 
     @property
     def reads_data(self) -> bool:

@@ -108,6 +108,7 @@ def check_coefficients(rule: Coefficients, input: Tensor) -> None:
             _NUMBERS.issuperset(map(type, rule[:_COUNT]))
             and all(map(math.isfinite, rule[:_COUNT]))
             and type(rule.center) is bool
+            and type(rule.normalize) is bool
             and type(rule.samples) is int
             and 0 <= rule.samples <= input.shape[0]
         )
@@ -262,6 +263,7 @@ def _refuse_coefficients(rule: Coefficients, input: Tensor) -> None:
     for name in COEFFICIENTS:
         check_number(name, getattr(rule, name))
     check_flag("center", rule.center)
+    check_flag("normalize", rule.normalize)
     if not isinstance(input, Tensor):
         refuse_no_tensor("input", input)
     if input.dim() == 0:  # its rank is refused later

@@ -27,3 +27,15 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
             if x.dim() == rank and x.is_contiguous(memory_format=memory_format):
                 return memory_format
     return torch.contiguous_format
+
+
+def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
+    """b * B - w * W in float32 or wider, exact where b == w and B is near W."""
+    wide = wide_dtype(weight.dtype)
+    feedback, weight = feedback.to(wide), weight.to(wide)
+    if not w:
+        return feedback * b
+    difference = torch.sub(feedback, weight)
+    if b != 1.0:
+        difference = difference.mul_(b)
+    return difference if b == w else difference.add_(weight, alpha=b - w)

@@ -99,10 +99,9 @@ class FeedbackLayer(torch.nn.Module):
                 shape = geometry.output_shape(input.shape, weight.shape)
                 positions = math.prod(shape[2:] if geometry.channel == 1 else shape[1:-1])
             if scheduled is not None:
-                options = {"samples": rule.samples_of(input.shape[0]), "positions": positions or 1}
-                return functional.scheduled_layer(
-                    geometry, scheduled, input, weight, feedback, bias, center=rule.center, **options
-                )
+                options = {"center": rule.center, "samples": rule.samples_of(input.shape[0]), "positions": positions or 1}
+                options["normalize"] = rule.is_normalized
+                return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
             coefficients = rule.coefficients(input.shape[0], positions)
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
 

@@ -87,10 +87,11 @@ def _empty_gradients(grad_output: Tensor, input: Tensor, weight: Tensor, mask: S
 # backward reads it when it runs.
 
 
-def _scheduled(input, weight, feedback, bias, coefficients, *arguments, center, samples, positions) -> Tensor:
+def _scheduled(input, weight, feedback, bias, coefficients, *arguments, center, samples, normalize, positions) -> Tensor:
     layer_checks.check_scheduled(coefficients, positions)
     forward = _forward(from_arguments)
-    return forward(input, weight, feedback, bias, *arguments, center=center, samples=samples)
+    options = {"center": center, "samples": samples, "normalize": normalize}
+    return forward(input, weight, feedback, bias, *arguments, **options)
 
 
 def _scheduled_backward(

@@ -9,11 +9,11 @@ import torch
 
 from pyfeedback.core.coefficients import Coefficients
 
+_TYPES = {"center": "bool", "samples": "SymInt", "normalize": "bool"}
 _RULE = ", ".join(
-    f"{'bool' if name == 'center' else 'SymInt' if name == 'samples' else 'float'} {name}={default}"
-    for name, default in Coefficients._field_defaults.items()
+    f"{_TYPES.get(name, 'float')} {name}={default}" for name, default in Coefficients._field_defaults.items()
 )
-_SCHEDULED = "bool center, SymInt samples, SymInt positions"
+_SCHEDULED = "bool center, SymInt samples, bool normalize, SymInt positions"
 _WINDOW = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
 _LAYER = "Tensor input, Tensor weight, Tensor feedback, Tensor? bias"

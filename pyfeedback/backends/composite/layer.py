@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from pyfeedback.backends.composite.centering import centered, centered_beside, combined
+from pyfeedback.backends.composite.normalized import normalized_gradient
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.call import Gradients, LayerCall
-from pyfeedback.core.tensors import laid_out_like, wide_dtype
+from pyfeedback.core.tensors import blend, laid_out_like, wide_dtype
 
-IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients
+IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie", "normalize"})  # coefficients, options
 
 Scaled = tuple[Tensor, float]  # a product, and the factor to multiply it by
 
@@ -57,13 +58,13 @@ def _feedback_gradient(
     if n == 0:
         return torch.zeros_like(weight)
     if call.algorithm is Algorithm.NONE:
-        grad = _blend(feedback, weight, rule.decay, rule.self_)
+        grad = blend(feedback, weight, rule.decay, rule.self_)
     else:
         if rule.samples:
             x, y = x[:n], y[:n] if y is not None else None
         grad = _data_gradient(call, x, y, weight, feedback)
         if rule.self_:
-            grad = grad.add_(_blend(feedback, weight, rule.decay, rule.self_))
+            grad = grad.add_(blend(feedback, weight, rule.decay, rule.self_))
         elif rule.decay:
             grad = grad.add_(feedback, alpha=rule.decay)
     if rule.tie and grad_weight is not None:
@@ -81,6 +82,8 @@ def _data_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor,
         y = y.float() if y is not None else None
     if y is None and call.reads_response:
         y = call.geometry.fprop(x, weight)
+    if call.rule.normalize:
+        return normalized_gradient(call, x, y, weight, feedback)
     data, scale = _DATA_TERMS[call.algorithm](call, x, y, weight, feedback)
     return data.to(wide_dtype(data.dtype)).mul_(scale / x.shape[0])
 
@@ -94,7 +97,7 @@ def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Ten
     rule, geometry = call.rule, call.geometry
     if rule.sparse:
         scale = max(abs(rule.sparse), abs(rule.amp))
-        kernel = _blend(feedback, weight, rule.sparse / scale, rule.amp / scale).to(x.dtype)
+        kernel = blend(feedback, weight, rule.sparse / scale, rule.amp / scale).to(x.dtype)
         x = centered(x, call)
         total = geometry.wgrad(x, geometry.fprop(x, kernel), weight)
         if rule.null:
@@ -118,7 +121,7 @@ def _input_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback:
     if not rule.null:
         if not rule.sparse:
             return (w @ gram).reshape(weight.shape), -rule.amp
-        return (_blend(b, w, rule.sparse, rule.amp) @ gram).reshape(weight.shape), 1.0
+        return (blend(b, w, rule.sparse, rule.amp) @ gram).reshape(weight.shape), 1.0
     mixed = w @ gram
     spread = (mixed @ w.t()) @ b if w.shape[0] < w.shape[1] else mixed @ (w.t() @ b)
     total = spread.mul_(rule.null).sub_(mixed, alpha=rule.amp)
@@ -144,15 +147,3 @@ _DATA_TERMS: dict[Algorithm, Callable[..., Scaled]] = {
     Algorithm.INPUT_GRAM: _input_gram,
     Algorithm.RESPONSE_GRAM: _response_gram,
 }
-
-
-def _blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
-    """b * B - w * W in float32 or wider, exact where b == w and B is near W."""
-    wide = wide_dtype(weight.dtype)
-    feedback, weight = feedback.to(wide), weight.to(wide)
-    if not w:
-        return feedback * b
-    difference = torch.sub(feedback, weight)
-    if b != 1.0:
-        difference = difference.mul_(b)
-    return difference if b == w else difference.add_(weight, alpha=b - w)
