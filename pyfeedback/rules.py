@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients, Primitives
-from pyfeedback.core.values import check_choice, in_words, is_int, is_number
+from pyfeedback.core.values import check_choice, check_int, check_number, check_positive, in_words, is_int, is_number
 
 REDUCTIONS = ("batch", "mean")
 SIGNS = ("free", "uniform", "fixed", "batch")
 DIRECT = ("no", "each", "shared")
+SOURCES = ("data", "probes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,20 @@ class Rule(Primitives):
             and the feedback weight [M, ...], which learns. With 0, B is a single matrix.
         direct: send the error of the model's output to the layer's input through a random projection, and nothing from
             the layers in between. "each" gives every layer its own projection; "shared" gives all layers rows of one.
+        tau: a number of steps. If it is not 0, the rule has no units: B relaxes in ``tau`` steps to a target of about
+            ``ratio`` times the norm of W, with the same setting in every layer and network. The coefficients then only
+            say which terms the rule has: amp (wm), amp and null (ia), self_ (sa), amp and sparse (aa) or tie (kp).
+            The optimizers of :mod:`pyfeedback.optim` take steps of 1 / tau, whatever their learning rate; under kp they
+            set the decay of W and B so that W - B decays in ``tau`` steps. See docs/rules.md.
+        ratio: the norm of the target relative to W; used with ``tau``.
+        nu: the strength of null relative to amp; used with ``tau``.
+        source: what amp, null and sparse read. "data": the activations. "probes": white noise of one receptive field,
+            drawn for each layer in the optimizer's step. Nothing is saved in the forward pass, and the cost depends on
+            neither the batch nor the size of the images.
+        probes: the number of probes for each step. 0 chooses it from the number of inputs d of the layer and ``tau``,
+            d / (2 tau 0.1^2) for a noise of 0.1 radians in the angle of B to its target, but at most so many that they
+            cost 2 % of the layer's training step.
+        every: make an estimate from probes in one of ``every`` steps.
         name: the name shown in reports.
         fixed: the coefficients in the form that the ops take, or None if they depend on the batch.
     """
@@ -46,6 +61,12 @@ class Rule(Primitives):
     signs: str = "free"
     expansion: int = 0
     direct: str = "no"
+    tau: float = 0.0
+    ratio: float = 1.0
+    nu: float = 1.0
+    source: str = "data"
+    probes: int = 0
+    every: int = 1
     name: str = field(default="custom", compare=False)
 
     fixed: ClassVar[Coefficients | None] = None
@@ -61,7 +82,9 @@ class Rule(Primitives):
             isinstance(self.samples, float) and 0 < self.samples <= 1
         ):
             raise ValueError(f"samples is {in_words(self.samples)}, expected an int of 0 or more, or a float in (0, 1]")
-        for name, known in (("reduction", REDUCTIONS), ("signs", SIGNS), ("direct", DIRECT)):
+        for name, known in (
+            ("reduction", REDUCTIONS), ("signs", SIGNS), ("direct", DIRECT), ("source", SOURCES),
+        ):  # fmt: skip
             check_choice(name, getattr(self, name), known)
         if not is_int(self.expansion) or self.expansion < 0:
             raise ValueError(f"expansion is {in_words(self.expansion)}, expected an int of 0 or more")
@@ -81,6 +104,9 @@ class Rule(Primitives):
             raise ValueError(f"{self} has more than one of transport, signs, direct and expansion, expected one")
         if self.expansion and (self.reads_data or self.self_):
             raise ValueError(f"expansion is {self.expansion} in {self}, expected no coefficients but tie and decay")
+        self._check_probes()
+        if self.tau:
+            self._remove_units()
         if self.samples == 0 and self.reduction == "batch":
             object.__setattr__(self, "fixed", self.coefficients(1, 1))
 
@@ -90,9 +116,24 @@ class Rule(Primitives):
         return any(getattr(self, name) for name in COEFFICIENTS)
 
     @property
+    def has_data_terms(self) -> bool:
+        """Whether any term depends on what the layer computes, of the data or of probes."""
+        return any(getattr(self, name) for name in READ_DATA)
+
+    @property
     def reads_data(self) -> bool:
         """Whether any term depends on the activations; if not, B, W and the gradient of W suffice."""
-        return any(getattr(self, name) for name in READ_DATA)
+        return self.source == "data" and self.has_data_terms
+
+    @property
+    def reads_probes(self) -> bool:
+        """Whether any term depends on the layer's response to probes."""
+        return self.source == "probes"
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether each data term is divided by the power of what it reads."""
+        return self.tau > 0 and self.has_data_terms
 
     def coefficients(self, batch: int, positions: int) -> Coefficients:
         """The coefficients that the ops take, for this batch size and ``positions`` output positions per sample."""
@@ -101,7 +142,10 @@ class Rule(Primitives):
             values |= {name: values[name] * (1.0 / positions) for name in READ_DATA}
         if self.expansion:
             values["decay"] = 0.0  # decay acts on the factor that learns, not on the product
-        return Coefficients(**values, center=self.center, samples=self.samples_of(batch))
+        if self.reads_probes:
+            return Coefficients()
+        options = {"samples": self.samples_of(batch), "normalize": self.is_normalized}
+        return Coefficients(**values, center=self.center, **options)
 
     def samples_of(self, batch: int) -> int:
         """The number of samples that the data terms use for this batch size; 0 means all of them."""
@@ -110,10 +154,40 @@ class Rule(Primitives):
             return 0 if self.samples == 1.0 else math.ceil(self.samples * batch - 1e-9)
         return 0 if self.samples >= batch else self.samples
 
+    def _check_probes(self) -> None:
+        for name, least in (("probes", 0), ("every", 1)):
+            check_int(name, getattr(self, name), least)
+        if self.source == "probes" and (not self.has_data_terms or self.center or self.samples):
+            raise ValueError(f"source is probes in {self}, expected amp, null or sparse, and no center or samples")
+        if self.source == "data" and (self.probes or self.every != 1):
+            raise ValueError(f"probes is {self.probes} and every {self.every} in {self}, expected source='probes'")
+
+    def _remove_units(self) -> None:
+        """Replace the coefficients by those that ``tau``, ``ratio`` and ``nu`` stand for."""
+        check_positive("tau", self.tau)
+        check_positive("ratio", self.ratio)
+        check_number("nu", self.nu)
+        terms = frozenset(name for name in COEFFICIENTS if getattr(self, name)) - {"decay"}
+        if terms not in _UNITLESS or self.expansion or self.reduction != "batch":
+            what = "the terms of wm, ia, sa, aa or kp, reduction batch and no expansion"
+            raise ValueError(f"tau is {self.tau} in {self}, expected {what}")
+        if self.nu < 0 or (self.tau < 1 and "tie" not in terms):
+            raise ValueError(f"tau is {self.tau} and nu {self.nu}, expected a tau of 1 or more and a nu of 0 or more")
+        found = {"amp": self.ratio, "null": self.nu, "sparse": 1.0, "self_": self.ratio, "tie": 1.0}
+        if terms == {"amp", "null"}:
+            found["amp"] *= 1 + self.nu
+        for name in terms:
+            object.__setattr__(self, name, float(found[name]))
+        if "tie" not in terms:
+            object.__setattr__(self, "decay", 0.0 if "sparse" in terms else 1.0)
+
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{self.name}({', '.join(c for c in changed if not c.startswith('name='))})"
 
+
+# The terms, besides decay, of the rules that may have a tau.
+_UNITLESS = tuple(map(frozenset, (("amp",), ("amp", "null"), ("self_",), ("amp", "sparse"), ("tie",))))
 
 PRESETS = {
     "bp": Rule(transport=True, name="bp"),
