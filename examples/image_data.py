@@ -101,9 +101,9 @@ def _read(name: str, root: Path) -> tuple[Images, Images]:
 def _idx(path: Path, dimensions: int) -> np.ndarray:
     """The array in a compressed IDX file: a magic number and the shape in big-endian, then the values as uint8."""
     content = gzip.decompress(path.read_bytes())
-    magic, *shape = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
-    if magic != 0x800 + dimensions:
+    if int.from_bytes(content[:4], "big") != 0x800 + dimensions:
         raise ValueError(f"{path.name} is not an IDX file with {dimensions} dimensions")
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
     return np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions)).reshape(shape)
 
 
