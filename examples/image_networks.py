@@ -76,12 +76,12 @@ def initialize(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def resnet(depth: int, width: int = 8, classes: int = 10, channels: int = 1) -> nn.Sequential:
+def resnet(depth: int, width: int = 8, classes: int = 10, channels: int = 1, gamma: float = 0.0) -> nn.Sequential:
     """A residual network with ``depth`` = 6n + 2 layers, not counting its two projections.
 
-    The last batch norm of each block starts with a scale of zero. At the start, a block is thus its shortcut, and the
-    network is shallow. Sources: He et al. 2016 (arXiv 1512.03385), section 4.2, with shortcuts of option B; Goyal et
-    al. 2017 (arXiv 1706.02677), section 5.1, for the scale of zero.
+    The last batch norm of each block starts with the scale ``gamma``. With 0, a block is its shortcut at the start, and
+    the network is shallow. Sources: He et al. 2016 (arXiv 1512.03385), section 4.2, with shortcuts of option B; Goyal
+    et al. 2017 (arXiv 1706.02677), section 5.1, for the scale of zero.
 
     Raises:
         ValueError: if there is no such n.
@@ -90,7 +90,7 @@ def resnet(depth: int, width: int = 8, classes: int = 10, channels: int = 1) -> 
     network = nn.Sequential(stem(channels, width), nn.Sequential(*blocks, *head(4 * width, classes)))
     initialize(network)
     for block in blocks:
-        nn.init.zeros_(block.bn2.weight)
+        nn.init.constant_(block.bn2.weight, gamma)
     return network
 
 

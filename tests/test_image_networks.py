@@ -75,6 +75,13 @@ def test_every_block_of_a_new_network_is_its_shortcut():
         assert not torch.equal(block(x), expected)
 
 
+def test_gamma_is_the_scale_of_the_last_batch_norm_of_each_block():
+    for block in blocks(example("image_networks").resnet(14, 4, gamma=0.5)):
+        assert block.bn2.weight.eq(0.5).all()
+        norms = [block.bn1] if block.projection is None else [block.bn1, block.projection[1]]
+        assert all(norm.weight.eq(1).all() for norm in norms)
+
+
 def test_projections_and_convolutions_are_initialized_by_the_number_of_outputs():
     torch.manual_seed(0)
     for module in example("image_networks").resnet(8, 32).modules():
