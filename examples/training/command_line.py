@@ -26,7 +26,7 @@ def parse(description: str) -> argparse.Namespace:
     run.add_argument(
         "--resume", action="store_true", default=False, help="continue from the checkpoint in --out, if there is one"
     )
-    run.add_argument("--root", type=Path, default=Path("data"), help="folder of torchvision's data sets")
+    run.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets, default ./%(default)s")
     run.add_argument("--download", action="store_true", default=False, help="download the data set by torchvision")
     run.add_argument("--device", default=None, help="default: a GPU if available")
     run.add_argument("--workers", type=int, default=0, help="number of processes that load images, default %(default)s")

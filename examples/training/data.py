@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import cluttered_digits
+import image_data
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
@@ -33,10 +33,11 @@ def load(name: str, root: Path, download: bool = False) -> Images:
     """Load a data set by name. Those of torchvision are read from the folder ``root`` in torchvision's layout.
 
     Raises:
-        ValueError: if torchvision is needed and cannot be imported, or does not find the data set.
+        ValueError: if the data set is not in ``root``, or torchvision is needed and cannot be imported.
     """
-    if name in cluttered_digits.NAMES:
-        return Images(*(TensorDataset(side.images, side.labels) for side in cluttered_digits.load(name)), 10)
+    if name in image_data.NAMES:
+        sides = image_data.load(name, root=root)
+        return Images(*(TensorDataset(side.images, side.labels) for side in sides), image_data.CLASSES)
     try:
         from torchvision import datasets, transforms
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch

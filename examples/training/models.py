@@ -4,29 +4,12 @@ import copy
 
 import torch
 import tuned
+from image_networks import head, initialize, stages, stem
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import pyfeedback
 
 CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions. The shortcut has no weights: it subsamples pixels and pads channels with zeros."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.stride, self.new = outputs // inputs, outputs - inputs
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new // 2, self.new // 2))
-        return F.relu(y + shortcut)
 
 
 def cifar_resnet(depth: int, classes: int, channels: int = 3) -> nn.Sequential:
@@ -34,15 +17,8 @@ def cifar_resnet(depth: int, classes: int, channels: int = 3) -> nn.Sequential:
 
     Source: He et al. 2016 (arXiv 1512.03385), section 4.2, shortcuts of option A.
     """
-    stem = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    blocks = [Block(16, 16) for _ in range(depth // 6)]
-    for inputs, outputs in ((16, 32), (32, 64)):
-        blocks += [Block(inputs, outputs), *(Block(outputs, outputs) for _ in range(depth // 6 - 1))]
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
-    network = nn.Sequential(stem, *blocks, head)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    network = nn.Sequential(stem(channels, 16), *stages(depth, 16), nn.Sequential(*head(64, classes)))
+    initialize(network)
     return network
 
 

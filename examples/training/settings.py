@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import pyfeedback
 
-DATA = ("digits", "cluttered", "mnist", "cifar10", "cifar100", "imagenet")
+DATA = ("digits", "cluttered", "fashion-mnist", "mnist-5k", "mnist", "cifar10", "cifar100", "imagenet")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
