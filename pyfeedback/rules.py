@@ -46,7 +46,8 @@ class Rule(Primitives):
         source: what amp, null and sparse read. "data": the activations. "probes": white noise of one receptive field,
             drawn for each layer in the optimizer's step. Nothing is saved in the forward pass, and the cost depends on
             neither the batch nor the size of the images.
-        probes: the number of probes for each step. 0 chooses it from the number of inputs d of the layer and ``tau``,
+        probes: the number of probes for each estimate; as a float, relative to the number of inputs d of the layer. 0
+            chooses it by d and ``tau``:
             d / (2 tau 0.1^2) for a noise of 0.1 radians in the angle of B to its target, but at most so many that they
             cost 2 % of the layer's training step.
         every: make an estimate from probes in one of ``every`` steps.
@@ -65,7 +66,7 @@ class Rule(Primitives):
     ratio: float = 1.0
     nu: float = 1.0
     source: str = "data"
-    probes: int = 0
+    probes: int | float = 0
     every: int = 1
     name: str = field(default="custom", compare=False)
 
@@ -147,6 +148,11 @@ class Rule(Primitives):
         options = {"samples": self.samples_of(batch), "normalize": self.is_normalized}
         return Coefficients(**values, center=self.center, **options)
 
+    def probe_coefficients(self) -> Coefficients:
+        """The coefficients of a rule that reads probes."""
+        values = {name: getattr(self, name) for name in COEFFICIENTS}
+        return Coefficients(**values, normalize=self.is_normalized)
+
     def samples_of(self, batch: int) -> int:
         """The number of samples that the data terms use for this batch size; 0 means all of them."""
         if isinstance(self.samples, float):
@@ -156,9 +162,15 @@ class Rule(Primitives):
 
     def _check_probes(self) -> None:
         for name, least in (("probes", 0), ("every", 1)):
-            check_int(name, getattr(self, name), least)
-        if self.source == "probes" and (not self.has_data_terms or self.center or self.samples):
-            raise ValueError(f"source is probes in {self}, expected amp, null or sparse, and no center or samples")
+            value = getattr(self, name)
+            if name != "probes" or not isinstance(value, float):
+                check_int(name, value, least)
+            elif not 0 < value < math.inf:
+                raise ValueError(f"probes is {value}, expected an int of 0 or more, or a finite float above 0")
+        if self.source == "probes":
+            if not self.has_data_terms or self.samples or self.tie:
+                raise ValueError(f"source is probes in {self}, expected amp, null or sparse, and no samples or tie")
+            object.__setattr__(self, "center", False)  # the mean of white noise is 0
         if self.source == "data" and (self.probes or self.every != 1):
             raise ValueError(f"probes is {self.probes} and every {self.every} in {self}, expected source='probes'")
 

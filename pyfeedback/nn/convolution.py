@@ -40,6 +40,12 @@ class _Conv(_ConvNd):
 class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
     padding: tuple[int, ...]
 
+    def as_matrices(self, kernel: Tensor) -> Tensor:
+        return super().as_matrices(kernel).mT
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        return matrices.mT.reshape(self.weight.shape)
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         feedback = self.enter(input)
         if feedback is None:

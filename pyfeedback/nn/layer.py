@@ -34,6 +34,7 @@ class FeedbackLayer(torch.nn.Module):
     mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product (pfa)
     direct: DirectInput | None = None  # only under dfa, where the error comes directly from the model's output
     called = False  # True from the first forward pass on; remains False if a model only reads the weight
+    last_call: tuple[Geometry, torch.Size] | None = None  # of a layer that reads probes: how expensive a pass is
     scheduled: Tensor | None = None  # the coefficients under a schedule, an input of a compiled graph
     unscheduled: Rule | None = None  # the rule before the schedule changed it
 
@@ -48,7 +49,8 @@ class FeedbackLayer(torch.nn.Module):
             feedback = torch.nn.Parameter(weight.new_empty(rows, *weight.shape[1:]))
             mixing = weight.new_empty(weight.shape[0], rows)
         elif not self.rule.transport and self.rule.direct == "no":
-            feedback = torch.nn.Parameter(torch.empty_like(weight), requires_grad=self.rule.learns)
+            by_autograd = self.rule.learns and not self.rule.reads_probes
+            feedback = torch.nn.Parameter(torch.empty_like(weight), requires_grad=by_autograd)
         self.register_parameter("feedback", feedback)
         self.register_buffer("mixing", mixing)
         self.reset_feedback()
@@ -90,6 +92,8 @@ class FeedbackLayer(torch.nn.Module):
         if input.dim() == weight.dim() - 1:
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
         rule, scheduled = self.rule, self.scheduled
+        if rule.source == "probes" and not torch.compiler.is_compiling():
+            object.__setattr__(self, "last_call", (geometry, input.shape))
         coefficients = rule.fixed
         if scheduled is not None and not torch.compiler.is_compiling():
             scheduled = None
@@ -138,6 +142,22 @@ class FeedbackLayer(torch.nn.Module):
     def forward_without_hooks(self, input: Tensor) -> Tensor:
         """Compute the output without calling the layer's hooks."""
         return type(self).forward(self, input)
+
+    def as_matrices(self, kernel: Tensor) -> Tensor:
+        """Return a weight or feedback weight as one matrix [outputs, inputs] for each group: [G, K/G, d]."""
+        groups = getattr(self, "groups", 1)
+        return kernel.reshape(groups, kernel.shape[0] // groups, -1)
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        """Undo :meth:`as_matrices`."""
+        return matrices.reshape(self.weight.shape)
+
+    def positions(self) -> int:
+        """Return the number of output positions of the last batch; 0 if not known. Only layers that read probes."""
+        if self.last_call is None:
+            return 0
+        geometry, input = self.last_call
+        return geometry.sizes(input, self.weight.shape, 0).positions
 
     def factor_gradient(self, grad: Tensor) -> Tensor:
         """Compute the gradient of a feedback weight that is a factor (pfa) from the gradient of the product."""

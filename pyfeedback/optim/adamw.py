@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 from pyfeedback.backends.dispatch import provide
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
 from pyfeedback.optim.rows import Row, feedback_row, forward_row, is_computed, is_tied
+from pyfeedback.rules import Rule
 
 
 class AdamW(RowOptimizer, torch.optim.AdamW):
@@ -61,18 +62,27 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer = self._layers.get(p)
         if layer is None:
-            return forward_row(p, 0.0, group["weight_decay"])
+            rule = self._tied_rules().get(p)
+            return forward_row(p, 0.0, group["weight_decay"] if rule is None else self._tied_decay(rule, group))
         tied = is_tied(layer.rule)
         by_autograd = p.requires_grad and (not tied or is_computed(layer))
-        row = feedback_row(p, layer, self._names[p], by_autograd, False)
+        row = feedback_row(p, layer, self._names[p], by_autograd, False, self._estimates.get(p))
         if row is None or not tied:
             return row
+        if layer.rule.tau:
+            return row._replace(decay=0.0, weight_decay=self._tied_decay(layer.rule, group))
         # The decay is decoupled: it is not added to the gradient, and subtracted from a gradient that includes it.
         return row._replace(decay=-layer.rule.decay if by_autograd else 0.0, weight_decay=group["weight_decay"])
 
+    @staticmethod
+    def _tied_decay(rule: Rule, group: dict[str, Any]) -> float:
+        """Return the decoupled decay of W and B under Kolen-Pollack with a time constant."""
+        lr = float(group.get("initial_lr", group["lr"]))
+        return 1 / (lr * rule.tau) if lr else 0.0
+
     def _update(self, rows: list[Row], *options) -> None:
         lr, beta1, beta2, eps, amsgrad = options
-        param, weight, grad, decay, self_, tie, weight_decay, _ = zip(*rows, strict=True)
+        param, weight, grad, decay, self_, tie, weight_decay, *_ = zip(*rows, strict=True)
         names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
         states = [self._state_of(p, names) for p in param]
         moments = ([state[name] for state in states] for name in names)
@@ -101,7 +111,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
     def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """The state of a parameter, in the format of torch.optim.AdamW with fused=True."""
         state = self.state[p]
-        if not state:
+        if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state.update((name, torch.zeros_like(p)) for name in names)
         return state

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyfeedback import functional
 from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.core.values import in_words
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
-from pyfeedback.optim.rows import LossScale, Row, is_computed, without_loss_scale
+from pyfeedback.optim.probes import probe_gradients
+from pyfeedback.optim.rows import LossScale, Row, is_computed, is_tied, without_loss_scale
+from pyfeedback.rules import Rule
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -22,6 +25,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     _layers: dict[nn.Parameter, FeedbackLayer]
     _names: dict[nn.Parameter, str]  # of the layers, by their feedback weights
+    probe_seed: int = 0  # of the noise that rules with probes read: the same in every process
+    _estimates: dict[nn.Parameter, Tensor]  # in this step, of rules that read probes
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, and does not unscale the gradients
 
     def _options(self, group: dict[str, Any]) -> tuple:
@@ -52,8 +57,19 @@ class RowOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler, like grad_scale
         if found_inf is None or not found_inf:
             for by_torch, options, rows in self._calls():
-                (self._update_by_torch if by_torch else self._update)(rows, *options)
+                if rows[0].step_size is not None:
+                    self._relax(rows, *options)
+                else:
+                    (self._update_by_torch if by_torch else self._update)(rows, *options)
         return loss
+
+    def _relax(self, rows: list[Row], noise: float, skip_nonfinite: bool, step_size: float) -> None:
+        """Move feedback weights along the gradients of rules with a time constant: ``step_size`` of the way."""
+        param, weight, grad, decay, self_, tie, *_ = zip(*rows, strict=True)
+        functional.feedback_step_(
+            *map(local, (param, weight, grad)), decay=decay, self_=self_, tie=tie, lr=step_size, noise=noise,
+            skip_nonfinite=skip_nonfinite, seed=int(torch.randint(2**62, ())) if noise else 0,
+        )  # fmt: skip
 
     def _calls(self) -> Iterator[tuple[bool, tuple, list[Row]]]:
         """Yield for each call: whether torch's own functions make the update, the options, and the rows.
@@ -61,22 +77,26 @@ class RowOptimizer(torch.optim.Optimizer):
         B's update must read W before W is updated. If both share options they go in one call, B first; otherwise W is
         deferred to a second call. If W is computed from other parameters, those are deferred too.
         """
-        places: dict[nn.Parameter, tuple[dict, tuple]] = {}
+        places: dict[nn.Parameter, list] = {}  # group, and what the rows of one call share
         for group in self.param_groups:
             options = self._options(group)
-            places |= {p: (group, (p.device, options)) for p in group["params"]}
+            places |= {p: [group, (p.device, options)] for p in group["params"]}
         readers: dict[Any, list[nn.Parameter]] = {}  # by the weight they read
         for b, layer in self._layers.items():
             readers.setdefault(layer.weight, []).append(b)
         in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in places]
         none_computed = all(w in places for w in readers)
         loss_scale, uncalled = LossScale.of(self), self._uncalled()
+        self._estimates = self._read_probes(places, uncalled)
         calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
         for p in dict.fromkeys([*in_turn, *places]):
             group, shared = places[p]
             row = None if p in uncalled else self._row(p, group)
             if row is not None:
                 of_feedback = self._layers.get(p)
+                if row.step_size is not None:
+                    noise, skip_nonfinite = group.get("noise", 0.0), group.get("skip_nonfinite", False)
+                    shared = places[p][1] = (p.device, (noise, skip_nonfinite, row.step_size))
                 has_weight = of_feedback is not None and of_feedback.weight in places
                 row = without_loss_scale(row, of_feedback, self._names.get(p, ""), loss_scale, has_weight)
                 beside = {places[b][1] for b in readers.get(p, ())}
@@ -85,6 +105,23 @@ class RowOptimizer(torch.optim.Optimizer):
         for of_time in calls.values():
             for (by_torch, (_, options)), rows in of_time.items():
                 yield by_torch, options, rows
+
+    def _tied_rules(self) -> dict[Any, Rule]:
+        """Return the rules of Kolen-Pollack with a time constant, by forward weight."""
+        rules = ((layer.weight, layer.rule) for layer in self._layers.values())
+        return {w: rule for w, rule in rules if rule.tau and is_tied(rule)}
+
+    def _read_probes(self, places, uncalled) -> dict[nn.Parameter, Tensor]:
+        """Return the gradients of the rules that read probes, for those that make an estimate in this step."""
+        due = {}
+        for index, (b, layer) in enumerate(self._layers.items()):
+            if not layer.rule.reads_probes or b not in places or b in uncalled:
+                continue
+            state = self.state[b]
+            step = state["probe_step"] = state.get("probe_step", -1) + 1
+            if step % layer.rule.every == 0:
+                due[b] = (layer, self._names[b], (step, index))
+        return probe_gradients(due, self.probe_seed) if due else {}
 
     def _uncalled(self) -> set[nn.Parameter]:
         """Feedback weights of layers that are never called although their weight is trained, by plain backprop."""
@@ -112,7 +149,8 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
     if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with
         for feedback, layer in layers.items():
             rule = layer.unscheduled or layer.rule
-            feedback.requires_grad_(rule.reads_data or (rule.learns and is_computed(layer)))
+            by_autograd = rule.reads_data or (rule.learns and is_computed(layer) and not rule.reads_probes)
+            feedback.requires_grad_(by_autograd)
     return layers, {feedback: name for feedback, (name, _) in named.items()}
 
 

@@ -20,6 +20,7 @@ class Row(NamedTuple):
     tie: float
     weight_decay: float = 0.0  # decoupled: not part of the gradient
     by_torch: bool = False  # complex, or with a sparse gradient: updated by the functions of torch.optim
+    step_size: float | None = None  # of a rule with a time constant, instead of the optimizer's learning rate
 
 
 class LossScale(NamedTuple):
@@ -38,7 +39,7 @@ class LossScale(NamedTuple):
 
 def is_tied(rule: Rule) -> bool:
     """Whether the rule is Kolen-Pollack: tie and decay, and nothing else."""
-    return rule.tie != 0 and not rule.reads_data and not rule.self_
+    return rule.tie != 0 and not rule.has_data_terms and not rule.self_
 
 
 def is_computed(layer: FeedbackLayer) -> bool:
@@ -57,11 +58,21 @@ def forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | Non
     return Row(p, p, grad, decay, 0.0, 1.0, weight_decay, grad.is_sparse or grad.is_complex())
 
 
-def feedback_row(b: nn.Parameter, layer: FeedbackLayer, name: str, by_autograd: bool, noisy: bool) -> Row | None:
-    """Return the row of a feedback weight; None if its rule does not change it."""
+def feedback_row(
+    b: nn.Parameter, layer: FeedbackLayer, name: str, by_autograd: bool, noisy: bool, estimate: Tensor | None = None
+) -> Row | None:
+    """Return the row of a feedback weight; None if its rule does not change it.
+
+    Args:
+        estimate: the gradient of a rule that reads probes; None in a step without an estimate.
+    """
     if layer.feedback is not b:
         raise RuntimeError("model has other feedback weights now, expected those this optimizer was built with")
     rule, w = layer.rule, layer.weight
+    step_size = 1 / rule.tau if rule.tau and not is_tied(rule) else None
+    if rule.reads_probes:
+        step_size = None if step_size is None else min(1.0, step_size * rule.every)
+        return None if estimate is None else Row(b, b, estimate, 0.0, 0.0, 1.0, step_size=step_size)
     if rule.reads_data or by_autograd:
         grad, terms = b.grad, (0.0, 0.0, 1.0)  # the gradient includes every term, decay too
     elif rule.tie and is_computed(layer):
@@ -73,7 +84,7 @@ def feedback_row(b: nn.Parameter, layer: FeedbackLayer, name: str, by_autograd: 
         grad, terms = w.grad if rule.tie else w, (rule.decay, rule.self_, rule.tie)
     if layer.mixing is not None:  # B is a product, and the feedback weight is its second factor
         w, grad = b, grad if grad is b.grad or grad is None else layer.factor_gradient(grad)
-    return Row(b, w, grad, *terms) if grad is not None and (rule.learns or noisy) else None
+    return Row(b, w, grad, *terms, step_size=step_size) if grad is not None and (rule.learns or noisy) else None
 
 
 def without_loss_scale(

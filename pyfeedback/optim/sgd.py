@@ -8,7 +8,8 @@ from torch.optim.sgd import sgd
 
 from pyfeedback import functional
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
-from pyfeedback.optim.rows import Row, feedback_row, forward_row
+from pyfeedback.optim.rows import Row, feedback_row, forward_row, is_tied
+from pyfeedback.rules import Rule
 
 
 class FeedbackSGD(RowOptimizer):
@@ -57,6 +58,8 @@ class FeedbackSGD(RowOptimizer):
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True with momentum 0, expected a momentum above 0")
         self._layers, self._names = feedback_of(model)
+        if type(self) is FeedbackSGD and self._tied_rules():
+            raise ValueError("model follows kp with a tau, expected SGD or AdamW of pyfeedback.optim: W has to decay too")
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "noise": noise}
         super().__init__([{"params": list(self._layers)}], {**options, "skip_nonfinite": skip_nonfinite})
 
@@ -75,7 +78,15 @@ class FeedbackSGD(RowOptimizer):
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer = self._layers[p]
-        return feedback_row(p, layer, self._names[p], p.requires_grad, bool(group["noise"]))
+        row = feedback_row(p, layer, self._names[p], p.requires_grad, bool(group["noise"]), self._estimates.get(p))
+        if row is None or not layer.rule.tau or not is_tied(layer.rule):
+            return row
+        return row._replace(decay=self._tied_decay(layer.rule, group))
+
+    def _tied_decay(self, rule: Rule, group: dict[str, Any]) -> float:
+        """Return the decay of W and B under Kolen-Pollack with a time constant, at the group's full learning rate."""
+        lr = float(group.get("initial_lr", group["lr"]))
+        return (1 - group["momentum"]) / (lr * rule.tau) if lr else 0.0
 
     def _update(self, rows: list[Row], *options) -> None:
         lr, momentum, nesterov, noise, skip_nonfinite = options
@@ -160,7 +171,10 @@ class SGD(FeedbackSGD):
             torch.optim.Optimizer.add_param_group(self, {**options, **param_group, "params": params})
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
-        return super()._row(p, group) if p in self._layers else forward_row(p, group["weight_decay"], 0.0)
+        if p in self._layers:
+            return super()._row(p, group)
+        rule = self._tied_rules().get(p)
+        return forward_row(p, group["weight_decay"] if rule is None else self._tied_decay(rule, group), 0.0)
 
 
 def _dynamic(lr: Tensor, noise: float, device: torch.device) -> Tensor:
