@@ -44,9 +44,10 @@ class Block(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-def stem(channels: int, width: int) -> nn.Sequential:
-    """A 3x3 convolution with batch norm, at full resolution."""
-    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+def stem(channels: int, width: int, stride: int = 1) -> nn.Sequential:
+    """A 3x3 convolution with batch norm."""
+    convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
 
 
 def stages(depth: int, width: int, projection: bool = False) -> list[Block]:
@@ -76,18 +77,21 @@ def initialize(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def resnet(depth: int, width: int = 8, classes: int = 10, channels: int = 1, gamma: float = 0.0) -> nn.Sequential:
+def resnet(
+    depth: int, width: int = 8, classes: int = 10, channels: int = 1, gamma: float = 0.0, stride: int = 1
+) -> nn.Sequential:
     """A residual network with ``depth`` = 6n + 2 layers, not counting its two projections.
 
-    The last batch norm of each block starts with the scale ``gamma``. With 0, a block is its shortcut at the start, and
-    the network is shallow. Sources: He et al. 2016 (arXiv 1512.03385), section 4.2, with shortcuts of option B; Goyal
+    ``stride`` is that of the stem. With 2, all other layers see a quarter of the pixels. The last batch norm of each
+    block starts with the scale ``gamma``. With 0, a block is its shortcut at the start, and the network is shallow.
+    Sources: He et al. 2016 (arXiv 1512.03385), section 4.2, with shortcuts of option B; Goyal
     et al. 2017 (arXiv 1706.02677), section 5.1, for the scale of zero.
 
     Raises:
         ValueError: if there is no such n.
     """
     blocks = stages(depth, width, projection=True)
-    network = nn.Sequential(stem(channels, width), nn.Sequential(*blocks, *head(4 * width, classes)))
+    network = nn.Sequential(stem(channels, width, stride), nn.Sequential(*blocks, *head(4 * width, classes)))
     initialize(network)
     for block in blocks:
         nn.init.constant_(block.bn2.weight, gamma)
@@ -106,8 +110,10 @@ def plain(depth: int, width: int = 8, size: int = 32) -> nn.Sequential:
     return tuned.network(size, width, repeats)
 
 
-def build(name: str, width: int = 8) -> nn.Sequential:
+def build(name: str, width: int = 8, stride: int = 1) -> nn.Sequential:
     """Build "resnet20" or "plain7", of any depth, for 32x32 images with one channel and ten classes.
+
+    ``stride`` is that of the stem of a residual network. In a plain network it is always 2.
 
     Raises:
         ValueError: if there is no network of this name.
@@ -115,4 +121,4 @@ def build(name: str, width: int = 8) -> nn.Sequential:
     kind, depth = re.fullmatch(r"(resnet|plain)(\d+)|.*", name).groups()
     if kind is None:
         raise ValueError(f"model is {name!r}, expected resnet8, 14, 20, ... or plain4, 7, 10, ...")
-    return (resnet if kind == "resnet" else plain)(int(depth), width)
+    return resnet(int(depth), width, stride=stride) if kind == "resnet" else plain(int(depth), width)

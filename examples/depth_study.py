@@ -1,0 +1,217 @@
+"""Do the rules scale with depth under one setting? Residual networks with 8 to 32 layers, plain ones with 7 and 13.
+
+    python examples/depth_study.py --root data --minutes 60    # go on with the study for an hour
+    python examples/depth_study.py --report                    # tables and figures of the runs that are done
+    python examples/depth_study.py --quick                     # a small version in two minutes: it shows that it runs
+
+Networks: those of image_networks.py with 8 channels. ResNets have projection shortcuts, a scale of 0 in the last batch
+norm of each block, and here a stem of stride 2, so that 32x32 images become 16x16 and a run takes less than a minute.
+
+Data: the cluttered digits (6,000 training and 2,000 test images, see cluttered_digits.py), and as many images of
+Fashion-MNIST (see image_data.py for the command that downloads them to the folder ``--root``).
+
+Training: 8 epochs with batches of 64 images, SGD with a learning rate of 0.05 and momentum 0.9, a linear warm-up of 50
+steps and a cosine schedule. Under every rule, also under backprop, the weights that a batch norm follows start at 0.1
+times their usual size. The batch norm cancels the factor, so the function of the network is the same. Only the body of
+a network has feedback weights; the stem does not need them. The optimizer is pyfeedback.optim.SGD, under backprop
+torch.optim.SGD. A seed gives the same initial weights and the same order of images under every rule.
+
+Rules: backprop (bp), feedback alignment (fa), and the rules without units (docs/rules.md): sa, kp and aa, which
+estimate the weight, and the local rules wm and ia. These read white noise of one receptive field ("probes", 2 for each
+input of the layer). For comparison they also read activations ("data"), with the same numbers and in two networks.
+
+Selection: one setting of each rule for all networks and data, by the accuracy of ResNet-8 on validation images of the
+cluttered digits, one sixth of the training digits (mean of two seeds). Every rule has four candidates. Those of bp and
+fa are weight decays, and the best one of bp is used by the other rules too. kp has no weight decay of its own: its time
+constant gives the one of all forward weights. No test image is read before a setting is chosen.
+
+Test: five seeds, seed by seed, so that an interrupted study has the same number of seeds everywhere. Each finished run
+is appended to runs.jsonl in the folder ``--out`` with all its settings. Runs that are there are not repeated; runs that
+are missing are not in the tables.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import depth_study_report
+import image_data
+from depth_study_runs import Job, Runs, Setting
+from two_routes import Parser
+
+WEIGHT_DECAYS = (0.001, 0.002, 0.004, 0.008)
+TAUS = (4.0, 8.0, 15.0, 30.0)
+KP_TAUS = (50.0, 100.0, 200.0, 400.0)
+IA = ((8.0, 1.0), (15.0, 1.0), (8.0, 0.5), (15.0, 0.5))  # tau, nu
+RULES = ("bp", "fa", "sa", "kp", "aa", "ia-probes", "wm-probes")
+DATA_RULES = ("ia-data", "wm-data")  # with the settings of the same rules with probes
+FOLDER = Path(__file__).parent.parent / "docs" / "depth_study"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a data set to test the rules with."""
+
+    network: str
+    data: str = "cluttered"
+    rules: tuple[str, ...] = RULES
+
+
+CASES = (
+    Case("resnet8", rules=RULES + DATA_RULES),
+    Case("resnet20", rules=RULES + DATA_RULES),
+    Case("resnet14"),
+    Case("resnet32"),
+    Case("resnet20", "fashion-mnist"),
+    Case("plain7"),
+    Case("plain13"),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of a study."""
+
+    cases: tuple[Case, ...] = CASES
+    search_seeds: int = 2
+    candidates: int = 4  # of each rule
+    seeds: int = 5
+    epochs: int = 8
+    train_size: int = 6000
+    test_size: int = 2000
+    width: int = 8
+
+    def job(self, setting: Setting, case: Case, seed: int, validation: bool = False) -> Job:
+        sizes = {name: getattr(self, name) for name in ("epochs", "train_size", "test_size", "width")}
+        return Job(setting, case.network, case.data, seed, validation, **sizes)
+
+    def search_jobs(self, setting: Setting) -> list[Job]:
+        return [self.job(setting, self.cases[0], seed, validation=True) for seed in range(self.search_seeds)]
+
+
+QUICK = Scale(
+    cases=(Case("resnet8", rules=RULES + DATA_RULES), Case("resnet14"), Case("plain7")), search_seeds=1, candidates=2,
+    seeds=2, epochs=2, train_size=640, test_size=500,
+)  # fmt: skip
+
+
+def candidates(name: str, weight_decay: float, momentum: float = Job.momentum, lr: float = Job.lr) -> list[Setting]:
+    """The four settings of a rule to choose from; ``weight_decay`` is the choice of bp."""
+    if name in ("bp", "fa"):
+        return [Setting(name, decay) for decay in WEIGHT_DECAYS]
+    if name == "kp":
+        return [Setting(name, round((1 - momentum) / (lr * tau), 9), tau) for tau in KP_TAUS]
+    if name == "ia-probes":
+        return [Setting(name, weight_decay, tau, nu) for tau, nu in IA]
+    return [Setting(name, weight_decay, tau) for tau in TAUS]
+
+
+def choose(scale: Scale, runs: Runs, tried: Sequence[Setting]) -> Setting | None:
+    """The candidate with the highest validation accuracy; None if one of them is not done."""
+    found = {setting: runs.of(scale.search_jobs(setting)) for setting in tried}
+    if any(len(outcomes) < scale.search_seeds for outcomes in found.values()):
+        return None
+    return max(tried, key=lambda setting: math.fsum(outcome.accuracy[-1] for outcome in found[setting]))
+
+
+def search(scale: Scale, runs: Runs) -> dict[str, Setting]:
+    """The setting of each rule whose candidates are all done."""
+    chosen: dict[str, Setting] = {}
+    for names in (("bp",), RULES[1:]):
+        decay = chosen["bp"].weight_decay if "bp" in chosen else 0.0
+        tried = {name: candidates(name, decay)[: scale.candidates] for name in names}
+        everything = itertools.chain(*tried.values())
+        runs.do(f"search {names[0]}", [job for setting in everything for job in scale.search_jobs(setting)])
+        chosen |= {name: best for name in names if (best := choose(scale, runs, tried[name])) is not None}
+        if "bp" not in chosen:
+            return {}
+    for name in DATA_RULES:
+        if (same := chosen.get(name.replace("data", "probes"))) is not None:
+            chosen[name] = replace(same, name=name)
+    return chosen
+
+
+def test_jobs(scale: Scale, chosen: dict[str, Setting]) -> list[Job]:
+    """The test runs of all rules with a setting, in their order."""
+    return [
+        scale.job(chosen[name], case, seed)
+        for seed in range(scale.seeds)
+        for case in scale.cases
+        for name in case.rules
+        if name in chosen
+    ]
+
+
+def study(scale: Scale, runs: Runs, out: Path) -> None:
+    """Do the runs that are missing, as far as the time allows, and write tables and figures of those that are done."""
+    chosen = search(scale, runs)
+    runs.do("test", test_jobs(scale, chosen))
+    decay = chosen["bp"].weight_decay if "bp" in chosen else 0.0
+    tried = [s for name in RULES if name in ("bp", *chosen) for s in candidates(name, decay)[: scale.candidates]]
+    results = {
+        (case.network, case.data, name): [runs[scale.job(chosen[name], case, seed)] for seed in range(scale.seeds)]
+        for case in scale.cases
+        for name in case.rules
+        if name in chosen
+    }
+    depth_study_report.write({s: runs.of(scale.search_jobs(s)) for s in tried}, chosen, results, out)
+
+
+def parse() -> argparse.Namespace:
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        return int(text)
+
+    def minutes(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        return value
+
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few seeds, networks, images and epochs")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of the finished runs")
+    parser.add_argument(
+        "--workers", type=count, default=2, help="number of single-threaded processes; default %(default)s"
+    )
+    parser.add_argument(
+        "--minutes", type=minutes, default=math.inf, help="start no run after this time; default: no limit"
+    )
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the images; default ./%(default)s")
+    parser.add_argument("--out", type=Path, help="output folder; default docs/depth_study, or ./depth_study if --quick")
+    options = parser.parse_args()
+    if options.out is None:
+        options.out = Path("depth_study") if options.quick else FOLDER
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.quick and not options.report:
+            image_data.load("fashion-mnist", 10, 10, root=options.root)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    except ValueError as error:
+        parser.error(f"argument --root: {error}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    scale, path = QUICK if options.quick else Scale(), options.out / "runs.jsonl"
+    start = time.perf_counter()
+    try:
+        with Runs(path, 0 if options.report else options.workers, options.root, options.minutes) as runs:
+            study(scale, runs, options.out)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted: {path} keeps what is done, start again to go on") from None
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes; figures and tables are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

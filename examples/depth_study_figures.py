@@ -1,0 +1,93 @@
+"""The figures of depth_study.py: accuracy, gap to backprop and angle by depth, for residual and plain networks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+from picture import STYLES
+from study_figures import ACCURACY, ANGLE, BEHIND, LOOK, MARKERS
+from two_routes import TITLES
+
+FIGURES = {"accuracy": ACCURACY, "behind bp": BEHIND, "angle": ANGLE}  # column of the rows: label of the axis
+PANELS = {"resnet": "residual networks", "plain": "plain networks"}
+READS_ACTIVATIONS = (0, (1, 1))  # the dash of a local rule that is drawn for comparison
+
+
+def draw(rows: Sequence[dict], out: Path) -> list[str]:
+    """Write each figure as PNG and SVG, from the rows of the cluttered digits. Returns the names of the figures."""
+    rows = [row for row in rows if row["data"] == "cluttered"]
+    for column in FIGURES:
+        _draw(rows, column, out / column.replace(" ", "_"))
+    return [column.replace(" ", "_") for column in FIGURES]
+
+
+def _draw(rows: Sequence[dict], column: str, path: Path) -> None:
+    names = [name for name in dict.fromkeys(row["rule"] for row in rows) if _has(rows, name, column)]
+    with plt.rc_context(LOOK | {"svg.hashsalt": "pyfeedback"}):
+        figure, found = plt.subplots(1, len(PANELS), figsize=(7.2, 3.8), layout="constrained", sharey=True)
+        for axes, (kind, heading) in zip(found, PANELS.items(), strict=True):
+            mine = [row for row in rows if row["network"].startswith(kind)]
+            _panel(axes, mine, names, column, kind)
+            axes.set_title(heading, loc="left", fontsize=9)
+        _scale(found[0], column)
+        handles = [plt.Line2D([], [], label=_label(name), **_line(name)) for name in names]
+        if handles:
+            figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
+        for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
+            figure.savefig(path.with_suffix(suffix), metadata=metadata)
+        plt.close(figure)
+
+
+def _has(rows: Sequence[dict], name: str, column: str) -> bool:
+    return any(row["rule"] == name and row[column] != "" for row in rows)
+
+
+def _panel(axes: Axes, rows: Sequence[dict], names: Sequence[str], column: str, kind: str) -> None:
+    """A line for each rule, with a band of the 95 % interval where there are two seeds or more."""
+    for name in names:
+        mine = [row for row in rows if row["rule"] == name and row[column] != ""]
+        mine.sort(key=lambda row: _depth(row, kind))
+        axes.plot([_depth(row, kind) for row in mine], [row[column] for row in mine], **_line(name))
+        known = [row for row in mine if row[f"{column} interval"] != ""]
+        low, high = ([row[column] + sign * row[f"{column} interval"] for row in known] for sign in (-1, 1))
+        depths = [_depth(row, kind) for row in known]
+        axes.fill_between(depths, low, high, color=_line(name)["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel("layers")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(sorted({_depth(row, kind) for row in rows})))
+
+
+def _depth(row: dict, kind: str) -> int:
+    return int(row["network"].removeprefix(kind))
+
+
+def _scale(axes: Axes, column: str) -> None:
+    """Label the shared axis. A gap is linear up to one point and logarithmic beyond."""
+    axes.set_ylabel(FIGURES[column])
+    if column == "angle":
+        axes.set(ylim=(-3, 93), yticks=range(0, 91, 15))
+    elif column == "accuracy":
+        axes.set_ylim(0, 101)
+    else:
+        axes.set_yscale("symlog", linthresh=1)
+        ticks = [-3, -1, 0, 1, 3, 10, 30, 90]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def _line(name: str) -> dict:
+    rule, _, source = name.partition("-")
+    color, dash = STYLES[rule]
+    compared = source == "data"
+    return {
+        "color": color,
+        "linestyle": READS_ACTIVATIONS if compared else dash,
+        "marker": MARKERS[rule],
+        "markerfacecolor": color if compared else "white",
+    }
+
+
+def _label(name: str) -> str:
+    rule, _, source = name.partition("-")
+    return f"{rule}  {TITLES[rule]}{f', {source}' if source else ''}"
