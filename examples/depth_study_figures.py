@@ -54,6 +54,8 @@ def _panel(axes: Axes, rows: Sequence[dict], names: Sequence[str], column: str, 
         low, high = ([row[column] + sign * row[f"{column} interval"] for row in known] for sign in (-1, 1))
         depths = [_depth(row, kind) for row in known]
         axes.fill_between(depths, low, high, color=_line(name)["color"], alpha=0.15, linewidth=0)
+    if column == "behind bp":
+        axes.axhline(0, color=STYLES["bp"][0], linestyle=STYLES["bp"][1], linewidth=1, zorder=0)
     axes.set_xlabel("layers")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(sorted({_depth(row, kind) for row in rows})))
@@ -72,6 +74,8 @@ def _scale(axes: Axes, column: str) -> None:
         axes.set_ylim(0, 101)
     else:
         axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(min(-4, axes.get_ylim()[0]), max(90, axes.get_ylim()[1]))
+        axes.yaxis.set_minor_locator(NullLocator())
         ticks = [-3, -1, 0, 1, 3, 10, 30, 90]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
 

@@ -51,6 +51,13 @@ def test_a_plain_network_has_its_depth_and_no_shortcuts(depth):
     assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("name", ["resnet8", "plain4"])
+def test_the_stem_halves_the_image_with_a_stride_of_2(name):
+    network = example("image_networks").build(name, width=4, stride=2)
+    assert network[0](torch.zeros(2, 1, 32, 32)).shape == (2, 4, 16, 16)
+    assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+
+
 @pytest.mark.parametrize("width", [3, 8])
 def test_the_width_sets_the_channels_of_every_stage(width):
     network = example("image_networks").resnet(14, width, classes=7, channels=3)
