@@ -49,7 +49,7 @@ def conv2d(
     y = _ConvFeedbackPath.apply(input, weight, feedback.detach(), stride, padding, dilation, groups)
     if tie:
         y = y + tie * _without_value(conv(input.detach(), feedback))
-    rule["positions"] = y[0, 0].numel()
+    rule |= {"positions": y[0, 0].numel(), "stride": 1 if any(padding) else stride}
     penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, 1, 1), penalty
 
@@ -91,7 +91,9 @@ def convolution(
     y = conv(fixed, weight) + _without_value(through_feedback)
     if tie:
         y = y + tie * _without_value(conv(fixed, feedback))
-    rule["positions"] = (input if transposed else y)[0, 0].numel()
+    rule |= {"positions": (input if transposed else y)[0, 0].numel(), "stride": stride}
+    if transposed or (any(padding) if isinstance(padding, (tuple, list)) else padding):
+        rule["stride"] = 1
     penalty = regulariser(fixed, y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, *(1,) * spatial), penalty
 
@@ -125,12 +127,14 @@ def regulariser(
     samples: int = 0,
     normalize: bool = False,
     positions: int = 1,
+    stride=1,
 ) -> Tensor:
     """R(B), the sum of the primitives (paper, section 3), over the first ``samples`` of the batch (0: all).
 
     With ``normalize``, each data term is divided by the power of what it reads, which is a constant in R: the
     mean of x^2 times the output ``positions`` of a sample (of a transposed convolution, its input positions); for null,
-    :func:`null_power`; for sparse, and the amp beside it, :func:`largest_variance`.
+    :func:`null_power`; for sparse, and the amp beside it, :func:`largest_variance`. A 1x1 convolution with a ``stride``
+    and without padding reads only some positions of x.
     """
     n = samples or x.shape[0]
     x, y = x[:n], y[:n]
@@ -138,7 +142,11 @@ def regulariser(
         x, y = x - x.mean(0), y - y.mean(0)
     if normalize:
         largest = largest_variance(x, weight, conv) / n if sparse else 1.0
-        amp = amp / (largest if sparse else positions * x.square().mean())
+        spatial = weight.dim() - 2
+        strides = stride if isinstance(stride, (tuple, list)) else (stride,) * spatial
+        windows = all(size == 1 for size in weight.shape[2:]) and spatial
+        read = x[(..., *(slice(None, None, s) for s in strides))] if windows else x
+        amp = amp / (largest if sparse else positions * read.square().mean())
         sparse = sparse / largest
         null = null * n / null_power(y, feedback.detach(), conv_transposed) if null else 0.0
     total = feedback.new_zeros(())

@@ -11,6 +11,7 @@ REDUCTIONS = ("batch", "mean")
 SIGNS = ("free", "uniform", "fixed", "batch")
 DIRECT = ("no", "each", "shared")
 SOURCES = ("data", "probes")
+UNITLESS = ("tau", "ratio", "nu")  # the numbers of a rule without units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ class Rule(Primitives):
         check_positive("ratio", self.ratio)
         check_number("nu", self.nu)
         terms = frozenset(name for name in COEFFICIENTS if getattr(self, name)) - {"decay"}
-        if terms not in _UNITLESS or self.expansion or self.reduction != "batch":
+        if terms not in _WITH_TAU or self.expansion or self.reduction != "batch":
             what = "the terms of wm, ia, sa, aa or kp, reduction batch and no expansion"
             raise ValueError(f"tau is {self.tau} in {self}, expected {what}")
         if self.nu < 0 or (self.tau < 1 and "tie" not in terms):
@@ -199,7 +200,7 @@ class Rule(Primitives):
 
 
 # The terms, besides decay, of the rules that may have a tau.
-_UNITLESS = tuple(map(frozenset, (("amp",), ("amp", "null"), ("self_",), ("amp", "sparse"), ("tie",))))
+_WITH_TAU = tuple(map(frozenset, (("amp",), ("amp", "null"), ("self_",), ("amp", "sparse"), ("tie",))))
 
 PRESETS = {
     "bp": Rule(transport=True, name="bp"),

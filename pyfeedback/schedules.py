@@ -39,6 +39,7 @@ from pyfeedback.core.values import (
     is_number,
 )
 from pyfeedback.nn import FeedbackLayer
+from pyfeedback.rules import UNITLESS
 
 Curve = Callable[[int], float]
 
@@ -89,7 +90,8 @@ class Schedule:
 
     Args:
         model: a model with feedback layers; the factors apply to the rules that the layers have now.
-        curves: functions of the step, starting at 0, for any of decay, amp, null, sparse, self_ and tie.
+        curves: functions of the step, starting at 0, for any of decay, amp, null, sparse, self_ and tie; for rules with
+            a ``tau``, for any of tau, ratio and nu.
 
     The factors of step 0 apply immediately; each :meth:`step` applies the next ones. A model that is compiled after the
     schedule was created is not recompiled when the factors change.
@@ -101,11 +103,16 @@ class Schedule:
 
     def __init__(self, model: nn.Module, **curves: Curve):
         for name, curve in curves.items():
-            if name not in COEFFICIENTS:
-                raise ValueError(f"{name} is not a coefficient, expected one of {', '.join(COEFFICIENTS)}")
+            if name not in (*COEFFICIENTS, *UNITLESS):
+                raise ValueError(f"{name} is not a coefficient, expected one of {', '.join((*COEFFICIENTS, *UNITLESS))}")
             check_callable(name, curve, "a function of the step")
         self.curves = curves
         self._rules = [(layer, layer.unscheduled or layer.rule) for _, layer in feedback_layers(model)]
+        for _, rule in self._rules:
+            for name in curves:
+                if (name in UNITLESS) != (rule.tau > 0):
+                    what = "tau, ratio or nu, since the rule has a tau" if rule.tau else "a rule with a tau"
+                    raise ValueError(f"{name} has no effect on {rule}, expected {what}")
         self._last = 0
         self._apply()
 

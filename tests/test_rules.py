@@ -145,6 +145,7 @@ def test_reduction_scales_the_terms_that_sum_over_positions(reduction, scale):
         "tie": 6.0,
         "center": True,
         "samples": 0,
+        "normalize": False,
     }
 
 

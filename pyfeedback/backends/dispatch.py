@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback.backends import triton
-from pyfeedback.backends.composite import alignment, center, layer, steps
+from pyfeedback.backends.composite import alignment, center, layer, probes, steps
 from pyfeedback.backends.extension import depthwise, kernels, loading
 from pyfeedback.core.algorithm import Algorithm, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Kernels, LayerCall, Mask
@@ -58,6 +58,8 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "add_centered_": {"aten": center.add_centered_, "native": kernels.add_centered_},
     "alignment_products": {"aten": alignment.alignment_products, "native": kernels.alignment_products},
     "center": {"aten": center.center, "native": kernels.center},
+    "probe_gradient": {"aten": probes.probe_gradient},
+    "random_signs": {"aten": probes.random_signs},
     "feedback_step_": {"aten": steps.feedback_step_, "native": kernels.feedback_step_},
 }
 

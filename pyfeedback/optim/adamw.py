@@ -23,7 +23,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
     Args:
         model: a model with feedback layers. The optimizer updates the parameters that the model has now.
         lr, betas, eps, weight_decay, amsgrad: as in torch.optim.AdamW.
-        params: as in :class:`SGD`.
+        params, total_steps: as in :class:`SGD`.
 
     ``torch.amp.GradScaler`` is supported as by :class:`SGD`.
 
@@ -41,6 +41,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
         amsgrad: bool = False,
         *,
         params: Params | None = None,
+        total_steps: int | None = None,
     ):
         self._layers, self._names = feedback_of(model)
         if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -55,6 +56,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
         groups += [{"params": [b], "weight_decay": decay} for b, decay in tied.items()]
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, fused=True)
+        self._warn_of_slow_feedback(total_steps)
 
     def _options(self, group: dict[str, Any]) -> tuple:
         return group["lr"], *group["betas"], group["eps"], group["amsgrad"]
@@ -111,7 +113,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
     def _state_of(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """The state of a parameter, in the format of torch.optim.AdamW with fused=True."""
         state = self.state[p]
-        if "step" not in state:
+        if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state.update((name, torch.zeros_like(p)) for name in names)
         return state

@@ -1,5 +1,6 @@
 """Base class of the optimizers: it decides which rows a step updates, and in which calls."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,12 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyfeedback import functional
 from pyfeedback.conversion import feedback_layers, forward_parameters
-from pyfeedback.core.values import in_words
+from pyfeedback.core.probes import ProbeCount
+from pyfeedback.core.values import check_int, in_words
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
-from pyfeedback.optim.probes import probe_gradients
+from pyfeedback.optim.probes import layer_probes, probe_gradients
 from pyfeedback.optim.rows import LossScale, Row, is_computed, is_tied, without_loss_scale
 from pyfeedback.rules import Rule
+
+SLOW = 0.03  # of a run: a B with a longer time constant does not find W
+
+_log = logging.getLogger("pyfeedback")
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -62,6 +68,46 @@ class RowOptimizer(torch.optim.Optimizer):
                 else:
                     (self._update_by_torch if by_torch else self._update)(rows, *options)
         return loss
+
+    def time_constants(self) -> dict[str, float]:
+        """Return the number of steps in which each B moves to its target, by layer.
+
+        A B that learns needs a run of many time constants to find W. The constant is the rule's ``tau``, or, with SGD,
+        (1 - momentum) / (lr * decay). It is infinite if the rule has no decay and no other term that makes B forget,
+        and nan if it depends on the data or on Adam's estimates.
+        """
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        learning = {b: layer for b, layer in self._layers.items() if layer.rule.learns and b in groups}
+        return {self._names[b]: self._time_constant(layer.rule, groups[b]) for b, layer in learning.items()}
+
+    def probe_counts(self) -> dict[str, ProbeCount]:
+        """Return the number of probes of each layer whose rule reads them, and the noise that it leaves in the angle.
+
+        The limit on the cost depends on the batch, so the numbers are final only after a forward pass.
+        """
+        return {self._names[b]: layer_probes(layer) for b, layer in self._layers.items() if layer.rule.reads_probes}
+
+    def _time_constant(self, rule: Rule, group: dict[str, Any]) -> float:
+        rate = float(group.get("initial_lr", group["lr"])) / (1 - group["momentum"]) if "momentum" in group else math.nan
+        if rule.tau:
+            return rule.tau
+        if rule.null or rule.sparse or math.isnan(rate):
+            return math.nan
+        return 1 / (rate * rule.decay) if rate * rule.decay > 0 else math.inf
+
+    def _warn_of_slow_feedback(self, total_steps: int | None) -> None:
+        """Warn of each B that cannot find W in a run of so many steps; with None, of those that never forget."""
+        if total_steps is not None:
+            check_int("total_steps", total_steps, least=1)
+        limit = math.inf if total_steps is None else SLOW * total_steps
+        slow = {name: tau for name, tau in self.time_constants().items() if tau > limit or tau == math.inf}
+        if slow:
+            described = ", ".join(f"{name} {tau:.0f}" for name, tau in slow.items())
+            run = "" if total_steps is None else f", more than {SLOW:.0%} of {total_steps}"
+            _log.warning(
+                "the feedback weights will not find W: they move to their targets in too many steps (%s)%s; give the "
+                "rule a smaller tau, or a larger decay or learning rate", described, run,
+            )  # fmt: skip
 
     def _relax(self, rows: list[Row], noise: float, skip_nonfinite: bool, step_size: float) -> None:
         """Move feedback weights along the gradients of rules with a time constant: ``step_size`` of the way."""
@@ -114,13 +160,12 @@ class RowOptimizer(torch.optim.Optimizer):
     def _read_probes(self, places, uncalled) -> dict[nn.Parameter, Tensor]:
         """Return the gradients of the rules that read probes, for those that make an estimate in this step."""
         due = {}
+        reading = {b: layer for b, layer in self._layers.items() if layer.rule.reads_probes and b in places}
+        for group in {id(places[b][0]): places[b][0] for b in reading}.values():
+            group["probe_step"] = group.get("probe_step", -1) + 1
         for index, (b, layer) in enumerate(self._layers.items()):
-            if not layer.rule.reads_probes or b not in places or b in uncalled:
-                continue
-            state = self.state[b]
-            step = state["probe_step"] = state.get("probe_step", -1) + 1
-            if step % layer.rule.every == 0:
-                due[b] = (layer, self._names[b], (step, index))
+            if b in reading and b not in uncalled and places[b][0]["probe_step"] % layer.rule.every == 0:
+                due[b] = (layer, self._names[b], (places[b][0]["probe_step"], index))
         return probe_gradients(due, self.probe_seed) if due else {}
 
     def _uncalled(self) -> set[nn.Parameter]:

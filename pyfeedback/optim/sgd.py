@@ -37,6 +37,7 @@ class FeedbackSGD(RowOptimizer):
         noise: standard deviation of the Gaussian noise added to each gradient element before momentum. It depends on
             ``torch.manual_seed``.
         skip_nonfinite: do not change any feedback weight if a gradient contains an infinity or nan.
+        total_steps: the length of the run, to warn of feedback weights that are too slow to find W in it.
 
     Source: the update with noise is that of Kunin et al., ICML 2020, section 5.
 
@@ -52,6 +53,7 @@ class FeedbackSGD(RowOptimizer):
         nesterov: bool = False,
         noise: float = 0.0,
         skip_nonfinite: bool = False,
+        total_steps: int | None = None,
     ):
         for name, value in {"lr": lr, "momentum": momentum, "noise": noise}.items():
             check_option(name, value)
@@ -62,6 +64,7 @@ class FeedbackSGD(RowOptimizer):
             raise ValueError("model follows kp with a tau, expected SGD or AdamW of pyfeedback.optim: W has to decay too")
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "noise": noise}
         super().__init__([{"params": list(self._layers)}], {**options, "skip_nonfinite": skip_nonfinite})
+        self._warn_of_slow_feedback(total_steps)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group of feedback weights with its own options, as in torch.optim; they must belong to the model."""
@@ -132,7 +135,7 @@ class SGD(FeedbackSGD):
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
         params: forward parameters, or groups of them with their own options, as for torch.optim.SGD. By default, all
             forward parameters of the model.
-        noise, skip_nonfinite: as in :class:`FeedbackSGD`; noise is added only to the gradients of the feedback.
+        noise, skip_nonfinite, total_steps: as in :class:`FeedbackSGD`; noise is added only to the gradients of the feedback.
 
     With ``torch.amp.GradScaler``, ``scaler.step(optimizer)`` is enough: the step divides scaled gradients by the loss
     scale, and does not divide a rule's own gradient. ``scaler.unscale_`` would divide that as well, so to clip
@@ -153,9 +156,10 @@ class SGD(FeedbackSGD):
         params: Params | None = None,
         noise: float = 0.0,
         skip_nonfinite: bool = False,
+        total_steps: int | None = None,
     ):
         check_option("weight_decay", weight_decay)
-        super().__init__(model, lr, momentum, nesterov, noise, skip_nonfinite)
+        super().__init__(model, lr, momentum, nesterov, noise, skip_nonfinite, total_steps)
         self.defaults["weight_decay"] = weight_decay
         for group in forward_groups(model, params):
             self.add_param_group(group)

@@ -1,0 +1,65 @@
+"""The gradient of a rule that reads white noise instead of data, composed of PyTorch's own kernels."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.tensors import blend, wide_dtype
+
+
+def probe_gradient(weight: Tensor, feedback: Tensor, noise: Tensor, rule: Coefficients) -> Tensor:
+    """dR/dB of all terms but tie, with n probes in place of the data.
+
+    Args:
+        weight, feedback: [G, K, d], the kernels of each group as matrices.
+        noise: [n, d], white, with a mean square of 1; each group reads the same.
+        rule: ``center`` and ``samples`` have no effect.
+
+    Returns:
+        [G, K, d] in the dtype of ``noise``::
+
+            decay B - self W - amp y'x / n + null y'y B / (n q) + sparse B x'x / n,    y = x W'
+
+        with q = 1, or <B, y'y B> / (n <B, B>) with ``normalize``.
+    """
+    n = noise.shape[0]
+    w, b = weight.to(noise.dtype), feedback.to(noise.dtype)
+    total = blend(b, w, rule.decay, rule.self_) if rule.decay or rule.self_ else torch.zeros_like(b)
+    if rule.sparse:  # amp is folded in, so that the result is exact where B is near W
+        total.add_((blend(b, w, rule.sparse, rule.amp) @ noise.t()) @ noise, alpha=1 / n)
+    elif rule.amp:
+        total.add_((w @ noise.t()) @ noise, alpha=-rule.amp / n)
+    if rule.null:
+        spread = _spread(noise @ w.mT, b)
+        power = (spread * b).sum()
+        scale = torch.where(power > 0, b.square().sum() / power, 0.0) if rule.normalize else 1 / n
+        total.add_(spread.mul_(rule.null * scale))
+    return total
+
+
+def _spread(response: Tensor, b: Tensor) -> Tensor:
+    """y'y B, by the product that is cheaper."""
+    n, k, d = response.shape[-2], *b.shape[-2:]
+    if n * k + k * d < 2 * n * d:
+        return (response.mT @ response) @ b
+    return response.mT @ (response @ b)
+
+
+def random_signs(count: int, size: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs [count, size], white noise with a mean square of 1, in float32 or wider.
+
+    Their second moment has an exact diagonal, and each of them takes one random bit.
+    """
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-count * size // 64),), generator=generator, device=like.device)
+    signs = F.embedding(bits.view(torch.uint8).int(), _table(wide_dtype(like.dtype), like.device))
+    return signs.view(-1)[: count * size].view(count, size)
+
+
+@cache
+def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs of each byte: [256, 8]"""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (2 * bits - 1).to(device, dtype)

@@ -1,0 +1,62 @@
+"""Estimates of rules that read white noise instead of data: one gradient for each feedback weight."""
+
+import logging
+import math
+from collections.abc import Mapping
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from pyfeedback.backends.dispatch import provide
+from pyfeedback.core.probes import ProbeCount, count_probes
+from pyfeedback.nn import FeedbackLayer
+
+LOUD = 0.5  # radians: with more noise than this in the angle, B does not find W
+
+_log = logging.getLogger("pyfeedback")
+_warned: WeakSet[FeedbackLayer] = WeakSet()
+
+Due = Mapping[nn.Parameter, tuple[FeedbackLayer, str, tuple[int, int]]]
+
+
+@torch.no_grad()
+def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
+    """Return the gradient of the rule of each feedback weight, in its shape and dtype.
+
+    Args:
+        due: by feedback weight, the layer, its name, and the step and index that determine its noise with ``seed``.
+
+    Raises:
+        RuntimeError: the weight is sharded.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    found, noisy = {}, {}
+    for b, (layer, name, (step, index)) in due.items():
+        w = layer.weight.detach()
+        if hasattr(w, "to_local"):
+            raise RuntimeError(f"{name}.weight is sharded, expected a whole one: probes are inputs of the whole layer")
+        weight, feedback = layer.as_matrices(w), layer.as_matrices(b.detach())
+        probes = layer_probes(layer)
+        if LOUD < probes.noise_floor < math.inf and layer not in _warned:
+            noisy[name] = probes
+            _warned.add(layer)
+        generator = generators.setdefault(w.device, torch.Generator(w.device))
+        generator.manual_seed((seed * 1_000_003 + step) * 1_000_003 + index)
+        signs = provide("random_signs", w.device.type)(probes.count, weight.shape[-1], w, generator)
+        gradient = provide("probe_gradient", w.device.type)(weight, feedback, signs, layer.rule.probe_coefficients())
+        found[b] = layer.from_matrices(gradient).to(b.dtype)
+    if noisy:
+        described = ", ".join(f"{name} {math.degrees(probes.noise_floor):.0f}" for name, probes in noisy.items())
+        _log.warning(
+            "the noise of the probes keeps these feedback weights at about so many degrees from their targets: %s; give "
+            "the rule a larger tau or more probes", described,
+        )  # fmt: skip
+    return found
+
+
+def layer_probes(layer: FeedbackLayer) -> ProbeCount:
+    """Return the number of probes of a layer, and the noise of its angle, for the batch that it has seen last."""
+    rule = layer.rule
+    size, step_size = layer.as_matrices(layer.weight.detach()).shape[-1], 1 / rule.tau if rule.tau else 0.0
+    return count_probes(rule.probes, size, step_size, rule.every, rule.null != 0, layer.positions())

@@ -1,0 +1,351 @@
+"""Rules that read white noise of one receptive field: the gradient, its noise, and the optimizers' steps."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pyfeedback
+from pyfeedback import reference
+from pyfeedback.backends.composite.probes import probe_gradient, random_signs
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.probes import count_probes
+
+RULES = {
+    "wm": {"amp": 1.0, "decay": 1.0},
+    "ia": {"amp": 2.0, "null": 1.0, "decay": 1.0},
+    "aa": {"amp": 1.0, "sparse": 1.0},
+    "all": {"amp": 0.7, "null": 0.3, "sparse": 0.5, "self_": 0.2, "decay": 0.1},
+    "none but self": {"self_": 0.5, "decay": 1.0},
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# The gradient
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("terms", RULES)
+@pytest.mark.parametrize(("count", "outputs", "inputs"), [(7, 5, 12), (40, 3, 9), (1, 6, 1)])
+def test_gradient_is_that_of_the_reference(count, outputs, inputs, terms, normalize, groups):
+    """The probes are the batch of a linear layer in each group; with ``normalize``, null is divided over all of them."""
+    rule = RULES[terms]
+    weight, feedback = (torch.randn(groups, outputs, inputs, dtype=torch.float64, generator=generator(s)) for s in (1, 2))
+    noise = random_signs(count, inputs, weight, generator())
+    null, scale = rule.get("null", 0.0), 1.0
+    if normalize and null:
+        spread = [noise @ w.t() @ b for w, b in zip(weight, feedback, strict=True)]
+        scale = count * feedback.square().sum() / sum(z.square().sum() for z in spread)
+    expected = []
+    for w, b in zip(weight, feedback, strict=True):
+        b = b.clone().requires_grad_()
+        reference.linear(noise, w, b, **{**rule, "null": null * scale})[1].backward()
+        expected.append(b.grad)
+    found = probe_gradient(weight, feedback, noise, Coefficients(**rule, normalize=normalize))
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_a_feedback_of_zero_has_no_null_term():
+    weight = torch.randn(1, 4, 6, dtype=torch.float64, generator=generator())
+    noise = random_signs(50, 6, weight, generator())
+    found = probe_gradient(weight, torch.zeros_like(weight), noise, Coefficients(amp=2.0, null=1.0, normalize=True))
+    torch.testing.assert_close(found, -2.0 * weight @ noise.t() @ noise / 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_random_signs(dtype):
+    like = torch.empty(0, dtype=dtype)
+    signs = random_signs(4001, 23, like, generator())
+    assert signs.shape == (4001, 23)
+    assert signs.dtype == (dtype if dtype.itemsize > 2 else torch.float32)
+    assert signs.unique().tolist() == [-1, 1]
+    moment = signs.t() @ signs / 4001  # entries off the diagonal have a standard deviation of 4001^-1/2
+    torch.testing.assert_close(moment.diagonal(), torch.ones(23, dtype=signs.dtype))
+    assert (moment - torch.eye(23)).abs().max() < 5 / 4001**0.5
+    assert signs.mean(0).abs().max() < 5 / 4001**0.5
+    torch.testing.assert_close(random_signs(4001, 23, like, generator()), signs, rtol=0, atol=0)
+    assert not torch.equal(random_signs(4001, 23, like, generator(1)), signs)
+
+
+# The number of probes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((7, 100, 0.05, 1, True, 10), (7, 7, (100 * 0.05 / 14) ** 0.5)),  # given
+        ((2.0, 100, 0.05, 1, True, 10), (200, 200, (0.05 / 4) ** 0.5)),  # given relative to the inputs
+        ((0.001, 100, 0.05, 1, True, 10), (1, 1, 2.5**0.5)),
+        ((0, 100, 0.05, 1, False, 10**6), (250, 250, 0.1)),  # for the noise floor
+        ((0, 100, 0.05, 4, False, 10**6), (1000, 1000, 0.1)),  # an estimate counts four times as much
+        ((0, 100, 0.05, 1, False, 0), (250, 250, 0.1)),  # a batch that is not known does not limit the cost
+        ((0, 100, 0.05, 1, False, 1000), (30, 250, (5 / 60) ** 0.5)),  # 2 * 30 of 3 * 1000 is 2 %
+        ((0, 100, 0.05, 1, True, 1000), (15, 250, (5 / 30) ** 0.5)),
+        ((0, 100, 0.05, 4, True, 1000), (60, 1000, (20 / 120) ** 0.5)),
+        ((0, 100, 0.05, 1, True, 10), (1, 250, 2.5**0.5)),
+    ],
+)
+def test_number_of_probes(arguments, expected):
+    found = count_probes(*arguments)
+    assert found[:2] == expected[:2]
+    assert found.noise_floor == pytest.approx(expected[2])
+
+
+def test_the_number_of_probes_of_a_model_follows_its_batch():
+    model = pyfeedback.convert(nn.Conv2d(8, 4, 3, padding=1), pyfeedback.rule("wm", source="probes", tau=20))
+    optimizer = pyfeedback.optim.SGD(model, lr=0.1)
+    assert optimizer.probe_counts()[""].count == optimizer.probe_counts()[""].wanted == 180
+    model(torch.randn(2, 8, 10, 10))
+    assert optimizer.probe_counts()[""].count == 6  # 3 % of 2 * 10 * 10 positions
+    model(torch.randn(200, 8, 10, 10))
+    assert optimizer.probe_counts()[""].count == 180
+
+
+def test_noise_that_hides_w_is_reported_once(caplog):
+    model = pyfeedback.convert(nn.Conv2d(8, 4, 3), pyfeedback.rule("wm", source="probes", tau=20, probes=1))
+    optimizer = pyfeedback.optim.SGD(model, lr=0.1)
+    optimizer.step(), optimizer.step()
+    (record,) = [r for r in caplog.records if "the noise of the probes" in r.message]
+    assert f" {math.degrees((72 / 40) ** 0.5):.0f};" in record.message
+
+
+# Layers
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 7), (5, 12)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 9)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 5), (2, 4, 9)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, bias=False), (2, 2, 5, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(8, 12, 3, groups=4), (2, 8, 6, 6)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), (2, 8, 6, 6)),
+    "channels_last": (lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), (2, 4, 9, 9)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2), (2, 6, 4, 4)),
+    "grouped transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, groups=2), (2, 6, 4, 4)),
+    "attention": (Attention, (2, 5, 8)),
+}
+
+
+def angles(model):
+    return torch.tensor([found.angle for found in pyfeedback.alignment(model).values()])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_finds_its_weight(name):
+    """The angle of the weight mirror ends at the noise floor, and that of aa at zero.
+
+    The floor is sqrt(d / (2 tau M)) radians; of d moments, that of the input with itself has no noise.
+    """
+    build, shape = LAYERS[name]
+    for rule in ("wm", "aa"):
+        torch.manual_seed(0)
+        model = pyfeedback.convert(build(), pyfeedback.rule(rule, source="probes", tau=20, probes=4.0))
+        model(torch.randn(shape)).sum().backward()
+        optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+        found = []
+        for step in range(300):
+            optimizer.step()
+            if step >= 160 and step % 7 == 0:
+                found.append(angles(model))
+        mean, sizes = torch.stack(found).mean(0), []
+        for _, layer in pyfeedback.feedback_layers(model):
+            sizes.append(layer.as_matrices(layer.weight).shape[-1])
+        expected = torch.tensor([math.degrees(((d - 1) / d / (2 * 20 * 4)) ** 0.5) * (rule == "wm") for d in sizes])
+        assert ((mean - expected).abs() < 0.25 * expected + 0.1).all(), (rule, mean, expected)
+        for measured in pyfeedback.alignment(model).values():
+            assert measured.norm_ratio == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("nu", [0.5, 1.0, 3.0])
+def test_information_alignment_ends_at_its_fixed_point(nu):
+    """B = (1 + nu) (1 + nu N / q)^-1 W, with N = W W' and q the Rayleigh quotient of N at B; |B| is about |W|."""
+    torch.manual_seed(0)
+    model = pyfeedback.convert(nn.Linear(30, 12).double(), pyfeedback.rule("ia", source="probes", tau=40, nu=nu, probes=60.0))
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    for _ in range(400):
+        optimizer.step()
+    w, b = model.weight.detach(), model.feedback.detach()
+    moment = w @ w.t()
+    expected = w
+    for _ in range(200):
+        q = (expected * (moment @ expected)).sum() / expected.square().sum()
+        expected = (1 + nu) * torch.linalg.solve(torch.eye(12).double() + nu * moment / q, w)
+    assert (b - expected).norm() / expected.norm() < 0.03  # the noise floor is 0.014
+    assert b.norm() / w.norm() == pytest.approx(1.0, abs=0.15)
+
+
+# The step
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+
+
+def converted(**changes):
+    rule = pyfeedback.rule(changes.pop("name", "ia"), **{"source": "probes", "tau": 8.0, "probes": 2.0, **changes})
+    return pyfeedback.convert(network(), rule, init=pyfeedback.Init(seed=1))
+
+
+def batch(seed):
+    return torch.randn(4, 3, 6, 6, generator=generator(seed))
+
+
+def train(model, optimizer, seeds):
+    for seed in seeds:
+        optimizer.zero_grad()
+        model(batch(seed)).square().mean().backward()
+        optimizer.step()
+
+
+def sgd(model, **options):
+    return pyfeedback.optim.SGD(model, **{"lr": 0.01, "momentum": 0.9, **options})
+
+
+def feedback_of(model):
+    return [b.detach().clone() for b in pyfeedback.feedback_parameters(model)]
+
+
+def test_autograd_does_nothing_for_the_rule():
+    model = converted()
+    assert not any(b.requires_grad for b in pyfeedback.feedback_parameters(model))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        model[0](batch(0))
+    assert sorted(map(tuple, saved)) == sorted([(4, 3, 6, 6), (8, 3, 3, 3), (8, 3, 3, 3)])  # x, W and B: no response
+
+
+def test_the_step_reads_nothing_of_the_batch():
+    found = []
+    for seed in (0, 1):
+        model = converted()
+        optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+        train(model, optimizer, [seed])
+        found.append(feedback_of(model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_the_noise_depends_on_the_seed_of_the_optimizer_alone():
+    """Processes with other seeds of torch compute the same step, so B remains the same in all of them."""
+    found = {}
+    for torch_seed, probe_seed in ((1, 0), (2, 0), (1, 5)):
+        model = converted()
+        torch.manual_seed(torch_seed)
+        optimizer = sgd(model)
+        optimizer.probe_seed = probe_seed
+        train(model, optimizer, range(3))
+        found[torch_seed, probe_seed] = feedback_of(model)
+    torch.testing.assert_close(found[1, 0], found[2, 0], rtol=0, atol=0)
+    assert not torch.equal(found[1, 0][0], found[1, 5][0])
+
+
+def test_steps_and_layers_have_noise_of_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(model[0].weight)
+    pyfeedback.convert(model, pyfeedback.rule("wm", source="probes", tau=1.0, probes=5))
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    optimizer.step()
+    first, other = feedback_of(model)
+    assert not torch.allclose(first, other)
+    optimizer.step()
+    assert not torch.allclose(first, model[0].feedback)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_an_estimate_of_every_few_steps_counts_as_much(every):
+    model = converted(every=every, tau=9.0)
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    previous, moved = feedback_of(model), []
+    for _ in range(7):
+        optimizer.step()
+        moved.append(not torch.equal(previous[0], model[0].feedback))
+        previous = feedback_of(model)
+    assert moved == [step % every == 0 for step in range(7)]
+    once = converted(every=1, tau=9.0 / every)
+    pyfeedback.optim.FeedbackSGD(once, lr=1.0).step()
+    twice = converted(every=every, tau=9.0)
+    pyfeedback.optim.FeedbackSGD(twice, lr=1.0).step()
+    torch.testing.assert_close(feedback_of(once), feedback_of(twice))
+
+
+@pytest.mark.parametrize("build", [sgd, lambda model: pyfeedback.optim.AdamW(model, lr=1e-3)], ids=["SGD", "AdamW"])
+def test_a_resumed_run_is_the_same(build):
+    model = converted()
+    optimizer = build(model)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(3, 6))
+    resumed = converted()
+    again = build(resumed)
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    train(resumed, again, range(3, 6))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_a_rule_with_units_follows_the_learning_rate():
+    """The estimate is the gradient of SGD, with momentum."""
+    model = converted(name="wm", tau=0.0, amp=0.5, decay=0.1, probes=3)
+    layer = model[0]
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=0.3, momentum=0.9)
+    b, buffer = layer.feedback.detach().clone(), torch.zeros_like(layer.feedback)
+    for step in range(3):
+        optimizer.step()
+        noise = random_signs(3, 27, b, generator(step * 1_000_003))
+        gradient = probe_gradient(layer.as_matrices(layer.weight.detach()), layer.as_matrices(b), noise,
+                                  Coefficients(amp=0.5, decay=0.1))  # fmt: skip
+        buffer = 0.9 * buffer + layer.from_matrices(gradient)
+        b = b - 0.3 * buffer
+    torch.testing.assert_close(layer.feedback.detach(), b)
+
+
+def test_the_loss_scale_and_clipping_do_not_matter():
+    found = []
+    for scale in (None, 1024.0):
+        model = converted()
+        optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        scaler.scale(model(batch(0)).square().mean()).backward()
+        scaler.step(optimizer)
+        found.append(feedback_of(model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_sharded_weight_is_refused():
+    class Sharded(nn.Linear):
+        pass
+
+    model = pyfeedback.convert(nn.Linear(4, 4), pyfeedback.rule("wm", source="probes", tau=8.0))
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    model.weight.to_local = lambda: model.weight  # as a DTensor has
+    model.weight.detach = lambda: model.weight
+    with pytest.raises(RuntimeError, match="weight is sharded, expected a whole one"):
+        optimizer.step()
+
+
+def test_a_compiled_model():
+    model = converted()
+    optimizer = sgd(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    other = converted()
+    train(other, sgd(other), range(3))
+    train(compiled, optimizer, range(3))
+    torch.testing.assert_close(feedback_of(other), feedback_of(model))
