@@ -22,8 +22,9 @@ input of the layer). For comparison they also read activations ("data"), with th
 
 Selection: one setting of each rule for all networks and data, by the accuracy of ResNet-8 on validation images of the
 cluttered digits, one sixth of the training digits (mean of two seeds). Every rule has four candidates. Those of bp and
-fa are weight decays, and the best one of bp is used by the other rules too. kp has no weight decay of its own: its time
-constant gives the one of all forward weights. No test image is read before a setting is chosen.
+fa are weight decays, and the best one of bp is used by the other rules too. Under kp, the time constant determines the
+decay of each weight that has a feedback weight, and all other parameters have the weight decay of bp. No test image is
+read before a setting is chosen.
 
 Test: five seeds, seed by seed, so that an interrupted study has the same number of seeds everywhere. Each finished run
 is appended to runs.jsonl in the folder ``--out`` with all its settings. Runs that are there are not repeated; runs that
@@ -99,15 +100,13 @@ QUICK = Scale(
 )  # fmt: skip
 
 
-def candidates(name: str, weight_decay: float, momentum: float = Job.momentum, lr: float = Job.lr) -> list[Setting]:
+def candidates(name: str, weight_decay: float) -> list[Setting]:
     """The four settings of a rule to choose from; ``weight_decay`` is the choice of bp."""
     if name in ("bp", "fa"):
         return [Setting(name, decay) for decay in WEIGHT_DECAYS]
-    if name == "kp":
-        return [Setting(name, round((1 - momentum) / (lr * tau), 9), tau) for tau in KP_TAUS]
     if name == "ia-probes":
         return [Setting(name, weight_decay, tau, nu) for tau, nu in IA]
-    return [Setting(name, weight_decay, tau) for tau in TAUS]
+    return [Setting(name, weight_decay, tau) for tau in (KP_TAUS if name == "kp" else TAUS)]
 
 
 def choose(scale: Scale, runs: Runs, tried: Sequence[Setting]) -> Setting | None:

@@ -29,7 +29,8 @@ PROBES = 2.0  # for each input of a layer
 class Setting:
     """A rule with the numbers that are chosen for it. ``name`` is a rule, or a rule and what it reads: "ia-probes".
 
-    ``tau`` and ``nu`` are 0 where the rule has no such number. ``weight_decay`` is that of all forward parameters.
+    ``tau`` and ``nu`` are 0 where the rule has no such number. ``weight_decay`` is that of all forward parameters, but
+    under kp, ``tau`` determines that of the weights with a feedback weight.
     """
 
     name: str
