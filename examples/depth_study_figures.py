@@ -45,20 +45,30 @@ def _has(rows: Sequence[dict], name: str, column: str) -> bool:
 
 
 def _panel(axes: Axes, rows: Sequence[dict], names: Sequence[str], column: str, kind: str) -> None:
-    """A line for each rule, with a band of the 95 % interval where there are two seeds or more."""
-    for name in names:
-        mine = [row for row in rows if row["rule"] == name and row[column] != ""]
-        mine.sort(key=lambda row: _depth(row, kind))
-        axes.plot([_depth(row, kind) for row in mine], [row[column] for row in mine], **_line(name))
+    """A line for each rule, with its 95 % interval where there are two seeds or more.
+
+    The interval is a band, or a bar for gaps: most of them are near zero, where bands would hide each other.
+    """
+    depths = sorted({_depth(row, kind) for row in rows})
+    bars = column == "behind bp"
+    apart = (depths[-1] - depths[0]) / 80 if bars and depths else 0.0
+    for i, name in enumerate(names):
+        mine = sorted((r for r in rows if r["rule"] == name and r[column] != ""), key=lambda row: _depth(row, kind))
+        line, shift = _line(name), apart * (i - (len(names) - 1) / 2)
+        axes.plot([_depth(row, kind) + shift for row in mine], [row[column] for row in mine], **line)
         known = [row for row in mine if row[f"{column} interval"] != ""]
-        low, high = ([row[column] + sign * row[f"{column} interval"] for row in known] for sign in (-1, 1))
-        depths = [_depth(row, kind) for row in known]
-        axes.fill_between(depths, low, high, color=_line(name)["color"], alpha=0.15, linewidth=0)
-    if column == "behind bp":
+        at, means = [_depth(row, kind) + shift for row in known], [row[column] for row in known]
+        halves = [row[f"{column} interval"] for row in known]
+        if bars:
+            axes.errorbar(at, means, halves, fmt="none", ecolor=line["color"], elinewidth=1)
+        else:
+            low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axes.fill_between(at, low, high, color=line["color"], alpha=0.15, linewidth=0)
+    if bars:
         axes.axhline(0, color=STYLES["bp"][0], linestyle=STYLES["bp"][1], linewidth=1, zorder=0)
     axes.set_xlabel("layers")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(FixedLocator(sorted({_depth(row, kind) for row in rows})))
+    axes.xaxis.set_major_locator(FixedLocator(depths))
 
 
 def _depth(row: dict, kind: str) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 for needed in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
 pytestmark = pytest.mark.usefixtures("example_folder")
+RESULTS = Path(__file__).parent.parent / "docs" / "depth_study"
 
 
 def example(name):
@@ -259,6 +260,15 @@ def test_a_small_study_trains_in_processes(study, runs, tmp_path):
 
 
 # The tables
+
+
+@pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="no committed results")
+def test_the_committed_tables_are_those_of_the_committed_runs(study, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(example("depth_study_figures"), "_draw", lambda *_: None)
+    with runs.Runs(RESULTS / "runs.jsonl") as found:
+        study.study(study.Scale(), found, tmp_path)
+    for name in ("results.md", "results.csv", "search.csv"):
+        assert (tmp_path / name).read_text() == (RESULTS / name).read_text()
 
 
 @pytest.fixture
