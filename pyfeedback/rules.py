@@ -42,6 +42,8 @@ class Rule(Primitives):
             say which terms the rule has: amp (wm), amp and null (ia), self_ (sa), amp and sparse (aa) or tie (kp).
             The optimizers of :mod:`pyfeedback.optim` take steps of 1 / tau, whatever their learning rate; under kp they
             set the decay of W and B so that W - B decays in ``tau`` steps. See docs/rules.md.
+        growth: let ``tau`` grow to this fraction of the number of steps made. B then follows W closely at the start, when
+            W changes fast, and averages over more steps later, whatever the length of the run.
         ratio: the norm of the target relative to W; used with ``tau``.
         nu: the strength of null relative to amp; used with ``tau``.
         source: what amp, null and sparse read. "data": the activations. "probes": white noise of one receptive field,
@@ -64,6 +66,7 @@ class Rule(Primitives):
     expansion: int = 0
     direct: str = "no"
     tau: float = 0.0
+    growth: float = 0.0
     ratio: float = 1.0
     nu: float = 1.0
     source: str = "data"
@@ -149,6 +152,10 @@ class Rule(Primitives):
         options = {"samples": self.samples_of(batch), "normalize": self.is_normalized}
         return Coefficients(**values, center=self.center, **options)
 
+    def tau_at(self, step: int) -> float:
+        """The time constant in this step, counted from 0; 0 if the rule has units."""
+        return max(self.tau, self.growth * step)
+
     def probe_coefficients(self) -> Coefficients:
         """The coefficients of a rule that reads probes."""
         values = {name: getattr(self, name) for name in COEFFICIENTS}
@@ -172,6 +179,8 @@ class Rule(Primitives):
             if not self.has_data_terms or self.samples or self.tie:
                 raise ValueError(f"source is probes in {self}, expected amp, null or sparse, and no samples or tie")
             object.__setattr__(self, "center", False)  # the mean of white noise is 0
+        if self.growth and not self.tau:
+            raise ValueError(f"growth is {self.growth} in {self}, expected 0 without a tau")
         if self.source == "data" and (self.probes or self.every != 1):
             raise ValueError(f"probes is {self.probes} and every {self.every} in {self}, expected source='probes'")
 
@@ -180,10 +189,13 @@ class Rule(Primitives):
         check_positive("tau", self.tau)
         check_positive("ratio", self.ratio)
         check_number("nu", self.nu)
+        check_number("growth", self.growth)
         terms = frozenset(name for name in COEFFICIENTS if getattr(self, name)) - {"decay"}
         if terms not in _WITH_TAU or self.expansion or self.reduction != "batch":
             what = "the terms of wm, ia, sa, aa or kp, reduction batch and no expansion"
             raise ValueError(f"tau is {self.tau} in {self}, expected {what}")
+        if not 0 <= self.growth < 1 or (self.growth and "tie" in terms):
+            raise ValueError(f"growth is {self.growth} in {self}, expected a number in [0, 1), and 0 under kp")
         if self.nu < 0 or (self.tau < 1 and "tie" not in terms):
             raise ValueError(f"tau is {self.tau} and nu {self.nu}, expected a tau of 1 or more and a nu of 0 or more")
         found = {"amp": self.ratio, "null": self.nu, "sparse": 1.0, "self_": self.ratio, "tie": 1.0}
@@ -210,6 +222,8 @@ PRESETS = {
     "sa": Rule(self_=2e-3, decay=2e-3, name="sa"),
     "aa": Rule(amp=2e-3, sparse=2e-3, name="aa"),
     "kp": Rule(tie=1.0, decay=2e-3, name="kp"),
+    "wm-probes": Rule(amp=1.0, source="probes", tau=5.0, growth=0.02, name="wm-probes"),
+    "ia-probes": Rule(amp=1.0, null=1.0, source="probes", tau=5.0, growth=0.02, name="ia-probes"),
     "oja": Rule(amp=2e-3, null=2e-3, center=True, name="oja"),
     "usf": Rule(signs="uniform", name="usf"),
     "frsf": Rule(signs="fixed", name="frsf"),
@@ -232,6 +246,8 @@ def rule(name: str | Rule, **overrides) -> Rule:
     sa   symmetric alignment    self_, decay                     2e-3, 2e-3: 1e-3 |W - B|^2
     aa   activation alignment   amp, sparse                      2e-3, 2e-3: 1e-3 E|Wx - Bx|^2
     kp   Kolen-Pollack          tie, decay                       1, 2e-3; W must decay at the same rate
+    wm-probes, ia-probes        wm and ia that read white        ours, without units: right for any
+                                noise instead of the data; local network and any length of a run
     oja  Oja's rule             amp, null, equal; local          ours: those of ia without decay
     usf  uniform sign-          none: B has the sign of W, and
          concordant feedback    one magnitude

@@ -68,7 +68,8 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
             return forward_row(p, 0.0, group["weight_decay"] if rule is None else self._tied_decay(rule, group))
         tied = is_tied(layer.rule)
         by_autograd = p.requires_grad and (not tied or is_computed(layer))
-        row = feedback_row(p, layer, self._names[p], by_autograd, False, self._estimates.get(p))
+        step, estimate = group.get("feedback_step", 0), self._estimates.get(p)
+        row = feedback_row(p, layer, self._names[p], by_autograd, False, step, estimate)
         if row is None or not tied:
             return row
         if layer.rule.tau:

@@ -85,12 +85,14 @@ class RowOptimizer(torch.optim.Optimizer):
 
         The limit on the cost depends on the batch, so the numbers are final only after a forward pass.
         """
-        return {self._names[b]: layer_probes(layer) for b, layer in self._layers.items() if layer.rule.reads_probes}
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        reading = {b: layer for b, layer in self._layers.items() if layer.rule.reads_probes and b in groups}
+        return {self._names[b]: layer_probes(layer, groups[b].get("feedback_step", 0)) for b, layer in reading.items()}
 
     def _time_constant(self, rule: Rule, group: dict[str, Any]) -> float:
         rate = float(group.get("initial_lr", group["lr"])) / (1 - group["momentum"]) if "momentum" in group else math.nan
         if rule.tau:
-            return rule.tau
+            return rule.tau_at(group.get("feedback_step", 0))
         if rule.null or rule.sparse or math.isnan(rate):
             return math.nan
         return 1 / (rate * rule.decay) if rate * rule.decay > 0 else math.inf
@@ -160,12 +162,14 @@ class RowOptimizer(torch.optim.Optimizer):
     def _read_probes(self, places, uncalled) -> dict[nn.Parameter, Tensor]:
         """Return the gradients of the rules that read probes, for those that make an estimate in this step."""
         due = {}
-        reading = {b: layer for b, layer in self._layers.items() if layer.rule.reads_probes and b in places}
-        for group in {id(places[b][0]): places[b][0] for b in reading}.values():
-            group["probe_step"] = group.get("probe_step", -1) + 1
+        counting = [b for b, layer in self._layers.items() if b in places and (layer.rule.tau or layer.rule.reads_probes)]
+        for group in {id(places[b][0]): places[b][0] for b in counting}.values():
+            group["feedback_step"] = group.get("feedback_step", -1) + 1
         for index, (b, layer) in enumerate(self._layers.items()):
-            if b in reading and b not in uncalled and places[b][0]["probe_step"] % layer.rule.every == 0:
-                due[b] = (layer, self._names[b], (places[b][0]["probe_step"], index))
+            if layer.rule.reads_probes and b in places and b not in uncalled:
+                step = places[b][0]["feedback_step"]
+                if step % layer.rule.every == 0:
+                    due[b] = (layer, self._names[b], (step, index))
         return probe_gradients(due, self.probe_seed) if due else {}
 
     def _uncalled(self) -> set[nn.Parameter]:

@@ -37,8 +37,8 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
         if hasattr(w, "to_local"):
             raise RuntimeError(f"{name}.weight is sharded, expected a whole one: probes are inputs of the whole layer")
         weight, feedback = layer.as_matrices(w), layer.as_matrices(b.detach())
-        probes = layer_probes(layer)
-        if LOUD < probes.noise_floor < math.inf and layer not in _warned:
+        probes = layer_probes(layer, step)
+        if LOUD < probes.noise_floor and not layer.rule.growth and layer not in _warned:
             noisy[name] = probes
             _warned.add(layer)
         generator = generators.setdefault(w.device, torch.Generator(w.device))
@@ -55,8 +55,8 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
     return found
 
 
-def layer_probes(layer: FeedbackLayer) -> ProbeCount:
-    """Return the number of probes of a layer, and the noise of its angle, for the batch that it has seen last."""
+def layer_probes(layer: FeedbackLayer, step: int) -> ProbeCount:
+    """Return the number of probes of a layer in this step, and the noise of its angle, for the last batch."""
     rule = layer.rule
-    size, step_size = layer.as_matrices(layer.weight.detach()).shape[-1], 1 / rule.tau if rule.tau else 0.0
+    size, step_size = layer.as_matrices(layer.weight.detach()).shape[-1], 1 / rule.tau_at(step) if rule.tau else 0.0
     return count_probes(rule.probes, size, step_size, rule.every, rule.null != 0, layer.positions())

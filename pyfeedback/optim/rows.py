@@ -59,17 +59,24 @@ def forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | Non
 
 
 def feedback_row(
-    b: nn.Parameter, layer: FeedbackLayer, name: str, by_autograd: bool, noisy: bool, estimate: Tensor | None = None
+    b: nn.Parameter,
+    layer: FeedbackLayer,
+    name: str,
+    by_autograd: bool,
+    noisy: bool,
+    step: int = 0,
+    estimate: Tensor | None = None,
 ) -> Row | None:
     """Return the row of a feedback weight; None if its rule does not change it.
 
     Args:
+        step: the number of steps made, for a time constant that grows.
         estimate: the gradient of a rule that reads probes; None in a step without an estimate.
     """
     if layer.feedback is not b:
         raise RuntimeError("model has other feedback weights now, expected those this optimizer was built with")
     rule, w = layer.rule, layer.weight
-    step_size = 1 / rule.tau if rule.tau and not is_tied(rule) else None
+    step_size = 1 / rule.tau_at(step) if rule.tau and not is_tied(rule) else None
     if rule.reads_probes:
         step_size = None if step_size is None else min(1.0, step_size * rule.every)
         return None if estimate is None else Row(b, b, estimate, 0.0, 0.0, 1.0, step_size=step_size)

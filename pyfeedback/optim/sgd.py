@@ -81,7 +81,8 @@ class FeedbackSGD(RowOptimizer):
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer = self._layers[p]
-        row = feedback_row(p, layer, self._names[p], p.requires_grad, bool(group["noise"]), self._estimates.get(p))
+        step, estimate = group.get("feedback_step", 0), self._estimates.get(p)
+        row = feedback_row(p, layer, self._names[p], p.requires_grad, bool(group["noise"]), step, estimate)
         if row is None or not layer.rule.tau or not is_tied(layer.rule):
             return row
         return row._replace(decay=self._tied_decay(layer.rule, group))
