@@ -89,9 +89,14 @@ def train(
     model.to(training.images.device)
 
     steps = len(training.images) // BATCH
-    optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), LR, MOMENTUM, weight_decay=setting.weight_decay)
+    decay = setting.weight_decay
+    optimizer: torch.optim.Optimizer
+    if setting.rule.tau:
+        optimizer = pyfeedback.optim.SGD(model, LR, MOMENTUM, weight_decay=decay)
+    else:
+        optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), LR, MOMENTUM, weight_decay=decay)
     optimizers, schedules = [optimizer], [CosineAnnealingLR(optimizer, epochs * steps)]
-    if setting.rule.learns:
+    if setting.rule.learns and not setting.rule.tau:
         optimizers.append(pyfeedback.optim.FeedbackSGD(model, setting.lr, setting.momentum, noise=setting.noise))
         if setting.cosine:
             schedules.append(CosineAnnealingLR(optimizers[-1], epochs * steps))
