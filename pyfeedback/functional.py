@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyfeedback.backends.dispatch import current_backend
 from pyfeedback.core import step_checks
@@ -208,6 +209,12 @@ def layer(
             stride, padding, dilation, _, _, groups = geometry
             return ops.fa_conv2d.default(*tensors, stride, padding, dilation, groups, **options)
         return ops.fa_convolution.default(*tensors, *geometry, **options)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return geometry.fprop(input, weight, bias)
+    if not feedback.requires_grad and forward_ad._current_level < 0:
+        output = autograd.forward_with_feedback(geometry, rule, input, weight, feedback, bias)
+        if output is not None:
+            return output
     return autograd.EagerLayer.apply(input, weight, feedback, bias, geometry, rule)
 
 

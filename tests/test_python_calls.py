@@ -7,7 +7,7 @@ from pyfeedback import nn
 from pyfeedback.testing import python_calls
 
 MOST = {
-    "fa": (8, 8),
+    "fa": (8, 2),
     "kp": (12, 16),
     "sa": (12, 16),
     "wm": (12, 16),
@@ -28,6 +28,9 @@ def test_a_layer_calls_few_functions(kind, rule):
     gradient = torch.ones_like(outputs[0])
     backward = python_calls(lambda: outputs[0].backward(gradient))
     assert forward[0].startswith("nn/")
-    assert "backends/composite/layer.py backward" in backward
     assert len(forward) <= MOST[rule][0], forward
+    if rule == "fa":  # PyTorch's own backward, with B in place of W
+        assert backward == ["ops/autograd.py unpack", "ops/autograd.py refuse_double_backward"]
+        return
+    assert "backends/composite/layer.py backward" in backward
     assert len(backward) <= MOST[rule][1] + 2 * (kind == "linear"), backward  # dx and dW are two calls there

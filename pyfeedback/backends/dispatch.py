@@ -129,7 +129,8 @@ def plan(
         if found.supports is None or found.supports(geometry, input, weight, rule, algorithm):
             if found.reads_response is not None:
                 reads_response = mask[2] and found.reads_response(rule, device_type)
-            return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response)
+            is_plain = found is _LAYER_BACKENDS["aten"] and not mask[2] and not geometry.skips_positions(weight.shape)
+            return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response, is_plain)
     name = next(name for name in missing if getattr(rule, name))  # of the composition, which supports every layer
     raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
 

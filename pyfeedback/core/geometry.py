@@ -90,13 +90,17 @@ class Convolution(NamedTuple):
         """dgrad, wgrad and the gradient of a bias; None where ``mask`` is False"""
         return _convolution_backward(grad_output, x, kernel, (grad_output.shape[1],), *self, mask)
 
+    def skips_positions(self, kernel: Shape) -> bool:
+        """Whether this is a pointwise convolution with a stride, which does not read every position."""
+        return max(self.stride) > 1 and self.is_pointwise(kernel)
+
     def dense(self, x: Tensor, kernel: Shape) -> "tuple[Convolution, Tensor]":
         """The same layer on the positions that it reads: a strided pointwise convolution there has stride 1.
 
         Grams need that form. It also avoids the weight gradient of a 1x1 convolution of stride 3 in channels_last,
         which corrupts the heap (torch 2.13, CPU).
         """
-        if max(self.stride) == 1 or not self.is_pointwise(kernel):
+        if not self.skips_positions(kernel):
             return self, x
         read = self.read_positions(x).contiguous(memory_format=memory_format_of(x))
         return self._replace(stride=(1,) * len(self.stride)), read
@@ -157,6 +161,10 @@ class Linear(NamedTuple):
             self.wgrad(x, grad_output, kernel) if mask[1] else None,
             grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if mask[2] else None,
         )
+
+    def skips_positions(self, kernel: Shape) -> bool:
+        """Always False."""
+        return False
 
     def dense(self, x: Tensor, kernel: Shape) -> "tuple[Linear, Tensor]":
         """The layer itself."""

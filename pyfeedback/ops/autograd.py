@@ -3,6 +3,8 @@
 The formula is :func:`gradients`. It computes all gradients as :func:`pyfeedback.backends.dispatch.plan` decided in the
 forward pass, outside of autocast. Double backward is not supported.
 
+* :func:`forward_with_feedback` needs no formula: if the feedback has no gradient and no kernel of this package is
+  faster, the backward of the plain layer is correct with B in place of the saved W. It costs what the plain layer does.
 * :class:`EagerLayer` is a Function whose forward receives the context. This form has the least overhead: two thirds of
   the dispatcher's on a tiny layer.
 * :class:`TransformableLayer` sets up its context separately from its forward, as torch.func requires. This costs a
@@ -30,11 +32,80 @@ def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | Non
     if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():
             grads = gradients(call, grad_output, saved)
-        return _Once.apply(*grads, grad_output, *saved)
+        return _Once.apply(4, *grads, grad_output, *saved)
     if torch._C._is_any_autocast_enabled() and autocasts(grad_output.device.type):
         with torch.autocast(grad_output.device.type, enabled=False):
             return call.kernels.backward(call, grad_output, *saved)
     return call.kernels.backward(call, grad_output, *saved)
+
+
+class _InPlaceOfWeight:
+    """The feedback weight that a node of torch.nn.functional's own backward uses instead of its saved weight."""
+
+    __slots__ = ("feedback", "is_transposed", "version", "weight")
+
+    def __init__(self, weight: Tensor, feedback: Tensor, is_transposed: bool):
+        self.weight, self.feedback, self.is_transposed = weight, feedback, is_transposed
+        self.version = feedback._version
+
+    def drop(self, saved: Tensor) -> None:
+        """Save nothing instead of the weight."""
+
+    def unpack(self, nothing: None) -> Tensor:
+        feedback = self.feedback
+        if feedback._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                f"feedback weight {list(feedback.shape)} is at version {feedback._version}, expected {self.version}"
+            )
+        return feedback.t() if self.is_transposed else feedback
+
+    def refuse_double_backward(self, grad_inputs, grad_outputs):
+        """Replace the gradients under create_graph=True by ones whose backward raises."""
+        if not torch.is_grad_enabled():
+            return None
+        grads = [None if grad is None else grad.detach() for grad in grad_inputs]
+        return _Once.apply(len(grads), *grads, *grad_inputs, *grad_outputs, self.weight, self.feedback)
+
+
+# The attribute of each node that holds the weight, and whether it is the transpose.
+_SAVED_WEIGHT = {
+    "ConvolutionBackward0": ("_raw_saved_weight", False),
+    "AddmmBackward0": ("_raw_saved_mat2", True),
+    "MmBackward0": ("_raw_saved_mat2", True),
+}
+_NO_FEEDBACK = (True, True, False, True)  # the needed gradients
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")  # of the output of a linear layer with more than two dimensions
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def forward_with_feedback(
+    geometry: Geometry, rule: Coefficients, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """The output of a layer whose feedback needs no gradient, with torch's own backward node; None if not possible."""
+    if (
+        not plan(geometry, input, weight, rule, _NO_FEEDBACK, True).is_plain
+        or not _PLAIN.issuperset((type(input), type(weight), type(feedback)))
+        or not _have_one_format(input, weight)
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
+        return None
+    output = geometry.fprop(input, weight, bias)
+    node = output.grad_fn
+    if node is None:
+        return output
+    name = node.name()
+    if name in _VIEWS:
+        node = node.next_functions[0][0]
+        name = node.name()
+    if name not in _SAVED_WEIGHT:
+        return None
+    attribute, is_transposed = _SAVED_WEIGHT[name]
+    saved = _InPlaceOfWeight(weight, feedback, is_transposed)
+    if input.requires_grad:
+        getattr(node, attribute).register_hooks(saved.drop, saved.unpack)
+    node.register_hook(saved.refuse_double_backward)
+    return output
 
 
 class EagerLayer(torch.autograd.Function):
@@ -133,11 +204,11 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
 
 
 class _Once(torch.autograd.Function):
-    """The four gradients as functions of all the tensors they were computed from; backward raises."""
+    """The first ``count`` tensors, gradients, as functions of all the tensors; backward raises."""
 
     @staticmethod
-    def forward(ctx, *tensors):
-        return tensors[:4]
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx, *grads):
@@ -155,6 +226,14 @@ def not_a_view(output: Tensor) -> Tensor:
     has more than two dimensions.
     """
     return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
+
+
+def _have_one_format(input: Tensor, weight: Tensor) -> bool:
+    """Whether the gradients of PyTorch's own backward have the strides of the input and the weight."""
+    if input.is_contiguous():
+        return weight.is_contiguous()
+    last = torch.channels_last
+    return input.dim() == 4 and input.is_contiguous(memory_format=last) and weight.is_contiguous(memory_format=last)
 
 
 def autocasts(device_type: str) -> bool:
