@@ -94,13 +94,11 @@ def forward_with_feedback(
     node = output.grad_fn
     if node is None:
         return output
-    name = node.name()
-    if name in _VIEWS:
+    if node.name() in _VIEWS:
         node = node.next_functions[0][0]
-        name = node.name()
-    if name not in _SAVED_WEIGHT:
+    if node is None or node.name() not in _SAVED_WEIGHT:
         return None
-    attribute, is_transposed = _SAVED_WEIGHT[name]
+    attribute, is_transposed = _SAVED_WEIGHT[node.name()]
     saved = _InPlaceOfWeight(weight, feedback, is_transposed)
     if input.requires_grad:
         getattr(node, attribute).register_hooks(saved.drop, saved.unpack)
