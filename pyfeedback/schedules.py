@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pyfeedback.conversion import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.core.coefficients import COEFFICIENTS
+from pyfeedback.core.deprecation import renamed_attribute, renamed_keyword
 from pyfeedback.core.values import (
     check_callable,
     check_int,
@@ -203,17 +204,20 @@ class Mirror:
 
     Args:
         model: a model with feedback layers; layers whose rule reads no activations are not affected.
-        law: a function that returns the noise, with the signature of torch.randn.
+        noise_fn: a function that returns the noise, with the signature of torch.randn.
         amplitude: a factor applied to the noise.
 
     Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), mirror mode.
     """
 
-    def __init__(self, model: nn.Module, law: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
-        check_callable("law", law, "a function that makes noise, like torch.randn")
+    law = renamed_attribute("law", "noise_fn")
+
+    @renamed_keyword("law", "noise_fn")
+    def __init__(self, model: nn.Module, noise_fn: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
+        check_callable("noise_fn", noise_fn, "a function that makes noise, like torch.randn")
         check_number("amplitude", amplitude)
         check_model(model)
-        self.law, self.amplitude = law, amplitude
+        self.noise_fn, self.amplitude = noise_fn, amplitude
         self._layers = [layer for _, layer in feedback_layers(model) if layer.rule.reads_data]
         self._inputs: dict[FeedbackLayer, Tensor] = {}
         self._hooks = [layer.register_forward_pre_hook(self._remember) for layer in self._layers]
@@ -232,7 +236,7 @@ class Mirror:
             feedback = layer.feedback
             assert feedback is not None
             before, feedback.grad = feedback.grad, None  # avoids the layer's warning about gradients that keep growing
-            noise = self.amplitude * self.law(like.shape, dtype=like.dtype, device=like.device)
+            noise = self.amplitude * self.noise_fn(like.shape, dtype=like.dtype, device=like.device)
             output = layer.forward_without_hooks(noise)
             torch.autograd.backward(output, torch.zeros_like(output), inputs=[feedback])
             if before is not None:

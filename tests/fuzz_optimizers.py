@@ -15,7 +15,7 @@ from pyfeedback.backends.extension import loading
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "contiguous", "channels_last", "sliced", "transposed")
-BACKENDS = ("auto", "aten", "native") if loading.has_cpu() else ("auto", "aten")
+BACKENDS = ("auto", "composite", "extension") if loading.has_cpu() else ("auto", "composite")
 STEPS = 4
 LISTS = ("feedback", "weight", "grad", "momentum_buffer")
 RULES = {

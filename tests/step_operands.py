@@ -10,8 +10,8 @@ from pyfeedback.backends.dispatch import provide
 from pyfeedback.backends.extension import loading
 
 PATHS = [
-    pytest.param("native", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
-    "aten",
+    pytest.param("extension", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
+    "composite",
 ]
 ALL = {"decay": 0.1, "self_": 0.2, "tie": 0.3}
 ADAMW = {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3}

@@ -120,7 +120,7 @@ def test_error_of_a_large_input(shape, kernel_shape, rule, dtype):
         assert max(ratios) <= 4, (mean, ratios)
 
 
-@pytest.mark.parametrize("backend", ["native", "aten"])
+@pytest.mark.parametrize("backend", ["extension", "composite"])
 @pytest.mark.parametrize("rule", ["wm", "ia", "aa"])
 @pytest.mark.parametrize("center", [False, True], ids=["plain", "centred"])
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_composed_mean_is_of_float32(dtype):
     """A mean of 30 rounded to 16 bits has an error of up to a sixteenth of the spread."""
     x = (torch.randn(64, 50) + 30).to(dtype)
     exact = x.double() - x.double().mean(0)
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         found = torch.ops.pyfeedback.center(x, 64)
         total = torch.zeros_like(x)
         torch.ops.pyfeedback.add_centered_(total, x, 1.0, 1.0)

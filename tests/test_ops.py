@@ -103,7 +103,7 @@ def test_forward_is_torchs_bit_for_bit(api):
     for number in range(40):
         case = random_conv(number)
         x, w, b, bias = conv_tensors(case, number, torch.float32)
-        with pyfeedback.backend("aten"):
+        with pyfeedback.backend("composite"):
             ours = APIS[api].fa_conv2d(x, w, b, bias, *case.window, amp=0.1, null=0.1)
         assert torch.equal(ours, torch.conv2d(x, w, bias, *case.window))
 

@@ -1,15 +1,14 @@
 """The choice of the implementation of each op.
 
-"aten" composes PyTorch's own kernels and is always available. "native" is the compiled library (csrc). "triton" is the
-backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches. Under
-"auto", an op uses the first available implementation in its row of `_FASTEST`. Each of them was measured to be faster
-on that device than those after it. "measured-triton" is limited to the layers in the device's table
+"composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
+is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches.
+Under "auto", an op uses the first available implementation in its row of `_FASTEST`. Each of them was measured to be
+faster on that device than those after it. "measured-triton" is limited to the layers in the device's table
 (`kernels/measured.py`), and "depthwise" to the layers that its module lists.
 """
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,11 +25,13 @@ from pyfeedback.backends.extension import depthwise, kernels, loading
 from pyfeedback.core.algorithm import Algorithm, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Kernels, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
+from pyfeedback.core.deprecation import warn_renamed
 from pyfeedback.core.geometry import LINEAR, Geometry, Shape
 from pyfeedback.core.values import check_choice
 from pyfeedback.kernels import measured
 
-BACKENDS = ("auto", "aten", "native", "triton", "triton-unfused")
+BACKENDS = ("auto", "composite", "extension", "triton", "triton-unfused")
+_RENAMED = {"aten": "composite", "native": "extension", "triton-apart": "triton-unfused"}
 
 
 class LayerBackend(NamedTuple):
@@ -43,8 +44,8 @@ class LayerBackend(NamedTuple):
 
 
 _LAYER_BACKENDS = {
-    "aten": LayerBackend(layer.backward, layer.IMPLEMENTED),
-    "native": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
+    "composite": LayerBackend(layer.backward, layer.IMPLEMENTED),
+    "extension": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
     "depthwise": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.is_faster, depthwise.reads_response),
 }
 for _name, _fused in (("triton", True), ("triton-unfused", False)):
@@ -54,22 +55,22 @@ for _name, _fused in (("triton", True), ("triton-unfused", False)):
     _LAYER_BACKENDS[f"measured-{_name}"] = LayerBackend(_backward, triton.IMPLEMENTED, _is_faster)
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "adamw_step_": {"aten": steps.adamw_step_, "native": kernels.adamw_step_},
-    "add_centered_": {"aten": center.add_centered_, "native": kernels.add_centered_},
-    "alignment_products": {"aten": alignment.alignment_products, "native": kernels.alignment_products},
-    "center": {"aten": center.center, "native": kernels.center},
-    "feedback_step_": {"aten": steps.feedback_step_, "native": kernels.feedback_step_},
+    "adamw_step_": {"composite": steps.adamw_step_, "extension": kernels.adamw_step_},
+    "add_centered_": {"composite": center.add_centered_, "extension": kernels.add_centered_},
+    "alignment_products": {"composite": alignment.alignment_products, "extension": kernels.alignment_products},
+    "center": {"composite": center.center, "extension": kernels.center},
+    "feedback_step_": {"composite": steps.feedback_step_, "extension": kernels.feedback_step_},
 }
 
-# The CUDA kernels of csrc have not been measured on any device: only backend("native") takes them.
+# The CUDA kernels of csrc have not been measured on any device: only backend("extension") uses them.
 _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
-    **{(op, "cpu"): ("native", "aten") for op in _IMPLEMENTATIONS},
-    ("grouped layer", "cpu"): ("depthwise", "aten"),
-    ("layer", "cuda"): ("measured-triton", "measured-triton-unfused", "aten"),
+    **{(op, "cpu"): ("extension", "composite") for op in _IMPLEMENTATIONS},
+    ("grouped layer", "cpu"): ("depthwise", "composite"),
+    ("layer", "cuda"): ("measured-triton", "measured-triton-unfused", "composite"),
 }
 _LAYERS = {  # implementations of each kind of layer
-    "grouped layer": ("aten", "native", "depthwise"),
-    "layer": ("aten", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
+    "grouped layer": ("composite", "extension", "depthwise"),
+    "layer": ("composite", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
 }
 
 _default = "auto"  # set by set_backend
@@ -187,7 +188,7 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: the name is not one of :data:`BACKENDS`.
-        RuntimeError: "native" without the compiled library; "triton" without triton, or without a GPU and without
+        RuntimeError: "extension" without the compiled library; "triton" without triton, or without a GPU and without
             Triton's interpreter (TRITON_INTERPRET=1, set before the first use).
     """
     global _default
@@ -198,7 +199,7 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("aten"): ...``
+    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("composite"): ...``
 
     It applies to the forward passes of this thread, and to their backward passes, also outside of the block. Ops that
     the backend does not implement are composed of PyTorch's own.
@@ -226,13 +227,12 @@ def in_force(name: str) -> Iterator[None]:
 
 def _checked(name: str, stacklevel: int) -> str:
     """The name of a backend that is available; RuntimeError or ValueError otherwise."""
-    if name == "triton-apart":
-        message = 'backend "triton-apart" is now "triton-unfused"; the old name is removed in the release after next'
-        warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
-        name = "triton-unfused"
+    if isinstance(name, str) and name in _RENAMED:
+        warn_renamed(f'backend "{name}"', f'"{_RENAMED[name]}"', stacklevel)
+        name = _RENAMED[name]
     check_choice("backend", name, BACKENDS)
-    if name == "native" and not loading.has_cpu():
-        raise RuntimeError(f'backend is "native", expected a compiled library: {loading.build_info().missing}')
+    if name == "extension" and not loading.has_cpu():
+        raise RuntimeError(f'backend is "extension", expected a compiled library: {loading.build_info().missing}')
     triton = name.startswith("triton")
     if triton and not find_spec("triton"):
         raise RuntimeError(f'backend is "{name}", expected triton to be installed')
@@ -242,7 +242,7 @@ def _checked(name: str, stacklevel: int) -> str:
 
 
 def _preferred(op: str, device_type: str, backend: str) -> tuple[str, ...]:
-    return _FASTEST.get((op, device_type), ("aten",)) if backend == "auto" else (backend, "aten")
+    return _FASTEST.get((op, device_type), ("composite",)) if backend == "auto" else (backend, "composite")
 
 
 def _choose(op: str, device_type: str, backend: str) -> str:
@@ -252,9 +252,9 @@ def _choose(op: str, device_type: str, backend: str) -> str:
 
 
 def _is_available(name: str, op: str, device_type: str) -> bool:
-    if name in ("native", "depthwise"):
+    if name in ("extension", "depthwise"):
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-        return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::native_{op}", key)
+        return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::extension_{op}", key)
     if name.startswith("measured"):
         return bool(measured.devices()) and find_spec("triton") is not None
     return True

@@ -89,7 +89,7 @@ def check_lengths(geometry: Geometry, spatial: int) -> None:
     for name in ("stride", "padding", "dilation", "output_padding"):
         numbers = getattr(geometry, name)
         if spatial > 0 and len(numbers) != spatial:
-            raise ValueError(f"{name} is {numbers}, expected {spatial} numbers, one for each dimension of the map")
+            raise ValueError(f"{name} is {numbers}, expected {spatial} numbers, one for each spatial dimension")
 
 
 def check_padded(input: Tensor, weight: Tensor) -> None:
@@ -162,7 +162,7 @@ def check_backward(
 def check_center(input: Tensor, samples: int) -> None:
     """Raise if the batch does not have ``samples`` samples to center."""
     if input.dim() < 1 or input.dtype not in DTYPES:
-        raise TypeError(f"input is {_describe(input)}, expected a floating tensor of rank 1 or more")
+        raise TypeError(f"input is {_describe(input)}, expected a floating-point tensor of rank 1 or more")
     if not 1 <= samples <= input.shape[0]:
         raise ValueError(f"samples is {samples}, expected 1 to {input.shape[0]}, the size of the batch")
 
@@ -181,9 +181,9 @@ def _check_window(x: Sequence[int], kernel: Sequence[int], geometry: Convolution
         ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1), ("output_padding", output_padding, 0)
     ):  # fmt: skip
         if len(numbers) != len(sizes):
-            raise ValueError(f"{name} is {numbers}, expected {len(sizes)} numbers, one for each dimension of the map")
+            raise ValueError(f"{name} is {numbers}, expected {len(sizes)} numbers, one for each spatial dimension")
         if not all(map(is_int, numbers)):
-            what = f"ints of {least} or more, one number or one for each dimension of the map"
+            what = f"ints of {least} or more, one number or one for each spatial dimension"
             raise TypeError(f"{name} is {_given(numbers)}, expected {what}")
         if min(numbers) < least:
             raise ValueError(f"{name} is {numbers}, expected {least} or more")
@@ -193,16 +193,16 @@ def _check_window(x: Sequence[int], kernel: Sequence[int], geometry: Convolution
         channels = "input" if transposed else "output"
         raise ValueError(f"groups is {groups}, expected a divisor of the {kernel[0]} {channels} channels of weight")
     if min(taps) < 1:
-        raise ValueError(f"weight has shape {tuple(kernel)}, expected a window of at least {_times(taps)}")
+        raise ValueError(f"weight has shape {tuple(kernel)}, expected a kernel of at least {_times(taps)}")
     if transposed:
         _check_transposed_sizes(sizes, taps, geometry)
         return
     if any(output_padding):
-        raise ValueError(f"output_padding is {output_padding}, expected 0 where the convolution is not transposed")
+        raise ValueError(f"output_padding is {output_padding}, expected 0 for a convolution that is not transposed")
     reach = tuple(d * (r - 1) + 1 for d, r in zip(dilation, taps, strict=True))
     padded = tuple(x + 2 * p for x, p in zip(sizes, padding, strict=True))
     if any(x < r for x, r in zip(padded, reach, strict=True)):
-        raise ValueError(f"input has a padded map of {padded}, expected at least the dilated kernel's {reach}")
+        raise ValueError(f"input has a padded size of {padded}, expected at least {reach}, that of the dilated kernel")
 
 
 def _check_transposed_sizes(sizes: tuple[int, ...], taps: tuple[int, ...], geometry: Convolution) -> None:
@@ -211,7 +211,7 @@ def _check_transposed_sizes(sizes: tuple[int, ...], taps: tuple[int, ...], geome
         raise ValueError(f"output_padding is {extra}, expected less than stride {stride} or dilation {dilation}")
     made = geometry.output_shape((1, 1, *sizes), (1, 1, *taps))[2:]
     if min(made) < 1:
-        raise ValueError(f"input has a map of {sizes}, expected one whose output {made} is 1 or more everywhere")
+        raise ValueError(f"input has a size of {sizes} and the output would have {made}, expected 1 or more")
 
 
 def _refuse_tensors(

@@ -90,7 +90,7 @@ def check_adamw_tensors(
     for i, (count, like) in enumerate(zip(step, param, strict=True)):
         if not isinstance(count, Tensor) or count.dtype is not torch.float32 or count.numel() != 1:
             what = _describe(count) if isinstance(count, Tensor) else _kind(count)
-            raise TypeError(f"step[{i}] is {what}, expected one torch.float32")
+            raise TypeError(f"step[{i}] is {what}, expected a torch.float32 tensor with one element")
         if count.device not in (like.device, torch.device("cpu")):
             raise ValueError(f"step[{i}] is on {count.device}, expected cpu or the device of param[{i}], {like.device}")
     _check_memory({**operands, "step": step}, (*written, "step"))
@@ -122,7 +122,7 @@ def check_in_place(lists: dict[str, Tensors]) -> None:
         for i, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 kind = "leaf" if tensor.is_leaf else "tensor"
-                raise RuntimeError(f"{name}[{i}] is a {kind} that requires grad, expected the step in torch.no_grad()")
+                raise RuntimeError(f"{name}[{i}] is a {kind} that requires grad, expected a step in torch.no_grad()")
 
 
 def kernel_error(error: Exception) -> RuntimeError:
@@ -175,7 +175,7 @@ def _check_length(name: str, tensors: Tensors, count: int, needed: bool = True) 
         raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
     if len(tensors) != count and (needed or len(tensors)):
         raise ValueError(
-            f"{name} has {len(tensors)} tensors, expected {count}{'' if needed else ' or 0'}: one for each feedback"
+            f"{name} has {len(tensors)} tensors, expected {count}{'' if needed else ' or 0'}, one for each feedback"
         )
 
 
@@ -198,8 +198,8 @@ def _check_alike(operands: dict[str, Rows], written: Sequence[str]) -> None:
         for i, tensor in enumerate(() if all(map(Tensor.is_contiguous, tensors)) else tensors):
             if not tensor.is_contiguous() and overlap.has_shared_places(tensor):
                 raise ValueError(
-                    f"{name}[{i}] has several elements at one place, strides {tensor.stride()} of shape "
-                    f"{_shape(tensor)}, expected a place for each"
+                    f"{name}[{i}] has more than one element at a memory location, shape {_shape(tensor)} and strides "
+                    f"{tensor.stride()}, expected one"
                 )
 
 
@@ -210,16 +210,16 @@ def _refuse_unlike(operands: dict[str, Rows]) -> NoReturn:
         if like is None:
             continue
         if like.dtype not in DTYPES or like.layout is not torch.strided:
-            raise TypeError(f"{first}[{i}] is {like.dtype}, {like.layout}, expected a strided floating tensor")
+            raise TypeError(f"{first}[{i}] is {like.dtype}, {like.layout}, expected a strided floating-point tensor")
         if like.device != likes[0].device:
-            raise ValueError(f"{first}[{i}] is on {like.device}, expected the device of all, {likes[0].device}")
+            raise ValueError(f"{first}[{i}] is on {like.device}, expected the device of {first}[0], {likes[0].device}")
     for name, tensors in others:
         for i, (tensor, like) in enumerate(zip(tensors, likes, strict=True)):
             if tensor is None or like is None:
                 continue
             if tensor.shape != like.shape or tensor.dtype is not like.dtype or tensor.device != like.device:
                 raise ValueError(
-                    f"{name}[{i}] is {_describe(tensor)}, expected that of {first}[{i}], {_describe(like)}"
+                    f"{name}[{i}] is {_describe(tensor)}, expected the same as {first}[{i}], {_describe(like)}"
                 )
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{name}[{i}] is {tensor.layout}, expected torch.strided")
@@ -290,14 +290,14 @@ def _refuse_inference(lists: dict[str, Rows]) -> None:
     for name, tensors in lists.items():
         if any(map(Tensor.is_inference, tensors)):
             i = next(i for i, tensor in enumerate(tensors) if tensor.is_inference())
-            raise RuntimeError(f"{name}[{i}] is an inference tensor, expected the step in torch.inference_mode()")
+            raise RuntimeError(f"{name}[{i}] is an inference tensor, expected a step in torch.inference_mode()")
 
 
 def _refuse_sharing(later: overlap.Operand, earlier: overlap.Operand) -> None:
     stepped = next((o for o in (later, earlier) if o.order == 0), None)
-    expected = "expected memory of its own"
+    expected = "expected separate memory"
     if stepped is not None and not (later.written and earlier.written) and later.row >= 0:
-        expected += f", or {stepped} in the row behind all that read it"
+        expected += f", or {stepped} updated after every row that reads it"
     raise ValueError(f"{later} shares memory with {earlier}, {expected}")
 
 
@@ -332,7 +332,7 @@ def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], o
         if not isinstance(values, (list, tuple)):
             raise TypeError(f"{name} is {_kind(values)}, expected a list of numbers")
         if len(values) != count:
-            raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")
+            raise ValueError(f"{name} has {len(values)} numbers, expected {count}, one for each feedback")
         for i, value in enumerate(values):
             check_number(f"{name}[{i}]", value, -math.inf)
     for name in ("lr", "momentum", "noise"):
@@ -344,7 +344,7 @@ def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], o
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed is {seed!r}, expected an int")
     if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, expected a number of 64 bits")
+        raise ValueError(f"seed is {seed}, expected a 64-bit integer")
 
 
 def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:

@@ -123,7 +123,7 @@ def _check_values(name: str, layer: FeedbackLayer) -> None:
     weight, feedback = layer.weight, layer.feedback
     for what, tensor in (("feedback", feedback), ("weight", weight)):
         if tensor is not None and tensor.is_meta and (feedback is None or feedback.is_meta):
-            raise ValueError(f"{what} of layer {name} is on meta, expected tensors that have values")
+            raise ValueError(f"{what} of layer {name} is on meta, expected tensors with data")
     if feedback is not None and weight.device != feedback.device:
         on = f"weight of layer {name} is on {weight.device}"
         raise ValueError(f"{on}, expected the device of its feedback, {feedback.device}")

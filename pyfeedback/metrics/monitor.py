@@ -118,7 +118,7 @@ class Monitor:
             ValueError: there are no readings, as for a model that learns by backprop.
         """
         if not self.readings:
-            raise ValueError("model has no feedback layer, expected one that was converted to a rule other than bp")
+            raise ValueError("model has no feedback layer, expected a model converted to a rule other than bp")
         figure = _figure(self.readings)
         if path is not None:
             figure.savefig(path)

@@ -160,7 +160,7 @@ def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **
     step_checks.refuse_meta({"feedback": feedback})
 
 
-def _fake_native_step(feedback, weight, grad, momentum_buffer, **options) -> None:
+def _fake_extension_step(feedback, weight, grad, momentum_buffer, **options) -> None:
     """Unlike ``feedback_step_``, this op also accepts one number for all rows."""
     for name in ("decay", "self_", "tie"):
         options[name] = list(options[name]) * (len(feedback) if len(options[name]) == 1 else 1)
@@ -187,14 +187,14 @@ def _fake_center(input: Tensor, samples: int) -> Tensor:
 
 _fakes: dict[str, Any] = {
     "feedback_step_": _fake_step,
-    "native_feedback_step_": _fake_native_step,
+    "extension_feedback_step_": _fake_extension_step,
     "mix": mix,
-    "native_depthwise_backward": _fake_depthwise,
+    "extension_depthwise_backward": _fake_depthwise,
     "center": _fake_center,
-    "native_center": _fake_center,
+    "extension_center": _fake_center,
     "add_centered_": _fake_add_centered_,
-    "native_add_centered_": _fake_add_centered_,
-    "native_alignment_products": _fake_products,
+    "extension_add_centered_": _fake_add_centered_,
+    "extension_alignment_products": _fake_products,
 }
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"pyfeedback::{_name}", _fake, lib=LIBRARY)

@@ -106,7 +106,7 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected the converted model itself, not its parameters")
     if not any(isinstance(module, FeedbackLayer) for module in model.modules()):
-        raise ValueError("model has no layer with a feedback weight, expected one converted by pyfeedback.convert")
+        raise ValueError("model has no layer with a feedback weight, expected a model converted by pyfeedback.convert")
     named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
     layers = {feedback: layer for feedback, (_, layer) in named.items()}
     if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with

@@ -54,7 +54,7 @@ def backward(
     if learns and rule.center:
         mean = _mean(input, n)
         response_mean = None if response is None else _mean(response, n)
-    grads = torch.ops.pyfeedback.native_depthwise_backward.default(
+    grads = torch.ops.pyfeedback.extension_depthwise_backward.default(
         grad_output, input, weight.contiguous(), feedback.contiguous(), mean, response, response_mean,
         geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
         [getattr(rule, name) for name in COEFFICIENTS], n, *mask[:4],

@@ -1,4 +1,4 @@
-"""The compiled ops `native_*` behind the signatures of the composite ones.
+"""The compiled ops `extension_*` behind the signatures of the composite ones.
 
 A kernel checks its tensors before it writes, in a fraction of the time that Python takes. What it refuses is checked
 again in Python, for the one line that names the argument.
@@ -14,13 +14,13 @@ from pyfeedback.core.step_options import StepOptions
 
 _ops = torch.ops.pyfeedback
 
-alignment_products = _ops.native_alignment_products.default
+alignment_products = _ops.extension_alignment_products.default
 
 
 def center(input: Tensor, samples: int) -> Tensor:
     """The kernel needs samples that are dense blocks; other inputs are composed."""
     if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
-        return _ops.native_center.default(input, samples)
+        return _ops.extension_center.default(input, samples)
     return composite_center.center(input, samples)
 
 
@@ -28,7 +28,7 @@ def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> Non
     """The kernel needs samples that are dense blocks of the same strides in both; other inputs are composed."""
     alike = self.stride() == input.stride()
     if alike and (self.is_contiguous() or (self.dim() == 4 and self.is_contiguous(memory_format=torch.channels_last))):
-        _ops.native_add_centered_.default(self, input, beta, alpha)
+        _ops.extension_add_centered_.default(self, input, beta, alpha)
     else:
         composite_center.add_centered_(self, input, beta, alpha)
 
@@ -42,7 +42,7 @@ def feedback_step_(feedback, weight, grad, momentum_buffer, coefficients: dict, 
     try:
         if not {len(weight), len(grad), len(momentum_buffer)} <= {0, len(feedback)}:
             raise RuntimeError("lists differ in length")
-        _ops.native_feedback_step_.default(feedback, *read, buffers, **factors, **options._asdict())
+        _ops.extension_feedback_step_.default(feedback, *read, buffers, **factors, **options._asdict())
     except (RuntimeError, NotImplementedError, TypeError) as error:
         step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, options)
         raise step_checks.kernel_error(error) from None
@@ -57,7 +57,7 @@ def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, 
     weights = weight if any(options["self_"]) else []
     grads = grad if any(options["tie"]) else []
     try:
-        _ops.native_adamw_step_.default(param, weights, grads, exp_avg, exp_avg_sq, step, **options)
+        _ops.extension_adamw_step_.default(param, weights, grads, exp_avg, exp_avg_sq, step, **options)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         step_checks.check_adamw_tensors(param, weight, grad, moments, step, options)

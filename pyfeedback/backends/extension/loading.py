@@ -1,7 +1,7 @@
 """Loading of the compiled libraries, and information on how they were built.
 
-Loading registers the C++ implementations of the `native_*` ops; their schemas are in `pyfeedback.ops.schemas`, and
-either may come first. With PYFEEDBACK_NATIVE=0 no library is loaded, and every op runs its Python implementation.
+Loading registers the C++ implementations of the `extension_*` ops; their schemas are in `pyfeedback.ops.schemas`, and
+either may come first. With PYFEEDBACK_EXTENSION=0 no library is loaded, and every op runs its Python implementation.
 
 Python started in the root of a clone imports the clone's folder `pyfeedback` and not the installed package. That
 folder has no library unless it was built in place (`pip install -e .`), so the libraries of the installed package are
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pyfeedback.backends.extension import sources
+from pyfeedback.core.deprecation import warn_renamed
 
 PACKAGE = Path(__file__).parents[2]
 RECORD = "_build_info.json"
@@ -105,7 +106,7 @@ def _choose(package: Path, cuda: bool) -> tuple[Path, dict[str, Any]]:
     changed = sources.changed(record.get("sources", {}), now, cuda and record["cuda"])
     raise ImportError(
         f"csrc/{changed} has changed since {folder / CPU_LIBRARY} was built: build it again with `pip install -e .`, "
-        "or set PYFEEDBACK_NATIVE=0 to do without"
+        "or set PYFEEDBACK_EXTENSION=0 to do without"
     )
 
 
@@ -116,13 +117,16 @@ def _load(library: Path) -> bool:
     except OSError as error:
         raise ImportError(
             f"{library.name} was built but does not load with torch {torch.__version__}: {error}. "
-            "Reinstall pyfeedback, or set PYFEEDBACK_NATIVE=0 to do without."
+            "Reinstall pyfeedback, or set PYFEEDBACK_EXTENSION=0 to do without."
         ) from error
     return True
 
 
 def _load_all() -> BuildInfo:
-    disabled = os.environ.get("PYFEEDBACK_NATIVE") == "0"
+    disabled = os.environ.get("PYFEEDBACK_EXTENSION") == "0"
+    if os.environ.get("PYFEEDBACK_NATIVE") == "0":
+        warn_renamed("PYFEEDBACK_NATIVE=0", "PYFEEDBACK_EXTENSION=0")
+        disabled = True
     if disabled:
         folder, record = next(_builds(PACKAGE), (PACKAGE, _unbuilt()))
     else:
@@ -132,7 +136,7 @@ def _load_all() -> BuildInfo:
     cpu, cuda = record["cpu"], record["cuda"]
     if disabled:
         cpu = cuda = False
-        without = dict.fromkeys(without, "PYFEEDBACK_NATIVE=0")
+        without = dict.fromkeys(without, "PYFEEDBACK_EXTENSION=0")
     if torch.version.cuda is None:
         # Nothing to miss: tensors on a CUDA device cannot exist, and the library would not find its symbols.
         cuda = False
@@ -153,10 +157,10 @@ def build_info() -> BuildInfo:
 
 
 def has_cpu() -> bool:
-    """Whether the `native_*` ops have a compiled CPU implementation."""
+    """Whether the `extension_*` ops have a compiled CPU implementation."""
     return _INFO.cpu
 
 
 def has_cuda() -> bool:
-    """Whether the `native_*` ops have a compiled CUDA implementation."""
+    """Whether the `extension_*` ops have a compiled CUDA implementation."""
     return _INFO.cuda
