@@ -131,7 +131,7 @@ class _Layer(NamedTuple):
         return torch.conv2d(x, kernel, None, *self.convolution) if self.convolution else x @ kernel.t()
 
     def used(self, t: Tensor) -> Tensor:
-        """The samples that the rule reads, centred if the rule is."""
+        """The samples that the rule reads, centered if the rule is."""
         return self.center(t, self.n) if self.rule.center else t[: self.n]
 
     def read(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
     for name, kernel in (("weight", weight), ("feedback", feedback)):
         if name in names:
             values[name] = strided_like(kernel, values["f"])
-    # Both factors of every product are centred, each by its own mean: a product with one centred factor, or one from
+    # Both factors of every product are centered, each by its own mean: a product with one centered factor, or one from
     # which the product of the means is subtracted, cancels where the mean is large relative to the spread.
     if "x" in values:
         x = values["x_used"] = values["x"][: len(values["x"]) // len(input) * n]
@@ -180,7 +180,7 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
         if "u_unit" in names:
             values["u_unit"] = unit_of(kernel, dim=0)
             kernel /= values["u_unit"]
-        # The response is linear: that of a centred input is centred, and is not rounded at the magnitude of its mean.
+        # The response is linear: that of a centered input is centered, and is not rounded at the magnitude of its mean.
         values["u"] = layer.block(layer.fprop(layer.used(input), kernel.to(input.dtype)))
     if "z" in names:
         values["z"] = torch.empty_like(values["x_used"])

@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: centring, the split-K reduction and the rule's terms without data."""
+"""Device functions that several kernels share: centering, the split-K reduction and the rule's terms without data."""
 
 import triton
 import triton.language as tl

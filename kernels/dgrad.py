@@ -73,7 +73,7 @@ def dgrad_kernel(
     first_r, n_r, shift_p = first_taps(i_class_h, GEO.R, 0, GEO, PHASES)
     first_s, n_s, shift_q = first_taps(i_class_w, GEO.S, 1, GEO, PHASES)
     n_taps = n_r * n_s
-    # A class without taps is zero. It runs one block, entirely masked: ptxas serialises the wgmma of a loop that may
+    # A class without taps is zero. It runs one block, entirely masked: ptxas serializes the wgmma of a loop that may
     # run zero times (Triton 3.6, sm_90, warning C7515).
     n_k = tl.where(n_taps > 0, GEO.K, 0)
     n_s = tl.maximum(n_s, 1)

@@ -28,7 +28,7 @@ class Flags(NamedTuple):
     USE_WEIGHT: bool = False
     USE_TIE: bool = False
     TERM: str = "none"  # the second sum of a pointwise layer's backward
-    GRAM: bool = False  # u is x, and centred with it
+    GRAM: bool = False  # u is x, and centered with it
     SYMMETRIC: bool = False  # only the blocks on and below the diagonal are computed, and mirrored
     POINTWISE: bool = False
     U: int = 0  # rows of u and f

@@ -71,7 +71,7 @@ def pointwise_kernel(
     blocks = (N + TILE.BP - 1) // TILE.BP
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
-    # At least one block, entirely masked: ptxas serialises the wgmma of a loop that may run zero times (Triton 3.6,
+    # At least one block, entirely masked: ptxas serializes the wgmma of a loop that may run zero times (Triton 3.6,
     # sm_90, warning C7515).
     for i in range(tl.maximum(tl.minimum(blocks - first, per_split), 1)):
         o_p = (first + i) * TILE.BP + tl.arange(0, TILE.BP)

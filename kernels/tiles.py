@@ -77,7 +77,7 @@ def choose_wgrad(
         rows: the channels of the operands a and u, 0 where one is absent.
         symmetric: half of the blocks are computed.
         small: the blocks of a grouped launch.
-        means: the number of operands of f that are centred while they are loaded (x, or x and u).
+        means: the number of operands of f that are centered while they are loaded (x, or x and u).
     """
     dual = 0 not in rows
     if target.itemsize == 4:
@@ -86,10 +86,10 @@ def choose_wgrad(
     elif target.capability >= 90:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
         if means:
-            # A block of a mean is float32 and takes twice the shared memory of the block that it centres.
+            # A block of a mean is float32 and takes twice the shared memory of the block that it centers.
             stages = 4 - means
     else:
-        # On sm_80 these spill: dual 128x128, 128x128 with both operands centred, and steps of 32 positions with a long
+        # On sm_80 these spill: dual 128x128, 128x128 with both operands centered, and steps of 32 positions with a long
         # epilogue (Triton 3.6).
         most = columns = 64 if dual or means == 2 else 128
         depth, stages = 64, 3
@@ -150,7 +150,7 @@ def choose_pointwise(geometry: Geometry, term: str, target: Target, centered: bo
 
     Args:
         term: as in ``pointwise_launch``.
-        centered: x is centred while it is loaded.
+        centered: x is centered while it is loaded.
     """
     c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
     hopper = target.capability >= 90

@@ -70,7 +70,7 @@ def wgrad_kernel(
     blocks = (positions + TILE.BP - 1) // TILE.BP
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
-    # A split without work still runs one block, entirely masked: ptxas serialises the wgmma of a loop that may run
+    # A split without work still runs one block, entirely masked: ptxas serializes the wgmma of a loop that may run
     # zero times (Triton 3.6, sm_90, warning C7515).
     count = tl.maximum(tl.minimum(blocks - first, per_split), 1)
 
@@ -172,7 +172,7 @@ def wgrad_launch(
         sample: rows of the mean.
         named: the parameters of ``wgrad_kernel`` without ``p_``. x, a and u are contiguous and of one dtype, dw and f
             may be float32. Without ``a``, dw is only read; without ``u``, its term is 0. If ``u`` is ``x``, it is
-            centred too. ``tie`` requires u_channels == K and equal strides.
+            centered too. ``tie`` requires u_channels == K and equal strides.
     """
     g, a, u, f = geometry, named.get("a"), named.get("u"), named.get("f")
     u_channels, gram = u_channels or g.K, u == named["x"]

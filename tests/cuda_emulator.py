@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: csrc/cuda compiled by the C++ compiler against csrc/cuda_emulator.
 
-The functions have the names of the ops and take CPU tensors. A launch whose behaviour CUDA leaves undefined raises
+The functions have the names of the ops and take CPU tensors. A launch whose behavior CUDA leaves undefined raises
 RuntimeError where the emulator detects it. A misaligned access ends the process.
 """
 

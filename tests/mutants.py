@@ -32,7 +32,7 @@ LIST = ROOT / "tests" / "mutations.txt"
 TABLE = ROOT / "tests" / "mutants.md"
 LONGEST = 300  # time limit of a test command in seconds
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
-FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without the parametrisation
+FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without the parametrization
 
 
 class Mutant(NamedTuple):

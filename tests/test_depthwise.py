@@ -1,4 +1,4 @@
-"""The compiled kernels of depthwise and grouped layers against the paper's regularisers in float64."""
+"""The compiled kernels of depthwise and grouped layers against the paper's regularizers in float64."""
 
 import itertools
 from collections.abc import Callable
@@ -93,7 +93,7 @@ def test_every_dtype(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_size_of_a_layer(dtype):
-    """Half-normal inputs, as after a ReLU, so that centring matters; more work items than one chunk has."""
+    """Half-normal inputs, as after a ReLU, so that centering matters; more work items than one chunk has."""
     case = layer(72, (28, 28), 3, batch=12, layout=1)
     for rule in ("wm-centered", "ia-centered", "aa"):
         rounded = conv_tensors(case, 0, dtype)

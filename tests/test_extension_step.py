@@ -290,7 +290,7 @@ class TestNoise:
         assert abs((draws**4).mean() - 3) < 4 * 96**0.5 * standard_error
         assert draws.abs().max() < 7
 
-    def test_neighbours_are_uncorrelated(self, ops):
+    def test_neighbors_are_uncorrelated(self, ops):
         (draws,) = self.draw(ops, [(400_000,)], dtype=torch.float64)
         for lag in (1, 2, 3, 4):
             assert abs((draws[lag:] * draws[:-lag]).mean()) < 4 * 400_000**-0.5

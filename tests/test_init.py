@@ -1,4 +1,4 @@
-"""The initialisation of feedback weights."""
+"""The initialization of feedback weights."""
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ STEP = {"decay": [0.0], "self_": [0.0], "tie": [1.0], "lr": 1.0}
 
 @pytest.mark.parametrize("layout", ["dense", "strided"])
 def test_bfloat16_rounds_ties_to_even(ops, layout):
-    """1 + k / 128 minus half a unit is a tie. torch rounds it to the neighbour whose last bit is 0."""
+    """1 + k / 128 minus half a unit is a tie. torch rounds it to the neighbor whose last bit is 0."""
     feedback = (1 + torch.arange(1, 65).float() / 128).bfloat16()
     grad = torch.full((64,), 2**-8).bfloat16()
     expected = (feedback.float() - grad.float()).bfloat16()

@@ -26,7 +26,7 @@ from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_
 from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 # Strides, paddings, dilations and sizes of the two dimensions differ wherever there is one.

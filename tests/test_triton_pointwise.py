@@ -30,7 +30,7 @@ from pyfeedback.kernels.pointwise import pointwise_launch
 from pyfeedback.kernels.tiles import PointwiseTile, choose_pointwise
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 TERMS = ("none", "cross", "z", "gram")
 REST = {"decay": 0.3, "self_": 0.2, "tie": 0.7}
