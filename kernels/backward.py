@@ -150,13 +150,13 @@ class _Layer(NamedTuple):
     def input_gradient(self, dx: Tensor) -> Tensor:
         """A block in the layout of the input."""
         if not self.convolution:
-            return strided_like(dx.view(self.input.shape), torch.empty_like(self.input))
+            return match_strides(dx.view(self.input.shape), torch.empty_like(self.input))
         n, c, h, w = self.read(self.input).shape
         gradient = dx.view(n, h, w, c).permute(0, 3, 1, 2)
         if gradient.shape != self.input.shape:
             dense, gradient = gradient, torch.zeros_like(self.input)
             self.read(gradient).copy_(dense)
-        return strided_like(gradient, torch.empty_like(self.input))
+        return match_strides(gradient, torch.empty_like(self.input))
 
 
 def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer: _Layer) -> None:
@@ -164,7 +164,7 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
     input, weight, feedback, response, *_, rule, n, _ = layer
     for name, kernel in (("weight", weight), ("feedback", feedback)):
         if name in names:
-            values[name] = strided_like(kernel, values["f"])
+            values[name] = match_strides(kernel, values["f"])
     # Both factors of every product are centered, each by its own mean: a product with one centered factor, or one from
     # which the product of the means is subtracted, cancels where the mean is large relative to the spread.
     if "x" in values:
@@ -237,6 +237,6 @@ def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
     return difference if b == w else difference.add_(weight, alpha=b - w)
 
 
-def strided_like(t: Tensor, like: Tensor) -> Tensor:
+def match_strides(t: Tensor, like: Tensor) -> Tensor:
     """t with the strides of ``like``: itself where it has them already."""
     return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)

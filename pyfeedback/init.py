@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback.core.deprecation import renamed_attribute, renamed_keyword
-from pyfeedback.core.values import check_callable, check_choice, check_number, in_words, is_int, is_number
+from pyfeedback.core.values import check_callable, check_choice, check_number, describe, is_int, is_number
 
 SIGNS = ("free", "weight")
 _seeding = threading.RLock()  # held while the global generator, which torch.nn.init draws from, has another seed
@@ -43,13 +43,13 @@ class Init:
     def __post_init__(self):
         if self.init_fn is not None and not callable(self.init_fn):
             what = "a function that fills a tensor, like those of torch.nn.init"
-            raise ValueError(f"init_fn is {in_words(self.init_fn)}, expected {what}")
+            raise ValueError(f"init_fn is {describe(self.init_fn)}, expected {what}")
         check_number("scale", self.scale)
         if not is_number(self.density) or not 0 < self.density <= 1:
-            raise ValueError(f"density is {in_words(self.density)}, expected a number above 0 and at most 1")
+            raise ValueError(f"density is {describe(self.density)}, expected a number above 0 and at most 1")
         check_choice("signs", self.signs, SIGNS)
         if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
-            raise ValueError(f"seed is {in_words(self.seed)}, expected a 64-bit int or None")
+            raise ValueError(f"seed is {describe(self.seed)}, expected a 64-bit int or None")
 
     @torch.no_grad()
     def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:

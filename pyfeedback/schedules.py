@@ -35,7 +35,7 @@ from pyfeedback.core.values import (
     check_model,
     check_number,
     check_positive,
-    in_words,
+    describe,
     is_int,
     is_number,
 )
@@ -120,7 +120,7 @@ class Schedule:
         values = {name: curve(self._last) for name, curve in self.curves.items()}
         for name, value in values.items():
             if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name} is {in_words(value)} at step {self._last}, expected a finite number")
+                raise ValueError(f"{name} is {describe(value)} at step {self._last}, expected a finite number")
         return {name: float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict[str, int]:
@@ -134,7 +134,7 @@ class Schedule:
             ValueError: ``state`` is not a state_dict of a schedule.
         """
         if not isinstance(state, dict) or not is_int(state.get("step")):
-            raise ValueError(f"state is {in_words(state)}, expected what state_dict returned")
+            raise ValueError(f"state is {describe(state)}, expected what state_dict returned")
         self._last = state["step"]
         self._apply()
 

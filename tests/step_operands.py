@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyfeedback import functional
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.backends.extension import loading
 
 PATHS = [
@@ -44,7 +44,7 @@ def adamw_step(operands):
     count, step = len(operands["param"]), operands["step"]
     numbers = {name: [value] * count for name, value in {**ALL, "weight_decay": 0.01}.items()}
     tensors = [operands[name] for name in ("param", "weight", "grad", "exp_avg", "exp_avg_sq")]
-    provide("adamw_step_", "cpu")(*tensors, step=step, **numbers, **ADAMW)
+    current_implementation("adamw_step_", "cpu")(*tensors, step=step, **numbers, **ADAMW)
 
 
 def refuses(call, operands, message):

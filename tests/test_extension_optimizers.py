@@ -15,7 +15,7 @@ from extension_ops import (
 
 import pyfeedback
 from pyfeedback.backends.composite import steps as composite_steps
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.backends.extension import loading
 
 SGD = {"lr": 0.05, "momentum": 0.9, "nesterov": True}
@@ -35,7 +35,7 @@ def adamw_step_(request):
         return composite_steps.adamw_step_
     if not loading.has_cpu():
         pytest.skip("the CPU library is not built")
-    return provide("adamw_step_", "cpu")
+    return current_implementation("adamw_step_", "cpu")
 
 
 def arranged(tensor, letter):
@@ -239,7 +239,7 @@ def test_adamw_on_a_device(backend):
         ]
         counts = [torch.zeros((), device=device) for _ in range(2)]
         numbers = {"decay": [0.1] * 2, "self_": [0.2] * 2, "tie": [0.3] * 2, "weight_decay": [0.0, WEIGHT_DECAY]}
-        provide("adamw_step_", device)(*operands, step=counts, **numbers, **ADAMW)
+        current_implementation("adamw_step_", device)(*operands, step=counts, **numbers, **ADAMW)
         return [t.cpu() for tensors in operands for t in tensors]
 
     expected = step("cpu")

@@ -7,7 +7,7 @@ from torch import nn
 
 import pyfeedback
 from pyfeedback import functional
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.backends.extension import loading
 from pyfeedback.optim import SGD, AdamW, FeedbackSGD
 
@@ -61,7 +61,7 @@ def test_an_adamw_step_bumps_only_the_versions_of_what_it_writes(amsgrad, stride
     step = torch.tensor(0.0)
     before = versions([*tensors, step])
     numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.1]}
-    provide("adamw_step_", "cpu")(
+    current_implementation("adamw_step_", "cpu")(
         *([t] for t in tensors), step=[step], **numbers, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8
     )
     moved = [after > version for after, version in zip(versions([*tensors, step]), before, strict=True)]

@@ -2,8 +2,8 @@
 
 "composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches.
-Under "auto", an op uses the first available implementation in its row of `_FASTEST`. Each of them was measured to be
-faster on that device than those after it. "measured-triton" is limited to the layers in the device's table
+Under "auto", an op uses the first available implementation in its row of `_FASTEST`. Each was measured to be faster
+on that device than those after it. "measured-triton" is limited to the layers in the device's table
 (`kernels/measured.py`), and "depthwise" to the layers that its module lists.
 """
 
@@ -68,14 +68,14 @@ _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
     ("grouped layer", "cpu"): ("depthwise", "composite"),
     ("layer", "cuda"): ("measured-triton", "measured-triton-unfused", "composite"),
 }
-_LAYERS = {  # implementations of each kind of layer
+_LAYERS = {  # the implementations of each kind of layer
     "grouped layer": ("composite", "extension", "depthwise"),
     "layer": ("composite", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
 }
 
 _default = "auto"  # set by set_backend
-_here: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
-_open: list[str] = []  # set by the open blocks of all threads
+_innermost: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
+_open_blocks: list[str] = []  # set by the open blocks of all threads
 
 
 @cache
@@ -84,7 +84,7 @@ def implementation(op: str, device_type: str, backend: str) -> Callable:
     return _IMPLEMENTATIONS[op][_choose(op, device_type, backend)]
 
 
-def provide(op: str, device_type: str) -> Callable:
+def current_implementation(op: str, device_type: str) -> Callable:
     """The implementation of ``op`` on a device of this type, for the current backend."""
     return implementation(op, device_type, current_backend())
 
@@ -114,10 +114,10 @@ def plan(
         backend: the current one by default.
 
     Raises:
-        NotImplementedError: a coefficient that no backend for this layer implements.
+        NotImplementedError: no backend for this layer implements one of the coefficients.
     """
-    device_type = "cpu" if input.is_cpu else input.device.type  # making the string takes 5 microseconds
-    backend = backend or _here.get() or (current_backend() if _open else _default)
+    device_type = "cpu" if input.is_cpu else input.device.type  # creating the string takes 5 microseconds
+    backend = backend or _innermost.get() or (current_backend() if _open_blocks else _default)
     algorithm, reads_response = Algorithm.NONE, False
     if mask[2] and input.shape[0]:
         try:
@@ -148,7 +148,7 @@ _cached_algorithm = lru_cache(maxsize=4096)(_algorithm)
 
 @cache
 def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidate, ...]:
-    """The implementations of a layer's backward, the preferred one first."""
+    """The implementations of a layer's backward, in order of preference."""
     kind = "grouped layer" if grouped else "layer"
     center, add_centered_ = (implementation(op, device_type, backend) for op in ("center", "add_centered_"))
     return tuple(
@@ -165,24 +165,24 @@ def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidat
 
 def current_backend() -> str:
     """The backend in use: that of the innermost ``backend`` block, else that of ``set_backend``, else "auto"."""
-    name = _here.get()
+    name = _innermost.get()
     if name is not None:
         return name
-    return _default if not _open else _of_this_thread()
+    return _default if not _open_blocks else _of_this_thread()
 
 
 def _of_this_thread() -> str:
-    """The backend of a thread outside of a block, while another thread has one open.
+    """The backend of a thread without a block, while another thread has one.
 
-    A thread that Python did not start belongs to autograd, which runs the backward of a compiled model there on a GPU.
-    Its forward is not known, so the block that was opened last decides.
+    A thread that Python did not start belongs to autograd, which runs the backward of a compiled model on it on a GPU.
+    Its forward pass is not known, so the block that was entered last decides.
     """
     foreign = isinstance(threading.current_thread(), threading._DummyThread)
-    return next(iter(_open[-1:]), _default) if foreign else _default
+    return next(iter(_open_blocks[-1:]), _default) if foreign else _default
 
 
 def set_backend(name: str) -> None:
-    """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the one at the start.
+    """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the initial one.
 
     A ``backend`` block has precedence.
 
@@ -201,32 +201,32 @@ def set_backend(name: str) -> None:
 def backend(name: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block: ``with pyfeedback.backend("composite"): ...``
 
-    It applies to the forward passes of this thread, and to their backward passes, also outside of the block. Ops that
+    It applies to the forward passes of this thread and to their backward passes, even outside of the block. Ops that
     the backend does not implement are composed of PyTorch's own.
 
-    Raises: as :func:`set_backend`.
+    Raises the same errors as :func:`set_backend`.
     """
     name = _checked(name, 4)
-    _open.append(name)
+    _open_blocks.append(name)
     try:
-        with in_force(name):
+        with use_backend(name):
             yield
     finally:
-        _open.remove(name)
+        _open_blocks.remove(name)
 
 
 @contextmanager
-def in_force(name: str) -> Iterator[None]:
-    """:func:`backend` for a backward pass, with the backend of its forward."""
-    token = _here.set(name)
+def use_backend(name: str) -> Iterator[None]:
+    """Use the backend of the forward pass, without the checks of :func:`backend`, in a backward pass."""
+    token = _innermost.set(name)
     try:
         yield
     finally:
-        _here.reset(token)
+        _innermost.reset(token)
 
 
 def _checked(name: str, stacklevel: int) -> str:
-    """The name of a backend that is available; RuntimeError or ValueError otherwise."""
+    """The current name of a backend; raises if the backend is unknown or not available."""
     if isinstance(name, str) and name in _RENAMED:
         warn_renamed(f'backend "{name}"', f'"{_RENAMED[name]}"', stacklevel)
         name = _RENAMED[name]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pyfeedback.core.values import check_int, in_words
+from pyfeedback.core.values import check_int, describe
 from pyfeedback.metrics.alignment import LayerAlignment, alignment
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Monitor:
             for step, layer, *values in state["readings"]:
                 readings.setdefault(step, {})[layer] = LayerAlignment(*values)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"state is {in_words(state)}, expected what state_dict returned") from None
+            raise ValueError(f"state is {describe(state)}, expected what state_dict returned") from None
         self._last, self.readings = last, readings
 
     def draw(self, path: str | Path | None = None) -> "Figure":

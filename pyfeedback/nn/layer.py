@@ -11,7 +11,7 @@ from torch import Tensor
 from pyfeedback import functional
 from pyfeedback.core.deprecation import renamed_keyword
 from pyfeedback.core.geometry import Geometry
-from pyfeedback.core.values import refuse_no_tensor
+from pyfeedback.core.values import refuse_non_tensor
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn.direct import DirectInput
 from pyfeedback.rules import Rule
@@ -76,7 +76,7 @@ class FeedbackLayer(torch.nn.Module):
     def enter(self, input: Tensor) -> Tensor | None:
         """Begin a forward pass: check the input, mark the layer as called, and return :meth:`effective_feedback`."""
         if not isinstance(input, Tensor):
-            refuse_no_tensor("input", input)
+            refuse_non_tensor("input", input)
         object.__setattr__(self, "called", True)  # nn.Module.__setattr__ takes a microsecond
         feedback = self.feedback
         if feedback is None:

@@ -1,7 +1,7 @@
-"""The compiled ops `extension_*` behind the signatures of the composite ones.
+"""The compiled ops `extension_*` with the signatures of the composite ones.
 
-A kernel checks its tensors before it writes, in a fraction of the time that Python takes. What it refuses is checked
-again in Python, for the one line that names the argument.
+A kernel checks its tensors before it writes, in a fraction of the time that Python needs. If the check fails, it is
+repeated in Python for an error of one line that names the argument.
 """
 
 import torch
@@ -18,14 +18,14 @@ alignment_products = _ops.extension_alignment_products.default
 
 
 def center(input: Tensor, samples: int) -> Tensor:
-    """The kernel needs samples that are dense blocks; other inputs are composed."""
+    """The kernel requires samples that are dense in memory; the composite op is used for other inputs."""
     if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
         return _ops.extension_center.default(input, samples)
     return composite_center.center(input, samples)
 
 
 def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
-    """The kernel needs samples that are dense blocks of the same strides in both; other inputs are composed."""
+    """The kernel requires dense samples with the same strides in both; the composite op is used for other inputs."""
     alike = self.stride() == input.stride()
     if alike and (self.is_contiguous() or (self.dim() == 4 and self.is_contiguous(memory_format=torch.channels_last))):
         _ops.extension_add_centered_.default(self, input, beta, alpha)
@@ -35,7 +35,7 @@ def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> Non
 
 def feedback_step_(feedback, weight, grad, momentum_buffer, coefficients: dict, options: StepOptions) -> None:
     """See :func:`pyfeedback.functional.feedback_step_`."""
-    # A tensor costs as much to pass as a small one costs to step, and a number a quarter of that.
+    # To pass a tensor costs as much as to update a small one, and to pass a number a quarter of that.
     factors = {name: _compact(values) for name, values in coefficients.items()}
     read = weight if any(factors["self_"]) else [], grad if any(factors["tie"]) else []
     buffers = momentum_buffer if options.momentum else []
@@ -46,11 +46,11 @@ def feedback_step_(feedback, weight, grad, momentum_buffer, coefficients: dict, 
     except (RuntimeError, NotImplementedError, TypeError) as error:
         step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, options)
         raise step_checks.kernel_error(error) from None
-    torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not see these writes
+    torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not track these writes
 
 
 def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
-    """See :func:`pyfeedback.backends.composite.steps.adamw_step_`, which computes amsgrad and other devices."""
+    """See :func:`pyfeedback.backends.composite.steps.adamw_step_`, which also implements amsgrad and other devices."""
     if max_exp_avg_sq or param[0].device.type != "cpu":
         composite_steps.adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **options)
         return
@@ -66,5 +66,5 @@ def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, 
 
 
 def _compact(values):
-    """One number if all are the same."""
+    """A list of one number if all are equal."""
     return values[:1] if values.count(values[0]) == len(values) else values
