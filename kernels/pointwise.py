@@ -165,7 +165,7 @@ def pointwise_launch(
     if tile is None:
         raise ValueError(f"term is {term!r} of {g.C} -> {g.K} channels, expected sums that fit")
     if term == "gram" and g.C > tile.BC:
-        raise ValueError(f"tile is {tile}, expected BC >= {g.C} where the term is a Gram matrix")
+        raise ValueError(f"tile is {tile}, expected BC >= {g.C} if the term is a Gram matrix")
     decay, self_, tie = (f and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     flags = {"TERM": term, "HAS_F": f, "USE_X": term == "z" and named.get("x_scale", 0) != 0}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie}

@@ -180,13 +180,13 @@ def wgrad_launch(
     decay, self_, tie = (f is not None and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     symmetric = gram and a is None and g.pointwise and not (decay or self_ or tie)
     if tie and u_channels != g.K:
-        raise ValueError(f"tie is {named['tie']}, expected 0 where u has {u_channels} channels and W {g.K} rows")
+        raise ValueError(f"tie is {named['tie']}, expected 0 if u has {u_channels} channels and W {g.K} rows")
     if tile is None:
         tile = choose_wgrad(g, rows, target, symmetric, means=(1 + gram) * bool(u and named.get("mean")))
     if tie and a and u and tile.BK != tile.BU:
-        raise ValueError(f"tile is {tile}, expected BK == BU where tie uses both products")
+        raise ValueError(f"tile is {tile}, expected BK == BU if tie uses both products")
     if symmetric and g.C > tile.BC and tile.BU != tile.BC:
-        raise ValueError(f"tile is {tile}, expected BU == BC where the product is symmetric")
+        raise ValueError(f"tile is {tile}, expected BU == BC if the product is symmetric")
     flags = {"HAS_A": bool(a), "HAS_U": bool(u), "HAS_F": bool(f), "GRAM": gram, "SYMMETRIC": symmetric}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie, "POINTWISE": g.pointwise, "U": u_channels}
     flags["ROWS"] = row_tiles(rows, (tile.BK, tile.BU))

@@ -165,7 +165,7 @@ def test_arguments_that_the_kernel_does_not_take():
     with pytest.raises(ValueError, match="term is 'none' of 600 -> 600 channels, expected sums that fit"):
         run_kernel(pointwise_launch, Geometry(4, 600, 600), "none", x=x, dy=x, dx=x, dw=w, feedback=w)
     tile = PointwiseTile(64, 64, 16, 1, 4, 2)
-    with pytest.raises(ValueError, match="expected BC >= 600 where the term is a Gram matrix"):
+    with pytest.raises(ValueError, match="expected BC >= 600 if the term is a Gram matrix"):
         run_kernel(pointwise_launch, Geometry(4, 600, 600), "gram", x=x, dy=x, dx=x, dw=w, feedback=w, f=w, tile=tile)
     with pytest.raises(ValueError, match="dy has shape"):
         run_kernel(pointwise_launch, Geometry(4, 600, 500), "none", x=x, dy=x, dx=x, dw=w, feedback=w[:500], tile=tile)

@@ -87,7 +87,7 @@ class Convolution(NamedTuple):
         return square.wgrad(x, x, x.new_empty(c, c, *(1,) * spatial)).reshape(c, c)
 
     def backward(self, grad_output: Tensor, x: Tensor, kernel: Tensor, mask: Sequence[bool]) -> Any:
-        """dgrad, wgrad and the gradient of a bias; None where ``mask`` is False"""
+        """dgrad, wgrad and the gradient of a bias; None if ``mask`` is False"""
         return _convolution_backward(grad_output, x, kernel, (grad_output.shape[1],), *self, mask)
 
     def dense(self, x: Tensor, kernel: Shape) -> "tuple[Convolution, Tensor]":
@@ -151,7 +151,7 @@ class Linear(NamedTuple):
         return self.wgrad(x, x, x)
 
     def backward(self, grad_output: Tensor, x: Tensor, kernel: Tensor, mask: Sequence[bool]) -> Any:
-        """dgrad, wgrad and the gradient of a bias; None where ``mask`` is False"""
+        """dgrad, wgrad and the gradient of a bias; None if ``mask`` is False"""
         return (
             self.dgrad(grad_output, kernel, x) if mask[0] else None,
             self.wgrad(x, grad_output, kernel) if mask[1] else None,

@@ -29,7 +29,7 @@ def centered_factor(x: Tensor, call: LayerCall) -> Tensor:
 
 
 def combined(z: Tensor, beta: float, x: Tensor, alpha: float, call: LayerCall) -> Tensor:
-    """beta * z + alpha * x, with x centered if the rule asks for it, written to z; beta or alpha is 1."""
+    """beta * z + alpha * x, with x centered if the rule centers it, written to z; beta or alpha is 1."""
     if not alpha:
         return z
     if call.rule.center:
