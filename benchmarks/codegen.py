@@ -3,7 +3,7 @@
     python benchmarks/codegen.py [--architectures 80 90 gfx942] [--jobs 2]
 
 Prints registers, spilled accesses, shared memory, tensor-core instructions, waits for wgmma, and the bytes of
-each load of a block. Exits with 1 on a spill, on a 16-bit tile of sm_90 without wgmma or with wgmma serialised, on
+each load of a block. Exits with 1 on a spill, on a 16-bit tile of sm_90 without wgmma or with wgmma serialized, on
 loads narrower than 16 bytes, and on too much shared memory. No GPU is needed, none is timed. gfx942 is compiled with
 the tiles of sm_80, which were not made for it, and is held to nothing but compiling.
 """
@@ -295,9 +295,9 @@ def faults(job: Job, code: Code) -> list[str]:
     if job.capability >= 90 and TYPES[job.dtype] == 2:
         if not code.wgmma:
             found.append("no wgmma")
-        # A serialised loop waits for each wgmma, a pipelined one once for the instructions of a whole step.
+        # A serialized loop waits for each wgmma, a pipelined one once for the instructions of a whole step.
         elif code.waits * 2 > code.wgmma:
-            found.append("serialised wgmma")
+            found.append("serialized wgmma")
     # wgmma reads float32 operands K-major only: Triton transposes the others on their way, in copies of 4 bytes.
     transposed = job.dtype == "tf32" and job.capability >= 90
     if code.loads[0] < 16 and not transposed:

@@ -3,9 +3,11 @@
 It is slow and simple on purpose, so that it can be read next to Kunin et al., "Two Routes to Scalable Credit Assignment
 without Weight Symmetry" (ICML 2020, arXiv 2003.01513). The ops are tested against it. It imports only torch.
 
-    y, regulariser = reference.conv2d(input, weight, feedback, padding=1, amp=1e-3, decay=2e-3)
-    (loss(y) + regulariser).backward()          # feedback.grad is the rule's gradient
+    y, regularizer = reference.conv2d(input, weight, feedback, padding=1, amp=1e-3, decay=2e-3)
+    (loss(y) + regularizer).backward()          # feedback.grad is the rule's gradient
 """
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def conv2d(
 
     Args:
         input: [N, C, H, W]; weight, feedback: [K, C/g, R, S]; bias: [K].
-        rule: see :func:`regulariser`; ``tie`` adds ``tie * grad_weight`` to the feedback's gradient.
+        rule: see :func:`regularizer`; ``tie`` adds ``tie * grad_weight`` to the feedback's gradient.
 
     Returns:
         The output [N, K, P, Q], and the regularizer R(B), a scalar to add to the loss.
@@ -49,7 +51,7 @@ def conv2d(
     y = _ConvFeedbackPath.apply(input, weight, feedback.detach(), stride, padding, dilation, groups)
     if tie:
         y = y + tie * _without_value(conv(input.detach(), feedback))
-    penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
+    penalty = regularizer(input.detach(), y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, 1, 1), penalty
 
 
@@ -90,7 +92,7 @@ def convolution(
     y = conv(fixed, weight) + _without_value(through_feedback)
     if tie:
         y = y + tie * _without_value(conv(fixed, feedback))
-    penalty = regulariser(fixed, y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
+    penalty = regularizer(fixed, y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, *(1,) * spatial), penalty
 
 
@@ -101,11 +103,11 @@ def linear(
     y = _LinearFeedbackPath.apply(input, weight, feedback.detach())
     if tie:
         y = y + tie * _without_value(F.linear(input.detach(), feedback))
-    penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, F.linear, torch.matmul, **rule)
+    penalty = regularizer(input.detach(), y.detach(), weight.detach(), feedback, F.linear, torch.matmul, **rule)
     return y if bias is None else y + bias, penalty
 
 
-def regulariser(
+def regularizer(
     x: Tensor,
     y: Tensor,
     weight: Tensor,
@@ -169,6 +171,14 @@ class _LinearFeedbackPath(torch.autograd.Function):
     def backward(ctx, grad_output):
         input, feedback = ctx.saved_tensors
         return grad_output @ feedback, grad_output.flatten(0, -2).t() @ input.flatten(0, -2), None
+
+
+def __getattr__(name: str):
+    if name == "regulariser":
+        old = "the old name is removed in the release after next"
+        warnings.warn(f"reference.regulariser is now reference.regularizer; {old}", DeprecationWarning, stacklevel=2)
+        return regularizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _without_value(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients, Primitives
-from pyfeedback.core.values import check_choice, in_words, is_int, is_number
+from pyfeedback.core.values import check_choice, describe, is_int, is_number
 
 REDUCTIONS = ("batch", "mean")
 SIGNS = ("free", "uniform", "fixed", "batch")
@@ -54,25 +54,25 @@ class Rule(Primitives):
         for name in COEFFICIENTS:
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name} is {in_words(value)}, expected a finite number")
+                raise ValueError(f"{name} is {describe(value)}, expected a finite number")
             if type(value) not in (int, float):  # e.g. a NumPy scalar
                 object.__setattr__(self, name, float(value))
         if not (is_int(self.samples) and self.samples >= 0) and not (
             isinstance(self.samples, float) and 0 < self.samples <= 1
         ):
-            raise ValueError(f"samples is {in_words(self.samples)}, expected an int of 0 or more, or a float in (0, 1]")
+            raise ValueError(f"samples is {describe(self.samples)}, expected an int of 0 or more, or a float in (0, 1]")
         for name, known in (("reduction", REDUCTIONS), ("signs", SIGNS), ("direct", DIRECT)):
             check_choice(name, getattr(self, name), known)
         if not is_int(self.expansion) or self.expansion < 0:
-            raise ValueError(f"expansion is {in_words(self.expansion)}, expected an int of 0 or more")
+            raise ValueError(f"expansion is {describe(self.expansion)}, expected an int of 0 or more")
         for name in ("samples", "expansion"):
             if is_int(getattr(self, name)):
                 object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("center", "transport"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {in_words(getattr(self, name))}, expected True or False")
+                raise ValueError(f"{name} is {describe(getattr(self, name))}, expected True or False")
         if not isinstance(self.name, str):
-            raise ValueError(f"name is {in_words(self.name)}, expected a string")
+            raise ValueError(f"name is {describe(self.name)}, expected a string")
         if self.transport and (self.learns or self.samples or self.center):
             raise ValueError(f"transport is True with {self!r}, expected no coefficients: B is W itself")
         if self.learns and (self.signs != "free" or self.direct != "no"):
@@ -169,9 +169,9 @@ def rule(name: str | Rule, **overrides) -> Rule:
         TypeError: ``overrides`` has a name that is not a field.
     """
     if not isinstance(name, (str, Rule)):
-        raise ValueError(f"rule is {in_words(name)}, expected a name or a pyfeedback.Rule")
+        raise ValueError(f"rule is {describe(name)}, expected a name or a pyfeedback.Rule")
     if isinstance(name, str) and name not in PRESETS:
-        raise ValueError(f"rule is {in_words(name)}, expected one of {', '.join(PRESETS)}, or a pyfeedback.Rule")
+        raise ValueError(f"rule is {describe(name)}, expected one of {', '.join(PRESETS)}, or a pyfeedback.Rule")
     for field_name in overrides:
         if field_name not in Rule.__dataclass_fields__:
             raise TypeError(

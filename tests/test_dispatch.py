@@ -6,6 +6,7 @@ import torch
 import pyfeedback
 from pyfeedback import functional, nn
 from pyfeedback.backends import dispatch
+from pyfeedback.backends.extension import loading
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients, Primitives
 from pyfeedback.core.geometry import LINEAR, Convolution, from_arguments, to_arguments
@@ -41,7 +42,7 @@ def test_every_backend_implements_every_coefficient():
 
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 def test_a_coefficient_that_no_backend_implements_is_refused(monkeypatch, fresh_choices, coefficient):
-    missing(monkeypatch, "aten", coefficient)
+    missing(monkeypatch, "composite", coefficient)
     geometry, rule = Convolution(), Coefficients(**{coefficient: 0.5})
     x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 2)
     with pytest.raises(NotImplementedError, match=f"^{coefficient} is 0.5, expected 0: no backend"):
@@ -57,11 +58,11 @@ def test_a_coefficient_that_no_backend_implements_is_refused(monkeypatch, fresh_
 def test_a_layer_with_a_coefficient_that_a_backend_does_not_implement_is_composed(
     monkeypatch, fresh_choices, coefficient
 ):
-    missing(monkeypatch, "native", coefficient)
+    missing(monkeypatch, "extension", coefficient)
     geometry = Convolution(groups=8)
-    compiled, composed = (dispatch._LAYER_BACKENDS[name].backward for name in ("native", "aten"))
+    compiled, composed = (dispatch._LAYER_BACKENDS[name].backward for name in ("extension", "composite"))
     for name in COEFFICIENTS:
-        call = dispatch.plan(geometry, X, W, Coefficients(**{name: 0.5}), ALL, False, "native")
+        call = dispatch.plan(geometry, X, W, Coefficients(**{name: 0.5}), ALL, False, "extension")
         assert call.kernels.backward is (composed if name == coefficient else compiled)
 
 
@@ -102,11 +103,21 @@ def test_geometries_as_arguments():
         assert from_arguments(*(list(a) if isinstance(a, tuple) else a for a in arguments)) == geometry
 
 
-def test_an_old_name_of_a_backend_warns(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.warns(DeprecationWarning, match='"triton-apart" is now "triton-unfused"') as warned:
-        pyfeedback.set_backend("triton-apart")
-    assert pyfeedback.current_backend() == "triton-unfused"
+OLD_NAMES = [("aten", "composite"), ("native", "extension"), ("triton-apart", "triton-unfused")]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES)
+def test_an_old_name_of_a_backend_warns(monkeypatch, old, new):
+    if new == "extension" and not loading.has_cpu():
+        pytest.skip("the CPU library is not built")
+    if new.startswith("triton"):
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.warns(DeprecationWarning, match=f'^backend "{old}" is now "{new}"; the old name') as warned:
+        pyfeedback.set_backend(old)
+    assert pyfeedback.current_backend() == new
     pyfeedback.set_backend("auto")
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=warned[0].message.args[0]) as warned, pyfeedback.backend(old):
+        assert pyfeedback.current_backend() == new
     assert warned[0].filename == __file__

@@ -106,7 +106,7 @@ def write_mnist(root):
 
 
 def write_imagenet(root):
-    """Write a folder of JPEG files for each class of both sets. Each image has a single colour."""
+    """Write a folder of JPEG files for each class of both sets. Each image has a single color."""
     image = pytest.importorskip("PIL.Image")
     for side in ("train", "val"):
         for name in ("n01440764", "n01443537"):

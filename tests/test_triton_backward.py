@@ -16,7 +16,7 @@ from pyfeedback.kernels import backward
 from pyfeedback.testing import python_calls
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 LAYERS = {

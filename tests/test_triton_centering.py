@@ -1,4 +1,4 @@
-"""Centred rules from the Triton kernels where the mean is large beside the spread."""
+"""Centered rules from the Triton kernels where the mean is large beside the spread."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import choose_grouped, choose_pointwise, choose_wgrad
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 RULES = {
     "wm": {"amp": 0.7},
@@ -58,7 +58,7 @@ def draw(case: Case, algorithm: Algorithm, mean: float, seed: int, dtype):
 
 
 def error_ratios(name: str, rule: dict, algorithm: Algorithm, dtype=torch.float32, fused=True, samples=0):
-    """Of every mean and seed: our error to that of composing with both factors centred, beyond a quarter of a unit."""
+    """Of every mean and seed: our error to that of composing with both factors centered, beyond a quarter of a unit."""
     case, ratios = LAYERS[name], []
     for mean in MEANS:
         for seed in SEEDS:
@@ -72,7 +72,7 @@ def error_ratios(name: str, rule: dict, algorithm: Algorithm, dtype=torch.float3
 
 
 @pytest.mark.parametrize(("launches", "case"), [(name, case) for name in COVERED for case in COVERED[name]], ids=str)
-def test_error_at_most_four_times_that_of_centring_both_factors(launches, case, monkeypatch):
+def test_error_at_most_four_times_that_of_centering_both_factors(launches, case, monkeypatch):
     name, rule, algorithm = case
     launched = one_pass(monkeypatch) if launches == "one pass" else None
     ratios = error_ratios(name, RULES[rule], algorithm, fused=launches != "unfused")

@@ -12,7 +12,7 @@ from pyfeedback.kernels.backward import unit_of
 from pyfeedback.kernels.tiles import DgradTile, PointwiseTile, WgradTile
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 LARGEST = torch.finfo(torch.float16).max
 RULES = {

@@ -32,7 +32,7 @@ from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_grouped
 from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 CASES = {

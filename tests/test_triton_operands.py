@@ -13,7 +13,7 @@ from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels import backward
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 class Layer(NamedTuple):

@@ -176,7 +176,7 @@ def test_a_weight_in_another_layout_has_no_one_pass_launch():
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_centring_subtracts_the_mean_where_x_is_read(layer):
+def test_centering_subtracts_the_mean_where_x_is_read(layer):
     for fields, algorithm, reader in ((WM, "direct", "f"), (AA, "direct", "f"), (IA, "direct", "z")):
         for centered in (False, True):
             plan = plan_backward(problem(layer, (*fields, *(["center"] if centered else [])), algorithm))

@@ -18,9 +18,9 @@ View checked_view(const Tensor& tensor, const char* name, const std::array<int64
                   const Tensor& like) {
   const View view = read_view(tensor.get(), name);
   STD_TORCH_CHECK(view.shape.dims == 4 && std::equal(size.begin(), size.end(), view.shape.size), name,
-                  " has the wrong shape; expected ", size[0], ", ", size[1], ", ", size[2], ", ", size[3]);
+                  " has the wrong shape; expected (", size[0], ", ", size[1], ", ", size[2], ", ", size[3], ")");
   STD_TORCH_CHECK(view.dtype == dtype && view.device == device_of(like.get()), name,
-                  " has the wrong dtype or device; expected those of input, or float32 for the mean of 16 bits");
+                  " has the wrong dtype or device; expected those of input, or float32 for the mean of a 16-bit input");
   return view;
 }
 
@@ -46,7 +46,7 @@ DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments) {
   for (int d = 0; d < 2; ++d) {
     a.stride[d] = stride.at(d), a.padding[d] = padding.at(d), a.dilation[d] = dilation.at(d);
     STD_TORCH_CHECK(a.stride[d] > 0 && a.padding[d] >= 0 && a.dilation[d] > 0,
-                    "stride and dilation must be positive, and padding not negative");
+                    "stride and dilation must be positive, and padding must not be negative");
     const int64_t span = map[d] + 2 * a.padding[d] - a.dilation[d] * (kernel[d] - 1) - 1;
     STD_TORCH_CHECK(span >= 0, "the kernel is larger than the padded input");
     *out[d] = span / a.stride[d] + 1;
@@ -57,8 +57,8 @@ DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments) {
   const View dy = checked_view(grad_output, "grad_output", out_size, a.dtype, input);
   const View weight_view = checked_view(weight, "weight", kernel_size, a.dtype, input);
   const View feedback_view = checked_view(feedback, "feedback", kernel_size, a.dtype, input);
-  STD_TORCH_CHECK(w.contiguous && feedback_view.shape.contiguous, "expected weight and feedback contiguous");
-  STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "expected input dense");
+  STD_TORCH_CHECK(w.contiguous && feedback_view.shape.contiguous, "weight or feedback is not contiguous");
+  STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "input is not dense");
   a.input = map_of(x_view);
   a.grad_output = map_of(dy);
   a.weight = weight_view.data;

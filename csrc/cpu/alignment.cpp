@@ -9,7 +9,7 @@
 namespace pyfeedback::cpu {
 
 void Backend::alignment_products(const AlignmentPlan& plan, const Tensor& products) const {
-  // Chunks have a fixed size and are added in their order, so that any number of threads gives the same sum.
+  // Chunks have a fixed size and are added in order, so the sum does not depend on the number of threads.
   struct Chunk {
     const AlignmentPair* pair;
     int64_t begin;

@@ -11,8 +11,8 @@ namespace pyfeedback::cpu {
 
 namespace {
 
-// About this many units of work have sums of their own, which are added in a fixed order: any number of threads gives
-// the same result.
+// About this many units of work have separate sums, which are added in a fixed order: the result does not depend on the
+// number of threads.
 constexpr int64_t kUnits = 64;
 // The blocks of a unit share cache lines in channels_last, and a second-level cache.
 constexpr int64_t kBlocks = 8, kCacheBytes = 256 * 1024;

@@ -21,7 +21,7 @@ class Arena {
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
 
   template <typename Item>
-  Item* take(int64_t count) {
+  Item* allocate(int64_t count) {
     const int64_t offset = used_;
     used_ += (count * static_cast<int64_t>(sizeof(Item)) + 63) / 64 * 64;
     return memory_ ? reinterpret_cast<Item*>(memory_ + offset) : nullptr;
@@ -53,32 +53,32 @@ class DepthwiseStrip {
         blocks_(blocks),
         weights_(layer.J * layer.I * layer.R * layer.S) {
     const int64_t reach = a_.dilation[0] * (a_.R - 1), width = a_.dilation[1] * (a_.S - 1);
-    // Of the input and of the output: the columns that taps read to the left of the first one, and from it to the
-    // right.
+    // The columns that taps read to the left of the first one, and from the first one to the right: of the input, then
+    // of the output.
     const int64_t in_left = a_.padding[1], in_right = a_.stride[1] * (a_.Q - 1) + width - a_.padding[1] + 1;
     const int64_t out_left = std::max<int64_t>(0, (width - a_.padding[1] + a_.stride[1] - 1) / a_.stride[1]);
     const int64_t out_right = (a_.W - 1 + a_.padding[1]) / a_.stride[1] + 1;
     const int64_t out_rows = reach / a_.stride[0] + 1;
     Arena arena(memory);
-    taps_ = arena.take<Tap<T>>(std::max(a_.I, a_.J) * a_.R * a_.S);
-    columns_ = arena.take<KernelColumn>(a_.S);
+    taps_ = arena.allocate<Tap<T>>(std::max(a_.I, a_.J) * a_.R * a_.S);
+    columns_ = arena.allocate<KernelColumn>(a_.S);
     shared_ = arena.used();
     const auto ring = [&](bool needed, int64_t channels, int64_t rows, int64_t left, int64_t right) {
       const int64_t columns = needed ? left + right : 0;
       int64_t height = 1;
       while (height < rows) height *= 2;
-      return Ring<T>{arena.take<Vector>(channels * height * columns), height, columns, left};
+      return Ring<T>{arena.allocate<Vector>(channels * height * columns), height, columns, left};
     };
     x_ = ring(true, a_.I, reach + 1, in_left, std::max(a_.W, in_right));
     centered_ = x_;
     if (a_.mean.data) centered_ = ring(rule_.reads_data(), a_.I, reach + 1, in_left, std::max(a_.W, in_right));
     dy_ = ring(true, a_.J, out_rows, out_left, std::max(a_.Q, out_right));
     y_ = ring(rule_.null != 0, a_.J, out_rows, out_left, std::max(a_.Q, out_right));
-    weight_ = arena.take<Vector>(weights_);
-    feedback_ = arena.take<Vector>(weights_);
-    combined_ = arena.take<Vector>(weights_);
-    sums_ = arena.take<Vector>(2 * weights_ + a_.J);
-    row_ = arena.take<Vector>(std::max(a_.W, a_.Q));
+    weight_ = arena.allocate<Vector>(weights_);
+    feedback_ = arena.allocate<Vector>(weights_);
+    combined_ = arena.allocate<Vector>(weights_);
+    sums_ = arena.allocate<Vector>(2 * weights_ + a_.J);
+    row_ = arena.allocate<Vector>(std::max(a_.W, a_.Q));
     step_ = (arena.used() - shared_) / static_cast<int64_t>(sizeof(Vector));
   }
 
@@ -162,7 +162,7 @@ class DepthwiseStrip {
     }
   }
 
-  // What reads the input under the window: grad_weight, the response and the combined term.
+  // The terms that read the input under the window: grad_weight, the response and the combined term.
   void output_row(int64_t p, bool learns) {
     const int64_t step = a_.stride[1], length = a_.Q;
     for (int64_t j = 0; j < a_.J; ++j) {
@@ -186,7 +186,7 @@ class DepthwiseStrip {
     }
   }
 
-  // What maps the output back to the input: grad_input and z = convT(y, B).
+  // The terms that map the output back to the input: grad_input and z = convT(y, B).
   void input_row(int64_t n, int64_t h, bool learns) {
     const bool has_null = learns && rule_.null != 0;
     const T null = rule_.null, amp = rule_.amp_of_null();

@@ -10,7 +10,7 @@
 
 namespace pyfeedback::cpu {
 
-// The largest chunk of positions that `center` and `add_centered` take: three float64 rows of it fit a second-level
+// The largest chunk of positions of `center` and `add_centered`: three float64 rows of it fit a second-level
 // cache beside the samples.
 constexpr int64_t kMaxCenterChunk = 2048;
 

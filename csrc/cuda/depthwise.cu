@@ -29,7 +29,7 @@ __host__ __device__ __forceinline__ int64_t weights_of(const DepthwiseLayer& a) 
   return a.G * a.J * a.I * a.R * a.S;
 }
 
-// The number of chunks that the samples are cut into.
+// The number of chunks that the samples are split into.
 int64_t chunks_of(const DepthwiseLayer& a) {
   return std::clamp<int64_t>(kBlocks / tiles_of(a), 1, a.N);
 }
@@ -39,7 +39,7 @@ __host__ __device__ __forceinline__ int64_t sums_of(const DepthwiseLayer& a) {
   return 2 * weights_of(a) + a.G * a.J;
 }
 
-// What one thread computes for its group. kSide is the side of a square kernel with one input channel per group, or 0
+// The work of one thread for its group. kSide is the side of a square kernel with one input channel per group, or 0
 // for any kernel.
 template <typename Scalar, int kSide>
 struct DepthwiseThread {
@@ -183,7 +183,7 @@ struct DepthwiseThread {
   }
 };
 
-// The first worker of a group gets the sum over its workers, which are the threads t, t + lanes, ...
+// The first worker of a group receives the sum over its workers, which are the threads t, t + lanes, ...
 template <typename T>
 __device__ __forceinline__ T add_workers(T value, int lanes) {
   __shared__ T of_thread[kThreads];
@@ -198,7 +198,7 @@ __device__ __forceinline__ T add_workers(T value, int lanes) {
   return total;
 }
 
-// `partial` takes the sums of each chunk.
+// `partial` receives the sums of each chunk.
 template <typename Scalar, int kSide>
 __global__ void __launch_bounds__(kThreads, 1)  // one block per processor leaves enough registers for 7x7 kernels
     depthwise_kernel(const __grid_constant__ DepthwiseLayer a, int lanes, int64_t tiles, int64_t chunks,

@@ -1,4 +1,4 @@
-"""One call of a layer: what its forward decides and its backward needs."""
+"""One call of a layer: the decisions of its forward pass that its backward pass needs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Kernels(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """Created once, in the forward, by :func:`pyfeedback.backends.dispatch.plan`, and kept for the backward."""
+    """Made once by :func:`pyfeedback.backends.dispatch.plan` in the forward pass, and saved for the backward pass."""
 
     geometry: Geometry
     rule: Coefficients

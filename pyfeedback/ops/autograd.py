@@ -1,17 +1,17 @@
 """The autograd formula of a layer, and the three wrappers that PyTorch needs for it.
 
-The formula is :func:`gradients`. It computes all gradients as :func:`pyfeedback.backends.dispatch.plan` decided in the
-forward pass, outside of autocast. Double backward is not supported.
+The formula is :func:`gradients`. It computes all gradients as planned by :func:`pyfeedback.backends.dispatch.plan` in
+the forward pass, outside of autocast. Double backward is not supported.
 
 * :func:`forward_with_feedback` needs no formula: if the feedback has no gradient and no kernel of this package is
   faster, the backward of the plain layer is correct with B in place of the saved W. It costs what the plain layer does.
 * :class:`EagerLayer` is a Function whose forward receives the context. This form has the least overhead: two thirds of
-  the dispatcher's on a tiny layer.
+  that of the dispatcher on a tiny layer.
 * :class:`TransformableLayer` sets up its context separately from its forward, as torch.func requires. This costs a
   third more on a tiny layer, so it is used only inside a transform.
 * :func:`register` registers the formula for the ops themselves, for the dispatcher and torch.compile. Compilers do not
-  handle a Function with symbolic numbers the same in all releases, and torch 2.10 computes a wrong gradient. The
-  backward is an op as well, so that a compiled graph has a single node for it.
+  support a Function with symbolic numbers in all releases, and torch 2.10 computes a wrong gradient. The backward is
+  an op as well, so a compiled graph has a single node for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.dispatch import current_backend, in_force, plan
+from pyfeedback.backends.dispatch import current_backend, plan, use_backend
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
@@ -173,7 +173,7 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
     """Register the formula for the op ``name``; its backward calls the op ``{name}_backward``.
 
     Args:
-        geometry_of: makes the geometry from the op's arguments after the tensors.
+        geometry_of: returns the geometry for the arguments of the op after the tensors.
         scheduled: whether the coefficients are a tensor, after the other tensors. Its values are not read in the
             forward pass, so the response is saved whenever it is available.
     """
@@ -193,7 +193,7 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
         # The dispatcher drops trailing arguments that equal their defaults, and expects no gradients for them.
         expected = len(ctx.needs_input_grad)
         mask = [*ctx.needs_input_grad, False][:4]
-        with in_force(ctx.backend):
+        with use_backend(ctx.backend):
             grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.arguments, **ctx.rule, output_mask=mask)
         return (*grads, *(None,) * (len(ctx.arguments) + scheduled))[:expected]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.dispatch import plan, provide
+from pyfeedback.backends.dispatch import current_implementation, plan
 from pyfeedback.core import layer_checks, step_checks
 from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients
 from pyfeedback.core.geometry import LINEAR, Convolution, Geometry, from_arguments
@@ -82,9 +82,9 @@ def _empty_gradients(grad_output: Tensor, input: Tensor, weight: Tensor, mask: S
     return (*grads, weight.new_empty(channels) if mask[3] else None)
 
 
-# The layers with a tensor of coefficients. A compiler makes numbers constants of its graph, so it would recompile at
-# each step of a schedule. A CPU tensor is an input of the graph: pyfeedback.schedules.Schedule writes to it, and the
-# backward reads it when it runs.
+# The layers with a tensor of coefficients. In a compiled graph, numbers are constants, so each step of a schedule would
+# recompile. A CPU tensor is an input of the graph. pyfeedback.schedules.Schedule writes to it, and the backward pass
+# reads it.
 
 
 def _scheduled(input, weight, feedback, bias, coefficients, *arguments, center, samples, positions) -> Tensor:
@@ -120,19 +120,19 @@ def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie
         return
     if torch.is_grad_enabled():
         step_checks.check_in_place({"feedback": feedback, "momentum_buffer": momentum_buffer if given.momentum else ()})
-    step = provide("feedback_step_", feedback[0].device.type)
+    step = current_implementation("feedback_step_", feedback[0].device.type)
     step(feedback, weight, grad, momentum_buffer, coefficients, given)
 
 
 def _center(input: Tensor, samples: int) -> Tensor:
     layer_checks.check_center(input, samples)
     step_checks.check_storage("input", input)
-    return provide("center", input.device.type)(input, samples)
+    return current_implementation("center", input.device.type)(input, samples)
 
 
 def _add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
     layer_checks.check_add_centered(self, input)
-    provide("add_centered_", input.device.type)(self, input, beta, alpha)
+    current_implementation("add_centered_", input.device.type)(self, input, beta, alpha)
 
 
 def mix(mixing: Tensor, feedback: Tensor, decay: float) -> Tensor:
@@ -160,7 +160,7 @@ def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **
     step_checks.refuse_meta({"feedback": feedback})
 
 
-def _fake_native_step(feedback, weight, grad, momentum_buffer, **options) -> None:
+def _fake_extension_step(feedback, weight, grad, momentum_buffer, **options) -> None:
     """Unlike ``feedback_step_``, this op also accepts one number for all rows."""
     for name in ("decay", "self_", "tie"):
         options[name] = list(options[name]) * (len(feedback) if len(options[name]) == 1 else 1)
@@ -187,14 +187,14 @@ def _fake_center(input: Tensor, samples: int) -> Tensor:
 
 _fakes: dict[str, Any] = {
     "feedback_step_": _fake_step,
-    "native_feedback_step_": _fake_native_step,
+    "extension_feedback_step_": _fake_extension_step,
     "mix": mix,
-    "native_depthwise_backward": _fake_depthwise,
+    "extension_depthwise_backward": _fake_depthwise,
     "center": _fake_center,
-    "native_center": _fake_center,
+    "extension_center": _fake_center,
     "add_centered_": _fake_add_centered_,
-    "native_add_centered_": _fake_add_centered_,
-    "native_alignment_products": _fake_products,
+    "extension_add_centered_": _fake_add_centered_,
+    "extension_alignment_products": _fake_products,
 }
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"pyfeedback::{_name}", _fake, lib=LIBRARY)

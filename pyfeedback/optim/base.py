@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyfeedback.conversion import feedback_layers, forward_parameters
-from pyfeedback.core.values import in_words
+from pyfeedback.core.values import describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.optim.rows import LossScale, Row, is_computed, without_loss_scale
@@ -106,7 +106,7 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected the converted model itself, not its parameters")
     if not any(isinstance(module, FeedbackLayer) for module in model.modules()):
-        raise ValueError("model has no layer with a feedback weight, expected one converted by pyfeedback.convert")
+        raise ValueError("model has no layer with a feedback weight, expected a model converted by pyfeedback.convert")
     named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
     layers = {feedback: layer for feedback, (_, layer) in named.items()}
     if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with
@@ -122,7 +122,7 @@ def check_option(name: str, value: object, below: float = math.inf) -> None:
     number = number or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not 0 <= value < below:  # type: ignore[operator]
         limit = "a finite number, 0 or more" if below == math.inf else f"a number in [0, {below:g})"
-        raise (ValueError if number else TypeError)(f"{name} is {in_words(value)}, expected {limit}")
+        raise (ValueError if number else TypeError)(f"{name} is {describe(value)}, expected {limit}")
 
 
 def forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class FeedbackSGD(RowOptimizer):
         for p in [params] if isinstance(params, torch.Tensor) else params:
             if p not in self._layers:
                 raise ValueError(
-                    f"params holds a tensor of shape {tuple(p.shape)}, expected feedback weights of the model"
+                    f"params contains a tensor of shape {tuple(p.shape)}, expected feedback weights of the model"
                 )
         super().add_param_group(param_group)
 
