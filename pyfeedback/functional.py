@@ -212,7 +212,7 @@ def layer(
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return geometry.fprop(input, weight, bias)
     if not feedback.requires_grad and forward_ad._current_level < 0:
-        output = autograd.forward_with_feedback(geometry, rule, input, weight, feedback, bias)
+        output = autograd.forward_with_feedback(geometry, input, weight, feedback, bias)
         if output is not None:
             return output
     return autograd.EagerLayer.apply(input, weight, feedback, bias, geometry, rule)

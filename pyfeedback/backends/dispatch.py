@@ -130,10 +130,16 @@ def plan(
         if found.supports is None or found.supports(geometry, input, weight, rule, algorithm):
             if found.reads_response is not None:
                 reads_response = mask[2] and found.reads_response(rule, device_type)
-            is_plain = found is _LAYER_BACKENDS["composite"] and not mask[2] and not geometry.skips_positions(weight.shape)
-            return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response, is_plain)
+            return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response)
     name = next(name for name in missing if getattr(rule, name))  # of the composition, which supports every layer
     raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
+
+
+@lru_cache(maxsize=4096)
+def is_plain(geometry: Geometry, weight: Shape, device_type: str, backend: str) -> bool:
+    """Whether the gradients of input and weight are those of PyTorch's own layer, with B in place of W."""
+    preferred, *_ = _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1)
+    return preferred.backend is _LAYER_BACKENDS["composite"] and not geometry.skips_positions(weight)
 
 
 def _algorithm(
@@ -196,6 +202,7 @@ def set_backend(name: str) -> None:
     _default = _checked(name, 3)
     implementation.cache_clear()
     _candidates.cache_clear()
+    is_plain.cache_clear()
 
 
 @contextmanager

@@ -34,4 +34,3 @@ class LayerCall(NamedTuple):
     algorithm: Algorithm
     kernels: Kernels
     reads_response: bool  # whether the backward reads the response, the output without bias
-    is_plain: bool  # whether the backward is that of PyTorch's own layer, with B in place of W

@@ -15,12 +15,12 @@ the forward pass, outside of autocast. Double backward is not supported.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.dispatch import current_backend, plan, use_backend
+from pyfeedback.backends.dispatch import current_backend, is_plain, plan, use_backend
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
@@ -39,19 +39,16 @@ def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | Non
     return call.kernels.backward(call, grad_output, *saved)
 
 
-class _InPlaceOfWeight:
-    """The feedback weight that a node of torch.nn.functional's own backward uses instead of its saved weight."""
+class _InPlaceOfWeight(NamedTuple):
+    """The feedback weight that a node of PyTorch's own backward uses instead of the weight that it saved."""
 
-    __slots__ = ("feedback", "is_transposed", "version", "weight")
-
-    def __init__(self, weight: Tensor, feedback: Tensor, is_transposed: bool):
-        self.weight, self.feedback, self.is_transposed = weight, feedback, is_transposed
-        self.version = feedback._version
-
-    def drop(self, saved: Tensor) -> None:
-        """Save nothing instead of the weight."""
+    weight: Tensor
+    feedback: Tensor
+    version: int
+    is_transposed: bool
 
     def unpack(self, nothing: None) -> Tensor:
+        """Return the feedback weight, unless it was changed after the forward pass."""
         feedback = self.feedback
         if feedback._version != self.version:
             raise RuntimeError(
@@ -68,25 +65,25 @@ class _InPlaceOfWeight:
         return _Once.apply(len(grads), *grads, *grad_inputs, *grad_outputs, self.weight, self.feedback)
 
 
-# The attribute of each node that holds the weight, and whether it is the transpose.
+# The attribute of each node that holds the saved weight, and whether it is the transpose.
 _SAVED_WEIGHT = {
     "ConvolutionBackward0": ("_raw_saved_weight", False),
     "AddmmBackward0": ("_raw_saved_mat2", True),
     "MmBackward0": ("_raw_saved_mat2", True),
 }
-_NO_FEEDBACK = (True, True, False, True)  # the needed gradients
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")  # of the output of a linear layer with more than two dimensions
+_save_nothing: Callable[[Tensor], None] = {}.get  # returns None for any tensor, faster than a Python function
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def forward_with_feedback(
-    geometry: Geometry, rule: Coefficients, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
+    geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    """The output of a layer whose feedback needs no gradient, with torch's own backward node; None if not possible."""
+    """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible."""
     if (
-        not plan(geometry, input, weight, rule, _NO_FEEDBACK, True).is_plain
+        not is_plain(geometry, weight.shape, "cpu" if input.is_cpu else input.device.type, current_backend())
         or not _PLAIN.issuperset((type(input), type(weight), type(feedback)))
-        or not _have_one_format(input, weight)
+        or not ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return None
@@ -99,10 +96,10 @@ def forward_with_feedback(
     if node is None or node.name() not in _SAVED_WEIGHT:
         return None
     attribute, is_transposed = _SAVED_WEIGHT[node.name()]
-    saved = _InPlaceOfWeight(weight, feedback, is_transposed)
+    replaced = _InPlaceOfWeight(weight, feedback, feedback._version, is_transposed)
     if input.requires_grad:
-        getattr(node, attribute).register_hooks(saved.drop, saved.unpack)
-    node.register_hook(saved.refuse_double_backward)
+        getattr(node, attribute).register_hooks(_save_nothing, replaced.unpack)
+    node.register_hook(replaced.refuse_double_backward)
     return output
 
 
@@ -226,10 +223,8 @@ def not_a_view(output: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 
-def _have_one_format(input: Tensor, weight: Tensor) -> bool:
-    """Whether the gradients of PyTorch's own backward have the strides of the input and the weight."""
-    if input.is_contiguous():
-        return weight.is_contiguous()
+def _are_channels_last(input: Tensor, weight: Tensor) -> bool:
+    """Whether both are, so that PyTorch's own gradients have the strides of their tensors."""
     last = torch.channels_last
     return input.dim() == 4 and input.is_contiguous(memory_format=last) and weight.is_contiguous(memory_format=last)
 
