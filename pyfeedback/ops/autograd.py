@@ -72,7 +72,7 @@ _SAVED_WEIGHT = {
     "MmBackward0": ("_raw_saved_mat2", True),
 }
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")  # of the output of a linear layer with more than two dimensions
-_save_nothing: Callable[[Tensor], None] = {}.get  # returns None for any tensor, faster than a Python function
+_NOTHING: dict[Tensor, None] = {}  # its get returns None for any tensor, faster than a Python function
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -98,7 +98,7 @@ def forward_with_feedback(
     attribute, is_transposed = _SAVED_WEIGHT[node.name()]
     replaced = _InPlaceOfWeight(weight, feedback, feedback._version, is_transposed)
     if input.requires_grad:
-        getattr(node, attribute).register_hooks(_save_nothing, replaced.unpack)
+        getattr(node, attribute).register_hooks(_NOTHING.get, replaced.unpack)
     node.register_hook(replaced.refuse_double_backward)
     return output
 
