@@ -56,7 +56,7 @@ def layer_backward(
         algorithm: how the data terms are computed (see plan.py): "none", "direct" or, if pointwise, "input_gram" or
             "response_gram".
         center: center(t, n) is t[:n] minus its mean over dimension 0.
-        fused: False to launch dx and dW separately, without one-pass and grouped launches.
+        fused: False to launch dx and dW separately, without one-pass and joint launches.
 
     Raises:
         ValueError: the rule has a coefficient that the kernels do not implement.
@@ -65,8 +65,7 @@ def layer_backward(
     need_input, need_weight, need_feedback, need_bias = mask[:4]
     n, fields, out, strides = rule.samples or input.shape[0], (), None, ()
     if need_feedback:
-        used = [k for k, v in zip(rule._fields, rule, strict=True) if isinstance(v, (int, float)) and v]
-        fields = tuple(used)
+        fields = tuple(k for k, v in zip(rule._fields, rule, strict=True) if isinstance(v, (int, float)) and v)
     if need_weight or need_feedback:
         out = torch.empty_like(weight)
         k, c, r, s = out.stride() if convolution else (*out.stride(), 0, 0)
@@ -130,7 +129,7 @@ class _Layer(NamedTuple):
         """The response of ``kernel`` without bias, in the layouts of the caller."""
         return torch.conv2d(x, kernel, None, *self.convolution) if self.convolution else x @ kernel.t()
 
-    def used(self, t: Tensor) -> Tensor:
+    def sampled(self, t: Tensor) -> Tensor:
         """The samples that the rule reads, centered if the rule centers them."""
         return self.center(t, self.n) if self.rule.center else t[: self.n]
 
@@ -161,7 +160,8 @@ class _Layer(NamedTuple):
 
 def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer: _Layer) -> None:
     """Add the tensors that the launches of the feedback's gradient read and write to ``values``."""
-    input, weight, feedback, response, *_, rule, n, _ = layer
+    input, weight, feedback, response = layer.input, layer.weight, layer.feedback, layer.response
+    rule, n = layer.rule, layer.n
     for name, kernel in (("weight", weight), ("feedback", feedback)):
         if name in names:
             values[name] = match_strides(kernel, values["f"])
@@ -172,7 +172,7 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
     if "mean" in names:
         values["mean"] = x.view(n, -1, x.shape[-1]).mean(0, dtype=torch.float32)
     if "y" in names:
-        values["y"] = layer.block(layer.used(layer.fprop(input[:n], weight) if response is None else response))
+        values["y"] = layer.block(layer.sampled(layer.fprop(input[:n], weight) if response is None else response))
     if "u" in names:
         largest = max(abs(rule.sparse), abs(rule.amp))
         # If B is close to W, the difference of two convolutions would cancel; the combined kernel is exact.
@@ -181,7 +181,7 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
             values["u_unit"] = unit_of(kernel, dim=0)
             kernel /= values["u_unit"]
         # The response to a centered input is centered, and is not rounded at the magnitude of its mean.
-        values["u"] = layer.block(layer.fprop(layer.used(input), kernel.to(input.dtype)))
+        values["u"] = layer.block(layer.fprop(layer.sampled(input), kernel.to(input.dtype)))
     if "z" in names:
         values["z"] = torch.empty_like(values["x_used"])
     if "z_unit" in names:

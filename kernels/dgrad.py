@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .common import subtract_mean
 from .geometry import Geometry
-from .launch import Launch, describe
+from .launch import Launch, make_launch
 from .tiles import DgradTile, Target, choose_dgrad
 
 
@@ -148,4 +148,4 @@ def dgrad_launch(
     shapes = {"dy": outputs, "y": outputs, "x": inputs, "dx": inputs, "z": inputs}
     shapes |= {"feedback": (g.K, g.R, g.S, g.C), "mean": (sample, g.C)}
     flags = {"HAS_DX": dy, "HAS_Z": y, "USE_X": use_x}
-    return describe(dgrad_kernel, g, target, tile, grid, named, ("dx", "z"), shapes, flags, PHASES=g.phases())
+    return make_launch(dgrad_kernel, g, target, tile, grid, named, ("dx", "z"), shapes, flags, PHASES=g.phases())

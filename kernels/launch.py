@@ -40,7 +40,7 @@ class Flags(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch. An argument is the name of a tensor or number, a number, or None, or a tuple in a grouped launch."""
+    """One launch. An argument is the name of a tensor or number, a number, or None, or a tuple in a joint launch."""
 
     kernel: Any
     products: tuple[str, ...]  # names of the tensors that it writes
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
         return f"{self.kernel.__name__.removesuffix('_kernel')}({', '.join(self.products)})"
 
 
-def describe(
+def make_launch(
     kernel,
     geometry: Geometry,
     target: Target,

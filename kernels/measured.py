@@ -14,14 +14,14 @@ import torch
 FOLDER = Path(__file__).parent / "measured"
 
 
-def key(problem, algorithm: str, dtype: torch.dtype) -> str:
+def key(sizes, algorithm: str, dtype: torch.dtype) -> str:
     """The key of a layer: everything that its time depends on (sizes, the algorithm of the data terms, dtype).
 
     Args:
-        problem: a named tuple with positions, in_channels, out_channels, taps.
+        sizes: a named tuple with positions, in_channels, out_channels, taps.
     """
-    sizes = f"{problem.in_channels}-{problem.out_channels} taps {problem.taps} positions {problem.positions}"
-    return f"{sizes} {algorithm} {str(dtype).removeprefix('torch.')}"
+    layer = f"{sizes.in_channels}-{sizes.out_channels} taps {sizes.taps} positions {sizes.positions}"
+    return f"{layer} {algorithm} {str(dtype).removeprefix('torch.')}"
 
 
 def devices() -> list[str]:

@@ -9,9 +9,10 @@ gradient of B. The launches of each algorithm for the rule's data terms are:
     input_gram      dW and the Gram matrix x'x, in one launch if there are few channels; then products of K x C matrices
     response_gram   y'y; dW and y'x, in one launch; then products of K x C matrices
 
-The first weight gradient that reads all of x also computes dW, and a dgrad that computes z of the whole batch also
-computes dx. If ``fused``, a single launch computes dx, dW and one of y'x, y'z or x'x for a pointwise layer whose sums
-fit a processor, and the dW and dx of a small layer are grouped with the next launch.
+dW shares the launch of the first weight gradient that reads the whole x, and dx that of z if z is of the whole batch;
+otherwise each has a launch of its own. If ``fused``, there are two further ways to save launches. For a pointwise layer
+whose sums fit a processor, a one-pass launch computes dx, dW and one of y'x, y'z or x'x. For a small layer, a joint
+launch runs the launch of dW and that of dx together.
 
 The names of the tensors are: x, dy, y, u and z; x_used, the samples of x that the rule reads; B in the layout that the
 kernels read; weight and feedback with the strides of f, for its epilogue; dx, dW and f; gram (x'x or y'y) and cross
@@ -23,13 +24,13 @@ from typing import Any, NamedTuple
 
 from .dgrad import dgrad_launch
 from .geometry import Geometry
-from .grouped import grouped_launch
+from .joint import joint_launch
 from .launch import Launch
 from .pointwise import pointwise_launch
-from .tiles import DgradTile, PointwiseTile, Target, WgradTile, choose_grouped, choose_pointwise
+from .tiles import DgradTile, PointwiseTile, Target, WgradTile, choose_joint, choose_pointwise
 from .wgrad import wgrad_launch
 
-TERMS = ("decay", "self_", "tie")  # the coefficients of the epilogue
+EPILOGUE = ("decay", "self_", "tie")  # the coefficients of the terms without data
 OPTIONS = ("center", "samples")
 DATA_TERMS = {  # the other coefficients that an algorithm implements
     "none": (),
@@ -48,7 +49,7 @@ class Problem(NamedTuple):
     """Everything that the launches depend on."""
 
     geometry: Geometry  # of the whole batch
-    rows: int  # entries of its dimension N that belong to one sample
+    rows_per_sample: int  # entries of its dimension N that belong to one sample
     samples: int  # the number of samples that the rule reads
     algorithm: str
     fields: tuple[str, ...]  # names of the rule's fields that are not 0
@@ -58,14 +59,14 @@ class Problem(NamedTuple):
     fused: bool = True
 
     @property
-    def used(self) -> int:
+    def rows_read(self) -> int:
         """The number of entries of dimension N that the rule reads."""
-        return self.samples * self.rows
+        return self.samples * self.rows_per_sample
 
     @property
     def x(self) -> str:
         """The name of the part of the input that the rule reads."""
-        return "x" if self.used == self.geometry.N else "x_used"
+        return "x" if self.rows_read == self.geometry.N else "x_used"
 
     @property
     def task(self) -> frozenset[str]:
@@ -81,7 +82,7 @@ class Product(NamedTuple):
     x: str
     u: str | None = None
     z: dict[str, Any] | None = None  # arguments of dgrad_launch
-    terms: dict[str, Any] = {}  # other arguments of wgrad_launch  # noqa: RUF012
+    arguments: dict[str, Any] = {}  # other arguments of wgrad_launch  # noqa: RUF012
 
     @property
     def term(self) -> str:
@@ -110,7 +111,7 @@ def plan_backward(p: Problem) -> Plan:
     if p.algorithm not in DATA_TERMS:
         raise ValueError(f"algorithm is {p.algorithm!r}, expected one of {', '.join(DATA_TERMS)}")
     for name in p.fields:
-        if name not in (*TERMS, *OPTIONS, *DATA_TERMS[p.algorithm]):
+        if name not in (*EPILOGUE, *OPTIONS, *DATA_TERMS[p.algorithm]):
             by = f"the Triton kernels do not implement it by algorithm {p.algorithm!r}"
             raise ValueError(f"rule.{name} is not 0, expected 0: {by}")
     products, finish = data_products(p) if p.wanted[2] else ((), "")
@@ -130,28 +131,29 @@ def plan_backward(p: Problem) -> Plan:
 
 def data_products(p: Problem) -> tuple[tuple[Product, ...], str]:
     """The products that f consists of, in order, and Plan.finish."""
-    mean = {"mean": "mean", "sample": p.rows * p.geometry.H * p.geometry.W} if "center" in p.fields else {}
-    terms = {name: name for name in TERMS if name in p.fields} | {"weight": "weight", "feedback": "feedback"}
+    mean = {"mean": "mean", "sample": p.rows_per_sample * p.geometry.H * p.geometry.W} if "center" in p.fields else {}
+    epilogue = {name: name for name in EPILOGUE if name in p.fields} | {"weight": "weight", "feedback": "feedback"}
     half = p.target.dtype == "float16"
     if p.algorithm == "none":
-        return ((Product("f", "x", terms=terms),), "") if "dW" in p.task else ((), "blend")
+        return ((Product("f", "x", arguments=epilogue),), "") if "dW" in p.task else ((), "blend")
     if p.algorithm == "input_gram":
-        return (Product("gram", p.x, p.x, terms=mean),), "input_gram"
+        return (Product("gram", p.x, p.x, arguments=mean),), "input_gram"
     z, unit = {"z_scale": "z_scale"}, {"unit": "z_unit"} if half else {}
     if "amp" in p.fields and "sparse" not in p.fields:
         z |= {"x": p.x, "x_scale": "x_scale", **mean}
-    null = Product("f", "z", "y", z, terms | {"scale": "scale"} | unit)
+    null = Product("f", "z", "y", z, epilogue | {"scale": "scale"} | unit)
     if p.algorithm == "response_gram" and not _one_pass_tile(p, p.task, null):
-        cross = Product("cross", p.x, "y", terms=mean)
+        cross = Product("cross", p.x, "y", arguments=mean)
         return (Product("gram", "y", "y"), *([cross] if "amp" in p.fields else [])), "response_gram"
     if "sparse" not in p.fields:
-        return (null if "null" in p.fields else Product("f", p.x, "y", terms=mean | terms | {"scale": "scale"}),), ""
-    terms |= mean | {"scale": "u_scale"} | ({"unit": "u_unit"} if half else {})
+        response = Product("f", p.x, "y", arguments=mean | epilogue | {"scale": "scale"})
+        return (null if "null" in p.fields else response,), ""
+    epilogue |= mean | {"scale": "u_scale"} | ({"unit": "u_unit"} if half else {})
     if "null" not in p.fields:
-        return (Product("f", p.x, "u", terms=terms),), ""
-    null = null._replace(terms={**null.terms, "feedback": "f_sparse", "decay": 1.0, "self_": 0.0})
-    null.terms.pop("tie", None)
-    return (Product("f_sparse", p.x, "u", terms=terms), null), ""
+        return (Product("f", p.x, "u", arguments=epilogue),), ""
+    null = null._replace(arguments={**null.arguments, "feedback": "f_sparse", "decay": 1.0, "self_": 0.0})
+    null.arguments.pop("tie", None)
+    return (Product("f_sparse", p.x, "u", arguments=epilogue), null), ""
 
 
 def scales(rule, n: int) -> dict[str, float]:
@@ -173,15 +175,15 @@ def scales(rule, n: int) -> dict[str, float]:
 def _launches(p: Problem, remaining: frozenset[str], product: Product) -> tuple[list[Launch], frozenset[str]]:
     """The launches of a product, with the ``remaining`` gradients that they can include; and those then remaining."""
     if tile := _one_pass_tile(p, remaining, product):
-        options = product.terms | (product.z or {}) | ONE_PASS | {"f": product.f}
+        options = product.arguments | (product.z or {}) | ONE_PASS | {"f": product.f}
         if product.term in ("cross", "z"):
-            options |= {"y": product.u, "used": p.used}
+            options |= {"y": product.u, "used": p.rows_read}
         return [pointwise_launch(p.geometry, p.target, product.term, tile=tile, **options)], frozenset()
     launches = []
     if product.z is not None:
         launch, remaining = _dgrad(p, remaining, product)
         launches.append(launch)
-    if "tie" in product.terms and "dW" in remaining and product.x != "x":  # f reads dW
+    if "tie" in product.arguments and "dW" in remaining and product.x != "x":  # f reads dW
         before, remaining = _launches(p, remaining, DW_ALONE)
         launches += before
     launch, remaining = _wgrad(p, remaining, product)
@@ -189,13 +191,13 @@ def _launches(p: Problem, remaining: frozenset[str], product: Product) -> tuple[
 
 
 def _wgrad(p: Problem, remaining: frozenset[str], product: Product) -> tuple[Launch, frozenset[str]]:
-    """The weight gradient of a product, with dW if it reads the same x; a small layer also groups dx with it."""
+    """The weight gradient of a product, with dW if it reads the same x; for a small layer, a joint launch with dx."""
     g, gram = p.geometry, product.term == "gram"
     channels = g.C if gram and product.x != "y" else g.K
-    options = {"x": product.x, "u": product.u, "f": product.f, "w_strides": p.strides, **product.terms}
+    options = {"x": product.x, "u": product.u, "f": product.f, "w_strides": p.strides, **product.arguments}
     options["f_strides"] = (channels if gram else g.C, 0, 0, 1) if product.f in ("gram", "cross") else p.strides
     if gram and (product.x != "x" or channels > SHARED_GRAM_CHANNELS):
-        return wgrad_launch(Geometry(p.used, channels, channels), p.target, **options), remaining
+        return wgrad_launch(Geometry(p.rows_read, channels, channels), p.target, **options), remaining
     shared = "dW" in remaining and product.x == "x"
     if shared:
         options["a"], remaining = "dy", remaining - {"dW"}
@@ -204,30 +206,30 @@ def _wgrad(p: Problem, remaining: frozenset[str], product: Product) -> tuple[Lau
     rows = (g.K if shared else 0, channels if product.u else 0)
     tiles = None
     if "dx" in remaining:
-        tiles = _grouped_tiles(p, remaining, rows, False, (1 + gram) * ("mean" in product.terms))
-    n = g.N if product.x == "x" else p.used
+        tiles = _joint_tiles(p, remaining, rows, False, (1 + gram) * ("mean" in product.arguments))
+    n = g.N if product.x == "x" else p.rows_read
     wgrad = wgrad_launch(g._replace(N=n), p.target, u_channels=channels, tile=tiles and tiles[0], **options)
     if tiles is None:
         return wgrad, remaining
     dgrad = dgrad_launch(g, p.target, feedback="B", dy="dy", dx="dx", tile=tiles[1])
-    return grouped_launch(wgrad, dgrad, p.target.processors), remaining - {"dx"}
+    return joint_launch(wgrad, dgrad, p.target.processors), remaining - {"dx"}
 
 
 def _dgrad(p: Problem, remaining: frozenset[str], product: Product = DW_ALONE) -> tuple[Launch, frozenset[str]]:
-    """The input gradient z, dx, or both if z is of the whole batch; a small layer also groups dW with it."""
+    """The input gradient z, dx, or both if z is of the whole batch; for a small layer, a joint launch with dW."""
     g, options, n = p.geometry, {"feedback": "B"}, p.geometry.N
     if product.z is not None:
-        options |= {"y": product.u, "z": product.x, "unit": product.terms.get("unit"), **product.z}
-        n = p.used
+        options |= {"y": product.u, "z": product.x, "unit": product.arguments.get("unit"), **product.z}
+        n = p.rows_read
     if "dx" in remaining and n == g.N:
         options |= {"dy": "dy", "dx": "dx"}
         remaining -= {"dx"}
-    tiles = _grouped_tiles(p, remaining, (g.K, 0), product.z is not None) if "dW" in remaining else None
+    tiles = _joint_tiles(p, remaining, (g.K, 0), product.z is not None) if "dW" in remaining else None
     dgrad = dgrad_launch(g._replace(N=n), p.target, tile=tiles and tiles[1], **options)
     if tiles is None:
         return dgrad, remaining
     wgrad = wgrad_launch(g, p.target, x="x", a="dy", dw="dW", w_strides=p.strides, tile=tiles[0])
-    return grouped_launch(wgrad, dgrad, p.target.processors), remaining - {"dW"}
+    return joint_launch(wgrad, dgrad, p.target.processors), remaining - {"dW"}
 
 
 def _one_pass_tile(p: Problem, remaining: frozenset[str], product: Product) -> PointwiseTile | None:
@@ -239,15 +241,15 @@ def _one_pass_tile(p: Problem, remaining: frozenset[str], product: Product) -> P
     # A Gram matrix needs the whole x, and the epilogue reads B itself.
     if product.x not in (("x",) if product.term == "gram" else ("x", "x_used", "z")):
         return None
-    if product.terms.get("feedback", "feedback") != "feedback":
+    if product.arguments.get("feedback", "feedback") != "feedback":
         return None
-    return choose_pointwise(g, product.term, p.target, "mean" in (product.z or product.terms))
+    return choose_pointwise(g, product.term, p.target, "mean" in (product.z or product.arguments))
 
 
-def _grouped_tiles(
+def _joint_tiles(
     p: Problem, remaining: frozenset[str], rows: tuple[int, int], dual: bool, means: int = 0
 ) -> tuple[WgradTile, DgradTile] | None:
-    """The tiles of a grouped launch of a small layer; None if a one-pass launch computes dx and dW."""
+    """The tiles of a joint launch of a small layer; None if a one-pass launch computes dx and dW."""
     if not p.fused or _one_pass_tile(p, remaining, DW_ALONE):
         return None
-    return choose_grouped(p.geometry, rows, dual, p.target, means)
+    return choose_joint(p.geometry, rows, dual, p.target, means)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .common import add_rule_terms, reduce_splits, subtract_mean
 from .geometry import Geometry
-from .launch import Launch, describe
+from .launch import Launch, make_launch
 from .tiles import PointwiseTile, Target, choose_pointwise
 
 
@@ -176,4 +176,4 @@ def pointwise_launch(
     shapes |= {"feedback": (g.K, 1, 1, g.C), "mean": (sample, g.C)}
     grid, writes = (-(-g.C // tile.BC), tile.splits), ("dx", "dw", "f")
     sums = (tile.BK + {"none": 0, "gram": tile.BC}.get(term, tile.BK)) * tile.BC
-    return describe(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)
+    return make_launch(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .geometry import Geometry
 
-PROGRAMS_PER_PROCESSOR = 2  # of a grouped launch
+PROGRAMS_PER_PROCESSOR = 2  # of a joint launch
 MOST_WAVES = 4  # of small blocks of dx; with more, dx alone fills the processors
 FEWEST_BLOCKS = 4  # of positions in each split, so that the pipeline fills
 
@@ -76,7 +76,7 @@ def choose_wgrad(
     Args:
         rows: the channels of the operands a and u, 0 if one is absent.
         symmetric: whether only half of the blocks are computed.
-        small: whether to use the blocks of a grouped launch.
+        small: whether to use the blocks of a joint launch.
         means: the number of operands of f that are centered while they are loaded (x, or x and u).
     """
     dual = 0 not in rows
@@ -135,10 +135,10 @@ def choose_dgrad(geometry: Geometry, dual: bool, target: Target, small: bool = F
     return DgradTile(most, bc, bk, 8 if most * bc >= 128 * 128 else 4, stages)
 
 
-def choose_grouped(
+def choose_joint(
     geometry: Geometry, rows: tuple[int, int], dual: bool, target: Target, means: int = 0
 ) -> tuple[WgradTile, DgradTile] | None:
-    """Both tiles of a grouped launch, with equal warps and stages; None if the layer is not small."""
+    """Both tiles of a joint launch, with equal warps and stages; None if the layer is not small."""
     if MOST_WAVES * target.processors < -(-geometry.N * geometry.H * geometry.W // 64) * -(-geometry.C // 64):
         return None
     wgrad = choose_wgrad(geometry, rows, target, small=True, means=means)

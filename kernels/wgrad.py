@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .common import add_rule_terms, reduce_splits, subtract_mean
 from .geometry import Geometry
-from .launch import Launch, describe
+from .launch import Launch, make_launch
 from .tiles import Target, WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 
 
@@ -197,4 +197,4 @@ def wgrad_launch(
     grid = (wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric), tile.splits)
     writes, sums = ("dw", "f") if a else ("f",), (tile.BK + tile.BU) * tile.BC
     strides = {"W_STRIDES": w_strides, "F_STRIDES": f_strides}
-    return describe(wgrad_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)
+    return make_launch(wgrad_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)

@@ -44,7 +44,7 @@ MAY_IMPORT = {
 
 # A module of the package, and the modules that may import it or its submodules.
 SEEN_ONLY_BY = {
-    "pyfeedback.backends.composite": {DISPATCH, "pyfeedback.backends.extension.kernels"},
+    "pyfeedback.backends.composite": {DISPATCH, "pyfeedback.backends.extension.ops"},
     "pyfeedback.backends.extension": {"pyfeedback", DISPATCH},
     "pyfeedback.backends.triton": {DISPATCH},
     "pyfeedback.kernels": {DISPATCH, "pyfeedback.backends.triton"},

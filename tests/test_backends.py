@@ -144,7 +144,7 @@ def test_fused_and_unfused_launches_agree(monkeypatch):
         assert_near(ours, composed, exact)
     launched.clear()
     backward("triton", case, tensors, RULES["wm"])
-    assert {*names(launched)} & {"grouped", "pointwise"}
+    assert {*names(launched)} & {"joint", "pointwise"}
 
 
 def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
@@ -162,7 +162,7 @@ def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
     for batch in (1, 2):
         for amp in (0.0, 1.0):
             call = dispatch.plan(Convolution(), x[:batch], w, Coefficients(amp=amp), (True,) * 4, False)
-            chosen[batch, amp] = call.kernels.backward
+            chosen[batch, amp] = call.chosen.backward
     unfused = dispatch._LAYER_BACKENDS["triton-unfused"].backward
     assert chosen.pop((2, 1.0)) is unfused
     assert {*chosen.values()} == {dispatch._LAYER_BACKENDS["composite"].backward}

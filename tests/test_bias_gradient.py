@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_every_layer import random_convolution
+from test_other_layers import random_convolution
 from torch.nn import functional as F
 
 from pyfeedback import functional

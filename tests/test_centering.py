@@ -7,7 +7,7 @@ from torch import nn
 
 import pyfeedback
 from pyfeedback import functional, reference
-from pyfeedback.backends.composite.centering import LARGE
+from pyfeedback.backends.composite.centered_factors import LARGE
 
 RULES = {
     "wm": {"amp": 0.7},

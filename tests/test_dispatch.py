@@ -63,7 +63,7 @@ def test_a_layer_with_a_coefficient_that_a_backend_does_not_implement_is_compose
     compiled, composed = (dispatch._LAYER_BACKENDS[name].backward for name in ("extension", "composite"))
     for name in COEFFICIENTS:
         call = dispatch.plan(geometry, X, W, Coefficients(**{name: 0.5}), ALL, False, "extension")
-        assert call.kernels.backward is (composed if name == coefficient else compiled)
+        assert call.chosen.backward is (composed if name == coefficient else compiled)
 
 
 def test_the_algorithm_is_chosen_once_for_a_layer(monkeypatch):

@@ -380,7 +380,7 @@ def test_offsets_widen_past_2_31_elements():
 
 
 def test_arguments_are_in_the_order_of_the_kernel():
-    """A grouped launch passes them by position."""
+    """A joint launch passes them by position."""
     g, device = Geometry(40, 16, 16), target(4, 90)
     for made in (wgrad_launch(g, device, x="x", a="dy", dw="dW"), dgrad_launch(g, device, dy="dy", dx="dx")):
         assert [*made.arguments] == made.kernel.arg_names[: len(made.arguments)]

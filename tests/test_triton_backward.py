@@ -119,7 +119,7 @@ def test_linear_backward(rule):
 
 def test_launches_are_shared(monkeypatch):
     """Weight mirror is one launch and dx, information alignment two, of which one holds dx."""
-    launched = record_launches(monkeypatch, choose_grouped=lambda *_: None)  # as if the layer were large
+    launched = record_launches(monkeypatch, choose_joint=lambda *_: None)  # as if the layer were large
     for rule, wgrads in (("wm", 1), ("kp", 1), ("sa", 1), ("aa", 1), ("ia", 2)):
         launched.clear()
         run_conv2d(LAYERS["1x1"], RULES[rule], Algorithm.NONE if rule in ("kp", "sa") else Algorithm.DIRECT)

@@ -8,7 +8,7 @@ from triton_cases import Case, assert_near, data_terms, layer_backward, one_pass
 
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.tiles import choose_grouped, choose_pointwise, choose_wgrad
+from pyfeedback.kernels.tiles import choose_joint, choose_pointwise, choose_wgrad
 
 pytestmark = triton_cases.MARKS
 uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
@@ -33,7 +33,7 @@ COVERED = {
         ("linear", "ia", Algorithm.DIRECT),
         ("1x1 strided", "ia, amp above null", Algorithm.INPUT_GRAM),
     ],
-    "grouped": [
+    "joint": [
         ("2x1", "wm", Algorithm.DIRECT),
         ("2x1", "ia", Algorithm.DIRECT),
         ("1x1", "aa", Algorithm.DIRECT),
@@ -80,7 +80,7 @@ def test_error_at_most_four_times_that_of_centering_both_factors(launches, case,
     assert launched is None or len(terms_in_one_pass(launched)) == len(ratios)
 
 
-@pytest.mark.parametrize("launches", ["one pass", "grouped"])
+@pytest.mark.parametrize("launches", ["one pass", "joint"])
 @pytest.mark.parametrize(
     ("rule", "algorithm"), [("wm", Algorithm.DIRECT), ("ia", Algorithm.DIRECT), ("ia", Algorithm.INPUT_GRAM)]
 )
@@ -107,7 +107,7 @@ def test_the_mean_is_that_of_the_samples_in_use(rule, fused):
         assert_near(ours, *(data_terms(case, x, w, b, y, terms, wide) for wide in (torch.float32, torch.float64)))
 
 
-@pytest.mark.parametrize("launches", ["one pass", "grouped", "unfused"])
+@pytest.mark.parametrize("launches", ["one pass", "joint", "unfused"])
 def test_a_sample_alone_is_its_mean(launches, monkeypatch):
     if launches == "one pass":
         one_pass(monkeypatch)
@@ -133,7 +133,7 @@ def test_chosen_tiles(capability, itemsize):
             assert (tile.BC, tile.stages) <= (plain.BC, plain.stages)
             assert itemsize == 2 or tile.BC <= 32
             assert (capability, itemsize) != (90, 2) or tile.stages == 4 - means
-            small = choose_grouped(g._replace(N=50), rows, True, target(itemsize, capability), means)
+            small = choose_joint(g._replace(N=50), rows, True, target(itemsize, capability), means)
             assert len({(t.warps, t.stages) for t in small}) == 1
     for term in ("cross", "z", "gram"):
         tile = choose_pointwise(Geometry(10**5, 64, 64), term, target(2, capability), True)

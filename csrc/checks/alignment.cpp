@@ -1,3 +1,4 @@
+// Checks the arguments of extension_alignment_products and turns them into pairs.
 #include "plans.h"
 
 namespace pyfeedback {

@@ -1,3 +1,4 @@
+// Checks the arguments of extension_center and extension_add_centered_ and turns them into operands.
 #include "plans.h"
 
 namespace pyfeedback {

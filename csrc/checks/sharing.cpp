@@ -1,3 +1,4 @@
+// Finds operands that share memory: first by their extents, then by a search over their strides.
 #include "sharing.h"
 
 #include <algorithm>

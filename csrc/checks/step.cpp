@@ -1,3 +1,4 @@
+// Checks the arguments of the steps and turns them into rows.
 #include <algorithm>
 #include <cmath>
 #include <utility>

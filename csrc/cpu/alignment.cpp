@@ -1,3 +1,4 @@
+// Divides extension_alignment_products among threads; the kernel is in alignment_kernels.h.
 #include <algorithm>
 #include <vector>
 

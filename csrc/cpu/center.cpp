@@ -1,3 +1,4 @@
+// Divides extension_center and extension_add_centered_ among threads; the kernels are in center_kernels.h.
 #include <algorithm>
 
 #include <torch/csrc/stable/ops.h>

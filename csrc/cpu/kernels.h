@@ -1,4 +1,5 @@
-// The CPU kernels, which loops.h collects. They are compiled once for the baseline instruction set and once for AVX2.
+// The table of the CPU kernels, which all_kernels.h fills. They are compiled once for the baseline instruction set and
+// once for AVX2.
 #pragma once
 
 #include <cstdint>

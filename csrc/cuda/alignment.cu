@@ -1,3 +1,4 @@
+// The kernel of extension_alignment_products: a block adds up a part of one pair, and the last block all parts.
 #include "../alignment.h"
 #include "pack.cuh"
 #include "reduce.cuh"

@@ -1,3 +1,4 @@
+// The scheduler of the emulator: fibers, barriers and exchanges between lanes.
 #include "grid.h"
 
 #include <algorithm>

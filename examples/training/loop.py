@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import pyfeedback
 from training import models, recipe
 from training.data import Images
+from training.device import Place
 from training.order import Loader
-from training.place import Place
 from training.settings import Settings
 
 

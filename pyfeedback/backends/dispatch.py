@@ -1,10 +1,11 @@
 """The choice of the implementation of each op.
 
 "composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
-is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches.
-Under "auto", an op uses the first available implementation in its row of `_FASTEST`. Each was measured to be faster
-on that device than those after it. "measured-triton" is limited to the layers in the device's table
-(`kernels/measured.py`), and "depthwise" to the layers that its module lists.
+is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
+Under "auto", an op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
+faster than those after it. On a GPU, "measured-triton" is limited to the layers in the device's table
+(`kernels/measured.py`); no device has a table yet, so all layers are composed. "depthwise" is limited to the layers for
+which `backends/extension/depthwise.is_faster` holds.
 """
 
 import os
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from pyfeedback.backends import triton
 from pyfeedback.backends.composite import alignment, center, layer, steps
-from pyfeedback.backends.extension import depthwise, kernels, loading
+from pyfeedback.backends.extension import depthwise, loading, ops
 from pyfeedback.core.algorithm import Algorithm, choose_algorithm, needs_response
-from pyfeedback.core.call import Gradients, Kernels, LayerCall, Mask
+from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
 from pyfeedback.core.deprecation import warn_renamed
 from pyfeedback.core.geometry import LINEAR, Geometry, Shape
@@ -54,12 +55,14 @@ for _name, _fused in (("triton", True), ("triton-unfused", False)):
     _LAYER_BACKENDS[_name] = LayerBackend(_backward, triton.IMPLEMENTED, triton.supports)
     _LAYER_BACKENDS[f"measured-{_name}"] = LayerBackend(_backward, triton.IMPLEMENTED, _is_faster)
 
+# Each of these is an op of its name and one with the prefix extension_. adamw_step_ and alignment_products are only the
+# latter, because users do not call them.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "adamw_step_": {"composite": steps.adamw_step_, "extension": kernels.adamw_step_},
-    "add_centered_": {"composite": center.add_centered_, "extension": kernels.add_centered_},
-    "alignment_products": {"composite": alignment.alignment_products, "extension": kernels.alignment_products},
-    "center": {"composite": center.center, "extension": kernels.center},
-    "feedback_step_": {"composite": steps.feedback_step_, "extension": kernels.feedback_step_},
+    "adamw_step_": {"composite": steps.adamw_step_, "extension": ops.adamw_step_},
+    "add_centered_": {"composite": center.add_centered_, "extension": ops.add_centered_},
+    "alignment_products": {"composite": alignment.alignment_products, "extension": ops.alignment_products},
+    "center": {"composite": center.center, "extension": ops.center},
+    "feedback_step_": {"composite": steps.feedback_step_, "extension": ops.feedback_step_},
 }
 
 # The CUDA kernels of csrc have not been measured on any device: only backend("extension") uses them.
@@ -90,10 +93,10 @@ def current_implementation(op: str, device_type: str) -> Callable:
 
 
 class Candidate(NamedTuple):
-    """A layer backend on one device, with the kernels that it runs on."""
+    """A layer backend on one device, with the functions that its backward calls."""
 
     backend: LayerBackend
-    kernels: Kernels
+    chosen: Implementations
     missing: tuple[str, ...]  # coefficients that it does not implement
 
 
@@ -117,6 +120,7 @@ def plan(
         NotImplementedError: no backend for this layer implements one of the coefficients.
     """
     device_type = "cpu" if input.is_cpu else input.device.type  # creating the string takes 5 microseconds
+    # current_backend(), inlined: a Python call less for each layer.
     backend = backend or _innermost.get() or (current_backend() if _open_blocks else _default)
     algorithm, reads_response = Algorithm.NONE, False
     if mask[2] and input.shape[0]:
@@ -124,14 +128,15 @@ def plan(
             algorithm, reads_response = _cached_algorithm(geometry, input.shape, weight.shape, rule, response_saved)
         except TypeError:  # symbolic sizes have no hash
             algorithm, reads_response = _algorithm(geometry, input.shape, weight.shape, rule, response_saved)
-    for found, made_of, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
+    for found, chosen, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
         if missing and any(getattr(rule, name) for name in missing):
             continue
         if found.supports is None or found.supports(geometry, input, weight, rule, algorithm):
             if found.reads_response is not None:
                 reads_response = mask[2] and found.reads_response(rule, device_type)
-            return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response)
-    name = next(name for name in missing if getattr(rule, name))  # of the composition, which supports every layer
+            return LayerCall(geometry, rule, mask, algorithm, chosen, reads_response)
+    # The last candidate is the composition, which supports every layer: `missing` is what PyTorch's kernels lack.
+    name = next(name for name in missing if getattr(rule, name))
     raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
 
 
@@ -161,7 +166,7 @@ def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidat
     return tuple(
         Candidate(
             found,
-            Kernels(found.backward, center, add_centered_),
+            Implementations(found.backward, center, add_centered_),
             tuple(name for name in COEFFICIENTS if name not in found.implemented),
         )
         for name in _preferred(kind, device_type, backend)
@@ -199,7 +204,7 @@ def set_backend(name: str) -> None:
             Triton's interpreter (TRITON_INTERPRET=1, set before the first use).
     """
     global _default
-    _default = _checked(name, 3)
+    _default = _available_backend(name, 3)
     implementation.cache_clear()
     _candidates.cache_clear()
     is_plain.cache_clear()
@@ -214,7 +219,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises the same errors as :func:`set_backend`.
     """
-    name = _checked(name, 4)
+    name = _available_backend(name, 4)
     _open_blocks.append(name)
     try:
         with use_backend(name):
@@ -233,7 +238,7 @@ def use_backend(name: str) -> Iterator[None]:
         _innermost.reset(token)
 
 
-def _checked(name: str, stacklevel: int) -> str:
+def _available_backend(name: str, stacklevel: int) -> str:
     """The current name of a backend; raises if the backend is unknown or not available."""
     if isinstance(name, str) and name in _RENAMED:
         warn_renamed(f'backend "{name}"', f'"{_RENAMED[name]}"', stacklevel)

@@ -50,5 +50,5 @@ def layer_backward(
     return backward.layer_backward(
         grad_output, input, weight, feedback, response, rule=call.rule, mask=call.mask,
         convolution=geometry[:3] if isinstance(geometry, Convolution) else None,
-        algorithm=call.algorithm.value, center=call.kernels.center, fused=fused,
+        algorithm=call.algorithm.value, center=call.chosen.center, fused=fused,
     )  # fmt: skip

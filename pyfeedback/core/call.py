@@ -17,8 +17,8 @@ Mask = tuple[bool, ...]  # which gradients are needed: of input, weight, feedbac
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # in that order
 
 
-class Kernels(NamedTuple):
-    """The implementations that the backward of a layer uses, chosen for its device and backend."""
+class Implementations(NamedTuple):
+    """The functions that the backward of a layer calls, chosen for its device and backend."""
 
     backward: Callable[..., Gradients]  # of (call, grad_output, input, weight, feedback, response)
     center: Callable[[Tensor, int], Tensor]
@@ -32,5 +32,5 @@ class LayerCall(NamedTuple):
     rule: Coefficients
     mask: Mask
     algorithm: Algorithm
-    kernels: Kernels
+    chosen: Implementations
     reads_response: bool  # whether the backward reads the response, the output without bias

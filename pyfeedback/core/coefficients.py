@@ -2,7 +2,9 @@
 
 The regularizer of each primitive is written in :mod:`pyfeedback.reference`, its gradient in
 :mod:`pyfeedback.backends.composite.layer` and its cost in :mod:`pyfeedback.core.algorithm`; schemas, checks and keyword
-arguments follow this table.
+arguments follow this table. A primitive in ``ELEMENTWISE`` also needs its term in backends/composite/steps.py and
+csrc/step.h (optimizers), csrc/depthwise.h and kernels/common.py (layers). The backend of a layer may do without it and
+leave it out of its ``IMPLEMENTED``.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The map from the input of a layer to its output: one type for linear layers, one for all convolutions.
 
-Both have the same methods. Notation as in the contract of the ops: x is an input, y an output, ``kernel`` a weight or a
-feedback weight::
+Both have the same methods. Notation as in :func:`pyfeedback.functional.fa_conv2d`: x is an input, y an output,
+``kernel`` a weight or a feedback weight::
 
     fprop(x, kernel)       conv(x, kernel)
     dgrad(y, kernel, x)    conv_transpose(y, kernel), of the size of x
@@ -40,7 +40,7 @@ class Convolution(NamedTuple):
 
     @property
     def channel(self) -> int:
-        """The dimension of the channels of an activation."""
+        """The index of an activation's channel dimension."""
         return 1
 
     @property
@@ -122,7 +122,7 @@ class Linear(NamedTuple):
 
     @property
     def channel(self) -> int:
-        """The dimension of the channels of an activation."""
+        """The index of an activation's channel dimension."""
         return -1
 
     @property

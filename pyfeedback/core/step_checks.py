@@ -19,6 +19,7 @@ from torch import Tensor, UntypedStorage
 from pyfeedback.core import overlap
 from pyfeedback.core.step_options import StepOptions
 from pyfeedback.core.tensors import DTYPES
+from pyfeedback.core.values import describe
 
 Tensors = Sequence[Tensor]
 Rows = Sequence[Any]  # tensors, or None for a row without that operand
@@ -67,7 +68,7 @@ def check_step_tensors(
     if dynamic is not None and feedback:
         expected = f"(5,) torch.float64 on {feedback[0].device}"
         if not isinstance(dynamic, Tensor):
-            raise TypeError(f"dynamic is {_kind(dynamic)}, expected a Tensor or None")
+            raise TypeError(f"dynamic is {describe(dynamic)}, expected a Tensor or None")
         if _describe(dynamic) != expected or not dynamic.is_contiguous():
             raise ValueError(f"dynamic is {_describe(dynamic)}, expected contiguous {expected}")
     if memory:
@@ -90,7 +91,7 @@ def check_adamw_tensors(
     _check_length("step", step, len(param))
     for i, (count, like) in enumerate(zip(step, param, strict=True)):
         if not isinstance(count, Tensor) or count.dtype is not torch.float32 or count.numel() != 1:
-            what = _describe(count) if isinstance(count, Tensor) else _kind(count)
+            what = _describe(count) if isinstance(count, Tensor) else describe(count)
             raise TypeError(f"step[{i}] is {what}, expected a torch.float32 tensor with one element")
         if count.device not in (like.device, torch.device("cpu")):
             raise ValueError(f"step[{i}] is on {count.device}, expected cpu or the device of param[{i}], {like.device}")
@@ -134,8 +135,8 @@ def kernel_error(error: Exception) -> RuntimeError:
 def refuse_list(name: str, tensors: object) -> NoReturn:
     """Raise for a value that is not a list, or for a list whose first element is not a tensor."""
     if not isinstance(tensors, (list, tuple)):
-        raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
-    raise TypeError(f"{name}[0] is {_kind(tensors[0])}, expected a Tensor")
+        raise TypeError(f"{name} is {describe(tensors)}, expected a list of tensors")
+    raise TypeError(f"{name}[0] is {describe(tensors[0])}, expected a Tensor")
 
 
 def refuse_meta(operands: dict[str, Tensor | Tensors]) -> None:
@@ -162,7 +163,7 @@ def _operands(
         if not set(map(type, tensors)) <= PLAIN:
             for i, tensor in enumerate(tensors):
                 if not isinstance(tensor, Tensor):
-                    raise TypeError(f"{name}[{i}] is {_kind(tensor)}, expected a Tensor")
+                    raise TypeError(f"{name}[{i}] is {describe(tensor)}, expected a Tensor")
         operands[name] = (
             tensors
             if factors is None or all(factors)
@@ -173,7 +174,7 @@ def _operands(
 
 def _check_length(name: str, tensors: Tensors, count: int, needed: bool = True) -> None:
     if not isinstance(tensors, (list, tuple)):
-        raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
+        raise TypeError(f"{name} is {describe(tensors)}, expected a list of tensors")
     if len(tensors) != count and (needed or len(tensors)):
         raise ValueError(
             f"{name} has {len(tensors)} tensors, expected {count}{'' if needed else ' or 0'}, one for each feedback"
@@ -332,13 +333,13 @@ def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], o
     """Raise for the first invalid number."""
     for name, values in coefficients.items():
         if not isinstance(values, (list, tuple)):
-            raise TypeError(f"{name} is {_kind(values)}, expected a list of numbers")
+            raise TypeError(f"{name} is {describe(values)}, expected a list of numbers")
         if len(values) != count:
             raise ValueError(f"{name} has {len(values)} numbers, expected {count}, one for each feedback")
         for i, value in enumerate(values):
-            check_number(f"{name}[{i}]", value, -math.inf)
+            _check_in_range(f"{name}[{i}]", value, -math.inf)
     for name in ("lr", "momentum", "noise"):
-        check_number(name, getattr(options, name))
+        _check_in_range(name, getattr(options, name))
     for name in ("nesterov", "skip_nonfinite"):
         if not isinstance(getattr(options, name), bool):
             raise TypeError(f"{name} is {getattr(options, name)!r}, expected True or False")
@@ -349,10 +350,10 @@ def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], o
         raise ValueError(f"seed is {seed}, expected a 64-bit integer")
 
 
-def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:
+def _check_in_range(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:
     """Raise unless ``value`` is a finite real number, at least ``least`` and less than ``most``."""
     if not isinstance(value, Real):
-        raise TypeError(f"{name} is {_kind(value)}, expected a number")
+        raise TypeError(f"{name} is {describe(value)}, expected a number")
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an int that exceeds every float
@@ -361,13 +362,6 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
         bounds = "" if least == -math.inf else f", {least:g} or more"
         bounds += "" if most == math.inf else f" and below {most:g}"
         raise ValueError(f"{name} is {value}, expected a finite number{bounds}")
-
-
-def _kind(value: object) -> str:
-    """A short description of an argument."""
-    if value is None or isinstance(value, (bool, int, float, complex, str)):
-        return repr(value)
-    return f"a {type(value).__name__}"
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The autograd formula of a layer, and the three wrappers that PyTorch needs for it.
 
 The formula is :func:`gradients`. It computes all gradients as planned by :func:`pyfeedback.backends.dispatch.plan` in
-the forward pass, outside of autocast. Double backward is not supported.
+the forward pass. Double backward is not supported.
 
 * :func:`forward_with_feedback` needs no formula: if the feedback has no gradient and no kernel of this package is
   faster, the backward of the plain layer is correct with B in place of the saved W. It costs what the plain layer does.
@@ -9,9 +9,9 @@ the forward pass, outside of autocast. Double backward is not supported.
   that of the dispatcher on a tiny layer.
 * :class:`TransformableLayer` sets up its context separately from its forward, as torch.func requires. This costs a
   third more on a tiny layer, so it is used only inside a transform.
-* :func:`register` registers the formula for the ops themselves, for the dispatcher and torch.compile. Compilers do not
-  support a Function with symbolic numbers in all releases, and torch 2.10 computes a wrong gradient. The backward is
-  an op as well, so a compiled graph has a single node for it.
+* :func:`register_formula` registers the formula for the ops themselves, for the dispatcher and torch.compile. Compilers
+  do not support a Function with symbolic numbers in all releases, and torch 2.10 computes a wrong gradient. The
+  backward is an op as well, so a compiled graph has a single node for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +32,12 @@ def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | Non
     if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():
             grads = gradients(call, grad_output, saved)
-        return _Once.apply(4, *grads, grad_output, *saved)
+        return _NotDifferentiable.apply(4, *grads, grad_output, *saved)
+    # backward() called inside of an autocast block must not cast again. The first test is cheap and mostly false.
     if torch._C._is_any_autocast_enabled() and autocasts(grad_output.device.type):
         with torch.autocast(grad_output.device.type, enabled=False):
-            return call.kernels.backward(call, grad_output, *saved)
-    return call.kernels.backward(call, grad_output, *saved)
+            return call.chosen.backward(call, grad_output, *saved)
+    return call.chosen.backward(call, grad_output, *saved)
 
 
 class _InPlaceOfWeight(NamedTuple):
@@ -62,7 +63,7 @@ class _InPlaceOfWeight(NamedTuple):
         if not torch.is_grad_enabled():
             return None
         grads = [None if grad is None else grad.detach() for grad in grad_inputs]
-        return _Once.apply(len(grads), *grads, *grad_inputs, *grad_outputs, self.weight, self.feedback)
+        return _NotDifferentiable.apply(len(grads), *grads, *grad_inputs, *grad_outputs, self.weight, self.feedback)
 
 
 # The attribute of each node that holds the saved weight, and whether it is the transpose.
@@ -166,7 +167,7 @@ class _TransformableGradients(torch.autograd.Function):
         return stacked, tuple(None if grad is None else 0 for grad in stacked)
 
 
-def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
+def register_formula(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
     """Register the formula for the op ``name``; its backward calls the op ``{name}_backward``.
 
     Args:
@@ -198,7 +199,7 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
     torch.library.register_autograd(f"pyfeedback::{name}_backward", _refuse, lib=LIBRARY)
 
 
-class _Once(torch.autograd.Function):
+class _NotDifferentiable(torch.autograd.Function):
     """The first ``count`` tensors, gradients, as functions of all the tensors; backward raises."""
 
     @staticmethod

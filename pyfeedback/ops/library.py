@@ -14,7 +14,7 @@ from pyfeedback.core import layer_checks, step_checks
 from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients
 from pyfeedback.core.geometry import LINEAR, Convolution, Geometry, from_arguments
 from pyfeedback.core.step_options import StepOptions
-from pyfeedback.ops.autograd import not_a_view, register
+from pyfeedback.ops.autograd import not_a_view, register_formula
 from pyfeedback.ops.schemas import LIBRARY
 
 ALL = (True, True, True, True)  # output_mask: compute all gradients
@@ -25,11 +25,11 @@ _ops = torch.ops.pyfeedback
 # The layers. The arguments of an op after its tensors define its geometry; the same functions implement all layers.
 
 
-def _conv2d(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> Convolution:
+def _conv2d_geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> Convolution:
     return Convolution(tuple(stride), tuple(padding), tuple(dilation), groups=groups)
 
 
-def _linear() -> Geometry:
+def _linear_geometry() -> Geometry:
     return LINEAR
 
 
@@ -45,7 +45,7 @@ def _forward(geometry_of: Callable[..., Geometry]) -> Callable[..., Tensor]:
     return forward
 
 
-def _checked(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, mask) -> tuple:
+def _check_backward(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, mask) -> tuple:
     """Check the arguments of a backward op, and return its geometry and coefficients."""
     geometry, coefficients = geometry_of(*arguments), Coefficients(**rule)
     if geometry_of is from_arguments:
@@ -60,16 +60,16 @@ def _checked(geometry_of, arguments, rule, grad_output, input, weight, feedback,
 def _backward(geometry_of: Callable[..., Geometry]) -> Callable:
     def backward(grad_output, input, weight, feedback, response=None, *arguments, output_mask=ALL, **rule):
         tensors = grad_output, input, weight, feedback, response
-        geometry, coefficients = _checked(geometry_of, arguments, rule, *tensors, output_mask)
+        geometry, coefficients = _check_backward(geometry_of, arguments, rule, *tensors, output_mask)
         call = plan(geometry, input, weight, coefficients, output_mask, response is not None)
-        return call.kernels.backward(call, *tensors)
+        return call.chosen.backward(call, *tensors)
 
     return backward
 
 
 def _fake_backward(geometry_of: Callable[..., Geometry]) -> Callable:
     def backward(grad_output, input, weight, feedback, response=None, *arguments, output_mask=ALL, **rule):
-        _checked(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, output_mask)
+        _check_backward(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, output_mask)
         return _empty_gradients(grad_output, input, weight, output_mask)
 
     return backward
@@ -234,13 +234,17 @@ def cast_to(value, dtype: torch.dtype, device_type: str):
     return value.to(dtype) if eligible and value.device.type == device_type else value
 
 
-_geometries: dict[str, Any] = {"fa_conv2d": _conv2d, "fa_convolution": from_arguments, "fa_linear": _linear}
+_geometries: dict[str, Any] = {
+    "fa_conv2d": _conv2d_geometry,
+    "fa_convolution": from_arguments,
+    "fa_linear": _linear_geometry,
+}
 for _name, _geometry_of in _geometries.items():
     LIBRARY.impl(_name, _forward(_geometry_of), "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_name}_backward", _backward(_geometry_of), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyfeedback::{_name}", _forward(_geometry_of), lib=LIBRARY)
     torch.library.register_fake(f"pyfeedback::{_name}_backward", _fake_backward(_geometry_of), lib=LIBRARY)
-    register(_name, _geometry_of)
+    register_formula(_name, _geometry_of)
     for _device_type in ("cpu", "cuda"):
         _op = getattr(_ops, _name).default
         LIBRARY.impl(_name, _autocast(_op, _device_type), f"Autocast{_device_type.upper()}")
@@ -249,4 +253,4 @@ LIBRARY.impl("scheduled_layer", _scheduled, "CompositeExplicitAutograd")
 LIBRARY.impl("scheduled_layer_backward", _scheduled_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("pyfeedback::scheduled_layer", _scheduled, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::scheduled_layer_backward", _fake_scheduled_backward, lib=LIBRARY)
-register("scheduled_layer", from_arguments, scheduled=True)
+register_formula("scheduled_layer", from_arguments, scheduled=True)

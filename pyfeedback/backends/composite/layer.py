@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.composite.centering import centered, centered_factor, combined
+from pyfeedback.backends.composite.centered_factors import centered, centered_factor, combined
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.call import Gradients, LayerCall
 from pyfeedback.core.tensors import acc_dtype, match_strides

@@ -12,8 +12,9 @@ from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution
 from pyfeedback.core.tensors import acc_dtype, match_strides
 
-COEFFICIENTS = ("decay", "amp", "null", "sparse", "self_", "tie")  # in the order of the kernel's argument
-IMPLEMENTED = frozenset(COEFFICIENTS)
+# The coefficients in the order of the op's argument, which csrc/checks/depthwise.cpp reads by position.
+KERNEL_ORDER = ("decay", "amp", "null", "sparse", "self_", "tie")
+IMPLEMENTED = frozenset(KERNEL_ORDER)
 
 
 def supports(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
@@ -57,7 +58,7 @@ def backward(
     grads = torch.ops.pyfeedback.extension_depthwise_backward.default(
         grad_output, input, weight.contiguous(), feedback.contiguous(), mean, response, response_mean,
         geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
-        [getattr(rule, name) for name in COEFFICIENTS], n, *mask[:4],
+        [getattr(rule, name) for name in KERNEL_ORDER], n, *mask[:4],
     )  # fmt: skip
     grad_input, grad_weight, grad_feedback, grad_bias = (
         grad if needed else None for grad, needed in zip(grads, mask, strict=False)

@@ -1,4 +1,4 @@
-// The loops of extension_feedback_step_ and extension_adamw_step_ over one chunk of one row. In an unnamed namespace,
+// The kernels of extension_feedback_step_ and extension_adamw_step_ over one chunk of one row. In an unnamed namespace,
 // see scalar.h.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""The weight gradient and the input gradient in one launch, for a layer too small to fill a GPU with either.
+"""A joint launch: the weight gradient and the input gradient together, for a layer too small to fill a GPU with either.
 
 The programs of a persistent grid first compute the tiles of the weight gradient, which take longer, and then those of
 the input gradient.
@@ -14,7 +14,7 @@ from .wgrad import wgrad_kernel
 
 
 @triton.jit
-def grouped_kernel(
+def joint_kernel(
     wgrad_arguments,  # the arguments of wgrad_kernel, without compile-time constants
     dgrad_arguments,  # of dgrad_kernel
     wgrad_tiles,
@@ -43,7 +43,7 @@ def grouped_kernel(
             )
 
 
-def grouped_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int | None = None) -> Launch:
+def joint_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int | None = None) -> Launch:
     """Combine both launches of one layer. Neither may write a tensor that the other reads.
 
     Args:
@@ -58,7 +58,7 @@ def grouped_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int 
         for constant, value in launch.constants.items():
             constants[f"{name}_{constant}" if constant in ("FLAGS", "TILE") else constant] = value
     return wgrad._replace(
-        kernel=grouped_kernel,
+        kernel=joint_kernel,
         products=wgrad.products + dgrad.products,
         grid=(min(tiles, programs or PROGRAMS_PER_PROCESSOR * processors), 1),
         arguments=arguments,

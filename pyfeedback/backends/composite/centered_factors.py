@@ -15,7 +15,7 @@ LARGE = 2**18  # elements of an input whose copy is worth avoiding
 
 def centered(x: Tensor, call: LayerCall) -> Tensor:
     """x, or x minus its mean over the samples."""
-    return call.kernels.center(x, x.shape[0]) if call.rule.center else x
+    return call.chosen.center(x, x.shape[0]) if call.rule.center else x
 
 
 def centered_factor(x: Tensor, call: LayerCall) -> Tensor:
@@ -33,7 +33,7 @@ def combined(z: Tensor, beta: float, x: Tensor, alpha: float, call: LayerCall) -
     if not alpha:
         return z
     if call.rule.center:
-        call.kernels.add_centered_(z, x, beta, alpha)
+        call.chosen.add_centered_(z, x, beta, alpha)
         return z
     return torch.add(z, x, alpha=alpha, out=z) if beta == 1.0 else torch.add(x, z, alpha=beta, out=z)
 
