@@ -22,7 +22,7 @@ ROUNDING := tests/test_numerics.py tests/test_centering.py
 
 # The subset of `make test-fast`: files of every area, without the tests marked slow or run by the CUDA emulator.
 FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conversion optim whole_model_optimizers \
-	schedules metrics native backends bad_input docs architecture))
+	schedules metrics extension backends bad_input docs architecture))
 FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help

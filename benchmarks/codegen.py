@@ -3,7 +3,7 @@
     python benchmarks/codegen.py [--architectures 80 90 gfx942] [--jobs 2]
 
 Prints registers, spilled accesses, shared memory, tensor-core instructions, waits for wgmma, and the bytes of
-each load of a block. Exits with 1 on a spill, on a 16-bit tile of sm_90 without wgmma or with wgmma serialised, on
+each load of a block. Exits with 1 on a spill, on a 16-bit tile of sm_90 without wgmma or with wgmma serialized, on
 loads narrower than 16 bytes, and on too much shared memory. No GPU is needed, none is timed. gfx942 is compiled with
 the tiles of sm_80, which were not made for it, and is held to nothing but compiling.
 """
@@ -24,10 +24,10 @@ from triton.compiler import ASTSource
 
 from pyfeedback.kernels.dgrad import dgrad_kernel, dgrad_launch
 from pyfeedback.kernels.geometry import Geometry, conv_geometry
-from pyfeedback.kernels.grouped import grouped_launch
+from pyfeedback.kernels.joint import joint_launch
 from pyfeedback.kernels.launch import Launch
 from pyfeedback.kernels.pointwise import pointwise_launch
-from pyfeedback.kernels.tiles import DgradTile, Target, WgradTile, choose_grouped, choose_pointwise
+from pyfeedback.kernels.tiles import DgradTile, Target, WgradTile, choose_joint, choose_pointwise
 from pyfeedback.kernels.wgrad import wgrad_kernel, wgrad_launch
 from pyfeedback.testing import RESNET20_CIFAR, RESNET50
 
@@ -94,12 +94,12 @@ DGRADS = {
     "dgrad dual": "dy dx y z x x_scale",
     "dgrad dual centered": "dy dx y z x x_scale mean",
 }
-GROUPED = {
-    "grouped kp": ("wgrad+kp", "dgrad"),
-    "grouped pair": ("wgrad pair", "dgrad"),
-    "grouped dual": ("wgrad", "dgrad dual"),
-    "grouped pair centered": ("wgrad pair centered", "dgrad"),
-    "grouped dual centered": ("wgrad", "dgrad dual centered"),
+JOINT = {
+    "joint kp": ("wgrad+kp", "dgrad"),
+    "joint pair": ("wgrad pair", "dgrad"),
+    "joint dual": ("wgrad", "dgrad dual"),
+    "joint pair centered": ("wgrad pair centered", "dgrad"),
+    "joint dual centered": ("wgrad", "dgrad dual centered"),
 }
 POINTWISE = {  # the second word is the term
     "pointwise none": "decay self_ tie",
@@ -128,7 +128,7 @@ def jobs(architectures: list[int | str]) -> list[Job]:
                     ops = ["wgrad pair", "wgrad pair centered", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
         for layer in SMALL_LAYERS:
-            found += [Job(op, layer, dtype, capability) for op in GROUPED for dtype in TYPES if dtype != "fp16"]
+            found += [Job(op, layer, dtype, capability) for op in JOINT for dtype in TYPES if dtype != "fp16"]
         for layer in POINTWISE_LAYERS:
             found += [job for op in POINTWISE if pointwise_tile(job := Job(op, layer, "bf16", capability))]
         found.append(Job("pointwise z centered", POINTWISE_LAYERS[0], "fp16", capability))
@@ -177,13 +177,13 @@ def dgrad(job: Job, tile: DgradTile | None = None) -> Launch:
     return dgrad_launch(layer_geometry(job.layer), target(job), tile=tile, **options)
 
 
-def grouped(job: Job) -> Launch:
+def joint(job: Job) -> Launch:
     """The launch of both."""
-    g, (first, second) = layer_geometry(job.layer), GROUPED[job.op]
+    g, (first, second) = layer_geometry(job.layer), JOINT[job.op]
     rows = (g.K, g.K if " u " in WGRADS[first] else 0)
-    tiles = choose_grouped(g, rows, "dual" in second, target(job), int("mean" in WGRADS[first]))
+    tiles = choose_joint(g, rows, "dual" in second, target(job), int("mean" in WGRADS[first]))
     both = wgrad(job._replace(op=first), tiles[0]), dgrad(job._replace(op=second), tiles[1])
-    return grouped_launch(*both, target(job).processors)
+    return joint_launch(*both, target(job).processors)
 
 
 def pointwise_tile(job: Job) -> object:
@@ -200,7 +200,7 @@ def pointwise(job: Job) -> Launch:
 
 def compile_job(job: Job) -> Code:
     """Compile as a launch with 16-byte aligned tensors would, and read the machine code."""
-    sources = {**dict.fromkeys(WGRADS, wgrad), **dict.fromkeys(DGRADS, dgrad), **dict.fromkeys(GROUPED, grouped)}
+    sources = {**dict.fromkeys(WGRADS, wgrad), **dict.fromkeys(DGRADS, dgrad), **dict.fromkeys(JOINT, joint)}
     launch = sources.get(job.op, pointwise)(job)
     element = {"p_semaphores": "i32", **dict.fromkeys(FLOATS, "fp32")} | ({"p_f": "fp32"} if "gram" in job.op else {})
     signature, constants, aligned = {}, dict(launch.constants), {}
@@ -295,9 +295,9 @@ def faults(job: Job, code: Code) -> list[str]:
     if job.capability >= 90 and TYPES[job.dtype] == 2:
         if not code.wgmma:
             found.append("no wgmma")
-        # A serialised loop waits for each wgmma, a pipelined one once for the instructions of a whole step.
+        # A serialized loop waits for each wgmma, a pipelined one once for the instructions of a whole step.
         elif code.waits * 2 > code.wgmma:
-            found.append("serialised wgmma")
+            found.append("serialized wgmma")
     # wgmma reads float32 operands K-major only: Triton transposes the others on their way, in copies of 4 bytes.
     transposed = job.dtype == "tf32" and job.capability >= 90
     if code.loads[0] < 16 and not transposed:

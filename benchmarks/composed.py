@@ -7,7 +7,7 @@ feedback is passed as the weight. Each rule then takes the calls of its formula,
     amp, null      z = convT(y, B);  wgrad(null z - amp x, y)
     amp, sparse    e = conv(x, B);   wgrad(x, sparse e - amp y)
 
-Here y is the response saved by the forward pass. Centring copies x and y.
+Here y is the response saved by the forward pass. Centering copies x and y.
 """
 
 import torch

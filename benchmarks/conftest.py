@@ -6,7 +6,7 @@
     pytest benchmarks                                        # check every result, time nothing
 
 `test_layer_steps.py`   forward and backward of one layer: plain backprop, pyfeedback, the reference (the paper's
-                        regularisers by autograd), the composition of PyTorch's calls; --compile adds the compiled
+                        regularizers by autograd), the composition of PyTorch's calls; --compile adds the compiled
                         reference
 `test_network_steps.py` a whole training step of a network with its optimizer, and its peak memory
 `test_feedback_step.py` the multi-tensor update of all feedback weights

@@ -32,7 +32,7 @@ def minimum_bytes(shape: ConvShape, rule: Rule, batch: int, dtype: torch.dtype, 
     x = batch * shape.in_channels * shape.map_size**2
     w = shape.out_channels * (shape.in_channels // shape.groups) * shape.kernel**2
     sizes = (batch, shape.in_channels, *2 * [shape.map_size]), (shape.out_channels, 0, *2 * [shape.kernel])
-    y = math.prod(shape.window.output_shape(*sizes))
+    y = math.prod(shape.geometry.output_shape(*sizes))
     forward = x + w + y
     backward = (y + x + w) + (x + w)  # grad_output, input, feedback; grad_input, grad_weight
     if rule.learns:

@@ -23,7 +23,7 @@ if [[ -n "${STAND_IN:-}" ]]; then
   device=cpu
   marked=(-m "not slow" -k "forms") rates=(--network resnet20 --batch 2 --dtype float32 --rounds 3)
   layers=(--network resnet20 --batch 2 --budget 0.01 --rule ia)
-  depthwise=(--network mobilenet_v2 --batch 1 --budget 0.01 --rule fa --against native)
+  depthwise=(--network mobilenet_v2 --batch 1 --budget 0.01 --rule fa --against extension)
   networks=(--network resnet20 --quick --rule ia)
   export PYFEEDBACK_CUDA=0
 else
@@ -39,7 +39,7 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
     --against triton --against triton-unfused)
   for rule in fa wm ia aa kp; do layers+=(--rule "$rule"); done
   depthwise=(--network convnext_t --batch 64 --dtype bfloat16 --budget 0.1 --rule fa --rule ia
-    --against plain --against composed --against native)
+    --against plain --against composed --against extension)
   networks=(--network resnet18 --network resnet20 --dtype bfloat16 --budget 0.3 --against plain)
   for rule in wm ia aa kp; do networks+=(--rule "$rule"); done
   export PYFEEDBACK_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}"

@@ -39,7 +39,7 @@ def alignment(dtype: torch.dtype, device: torch.device) -> None:
     """The products of pairs, some with different layouts, against torch."""
     feedback, weight = draw(dtype, device), draw(dtype, device)
     weight[5] = weight[5].t().contiguous().t()
-    found = torch.ops.pyfeedback.native_alignment_products(feedback, weight)
+    found = torch.ops.pyfeedback.extension_alignment_products(feedback, weight)
     expected = [(b.double() * w.double()).sum() for b, w in zip(feedback, weight, strict=True)]
     torch.testing.assert_close(found[:, 2], torch.stack(expected), rtol=1e-9, atol=1e-9)
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args().device)
-    with pyfeedback.backend("native"):
+    with pyfeedback.backend("extension"):
         for dtype in DTYPES:
             alignment(dtype, device)
             center(dtype, device)

@@ -15,7 +15,7 @@ from pyfeedback import Rule, reference
 from pyfeedback.testing import ConvInputs, ConvShape, conv_inputs
 
 SUBJECT = "pyfeedback"
-FORCED = ("triton", "triton-unfused", "native")  # pyfeedback with these kernels forced
+FORCED = ("triton", "triton-unfused", "extension")  # pyfeedback with these kernels forced
 BASELINES = ("plain", "reference", "composed", "compiled", *FORCED)
 
 CHECKED_BATCH = 4

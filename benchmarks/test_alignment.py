@@ -49,7 +49,7 @@ def test_alignment(race, selection, resnet50, memory_format, dtype_name):
 
 
 def loop(pairs, dtype):
-    """(angle, norm ratio) of each pair by PyTorch calls in ``dtype``, with a single synchronisation."""
+    """(angle, norm ratio) of each pair by PyTorch calls in ``dtype``, with a single synchronization."""
     found = []
     for b, w in pairs:
         b, w = b.to(dtype).flatten(), w.to(dtype).flatten()

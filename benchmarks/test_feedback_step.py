@@ -32,7 +32,10 @@ def test_update(race, selection, sizes, update_rule, momentum, dtype_name):
     moved = sum(t.numel() for t in tensors["feedback"]) * dtype.itemsize
     race(
         "update",
-        {SUBJECT: update(tensors, rule, momentum, "native"), "foreach": update(tensors, rule, momentum, "aten")},
+        {
+            SUBJECT: update(tensors, rule, momentum, "extension"),
+            "foreach": update(tensors, rule, momentum, "composite"),
+        },
         group=f"feedback_step_ {sizes} {dtype_name}",
         sizes=sizes,
         tensors=len(CASES[sizes]),
@@ -73,14 +76,14 @@ def restored_backend():
 def check(tensors, rule, momentum):
     """Compare both backends with float64."""
     results = {}
-    for name in ("native", "aten", "float64"):
+    for name in ("extension", "composite", "float64"):
         wide = torch.float64 if name == "float64" else None
         copies = {key: [t.to(wide, copy=True) for t in values] for key, values in tensors.items()}
-        step = update(copies, rule, momentum, "aten" if name == "float64" else name)
+        step = update(copies, rule, momentum, "composite" if name == "float64" else name)
         step.prepare()
         step.run()
         results[name] = copies["feedback"]
-    for name in ("native", "aten"):
+    for name in ("extension", "composite"):
         for found, expected in zip(results[name], results["float64"], strict=True):
             error = (found.double() - expected).abs().max() / expected.abs().max()
             assert error <= 4 * torch.finfo(found.dtype).eps, f"{name}: {error:.1e}"

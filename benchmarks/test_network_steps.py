@@ -1,7 +1,7 @@
 """Time and peak memory of a whole training step: forward, backward, and the update of W and B.
 
 `plain` is the unconverted model with torch's fused SGD. `reference` is the converted model with the layers of the
-reference: the paper's regularisers by autograd. --compile compares torch.compile of both models.
+reference: the paper's regularizers by autograd. --compile compares torch.compile of both models.
 """
 
 import copy

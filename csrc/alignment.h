@@ -1,4 +1,4 @@
-// native_alignment_products: the pairs that its kernels read and the arithmetic, shared by CPU and CUDA.
+// extension_alignment_products: the pairs that its kernels read and the arithmetic, shared by CPU and CUDA.
 #pragma once
 
 #include <cstdint>

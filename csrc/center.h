@@ -1,4 +1,4 @@
-// native_center and native_add_centered_: their operands.
+// extension_center and extension_add_centered_: their operands.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// native_depthwise_backward, the backward of a depthwise or grouped convolution: its operands and the arithmetic that
-// CPU and CUDA share.
+// extension_depthwise_backward, the backward of a depthwise or grouped convolution: its operands and the arithmetic
+// that CPU and CUDA share.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct DepthwiseLayer {
   Dtype dtype;
   FeatureMap input, grad_output, grad_input;
   FeatureMap mean;                     // of the input over the samples, in the acc type; null if not centered
-  FeatureMap response, response_mean;  // conv(x, W) and its mean; read by CUDA alone, and only for null
+  FeatureMap response, response_mean;  // conv(x, W) and its mean; read only by CUDA, and only for null
   const void *weight, *feedback;       // [K, I, R, S]
   void *grad_weight, *grad_feedback, *grad_bias;  // [K, I, R, S] and [K], null if not needed
   double decay, amp, null, sparse, self, tie;

@@ -1,4 +1,4 @@
-// The four floating-point dtypes of the native ops and the acc type of their arithmetic, without a torch header.
+// The four floating-point dtypes of the compiled ops and the acc type of their arithmetic, without a torch header.
 #pragma once
 
 #include <cstdint>

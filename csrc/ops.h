@@ -1,5 +1,5 @@
-// The signature of every native op, once for all devices. An op checks its arguments and plans the work of the kernels
-// (checks/plans.h), then calls its backend: cpu::Backend (cpu/backend.h) or cuda::Backend (cuda/backend.h).
+// The signature of every compiled op, once for all devices. An op checks its arguments, plans the work of the kernels
+// (checks/plans.h), and then calls its backend: cpu::Backend (cpu/backend.h) or cuda::Backend (cuda/backend.h).
 //
 // A signature must match its schema in pyfeedback/ops/schemas.py exactly: a boxed kernel that contradicts its schema
 // registers without an error and returns wrong values.
@@ -92,11 +92,11 @@ DepthwiseGradients depthwise_backward(const Tensor& grad_output, const Tensor& i
 // Registers the ops that all devices have.
 template <typename Backend, typename Library>
 void register_ops(Library& library) {
-  library.impl("native_add_centered_", TORCH_BOX(&add_centered_<Backend>));
-  library.impl("native_alignment_products", TORCH_BOX(&alignment_products<Backend>));
-  library.impl("native_center", TORCH_BOX(&center<Backend>));
-  library.impl("native_depthwise_backward", TORCH_BOX(&depthwise_backward<Backend>));
-  library.impl("native_feedback_step_", TORCH_BOX(&feedback_step_<Backend>));
+  library.impl("extension_add_centered_", TORCH_BOX(&add_centered_<Backend>));
+  library.impl("extension_alignment_products", TORCH_BOX(&alignment_products<Backend>));
+  library.impl("extension_center", TORCH_BOX(&center<Backend>));
+  library.impl("extension_depthwise_backward", TORCH_BOX(&depthwise_backward<Backend>));
+  library.impl("extension_feedback_step_", TORCH_BOX(&feedback_step_<Backend>));
 }
 
 }  // namespace pyfeedback

@@ -1,5 +1,5 @@
 // Counter-based normal draws (Philox4x32-10 and Box-Muller), the same on CPU and CUDA up to the last bit of logf,
-// sinf and cosf. A draw depends on (seed, tensor, element) alone: never on threads, chunks or memory layout.
+// sinf and cosf. A draw depends only on (seed, tensor, element), not on threads, chunks or memory layout.
 // Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
@@ -40,7 +40,7 @@ PYFEEDBACK_HOST_DEVICE Normals normals(uint64_t seed, uint32_t tensor, uint64_t 
   constexpr float kAngle = 1.4629181e-9f;  // 2 pi 2^-32
   Normals result;
   for (int pair = 0; pair < 4; pair += 2) {
-    // Half a step away from zero, where the logarithm has no value.
+    // At least half a step above zero, because log(0) is not finite.
     const float uniform = static_cast<float>(bits.word[pair]) * kUnit + 0.5f * kUnit;
     const float radius = sqrtf(-2.0f * logf(uniform));
     const float angle = static_cast<float>(bits.word[pair + 1]) * kAngle;

@@ -1,5 +1,5 @@
-// native_feedback_step_ and native_adamw_step_: the rows that their kernels update and the arithmetic of one element,
-// shared by CPU and CUDA. A row is one tensor of the model together with everything that its update reads and writes.
+// extension_feedback_step_ and extension_adamw_step_: the rows that their kernels update and the arithmetic of one
+// element, shared by CPU and CUDA. A row is one tensor of the model with everything that its update reads and writes.
 #pragma once
 
 #include <cmath>

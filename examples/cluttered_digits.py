@@ -85,7 +85,7 @@ def _one_quarter(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _placed(images: Tensor, reach: float, generator: torch.Generator) -> Tensor:
-    """Place 8x8 images on a canvas at twice their size, rotated by up to 15 degrees, up to ``reach`` off the centre.
+    """Place 8x8 images on a canvas at twice their size, rotated by up to 15 degrees, up to ``reach`` off the center.
 
     The unit of ``reach`` is half a canvas. At 0.5 the whole digit stays on the canvas; at 0.9 the edge may cut it.
     """

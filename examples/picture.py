@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# The colour-blind safe palette of Okabe and Ito. The dash pattern marks the route of a rule.
+# The color-blind safe palette of Okabe and Ito. The dash pattern marks the route of a rule.
 REFERENCE, LOCAL, ESTIMATION, SIGNS = (0, (1, 1.2)), "-", (0, (4, 1.5)), (0, (4, 1.2, 1, 1.2))
 STYLES = {
     "bp": ("#000000", REFERENCE),
@@ -56,7 +56,7 @@ def draw(
 
 
 def _curves(axes, curves: dict[str, Sequence[float]]) -> None:
-    """One line for each rule, labelled at its end. Labels that would overlap are moved apart."""
+    """One line for each rule, labeled at its end. Labels that would overlap are moved apart."""
     curves = {name: [value for value in curve if isfinite(value)] for name, curve in curves.items()}
     curves = {name: curve for name, curve in curves.items() if curve}
     for name, curve in curves.items():

@@ -1,4 +1,4 @@
-"""The figures of study.py. A rule has its colour and dash from picture.py, and a marker for print in grey."""
+"""The figures of study.py. A rule has its color and dash from picture.py, and a marker for print in gray."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -14,7 +14,7 @@ those of an uninterrupted run.
 import argparse
 from contextlib import contextmanager
 
-from training import checkpoint, command_line, data, place
+from training import checkpoint, command_line, data, device
 from training.logs import Logs
 from training.loop import Run
 from training.settings import Settings
@@ -24,15 +24,15 @@ def main() -> None:
     options = command_line.parse(__doc__)
     with errors_in_one_line():
         settings = command_line.settings_of(options)
-        device = place.device(options.device)
-    with place.joined(device, settings.deterministic) as here:
+        chosen = device.choose(options.device)
+    with device.joined(chosen, settings.deterministic) as here:
         try:
             train(settings, options, here)
         except KeyboardInterrupt:
             raise SystemExit("train.py: interrupted; --resume continues from the last checkpoint") from None
 
 
-def train(settings: Settings, options: argparse.Namespace, here: place.Place) -> None:
+def train(settings: Settings, options: argparse.Namespace, here: device.Place) -> None:
     """Train from the start or the last checkpoint to the end, and write logs and checkpoints."""
     path = options.out / "checkpoint.pt"
     with errors_in_one_line():

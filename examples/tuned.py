@@ -22,14 +22,14 @@ class Setting:
     init: pyfeedback.Init | None = None  # of the feedback
 
 
-# Rules that read data average over positions ("mean") and centre activations: one coefficient fits every layer.
+# Rules that read data average over positions ("mean") and center activations: one coefficient fits every layer.
 DATA = {"reduction": "mean", "center": True}
 SETTINGS = {
     "bp": Setting(pyfeedback.rule("bp")),
     "fa": Setting(pyfeedback.rule("fa")),
     # Only the decay bounds B, so amp must be small: at ten times this value B diverges. The best of about 30.
     "wm": Setting(pyfeedback.rule("wm", amp=0.01, decay=0.012, **DATA), lr=0.005, momentum=0.9),
-    # amp = null is Oja's subspace rule, which bounds B; the decay only stabilises the weakest directions. A third of
+    # amp = null is Oja's subspace rule, which bounds B; the decay only stabilizes the weakest directions. A third of
     # these coefficients does nearly as well; twice as much overshoots with some seeds.
     "ia": Setting(pyfeedback.rule("ia", amp=1.0, null=1.0, decay=0.03, **DATA), lr=0.005, momentum=0.9),
     # B follows W with a time constant of 1 / (lr * decay) = 50 steps.

@@ -1,4 +1,4 @@
-"""The backward of a feedback layer from the Triton kernels: prepares named operands and runs the launches of a plan."""
+"""The backward of a feedback layer by the Triton kernels: prepares named operands and runs the launches of a plan."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,13 +18,13 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Convolution = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 Center = Callable[[Tensor, int], Tensor]
 
-FEWEST_CHANNELS = 16  # one step of a tensor core: a layer with fewer, such as a network's first, is mostly padding
+FEWEST_CHANNELS = 16  # one step of a tensor core; with fewer, as in the first layer of a network, most is padding
 NAMES = {getattr(torch, name): name for name in DTYPES}
 _INTERPRETED = not isinstance(wgrad_kernel, JITFunction)
 
 
 def supports(input: Tensor, weight: Tensor, groups: int = 1) -> bool:
-    """True where the kernels compute the layer: 16-bit or float32, one group, enough channels, on a GPU."""
+    """Whether the kernels compute the layer: 16-bit or float32, one group, enough channels, on a GPU."""
     if input.numel() == 0 or groups != 1 or min(weight.shape[:2]) < FEWEST_CHANNELS or weight.numel() >= 2**31:
         return False
     on_gpu = input.device.type == "cuda" or (_INTERPRETED and input.device.type == "cpu")
@@ -45,18 +45,18 @@ def layer_backward(
     center: Center,
     fused: bool = True,
 ) -> Gradients:
-    """Gradients of input, weight, feedback and bias of a layer that the kernels support; None where ``mask`` is False.
+    """Gradients of input, weight, feedback and bias of a layer that the kernels support; None if ``mask`` is False.
 
     Args:
-        grad_output, response: [N, K, P, Q] or, of a linear layer, [N, ..., K]. The response, conv(input, weight), is
+        grad_output, response: [N, K, P, Q], or [N, ..., K] of a linear layer. The response, conv(input, weight), is
             computed if it is None and needed.
         input: [N, C, H, W] or [N, ..., C], any strides; weight, feedback: [K, C, R, S] or [K, C].
         convolution: stride, padding and dilation as pairs; None for a linear layer.
         rule: a named tuple with decay, amp, null, sparse, self_, tie, center and samples.
-        algorithm: what computes the data terms, see plan.py: "none", "direct" or, of a pointwise layer, "input_gram" or
+        algorithm: how the data terms are computed (see plan.py): "none", "direct" or, if pointwise, "input_gram" or
             "response_gram".
         center: center(t, n) is t[:n] minus its mean over dimension 0.
-        fused: False to launch dx and dW separately, without one-pass and grouped launches.
+        fused: False to launch dx and dW separately, without one-pass and joint launches.
 
     Raises:
         ValueError: the rule has a coefficient that the kernels do not implement.
@@ -65,8 +65,7 @@ def layer_backward(
     need_input, need_weight, need_feedback, need_bias = mask[:4]
     n, fields, out, strides = rule.samples or input.shape[0], (), None, ()
     if need_feedback:
-        used = [k for k, v in zip(rule._fields, rule, strict=True) if isinstance(v, (int, float)) and v]
-        fields = tuple(used)
+        fields = tuple(k for k, v in zip(rule._fields, rule, strict=True) if isinstance(v, (int, float)) and v)
     if need_weight or need_feedback:
         out = torch.empty_like(weight)
         k, c, r, s = out.stride() if convolution else (*out.stride(), 0, 0)
@@ -87,7 +86,7 @@ def layer_backward(
     if need_input:
         values["dx"] = input.new_empty(geometry.N, geometry.H, geometry.W, geometry.C)
     if need_weight or "tie" in fields:
-        # A launch of data terms may read dW back: in float32 it is not rounded, and finite where tie * dW is finite.
+        # A launch of data terms may read dW: in float32, it is not rounded, and it is finite if tie * dW is.
         exact = "tie" in fields and algorithm != "none"
         values["dW"] = torch.empty_like(weight, dtype=torch.float32 if exact else None)
     if need_feedback:
@@ -110,10 +109,10 @@ def layer_backward(
 
 
 class _Layer(NamedTuple):
-    """One call's tensors and options, and the layouts of the layer.
+    """The tensors and options of one call, and the layouts of the layer.
 
-    A block is what the kernels read: [n, H, W, C] or [n, P, Q, K] contiguous; of a pointwise layer
-    [n * positions, 1, 1, channels].
+    The kernels read blocks: contiguous [n, H, W, C] or [n, P, Q, K], or [n * positions, 1, 1, channels] of a pointwise
+    layer.
     """
 
     input: Tensor
@@ -127,61 +126,62 @@ class _Layer(NamedTuple):
     center: Center
 
     def fprop(self, x: Tensor, kernel: Tensor) -> Tensor:
-        """The response to ``kernel`` without bias, in the caller's layouts."""
+        """The response of ``kernel`` without bias, in the layouts of the caller."""
         return torch.conv2d(x, kernel, None, *self.convolution) if self.convolution else x @ kernel.t()
 
-    def used(self, t: Tensor) -> Tensor:
-        """The samples that the rule reads, centred if the rule is."""
+    def sampled(self, t: Tensor) -> Tensor:
+        """The samples that the rule reads, centered if the rule centers them."""
         return self.center(t, self.n) if self.rule.center else t[: self.n]
 
     def read(self, x: Tensor) -> Tensor:
-        """The positions that are read: a strided 1x1 convolution is a dense one on those."""
+        """The positions that are read: a strided 1x1 convolution is a dense one on these."""
         if self.convolution and self.pointwise:
             down, across = self.convolution[0]
             return x[:, :, ::down, ::across]
         return x
 
     def block(self, t: Tensor) -> Tensor:
-        """Input (after ``read``) or output as the kernels read it."""
+        """The block of an input (after ``read``) or output."""
         if self.convolution:
             t = t.permute(0, 2, 3, 1)
         return (t.reshape(-1, 1, 1, t.shape[-1]) if self.pointwise else t).contiguous()
 
     def input_gradient(self, dx: Tensor) -> Tensor:
-        """A block in the layout of the input."""
+        """The input gradient in the layout of the input, from its block."""
         if not self.convolution:
-            return strided_like(dx.view(self.input.shape), torch.empty_like(self.input))
+            return match_strides(dx.view(self.input.shape), torch.empty_like(self.input))
         n, c, h, w = self.read(self.input).shape
         gradient = dx.view(n, h, w, c).permute(0, 3, 1, 2)
         if gradient.shape != self.input.shape:
             dense, gradient = gradient, torch.zeros_like(self.input)
             self.read(gradient).copy_(dense)
-        return strided_like(gradient, torch.empty_like(self.input))
+        return match_strides(gradient, torch.empty_like(self.input))
 
 
 def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer: _Layer) -> None:
-    """Add to ``values`` what the launches of the feedback's gradient read and write."""
-    input, weight, feedback, response, *_, rule, n, _ = layer
+    """Add the tensors that the launches of the feedback's gradient read and write to ``values``."""
+    input, weight, feedback, response = layer.input, layer.weight, layer.feedback, layer.response
+    rule, n = layer.rule, layer.n
     for name, kernel in (("weight", weight), ("feedback", feedback)):
         if name in names:
-            values[name] = strided_like(kernel, values["f"])
-    # Both factors of every product are centred, each by its own mean: a product with one centred factor, or one from
-    # which the product of the means is subtracted, cancels where the mean is large relative to the spread.
+            values[name] = match_strides(kernel, values["f"])
+    # Both factors of every product are centered, each by its own mean. A product with one centered factor, or one from
+    # which the product of the means is subtracted, cancels if the mean is large relative to the standard deviation.
     if "x" in values:
         x = values["x_used"] = values["x"][: len(values["x"]) // len(input) * n]
     if "mean" in names:
         values["mean"] = x.view(n, -1, x.shape[-1]).mean(0, dtype=torch.float32)
     if "y" in names:
-        values["y"] = layer.block(layer.used(layer.fprop(input[:n], weight) if response is None else response))
+        values["y"] = layer.block(layer.sampled(layer.fprop(input[:n], weight) if response is None else response))
     if "u" in names:
         largest = max(abs(rule.sparse), abs(rule.amp))
-        # The combined kernel is exact where B is close to W and the difference of two convolutions would cancel.
+        # If B is close to W, the difference of two convolutions would cancel; the combined kernel is exact.
         kernel = blend(feedback, weight, rule.sparse / largest, rule.amp / largest)
         if "u_unit" in names:
             values["u_unit"] = unit_of(kernel, dim=0)
             kernel /= values["u_unit"]
-        # The response is linear: that of a centred input is centred, and is not rounded at the magnitude of its mean.
-        values["u"] = layer.block(layer.fprop(layer.used(input), kernel.to(input.dtype)))
+        # The response to a centered input is centered, and is not rounded at the magnitude of its mean.
+        values["u"] = layer.block(layer.fprop(layer.sampled(input), kernel.to(input.dtype)))
     if "z" in names:
         values["z"] = torch.empty_like(values["x_used"])
     if "z_unit" in names:
@@ -195,7 +195,7 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
 
 
 def _composed_gradient(finish: str, values: dict[str, Any], layer: _Layer) -> Tensor:
-    """f from the products [K, C] and the terms that read no data, in float32 and the shape of the weight."""
+    """f from the products [K, C] and the terms without data, in float32 and the shape of the weight."""
     weight, feedback, rule = layer.weight, layer.feedback, layer.rule
     if finish == "blend":
         return blend(feedback, weight, rule.decay, rule.self_)
@@ -217,10 +217,10 @@ def _composed_gradient(finish: str, values: dict[str, Any], layer: _Layer) -> Te
 
 
 def unit_of(kernel: Tensor, dim: int) -> Tensor:
-    """[1] in float32: a power of two, the unit in which float16 holds what ``kernel`` makes of any float16 activations.
+    """A float32 power of two, [1]: divided by it, the products of ``kernel`` with float16 activations fit float16.
 
-    No sum over the kernel along all dimensions but ``dim`` exceeds its largest absolute sum. An input gradient
-    (``dim`` 1, the input's channels) has an activation of up to twice float16's range added to it.
+    They are bounded by the largest absolute sum over the kernel along all dimensions except ``dim``. For an input
+    gradient (``dim`` 1, the channels of the input), an activation of up to twice the range of float16 is added.
     """
     sums = kernel.abs().sum([d for d in range(kernel.dim()) if d != dim], dtype=torch.float32)
     largest = sums.amax().add(2.0) if dim == 1 else sums.amax().clamp_min(torch.finfo(torch.float32).tiny)
@@ -228,7 +228,7 @@ def unit_of(kernel: Tensor, dim: int) -> Tensor:
 
 
 def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
-    """b * B - w * W in float32, exact where b == w and B is close to W; an operand with coefficient 0 is not read."""
+    """b * B - w * W in float32, exact if b == w and B is close to W; an operand with coefficient 0 is not read."""
     if not w:
         return b * feedback.float()
     if not b:
@@ -237,6 +237,6 @@ def blend(feedback: Tensor, weight: Tensor, b: float, w: float) -> Tensor:
     return difference if b == w else difference.add_(weight, alpha=b - w)
 
 
-def strided_like(t: Tensor, like: Tensor) -> Tensor:
-    """t with the strides of ``like``: itself where it has them already."""
+def match_strides(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` with the strides of ``like``; ``t`` itself if it already has them."""
     return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)

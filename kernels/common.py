@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: centring, the split-K reduction and the rule's terms without data."""
+"""Device functions that several kernels share: centering, the split-K reduction and the rule's terms without data."""
 
 import triton
 import triton.language as tl
@@ -6,23 +6,23 @@ import triton.language as tl
 
 @triton.jit
 def subtract_mean(b, p_mean, o_mean, m):
-    """The block minus its mean, in float32; zero where it is masked.
+    """The block minus its mean, in float32, and zero where the mask is false.
 
     Args:
         b: the block, loaded with mask ``m`` and zeros elsewhere.
         p_mean: float32, one value for each position of a sample and each channel.
-        o_mean: offsets into it, of the shape of the block.
+        o_mean: offsets into the mean, in the shape of the block.
     """
     return b.to(tl.float32) - tl.load(p_mean + o_mean, mask=m, other=0.0)
 
 
 @triton.jit
 def reduce_splits(p_workspace, p_semaphores, i_split, SIZE: tl.constexpr, SPLITS: tl.constexpr, LEVELS: tl.constexpr):
-    """Split-K reduction: adds the partial sums of all splits into those of split 0; True in the one program that then
-    finds the total there.
+    """Split-K reduction: add the partial sums of all splits to those of split 0. Returns True in the one program that
+    may read the total there.
 
-    The additions form a binary tree. Of the two programs that reach a node, the second adds both halves. Which halves
-    are added does not depend on the order of arrival, so the result is bitwise reproducible.
+    The additions form a binary tree. At each node, the second of two programs to arrive adds both halves. The halves do
+    not depend on the order of arrival, so the result is bitwise reproducible.
 
     Args:
         p_workspace: [SPLITS, SIZE] float32, the partial sums.
@@ -54,14 +54,14 @@ def reduce_splits(p_workspace, p_semaphores, i_split, SIZE: tl.constexpr, SPLITS
 @triton.jit
 def add_rule_terms(b_f, b_dw, p_dw, p_weight, p_feedback, o_f, m_f, decay, self_, tie, HAS_DW: tl.constexpr,
                    FLAGS: tl.constexpr):  # fmt: skip
-    """b_f + decay * feedback - self_ * weight + tie * dw; an operand without a coefficient is not read.
+    """b_f + decay * feedback - self_ * weight + tie * dw; an operand with coefficient 0 is not read.
 
     dw is ``b_dw`` if HAS_DW, otherwise it is loaded.
     """
     if FLAGS.USE_FEEDBACK:
         b_feedback = tl.load(p_feedback + o_f, mask=m_f, other=0.0).to(tl.float32)
         if FLAGS.USE_WEIGHT:
-            # Exact where decay == self_ and the feedback is close to the weight.
+            # Exact if decay == self_ and the feedback is close to the weight.
             b_weight = tl.load(p_weight + o_f, mask=m_f, other=0.0).to(tl.float32)
             b_f += decay * (b_feedback - b_weight) + (decay - self_) * b_weight
         else:

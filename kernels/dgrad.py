@@ -1,6 +1,6 @@
-"""Input gradients as an implicit GEMM: rows are input positions, columns channels, the sum runs over (r, s, k).
+"""Input gradients as an implicit GEMM: rows are input positions, columns channels, and the sum runs over (r, s, k).
 
-There is one sub-problem for each class of input positions modulo the stride, with the taps of that class only. Two row
+There is one sub-problem for each class of input positions modulo the stride, with only the taps of that class. Two row
 operands may share the blocks of the feedback: the output gradient, and the response, from whose product the input is
 subtracted.
 """
@@ -10,14 +10,14 @@ import triton.language as tl
 
 from .common import subtract_mean
 from .geometry import Geometry
-from .launch import Launch, describe
+from .launch import Launch, make_launch
 from .tiles import DgradTile, Target, choose_dgrad
 
 
 @triton.jit
 def first_taps(i_class, R: tl.constexpr, D: tl.constexpr, GEO: tl.constexpr, PHASES: tl.constexpr):
-    """For the input positions i_class + stride * j of dimension D: the first tap that visits them, the number of taps
-    (PHASES.step apart), and o such that the first tap comes from output position j + o."""
+    """For input positions i_class + stride * j of dimension D: the first tap that reads them, the number of such taps,
+    at intervals of PHASES.step, and the offset o such that the first tap belongs to output position j + o."""
     COMMON: tl.constexpr = GEO.stride[D] // PHASES.step[D]
     i_shift = i_class + GEO.padding[D]
     first = (i_shift // COMMON * PHASES.inverse[D]) % PHASES.step[D]
@@ -35,7 +35,7 @@ def dgrad_kernel(
     p_dx,  # [N, H, W, C]: convT(dy, feedback)
     p_z,  # [N, H, W, C]: (z_scale * convT(y, feedback) - x_scale * (x - mean)) / unit
     p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
-    p_unit,  # [1] float32, what a 1 in z represents
+    p_unit,  # [1] float32, the value of a 1 in z
     N,
     z_scale,
     x_scale,
@@ -43,7 +43,7 @@ def dgrad_kernel(
     GEO: tl.constexpr,
     FLAGS: tl.constexpr,
     TILE: tl.constexpr,
-    i_tile=None,  # given where this is called from another kernel
+    i_tile=None,  # given if another kernel calls this one
     i_class=None,
 ):
     BM: tl.constexpr = TILE.BM
@@ -51,7 +51,7 @@ def dgrad_kernel(
     BK: tl.constexpr = TILE.BK
     CHANNEL_BLOCKS: tl.constexpr = (GEO.C + BC - 1) // BC
     K_BLOCKS: tl.constexpr = (GEO.K + BK - 1) // BK
-    # Every class gets the rows of the largest class; the positions that the others lack are masked.
+    # Every class has the rows of the largest class; positions that do not exist are masked.
     ROWS: tl.constexpr = (GEO.H + GEO.stride[0] - 1) // GEO.stride[0]
     COLUMNS: tl.constexpr = (GEO.W + GEO.stride[1] - 1) // GEO.stride[1]
     if i_tile is None:
@@ -73,14 +73,14 @@ def dgrad_kernel(
     first_r, n_r, shift_p = first_taps(i_class_h, GEO.R, 0, GEO, PHASES)
     first_s, n_s, shift_q = first_taps(i_class_w, GEO.S, 1, GEO, PHASES)
     n_taps = n_r * n_s
-    # A class without taps is zero. It runs one block, entirely masked: ptxas serialises the wgmma of a loop that may
-    # run zero times (Triton 3.6, sm_90, warning C7515).
+    # The gradient of a class without taps is zero. It runs one masked block: ptxas serializes the wgmma of a loop that
+    # may run zero times (Triton 3.6, sm_90, warning C7515).
     n_k = tl.where(n_taps > 0, GEO.K, 0)
     n_s = tl.maximum(n_s, 1)
 
     b_dx = tl.full([BM, BC], 0.0, dtype=tl.float32)
     b_z = tl.full([BM, BC], 0.0, dtype=tl.float32)
-    # One flat loop over taps and channel blocks: of nested loops only the innermost is pipelined.
+    # One flat loop over taps and channel blocks: of nested loops, only the innermost would be pipelined.
     for i in range(tl.maximum(n_taps, 1) * K_BLOCKS):
         i_tap = i // K_BLOCKS
         o_kk = i % K_BLOCKS * BK + o_k
@@ -133,8 +133,8 @@ def dgrad_launch(
 
     Args:
         sample: rows of the mean.
-        named: the parameters of ``dgrad_kernel`` without ``p_``; the blocks are contiguous and of one dtype. Without
-            ``dy`` or ``y`` its product is not computed; ``x`` is read if ``x_scale`` is not 0.
+        named: the parameters of ``dgrad_kernel`` without ``p_``; the blocks are contiguous and have one dtype. Without
+            ``dy`` or ``y``, its product is not computed; ``x`` is read if ``x_scale`` is not 0.
     """
     g, dy, y = geometry, bool(named.get("dy")), bool(named.get("y"))
     use_x = y and bool(named.get("x")) and named.get("x_scale", 0) != 0
@@ -148,4 +148,4 @@ def dgrad_launch(
     shapes = {"dy": outputs, "y": outputs, "x": inputs, "dx": inputs, "z": inputs}
     shapes |= {"feedback": (g.K, g.R, g.S, g.C), "mean": (sample, g.C)}
     flags = {"HAS_DX": dy, "HAS_Z": y, "USE_X": use_x}
-    return describe(dgrad_kernel, g, target, tile, grid, named, ("dx", "z"), shapes, flags, PHASES=g.phases())
+    return make_launch(dgrad_kernel, g, target, tile, grid, named, ("dx", "z"), shapes, flags, PHASES=g.phases())

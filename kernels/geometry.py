@@ -1,4 +1,4 @@
-"""Sizes of one layer as the kernels see them: pure numbers, no tensors."""
+"""The sizes of one layer in the notation of the kernels, without tensors."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,11 +9,11 @@ Pair = tuple[int, int]
 
 
 class Phases(NamedTuple):
-    """How output rows and columns relate to taps, for each of the two dimensions:
+    """The relation between output positions and taps, for each of the two dimensions:
 
-    step      taps r and r + step visit input positions of the same class modulo the stride
-    reach     their output positions differ by reach
-    inverse   tap r = offset / gcd * inverse modulo step is the first one of the class at that offset
+    step      taps r and r + step read input positions of the same class modulo the stride
+    reach     the difference between their output positions
+    inverse   tap r = offset / gcd * inverse modulo step is the first one of the class with this offset
     """
 
     step: Pair
@@ -44,12 +44,12 @@ class Geometry(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """True where the larger activation tensor needs int64 offsets."""
+        """Whether the larger activation tensor needs int64 offsets."""
         return max(self.N * self.H * self.W * self.C, self.positions * self.K) >= 2**31
 
     @property
     def pointwise(self) -> bool:
-        """True where each output position reads the input position of the same index and no other."""
+        """Whether each output position reads only the input position with the same index."""
         return (self.R, self.S, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
 
     def flat(self) -> "Geometry":
@@ -57,7 +57,7 @@ class Geometry(NamedTuple):
         return Geometry(self.positions, self.C, self.K) if self.pointwise else self
 
     def constants(self) -> "Geometry":
-        """The compile-time part: without N, so that a kernel is compiled once for all batch sizes."""
+        """The compile-time constants, without N, so that a kernel is compiled once for all batch sizes."""
         return self._replace(N=0)
 
     def phases(self) -> Phases:
@@ -69,7 +69,7 @@ class Geometry(NamedTuple):
 
 
 def conv_geometry(input: Sequence[int], weight: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
-    """Geometry of an input (N, C, H, W) and a kernel (K, C, R, S) of one group."""
+    """The geometry of an input (N, C, H, W) and a kernel (K, C, R, S) of one group."""
     (n, c, h, w), (k, _, r, s) = input, weight
     p, q = (
         (size + 2 * pad - d * (reach - 1) - 1) // step + 1
@@ -82,10 +82,10 @@ def conv_geometry(input: Sequence[int], weight: Sequence[int], stride: Pair, pad
 def layer_geometry(
     input: tuple[int, ...], weight: tuple[int, ...], convolution: tuple[Pair, Pair, Pair] | None
 ) -> tuple[Geometry, int]:
-    """The geometry of a layer, and how many entries of its dimension N belong to one sample.
+    """The geometry of a layer, and the number of entries of its dimension N that belong to one sample.
 
-    A linear layer (``convolution`` is None) and a 1x1 convolution without padding are linear layers over their
-    positions; a strided one over the positions that it reads.
+    A linear layer (``convolution`` is None) and a 1x1 convolution without padding become linear layers over their
+    positions. If the convolution is strided, these are the positions that it reads.
     """
     if convolution is None:
         return Geometry(prod(input[:-1]), weight[1], weight[0]), prod(input[1:-1])

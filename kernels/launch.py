@@ -1,4 +1,4 @@
-"""One kernel launch as a record of names and numbers, and what runs it over named tensors."""
+"""One kernel launch as a record of names and numbers, and the function that runs it with named tensors."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ _semaphores: dict[tuple[torch.device, int], Tensor] = {}
 
 
 class Flags(NamedTuple):
-    """What is compiled into a kernel besides geometry and tile; each kernel reads some of it."""
+    """The compile-time constants of a kernel besides geometry and tile; each kernel reads some of them."""
 
     HAS_A: bool = False
     HAS_U: bool = False
@@ -28,7 +28,7 @@ class Flags(NamedTuple):
     USE_WEIGHT: bool = False
     USE_TIE: bool = False
     TERM: str = "none"  # the second sum of a pointwise layer's backward
-    GRAM: bool = False  # u is x, and centred with it
+    GRAM: bool = False  # u is x, and is centered if x is
     SYMMETRIC: bool = False  # only the blocks on and below the diagonal are computed, and mirrored
     POINTWISE: bool = False
     U: int = 0  # rows of u and f
@@ -40,10 +40,10 @@ class Flags(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch. An argument is the name of a tensor or number, a number, or None; in a grouped launch, a tuple."""
+    """One launch. An argument is the name of a tensor or number, a number, or None, or a tuple in a joint launch."""
 
     kernel: Any
-    products: tuple[str, ...]  # names of what it writes
+    products: tuple[str, ...]  # names of the tensors that it writes
     grid: tuple[int, int]
     arguments: dict[str, Any]
     constants: dict[str, Any]
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
         return f"{self.kernel.__name__.removesuffix('_kernel')}({', '.join(self.products)})"
 
 
-def describe(
+def make_launch(
     kernel,
     geometry: Geometry,
     target: Target,
@@ -73,11 +73,11 @@ def describe(
     """The launch of a kernel.
 
     Args:
-        named: for each parameter, without ``p_``, the name of a tensor, or the name or value of a number. A tensor that
-            is not named is None, a number 0, or 1 if it is a scale.
+        named: for each parameter, without ``p_``, the name of a tensor, or the name or value of a number. By default, a
+            tensor is None, a scale 1 and any other number 0.
         writes: the parameters that are written.
-        shapes: of the contiguous parameters; that of the mean, float32, has a row for each position of a sample.
-        sums: elements that each program adds up, if the sum is split.
+        shapes: of the contiguous parameters; the mean, in float32, has a row for each position of a sample.
+        sums: the number of elements that each program adds up, if the sum is split.
 
     Raises:
         ValueError: the kernels do not support the sizes or the dtype.
@@ -94,7 +94,7 @@ def describe(
     if splits > 1:
         named = named | {"workspace": "workspace", "semaphores": "semaphores"}
     defaults = {"N": g.N, "scale": 1.0, "z_scale": 1.0}
-    arguments = {}  # in the order of the kernel's parameters, without constants and what only another kernel passes
+    arguments = {}  # in the order of the kernel's parameters, without constants and those of nested calls
     for parameter in kernel.arg_names:
         name = parameter.removeprefix("p_")
         if name != parameter:
@@ -113,10 +113,10 @@ def describe(
 
 
 def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
-    """Launch it over the tensors and numbers of ``values``, on ``device``, which must be the current one.
+    """Run a launch with the tensors and numbers in ``values`` on ``device``, which must be the current device.
 
     Raises:
-        ValueError: names an operand whose shape, dtype or layout is not what the kernel reads.
+        ValueError: an operand does not have the shape, dtype and layout that the kernel reads.
     """
     for name, (shape, dtype) in launch.operands.items():
         t = values[name]
@@ -129,7 +129,7 @@ def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
     if launch.semaphores:
         values["workspace"] = torch.empty(launch.workspace, dtype=torch.float32, device=device)
         values["semaphores"] = semaphores(launch.semaphores, device)
-    arguments = {}  # names are looked up, numbers and None stay
+    arguments = {}  # names are replaced by values; numbers and None are kept
     for parameter, value in launch.arguments.items():
         found = tuple(map(values.get, value, value)) if isinstance(value, tuple) else values.get(value, value)
         arguments[parameter] = found
@@ -138,7 +138,7 @@ def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
 
 @cache
 def architecture(device: torch.device) -> tuple[int, int]:
-    """(compute capability such as 90, number of processors); for Triton's interpreter, those of an H100."""
+    """The compute capability, such as 90, and the number of processors; those of an H100 for Triton's interpreter."""
     if device.type != "cuda":
         return 90, 132
     properties = torch.cuda.get_device_properties(device)
@@ -146,9 +146,9 @@ def architecture(device: torch.device) -> tuple[int, int]:
 
 
 def semaphores(count: int, device: torch.device) -> Tensor:
-    """Counters at zero, which each launch leaves at zero; the launches of one stream run in order and share them."""
+    """Counters that are zero before and after each launch; the launches of one stream run in order and share them."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        # While a graph is captured they belong to the graph, which zeroes them: neither may outlive the other.
+        # The counters of a captured graph belong to the graph, which sets them to zero: both have the same lifetime.
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     found = _semaphores.get(key)

@@ -1,8 +1,8 @@
-"""The layers on which the kernels were measured faster than the composition: backend "auto" uses them there only.
+"""The layers for which the kernels were measured to be faster; the backend "auto" uses them only for these.
 
-Each device has a file `measured/<device name>.json` with the faster path, "fused" or "unfused", of each layer, which
-`benchmarks/choose_kernels.py` writes from the results of `benchmarks/gpu_check.sh`. PyTorch's own kernels are used on a
-device without a file and for a layer that is not in it.
+Each device has a file `measured/<device name>.json` with the faster path, "fused" or "unfused", of each layer.
+`benchmarks/choose_kernels.py` writes it from the results of `benchmarks/gpu_check.sh`. On a device without a file, and
+for a layer that is not in the file, PyTorch's own kernels are used.
 """
 
 import json
@@ -14,14 +14,14 @@ import torch
 FOLDER = Path(__file__).parent / "measured"
 
 
-def key(problem, algorithm: str, dtype: torch.dtype) -> str:
-    """A layer by what its time depends on: sizes, the algorithm of the rule's terms, dtype.
+def key(sizes, algorithm: str, dtype: torch.dtype) -> str:
+    """The key of a layer: everything that its time depends on (sizes, the algorithm of the data terms, dtype).
 
     Args:
-        problem: a named tuple with positions, in_channels, out_channels, taps.
+        sizes: a named tuple with positions, in_channels, out_channels, taps.
     """
-    sizes = f"{problem.in_channels}-{problem.out_channels} taps {problem.taps} positions {problem.positions}"
-    return f"{sizes} {algorithm} {str(dtype).removeprefix('torch.')}"
+    layer = f"{sizes.in_channels}-{sizes.out_channels} taps {sizes.taps} positions {sizes.positions}"
+    return f"{layer} {algorithm} {str(dtype).removeprefix('torch.')}"
 
 
 def devices() -> list[str]:
@@ -31,7 +31,7 @@ def devices() -> list[str]:
 
 @cache
 def load(device_name: str) -> dict[str, str]:
-    """The faster path by key, "fused" or "unfused", of the layers in the file; empty for an unknown device."""
+    """The faster path, "fused" or "unfused", of each key in the file of the device; empty without a file."""
     path = FOLDER / f"{device_name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -1,21 +1,22 @@
 """The launches of one layer's backward: a pure function of sizes and options, without tensors.
 
-Notation as in the contract of the ops: x the input, y = conv(x, W) the response without bias, B the feedback weight,
-z = convT(y, B), f the gradient of B. What is launched, by the algorithm that computes the rule's data terms:
+Notation: x is the input, y = conv(x, W) the response without bias, B the feedback weight, z = convT(y, B), and f the
+gradient of B. The launches of each algorithm for the rule's data terms are:
 
     none            dW, and f in its epilogue
     direct          amp or sparse: dW and f = wgrad(x, u) in one launch, with u = y or conv(x, sparse B - amp W);
                     null: dx and z in one launch, then f = wgrad(z, y)
-    input_gram      dW and the Gram matrix x'x, in one launch if there are few channels; the rest is matrices of K x C
-    response_gram   y'y; dW and y'x, in one launch; the rest is matrices of K x C
+    input_gram      dW and the Gram matrix x'x, in one launch if there are few channels; then products of K x C matrices
+    response_gram   y'y; dW and y'x, in one launch; then products of K x C matrices
 
-dW is computed by the first weight gradient that reads the whole x, dx by a dgrad that computes z of the whole batch. If
-``fused``, a pointwise layer whose sums fit a processor gets dx, dW and one of y'x, y'z or x'x from a single launch, and
-the dW and dx of a small layer are grouped with the next launch.
+dW shares the launch of the first weight gradient that reads the whole x, and dx that of z if z is of the whole batch;
+otherwise each has a launch of its own. If ``fused``, there are two further ways to save launches. For a pointwise layer
+whose sums fit a processor, a one-pass launch computes dx, dW and one of y'x, y'z or x'x. For a small layer, a joint
+launch runs the launch of dW and that of dx together.
 
-Launches name their tensors: x, dy, y, u and z; x_used, the samples of x that the rule reads; B as the kernels read it,
-and weight and feedback with the strides of f for its epilogue; dx, dW and f; gram (x'x or y'y) and cross (y'x);
-f_sparse, to which the null term is added; mean of x; z_unit and u_unit of float16.
+The names of the tensors are: x, dy, y, u and z; x_used, the samples of x that the rule reads; B in the layout that the
+kernels read; weight and feedback with the strides of f, for its epilogue; dx, dW and f; gram (x'x or y'y) and cross
+(y'x); f_sparse, to which the null term is added; mean, that of x; z_unit and u_unit, for float16.
 """
 
 from functools import lru_cache
@@ -23,13 +24,13 @@ from typing import Any, NamedTuple
 
 from .dgrad import dgrad_launch
 from .geometry import Geometry
-from .grouped import grouped_launch
+from .joint import joint_launch
 from .launch import Launch
 from .pointwise import pointwise_launch
-from .tiles import DgradTile, PointwiseTile, Target, WgradTile, choose_grouped, choose_pointwise
+from .tiles import DgradTile, PointwiseTile, Target, WgradTile, choose_joint, choose_pointwise
 from .wgrad import wgrad_launch
 
-TERMS = ("decay", "self_", "tie")  # the coefficients of the epilogue
+EPILOGUE = ("decay", "self_", "tie")  # the coefficients of the terms without data
 OPTIONS = ("center", "samples")
 DATA_TERMS = {  # the other coefficients that an algorithm implements
     "none": (),
@@ -38,18 +39,18 @@ DATA_TERMS = {  # the other coefficients that an algorithm implements
     "response_gram": ("amp", "null"),
 }
 
-# One block of x'x beside dW saves a second read of x; with more blocks, a launch of its own computes only half of them.
+# With one block of x'x, dW and x'x share a read of x. With more blocks, a separate launch computes only half of them.
 SHARED_GRAM_CHANNELS = 128
 TASK = frozenset({"dx", "dW"})
 ONE_PASS = {"x": "x", "dy": "dy", "dx": "dx", "dw": "dW", "feedback": "B"}
 
 
 class Problem(NamedTuple):
-    """What the launches depend on."""
+    """Everything that the launches depend on."""
 
     geometry: Geometry  # of the whole batch
-    rows: int  # entries of its dimension N that belong to one sample
-    samples: int  # how many of the samples the rule reads
+    rows_per_sample: int  # entries of its dimension N that belong to one sample
+    samples: int  # the number of samples that the rule reads
     algorithm: str
     fields: tuple[str, ...]  # names of the rule's fields that are not 0
     wanted: tuple[bool, bool, bool]  # dx, dW, f
@@ -58,34 +59,34 @@ class Problem(NamedTuple):
     fused: bool = True
 
     @property
-    def used(self) -> int:
-        """Entries of dimension N that the rule reads."""
-        return self.samples * self.rows
+    def rows_read(self) -> int:
+        """The number of entries of dimension N that the rule reads."""
+        return self.samples * self.rows_per_sample
 
     @property
     def x(self) -> str:
-        """The name of the input as the rule reads it."""
-        return "x" if self.used == self.geometry.N else "x_used"
+        """The name of the part of the input that the rule reads."""
+        return "x" if self.rows_read == self.geometry.N else "x_used"
 
     @property
     def task(self) -> frozenset[str]:
-        """Which of dx and dW are computed; dW also where f is tied to it."""
+        """The gradients to compute, of dx and dW; dW is also computed if f is tied to it."""
         dx, dw, f = self.wanted
         return frozenset({"dx"} if dx else ()) | ({"dW"} if dw or (f and "tie" in self.fields) else set())
 
 
 class Product(NamedTuple):
-    """f = wgrad(x, u) and the terms of the epilogue. If ``z`` is given, x is z, which a dgrad computes first."""
+    """f = wgrad(x, u) plus the terms of the epilogue. If ``z`` is given, x is z, which a dgrad computes first."""
 
     f: str | None
     x: str
     u: str | None = None
     z: dict[str, Any] | None = None  # arguments of dgrad_launch
-    terms: dict[str, Any] = {}  # other arguments of wgrad_launch  # noqa: RUF012
+    arguments: dict[str, Any] = {}  # other arguments of wgrad_launch  # noqa: RUF012
 
     @property
     def term(self) -> str:
-        """What it is in a one-pass pointwise backward."""
+        """The TERM of this product in a one-pass pointwise backward."""
         return "z" if self.z is not None else "none" if self.u is None else "gram" if self.u == self.x else "cross"
 
 
@@ -93,11 +94,11 @@ DW_ALONE = Product(None, "x")
 
 
 class Plan(NamedTuple):
-    """The launches in order, and what follows them."""
+    """The launches in order, and the step that follows them."""
 
     launches: tuple[Launch, ...]
-    finish: str  # f remains to be composed: "blend" (the terms without data), "input_gram", "response_gram", or ""
-    operands: frozenset[str]  # every name that the launches use
+    finish: str  # how f is composed: "blend" (from the terms without data), "input_gram", "response_gram", or ""
+    operands: frozenset[str]  # all names that the launches use
 
 
 @lru_cache(4096)
@@ -105,22 +106,22 @@ def plan_backward(p: Problem) -> Plan:
     """The launches of one backward pass.
 
     Raises:
-        ValueError: there is no such algorithm, or the rule has a coefficient that the kernels do not implement.
+        ValueError: the algorithm is unknown, or the rule has a coefficient that the kernels do not implement.
     """
     if p.algorithm not in DATA_TERMS:
         raise ValueError(f"algorithm is {p.algorithm!r}, expected one of {', '.join(DATA_TERMS)}")
     for name in p.fields:
-        if name not in (*TERMS, *OPTIONS, *DATA_TERMS[p.algorithm]):
+        if name not in (*EPILOGUE, *OPTIONS, *DATA_TERMS[p.algorithm]):
             by = f"the Triton kernels do not implement it by algorithm {p.algorithm!r}"
             raise ValueError(f"rule.{name} is not 0, expected 0: {by}")
     products, finish = data_products(p) if p.wanted[2] else ((), "")
-    launches, left = [], p.task  # left: dx and dW, until a launch computes them
+    launches, remaining = [], p.task  # remaining: dx and dW, until a launch computes them
     for product in (*products, DW_ALONE):
-        if product is not DW_ALONE or "dW" in left:
-            more, left = _launches(p, left, product)
+        if product is not DW_ALONE or "dW" in remaining:
+            more, remaining = _launches(p, remaining, product)
             launches += more
-    if "dx" in left:
-        launches.append(_dgrad(p, left)[0])
+    if "dx" in remaining:
+        launches.append(_dgrad(p, remaining)[0])
     names = set()
     for launch in launches:
         for value in launch.arguments.values():
@@ -129,35 +130,36 @@ def plan_backward(p: Problem) -> Plan:
 
 
 def data_products(p: Problem) -> tuple[tuple[Product, ...], str]:
-    """The products that make f, in order, and Plan.finish."""
-    mean = {"mean": "mean", "sample": p.rows * p.geometry.H * p.geometry.W} if "center" in p.fields else {}
-    terms = {name: name for name in TERMS if name in p.fields} | {"weight": "weight", "feedback": "feedback"}
+    """The products that f consists of, in order, and Plan.finish."""
+    mean = {"mean": "mean", "sample": p.rows_per_sample * p.geometry.H * p.geometry.W} if "center" in p.fields else {}
+    epilogue = {name: name for name in EPILOGUE if name in p.fields} | {"weight": "weight", "feedback": "feedback"}
     half = p.target.dtype == "float16"
     if p.algorithm == "none":
-        return ((Product("f", "x", terms=terms),), "") if "dW" in p.task else ((), "blend")
+        return ((Product("f", "x", arguments=epilogue),), "") if "dW" in p.task else ((), "blend")
     if p.algorithm == "input_gram":
-        return (Product("gram", p.x, p.x, terms=mean),), "input_gram"
+        return (Product("gram", p.x, p.x, arguments=mean),), "input_gram"
     z, unit = {"z_scale": "z_scale"}, {"unit": "z_unit"} if half else {}
     if "amp" in p.fields and "sparse" not in p.fields:
         z |= {"x": p.x, "x_scale": "x_scale", **mean}
-    null = Product("f", "z", "y", z, terms | {"scale": "scale"} | unit)
+    null = Product("f", "z", "y", z, epilogue | {"scale": "scale"} | unit)
     if p.algorithm == "response_gram" and not _one_pass_tile(p, p.task, null):
-        cross = Product("cross", p.x, "y", terms=mean)
+        cross = Product("cross", p.x, "y", arguments=mean)
         return (Product("gram", "y", "y"), *([cross] if "amp" in p.fields else [])), "response_gram"
     if "sparse" not in p.fields:
-        return (null if "null" in p.fields else Product("f", p.x, "y", terms=mean | terms | {"scale": "scale"}),), ""
-    terms |= mean | {"scale": "u_scale"} | ({"unit": "u_unit"} if half else {})
+        response = Product("f", p.x, "y", arguments=mean | epilogue | {"scale": "scale"})
+        return (null if "null" in p.fields else response,), ""
+    epilogue |= mean | {"scale": "u_scale"} | ({"unit": "u_unit"} if half else {})
     if "null" not in p.fields:
-        return (Product("f", p.x, "u", terms=terms),), ""
-    null = null._replace(terms={**null.terms, "feedback": "f_sparse", "decay": 1.0, "self_": 0.0})
-    null.terms.pop("tie", None)
-    return (Product("f_sparse", p.x, "u", terms=terms), null), ""
+        return (Product("f", p.x, "u", arguments=epilogue),), ""
+    null = null._replace(arguments={**null.arguments, "feedback": "f_sparse", "decay": 1.0, "self_": 0.0})
+    null.arguments.pop("tie", None)
+    return (Product("f_sparse", p.x, "u", arguments=epilogue), null), ""
 
 
 def scales(rule, n: int) -> dict[str, float]:
-    """The numbers that the launches name, for a rule that reads n samples.
+    """The values of the numbers that the launches name, for a rule that reads n samples.
 
-    wgrad(null z - amp x, y) is computed with the larger coefficient taken out of the first factor.
+    In wgrad(null z - amp x, y), the first factor is divided by the larger coefficient.
     """
     named = {"decay": rule.decay, "self_": rule.self_, "tie": rule.tie}
     amp = rule.amp
@@ -170,84 +172,84 @@ def scales(rule, n: int) -> dict[str, float]:
     return named | {"z_scale": -rule.null / amp, "x_scale": -1.0, "scale": -amp / n}
 
 
-def _launches(p: Problem, left: frozenset[str], product: Product) -> tuple[list[Launch], frozenset[str]]:
-    """What computes a product, with as much as it can share of what is left; and what is left then."""
-    if tile := _one_pass_tile(p, left, product):
-        options = product.terms | (product.z or {}) | ONE_PASS | {"f": product.f}
+def _launches(p: Problem, remaining: frozenset[str], product: Product) -> tuple[list[Launch], frozenset[str]]:
+    """The launches of a product, with the ``remaining`` gradients that they can include; and those then remaining."""
+    if tile := _one_pass_tile(p, remaining, product):
+        options = product.arguments | (product.z or {}) | ONE_PASS | {"f": product.f}
         if product.term in ("cross", "z"):
-            options |= {"y": product.u, "used": p.used}
+            options |= {"y": product.u, "used": p.rows_read}
         return [pointwise_launch(p.geometry, p.target, product.term, tile=tile, **options)], frozenset()
     launches = []
     if product.z is not None:
-        launch, left = _dgrad(p, left, product)
+        launch, remaining = _dgrad(p, remaining, product)
         launches.append(launch)
-    if "tie" in product.terms and "dW" in left and product.x != "x":  # f reads dW
-        before, left = _launches(p, left, DW_ALONE)
+    if "tie" in product.arguments and "dW" in remaining and product.x != "x":  # f reads dW
+        before, remaining = _launches(p, remaining, DW_ALONE)
         launches += before
-    launch, left = _wgrad(p, left, product)
-    return [*launches, launch], left
+    launch, remaining = _wgrad(p, remaining, product)
+    return [*launches, launch], remaining
 
 
-def _wgrad(p: Problem, left: frozenset[str], product: Product) -> tuple[Launch, frozenset[str]]:
-    """The weight gradient of a product, and dW if it reads the same x; dx is grouped with it in a small layer."""
+def _wgrad(p: Problem, remaining: frozenset[str], product: Product) -> tuple[Launch, frozenset[str]]:
+    """The weight gradient of a product, with dW if it reads the same x; for a small layer, a joint launch with dx."""
     g, gram = p.geometry, product.term == "gram"
     channels = g.C if gram and product.x != "y" else g.K
-    options = {"x": product.x, "u": product.u, "f": product.f, "w_strides": p.strides, **product.terms}
+    options = {"x": product.x, "u": product.u, "f": product.f, "w_strides": p.strides, **product.arguments}
     options["f_strides"] = (channels if gram else g.C, 0, 0, 1) if product.f in ("gram", "cross") else p.strides
     if gram and (product.x != "x" or channels > SHARED_GRAM_CHANNELS):
-        return wgrad_launch(Geometry(p.used, channels, channels), p.target, **options), left
-    shared = "dW" in left and product.x == "x"
+        return wgrad_launch(Geometry(p.rows_read, channels, channels), p.target, **options), remaining
+    shared = "dW" in remaining and product.x == "x"
     if shared:
-        options["a"], left = "dy", left - {"dW"}
+        options["a"], remaining = "dy", remaining - {"dW"}
     if shared or "tie" in options:
         options["dw"] = "dW"
     rows = (g.K if shared else 0, channels if product.u else 0)
     tiles = None
-    if "dx" in left:
-        tiles = _grouped_tiles(p, left, rows, False, (1 + gram) * ("mean" in product.terms))
-    n = g.N if product.x == "x" else p.used
+    if "dx" in remaining:
+        tiles = _joint_tiles(p, remaining, rows, False, (1 + gram) * ("mean" in product.arguments))
+    n = g.N if product.x == "x" else p.rows_read
     wgrad = wgrad_launch(g._replace(N=n), p.target, u_channels=channels, tile=tiles and tiles[0], **options)
     if tiles is None:
-        return wgrad, left
+        return wgrad, remaining
     dgrad = dgrad_launch(g, p.target, feedback="B", dy="dy", dx="dx", tile=tiles[1])
-    return grouped_launch(wgrad, dgrad, p.target.processors), left - {"dx"}
+    return joint_launch(wgrad, dgrad, p.target.processors), remaining - {"dx"}
 
 
-def _dgrad(p: Problem, left: frozenset[str], product: Product = DW_ALONE) -> tuple[Launch, frozenset[str]]:
-    """The input gradient of z, dx or both, if z is of the whole batch; dW is grouped with it in a small layer."""
+def _dgrad(p: Problem, remaining: frozenset[str], product: Product = DW_ALONE) -> tuple[Launch, frozenset[str]]:
+    """The input gradient z, dx, or both if z is of the whole batch; for a small layer, a joint launch with dW."""
     g, options, n = p.geometry, {"feedback": "B"}, p.geometry.N
     if product.z is not None:
-        options |= {"y": product.u, "z": product.x, "unit": product.terms.get("unit"), **product.z}
-        n = p.used
-    if "dx" in left and n == g.N:
+        options |= {"y": product.u, "z": product.x, "unit": product.arguments.get("unit"), **product.z}
+        n = p.rows_read
+    if "dx" in remaining and n == g.N:
         options |= {"dy": "dy", "dx": "dx"}
-        left -= {"dx"}
-    tiles = _grouped_tiles(p, left, (g.K, 0), product.z is not None) if "dW" in left else None
+        remaining -= {"dx"}
+    tiles = _joint_tiles(p, remaining, (g.K, 0), product.z is not None) if "dW" in remaining else None
     dgrad = dgrad_launch(g._replace(N=n), p.target, tile=tiles and tiles[1], **options)
     if tiles is None:
-        return dgrad, left
+        return dgrad, remaining
     wgrad = wgrad_launch(g, p.target, x="x", a="dy", dw="dW", w_strides=p.strides, tile=tiles[0])
-    return grouped_launch(wgrad, dgrad, p.target.processors), left - {"dW"}
+    return joint_launch(wgrad, dgrad, p.target.processors), remaining - {"dW"}
 
 
-def _one_pass_tile(p: Problem, left: frozenset[str], product: Product) -> PointwiseTile | None:
-    """The tile of one launch for dx, dW and the product, if both are left and it fits."""
+def _one_pass_tile(p: Problem, remaining: frozenset[str], product: Product) -> PointwiseTile | None:
+    """The tile of one launch for dx, dW and the product, if both are in ``remaining`` and the sums fit."""
     g, (k, _, _, c) = p.geometry, p.strides or (0, 0, 0, 0)
     dense = (g.K == 1 or k == g.C) and (g.C == 1 or c == 1)
-    if not (p.fused and left == TASK and g.pointwise and dense):
+    if not (p.fused and remaining == TASK and g.pointwise and dense):
         return None
-    # A Gram matrix is that of the whole x, and the epilogue reads B itself.
+    # A Gram matrix needs the whole x, and the epilogue reads B itself.
     if product.x not in (("x",) if product.term == "gram" else ("x", "x_used", "z")):
         return None
-    if product.terms.get("feedback", "feedback") != "feedback":
+    if product.arguments.get("feedback", "feedback") != "feedback":
         return None
-    return choose_pointwise(g, product.term, p.target, "mean" in (product.z or product.terms))
+    return choose_pointwise(g, product.term, p.target, "mean" in (product.z or product.arguments))
 
 
-def _grouped_tiles(
-    p: Problem, left: frozenset[str], rows: tuple[int, int], dual: bool, means: int = 0
+def _joint_tiles(
+    p: Problem, remaining: frozenset[str], rows: tuple[int, int], dual: bool, means: int = 0
 ) -> tuple[WgradTile, DgradTile] | None:
-    """The tiles of a grouped launch in a small layer; none where a one-pass launch is to compute dx and dW."""
-    if not p.fused or _one_pass_tile(p, left, DW_ALONE):
+    """The tiles of a joint launch of a small layer; None if a one-pass launch computes dx and dW."""
+    if not p.fused or _one_pass_tile(p, remaining, DW_ALONE):
         return None
-    return choose_grouped(p.geometry, rows, dual, p.target, means)
+    return choose_joint(p.geometry, rows, dual, p.target, means)

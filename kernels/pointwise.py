@@ -1,15 +1,15 @@
-"""The whole backward of a pointwise layer in one pass: rows are output channels, columns input channels, the sum runs
-over positions.
+"""The whole backward of a pointwise layer in one pass: rows are output channels, columns input channels, and the sum
+runs over positions.
 
-Each program processes its share of the positions, with a block of B in shared memory and the sums of dW and of the
-feedback's gradient in registers; x, dy and y are read once. TERM says what the second sum is:
+Each program processes a part of the positions, with a block of B in shared memory and the sums of dW and of the
+feedback's gradient in registers; x, dy and y are read once. TERM selects the second sum:
 
     none   absent
     cross  y'x
     z      y'z, z = (z_scale * y B - x_scale * x) / unit
     gram   x'x [C, C], written without the rule's other terms
 
-where x is minus its mean if there is one; dW is of x itself.
+If there is a mean, it is subtracted from x, except in dW.
 """
 
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .common import add_rule_terms, reduce_splits, subtract_mean
 from .geometry import Geometry
-from .launch import Launch, describe
+from .launch import Launch, make_launch
 from .tiles import PointwiseTile, Target, choose_pointwise
 
 
@@ -32,7 +32,7 @@ def pointwise_kernel(
     p_dw,  # [K, C]: dy'x
     p_f,  # [K, C]: scale * unit * the second sum + the terms of add_rule_terms; or [C, C]
     p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
-    p_unit,  # [1] float32, what a 1 in y or z represents
+    p_unit,  # [1] float32, the value of a 1 in y or z
     p_workspace,  # [channel blocks, splits, rows of both sums, BC] float32, partial sums
     p_semaphores,  # [channel blocks, splits] int32, zero before and after
     N,
@@ -71,8 +71,8 @@ def pointwise_kernel(
     blocks = (N + TILE.BP - 1) // TILE.BP
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
-    # At least one block, entirely masked: ptxas serialises the wgmma of a loop that may run zero times (Triton 3.6,
-    # sm_90, warning C7515).
+    # At least one block, even if entirely masked: ptxas serializes the wgmma of a loop that may run zero times (Triton
+    # 3.6, sm_90, warning C7515).
     for i in range(tl.maximum(tl.minimum(blocks - first, per_split), 1)):
         o_p = (first + i) * TILE.BP + tl.arange(0, TILE.BP)
         m_p = o_p < N
@@ -149,23 +149,23 @@ def pointwise_launch(
     """dx = convT(dy, feedback), dw = wgrad(x, dy), and the feedback's gradient f, from one read of x, dy and y.
 
     Args:
-        term: what f is, with decay, self_ and tie as in :func:`wgrad_launch`: "none" (those terms alone; f may be
+        term: the sum in f, with decay, self_ and tie as in :func:`wgrad_launch`: "none" (only those terms; f may be
             absent), "cross" (scale * unit * y'x + ...), "z" (scale * unit * y'z + ..., z = (z_scale * y feedback -
-            x_scale * x) / unit), or "gram" (x'x alone), where x is minus its mean.
-        used: entries of dimension N that y has.
+            x_scale * x) / unit), or "gram" (only x'x). The mean is subtracted from x.
+        used: the number of entries of dimension N of y.
         sample: rows of the mean.
-        named: the parameters of ``pointwise_kernel`` without ``p_``. The blocks are contiguous and of one dtype, dw may
-            be float32, and f is for "gram".
+        named: the parameters of ``pointwise_kernel`` without ``p_``. The blocks are contiguous and have one dtype; dw
+            may be float32, and so is f for "gram".
 
     Raises:
-        ValueError: no tile of these sizes fits a processor.
+        ValueError: no tile for these sizes fits a processor.
     """
     g, f = geometry, named.get("f") is not None
     tile = tile or choose_pointwise(g, term, target, named.get("mean") is not None)
     if tile is None:
         raise ValueError(f"term is {term!r} of {g.C} -> {g.K} channels, expected sums that fit")
     if term == "gram" and g.C > tile.BC:
-        raise ValueError(f"tile is {tile}, expected BC >= {g.C} where the term is a Gram matrix")
+        raise ValueError(f"tile is {tile}, expected BC >= {g.C} if the term is a Gram matrix")
     decay, self_, tie = (f and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     flags = {"TERM": term, "HAS_F": f, "USE_X": term == "z" and named.get("x_scale", 0) != 0}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie}
@@ -176,4 +176,4 @@ def pointwise_launch(
     shapes |= {"feedback": (g.K, 1, 1, g.C), "mean": (sample, g.C)}
     grid, writes = (-(-g.C // tile.BC), tile.splits), ("dx", "dw", "f")
     sums = (tile.BK + {"none": 0, "gram": tile.BC}.get(term, tile.BK)) * tile.BC
-    return describe(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)
+    return make_launch(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)

@@ -1,20 +1,20 @@
-"""Tile choices: pure functions of a problem and an architecture.
+"""The choice of tiles: pure functions of a problem and an architecture.
 
-Nothing here was measured. Block sizes are the largest that compile without spills (benchmarks/codegen.py checks it),
-split counts fill the processors once.
+Nothing here was measured. Block sizes are the largest that compile without spills, as benchmarks/codegen.py checks.
+The number of splits fills the processors once.
 """
 
 from typing import NamedTuple
 
 from .geometry import Geometry
 
-PROGRAMS_PER_PROCESSOR = 2  # of a grouped launch
-MOST_WAVES = 4  # of small blocks of dx: dx alone fills the processors if there are more
+PROGRAMS_PER_PROCESSOR = 2  # of a joint launch
+MOST_WAVES = 4  # of small blocks of dx; with more, dx alone fills the processors
 FEWEST_BLOCKS = 4  # of positions in each split, so that the pipeline fills
 
 
 class Target(NamedTuple):
-    """What a launch is compiled for: the dtype of the operands, by name, and the device."""
+    """The target of a compilation: the name of the operands' dtype, and the device."""
 
     dtype: str
     tf32: bool = False  # float32 products may be rounded to TensorFloat-32
@@ -23,12 +23,12 @@ class Target(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """The size of an element in bytes."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def precision(self) -> str:
-        """How products are computed; both words mean the same for 16-bit operands."""
+        """The precision of products; both values are equivalent for 16-bit operands."""
         return "tf32" if self.tf32 and self.dtype == "float32" else "ieee"
 
 
@@ -74,22 +74,22 @@ def choose_wgrad(
     """The tile of a weight gradient.
 
     Args:
-        rows: the channels of the operands a and u, 0 where one is absent.
-        symmetric: half of the blocks are computed.
-        small: the blocks of a grouped launch.
-        means: the number of operands of f that are centred while they are loaded (x, or x and u).
+        rows: the channels of the operands a and u, 0 if one is absent.
+        symmetric: whether only half of the blocks are computed.
+        small: whether to use the blocks of a joint launch.
+        means: the number of operands of f that are centered while they are loaded (x, or x and u).
     """
     dual = 0 not in rows
     if target.itemsize == 4:
-        # Small blocks: wgmma reads float32 K-major only, and full precision uses FMA.
+        # Small blocks: wgmma reads float32 only K-major, and full precision uses FMA.
         most, columns, depth, stages = 64, 64, 16, 3
     elif target.capability >= 90:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
         if means:
-            # A block of a mean is float32 and takes twice the shared memory of the block that it centres.
+            # A block of a mean is float32: it needs twice the shared memory of the block from which it is subtracted.
             stages = 4 - means
     else:
-        # On sm_80 these spill: dual 128x128, 128x128 with both operands centred, and steps of 32 positions with a long
+        # On sm_80 these spill: dual 128x128, 128x128 with both operands centered, and steps of 32 positions with a long
         # epilogue (Triton 3.6).
         most = columns = 64 if dual or means == 2 else 128
         depth, stages = 64, 3
@@ -109,18 +109,18 @@ def choose_wgrad(
 
 
 def wgrad_tiles(geometry: Geometry, rows: tuple[int, int], blocks: tuple[int, int, int], symmetric: bool) -> int:
-    """Output tiles of one launch, for ``rows`` channels of a and u in blocks BK, BU, BC."""
+    """The number of output tiles of one launch, for ``rows`` channels of a and u in blocks BK, BU, BC."""
     down = row_tiles(rows, blocks[:2])
     return down * (down + 1) // 2 if symmetric else down * geometry.R * geometry.S * -(-geometry.C // blocks[2])
 
 
 def row_tiles(rows: tuple[int, int], blocks: tuple[int, int]) -> int:
-    """Tiles that cover the rows of both operands, each in its own blocks."""
+    """The number of tiles that cover the rows of both operands, each in blocks of its own size."""
     return max(-(-r // b) for r, b in zip(rows, blocks, strict=True) if r)
 
 
 def choose_dgrad(geometry: Geometry, dual: bool, target: Target, small: bool = False) -> DgradTile:
-    """The tile of an input gradient; ``dual`` where both products are computed, ``small`` as in choose_wgrad."""
+    """The tile of an input gradient; ``dual`` if both products are computed, ``small`` as in choose_wgrad."""
     if target.itemsize == 4:
         most, columns, depth, stages = 64, 64, 16, 3
     elif target.capability >= 90:
@@ -135,10 +135,10 @@ def choose_dgrad(geometry: Geometry, dual: bool, target: Target, small: bool = F
     return DgradTile(most, bc, bk, 8 if most * bc >= 128 * 128 else 4, stages)
 
 
-def choose_grouped(
+def choose_joint(
     geometry: Geometry, rows: tuple[int, int], dual: bool, target: Target, means: int = 0
 ) -> tuple[WgradTile, DgradTile] | None:
-    """Both tiles of a grouped launch, with equal warps and stages; None where the layer is not small."""
+    """Both tiles of a joint launch, with equal warps and stages; None if the layer is not small."""
     if MOST_WAVES * target.processors < -(-geometry.N * geometry.H * geometry.W // 64) * -(-geometry.C // 64):
         return None
     wgrad = choose_wgrad(geometry, rows, target, small=True, means=means)
@@ -146,15 +146,15 @@ def choose_grouped(
 
 
 def choose_pointwise(geometry: Geometry, term: str, target: Target, centered: bool = False) -> PointwiseTile | None:
-    """The tile of a one-pass pointwise backward, None where its sums do not fit a processor.
+    """The tile of a one-pass pointwise backward; None if its sums do not fit a processor.
 
     Args:
         term: as in ``pointwise_launch``.
-        centered: x is centred while it is loaded.
+        centered: whether x is centered while it is loaded.
     """
     c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
     hopper = target.capability >= 90
-    # The largest blocks of dW without spills; z, x'x and a mean take registers besides.
+    # The largest blocks of dW without spills; z, x'x and a mean need further registers.
     if term == "gram":
         bc = c if c <= (128 if hopper else 64) and k <= (256 if hopper or not centered else 128) else 0
     elif term == "z":

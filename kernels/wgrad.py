@@ -1,7 +1,7 @@
-"""Weight gradients as an implicit GEMM: rows are output channels, columns (r, s, c), the sum runs over positions.
+"""Weight gradients as an implicit GEMM: rows are output channels, columns (r, s, c), and the sum runs over positions.
 
 Two row operands may share the column operand x: the output gradient `a`, and `u`, whose product is written as the
-feedback weight's gradient. Of a Gram matrix x'x only the blocks on and below the diagonal are computed.
+feedback weight's gradient. Of a Gram matrix x'x, only the blocks on and below the diagonal are computed.
 
 Names in all kernels: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; GEO, FLAGS and TILE are named tuples of
 compile-time constants.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .common import add_rule_terms, reduce_splits, subtract_mean
 from .geometry import Geometry
-from .launch import Launch, describe
+from .launch import Launch, make_launch
 from .tiles import Target, WgradTile, choose_wgrad, row_tiles, wgrad_tiles
 
 
@@ -24,7 +24,7 @@ def wgrad_kernel(
     p_dw,  # [K, R, S, C] by its strides: wgrad(x, a)
     p_f,  # [U, R, S, C] by its strides: scale * unit * wgrad(x - mean, u) + the terms of add_rule_terms
     p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
-    p_unit,  # [1] float32, what a 1 in x or u represents
+    p_unit,  # [1] float32, the value of a 1 in x or u
     p_weight,  # as p_f
     p_feedback,  # as p_f
     p_workspace,  # [tiles, splits, BK + BU, BC] float32, partial sums; without the rows of an absent operand
@@ -39,7 +39,7 @@ def wgrad_kernel(
     GEO: tl.constexpr,
     FLAGS: tl.constexpr,
     TILE: tl.constexpr,
-    i_tile=None,  # given where this is called from another kernel
+    i_tile=None,  # given if another kernel calls this one
     i_split=None,
 ):
     BK: tl.constexpr = TILE.BK
@@ -51,7 +51,7 @@ def wgrad_kernel(
         i_tile = tl.program_id(0)
         i_split = tl.program_id(1)
     if FLAGS.SYMMETRIC:
-        # Row i has i + 1 tiles; adding 4 instead of 1 keeps the root of a square clear of rounding.
+        # Row i has i + 1 tiles; adding 4 instead of 1 keeps the root of a square away from rounding.
         i_row = ((tl.sqrt(8.0 * i_tile + 4) - 1) / 2).to(tl.int32)
         i_column = i_tile - i_row * (i_row + 1) // 2
         i_tap = 0
@@ -70,7 +70,7 @@ def wgrad_kernel(
     blocks = (positions + TILE.BP - 1) // TILE.BP
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
-    # A split without work still runs one block, entirely masked: ptxas serialises the wgmma of a loop that may run
+    # A split without work still runs one masked block: ptxas serializes the wgmma of a loop that may run
     # zero times (Triton 3.6, sm_90, warning C7515).
     count = tl.maximum(tl.minimum(blocks - first, per_split), 1)
 
@@ -170,9 +170,9 @@ def wgrad_launch(
         u_channels: of ``u``; K by default.
         w_strides, f_strides: of dw and of f as [K, R, S, C].
         sample: rows of the mean.
-        named: the parameters of ``wgrad_kernel`` without ``p_``. x, a and u are contiguous and of one dtype, dw and f
-            may be float32. Without ``a``, dw is only read; without ``u``, its term is 0. If ``u`` is ``x``, it is
-            centred too. ``tie`` requires u_channels == K and equal strides.
+        named: the parameters of ``wgrad_kernel`` without ``p_``. x, a and u are contiguous and have one dtype; dw and
+            f may be float32. Without ``a``, dw is only read; without ``u``, its term is 0. If ``u`` is ``x``, it is
+            centered too. ``tie`` requires u_channels == K and equal strides.
     """
     g, a, u, f = geometry, named.get("a"), named.get("u"), named.get("f")
     u_channels, gram = u_channels or g.K, u == named["x"]
@@ -180,13 +180,13 @@ def wgrad_launch(
     decay, self_, tie = (f is not None and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     symmetric = gram and a is None and g.pointwise and not (decay or self_ or tie)
     if tie and u_channels != g.K:
-        raise ValueError(f"tie is {named['tie']}, expected 0 where u has {u_channels} channels and W {g.K} rows")
+        raise ValueError(f"tie is {named['tie']}, expected 0 if u has {u_channels} channels and W {g.K} rows")
     if tile is None:
         tile = choose_wgrad(g, rows, target, symmetric, means=(1 + gram) * bool(u and named.get("mean")))
     if tie and a and u and tile.BK != tile.BU:
-        raise ValueError(f"tile is {tile}, expected BK == BU where tie uses both products")
+        raise ValueError(f"tile is {tile}, expected BK == BU if tie uses both products")
     if symmetric and g.C > tile.BC and tile.BU != tile.BC:
-        raise ValueError(f"tile is {tile}, expected BU == BC where the product is symmetric")
+        raise ValueError(f"tile is {tile}, expected BU == BC if the product is symmetric")
     flags = {"HAS_A": bool(a), "HAS_U": bool(u), "HAS_F": bool(f), "GRAM": gram, "SYMMETRIC": symmetric}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie, "POINTWISE": g.pointwise, "U": u_channels}
     flags["ROWS"] = row_tiles(rows, (tile.BK, tile.BU))
@@ -197,4 +197,4 @@ def wgrad_launch(
     grid = (wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric), tile.splits)
     writes, sums = ("dw", "f") if a else ("f",), (tile.BK + tile.BU) * tile.BC
     strides = {"W_STRIDES": w_strides, "F_STRIDES": f_strides}
-    return describe(wgrad_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)
+    return make_launch(wgrad_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyfeedback.core.algorithm import Algorithm, needs_response
-from pyfeedback.core.values import check_flag, check_model, in_words
+from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
@@ -166,7 +166,7 @@ def _rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, 
         raise ValueError(f"rule is a {type(rule).__name__} without a pattern, expected one or more")
     for pattern in rule:
         if not isinstance(pattern, str):
-            raise TypeError(f"a pattern of rule is {in_words(pattern)}, expected a string")
+            raise TypeError(f"a pattern of rule is {describe(pattern)}, expected a string")
     return {pattern: as_rule(r) for pattern, r in rule.items()}
 
 

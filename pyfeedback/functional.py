@@ -60,7 +60,7 @@ def fa_conv2d(
 
     Source: Kunin et al., ICML 2020 (arXiv 2003.01513), section 3; tie: Akrout et al., NeurIPS 2019 (arXiv 1904.05391).
     """
-    rule = _checked(coefficients, input)
+    rule = _checked_coefficients(coefficients, input)
     stride, padding, dilation = (_for_each(2, n) for n in (stride, padding, dilation))
     geometry = Convolution(stride, padding, dilation, groups=groups)
     check_lengths(geometry, 2)
@@ -101,7 +101,7 @@ def fa_convolution(
     stride, padding, dilation, output_padding = (
         _for_each(spatial, n) for n in (stride, padding, dilation, output_padding)
     )
-    rule = _checked(coefficients, input)
+    rule = _checked_coefficients(coefficients, input)
     geometry = Convolution(stride, padding, dilation, transposed, output_padding, groups)
     check_lengths(geometry, spatial)
     return layer(geometry, rule, input, weight, feedback, bias)
@@ -127,7 +127,7 @@ def fa_linear(
 
     Raises, Source: as :func:`fa_conv2d`.
     """
-    return layer(LINEAR, _checked(coefficients, input), input, weight, feedback, bias)
+    return layer(LINEAR, _checked_coefficients(coefficients, input), input, weight, feedback, bias)
 
 
 def feedback_step_(
@@ -212,7 +212,7 @@ def layer(
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return geometry.fprop(input, weight, bias)
     if not feedback.requires_grad and forward_ad._current_level < 0:
-        output = autograd.forward_with_feedback(geometry, rule, input, weight, feedback, bias)
+        output = autograd.forward_with_feedback(geometry, input, weight, feedback, bias)
         if output is not None:
             return output
     return autograd.EagerLayer.apply(input, weight, feedback, bias, geometry, rule)
@@ -234,7 +234,7 @@ def scheduled_layer(
     return op(input, weight, feedback, bias, coefficients, *to_arguments(geometry), **options)
 
 
-def _checked(keywords: dict[str, Any], input: Tensor) -> Coefficients:
+def _checked_coefficients(keywords: dict[str, Any], input: Tensor) -> Coefficients:
     """The coefficients of a call, checked."""
     rule = from_keywords(keywords)
     check_coefficients(rule, input)

@@ -9,7 +9,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from pyfeedback.core.values import check_callable, check_choice, check_number, in_words, is_int, is_number
+from pyfeedback.core.deprecation import renamed_attribute, renamed_keyword
+from pyfeedback.core.values import check_callable, check_choice, check_number, describe, is_int, is_number
 
 SIGNS = ("free", "weight")
 _seeding = threading.RLock()  # held while the global generator, which torch.nn.init draws from, has another seed
@@ -20,9 +21,9 @@ class Init:
     """The initialization of a feedback weight.
 
     Attributes:
-        law: the init_fn, which fills a tensor in place: any function of torch.nn.init, or one of your own. None
-            follows the weight: a new layer uses the initialization that torch.nn uses for ``weight``, a converted
-            layer a normal distribution with the standard deviation of its weight.
+        init_fn: a function that fills a tensor in place, such as those of torch.nn.init. None follows the weight:
+            a new layer uses the initialization that torch.nn uses for ``weight``, a converted layer a normal
+            distribution with the standard deviation of its weight.
         scale: a factor applied to the values drawn.
         density: the fraction of the entries to keep, chosen at random; the others are set to zero.
         signs: "weight" gives each entry the sign of the corresponding entry of the weight (sign-concordant feedback,
@@ -31,26 +32,28 @@ class Init:
             draws from the global generator.
     """
 
-    law: Callable[[Tensor], object] | None = None
+    init_fn: Callable[[Tensor], object] | None = None
     scale: float = 1.0
     density: float = 1.0
     signs: str = "free"
     seed: int | None = None
 
+    law = renamed_attribute("law", "init_fn")
+
     def __post_init__(self):
-        if self.law is not None and not callable(self.law):
+        if self.init_fn is not None and not callable(self.init_fn):
             what = "a function that fills a tensor, like those of torch.nn.init"
-            raise ValueError(f"law is {in_words(self.law)}, expected {what}")
+            raise ValueError(f"init_fn is {describe(self.init_fn)}, expected {what}")
         check_number("scale", self.scale)
         if not is_number(self.density) or not 0 < self.density <= 1:
-            raise ValueError(f"density is {in_words(self.density)}, expected a number above 0, at most 1")
+            raise ValueError(f"density is {describe(self.density)}, expected a number above 0 and at most 1")
         check_choice("signs", self.signs, SIGNS)
         if self.seed is not None and not (is_int(self.seed) and -(2**63) <= self.seed < 2**63):
-            raise ValueError(f"seed is {in_words(self.seed)}, expected an int of 64 bits, or None")
+            raise ValueError(f"seed is {describe(self.seed)}, expected a 64-bit int or None")
 
     @torch.no_grad()
     def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
-        """Initialize ``feedback`` in place; ``default`` is the init_fn to use if ``law`` is None."""
+        """Initialize ``feedback`` in place; ``default`` replaces an ``init_fn`` of None."""
         if feedback.is_meta:
             return
         if self.seed is None:  # some functions of torch.nn.init do not support 16-bit dtypes
@@ -79,7 +82,7 @@ class Init:
         return self if self.seed is None else replace(self, seed=self.seed + crc32(name.encode()))
 
     def _fill(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
-        (self.law or default)(feedback)
+        (self.init_fn or default)(feedback)
         if self.scale != 1.0:
             feedback.mul_(self.scale)
         if self.density < 1.0:
@@ -88,17 +91,20 @@ class Init:
             feedback.abs_().mul_(weight.sign())
 
 
+Init.__init__ = renamed_keyword("law", "init_fn")(Init.__init__)  # type: ignore[method-assign]
+
+
 def _unsharded(tensor: Tensor) -> Tensor:
     """The full tensor if it is sharded over ranks, otherwise the tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def as_init(init: "Init | Callable[[Tensor], object] | None") -> Init:
-    """Convert an argument ``init`` to an :class:`Init`: a function becomes its ``law``, None the default."""
+    """Convert an argument ``init`` to an :class:`Init`: a function becomes its ``init_fn``, None the default."""
     if init is not None and not isinstance(init, Init):
         what = "a pyfeedback.Init, or a function that fills a tensor, like those of torch.nn.init"
         check_callable("init", init, what)
-        return Init(law=init)
+        return Init(init_fn=init)
     return init or Init()
 
 

@@ -3,9 +3,11 @@
 It is slow and simple on purpose, so that it can be read next to Kunin et al., "Two Routes to Scalable Credit Assignment
 without Weight Symmetry" (ICML 2020, arXiv 2003.01513). The ops are tested against it. It imports only torch.
 
-    y, regulariser = reference.conv2d(input, weight, feedback, padding=1, amp=1e-3, decay=2e-3)
-    (loss(y) + regulariser).backward()          # feedback.grad is the rule's gradient
+    y, regularizer = reference.conv2d(input, weight, feedback, padding=1, amp=1e-3, decay=2e-3)
+    (loss(y) + regularizer).backward()          # feedback.grad is the rule's gradient
 """
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def conv2d(
 
     Args:
         input: [N, C, H, W]; weight, feedback: [K, C/g, R, S]; bias: [K].
-        rule: see :func:`regulariser`; ``tie`` adds ``tie * grad_weight`` to the feedback's gradient.
+        rule: see :func:`regularizer`; ``tie`` adds ``tie * grad_weight`` to the feedback's gradient.
 
     Returns:
         The output [N, K, P, Q], and the regularizer R(B), a scalar to add to the loss.
@@ -50,7 +52,7 @@ def conv2d(
     if tie:
         y = y + tie * _without_value(conv(input.detach(), feedback))
     rule |= {"positions": y[0, 0].numel(), "stride": 1 if any(padding) else stride}
-    penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
+    penalty = regularizer(input.detach(), y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, 1, 1), penalty
 
 
@@ -94,7 +96,7 @@ def convolution(
     rule |= {"positions": (input if transposed else y)[0, 0].numel(), "stride": stride}
     if transposed or (any(padding) if isinstance(padding, (tuple, list)) else padding):
         rule["stride"] = 1
-    penalty = regulariser(fixed, y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
+    penalty = regularizer(fixed, y.detach(), weight.detach(), feedback, conv, conv_transposed, **rule)
     return y if bias is None else y + bias.view(-1, *(1,) * spatial), penalty
 
 
@@ -106,11 +108,11 @@ def linear(
     if tie:
         y = y + tie * _without_value(F.linear(input.detach(), feedback))
     rule["positions"] = y[0, ..., 0].numel()
-    penalty = regulariser(input.detach(), y.detach(), weight.detach(), feedback, F.linear, torch.matmul, **rule)
+    penalty = regularizer(input.detach(), y.detach(), weight.detach(), feedback, F.linear, torch.matmul, **rule)
     return y if bias is None else y + bias, penalty
 
 
-def regulariser(
+def regularizer(
     x: Tensor,
     y: Tensor,
     weight: Tensor,
@@ -144,11 +146,13 @@ def regulariser(
         largest = largest_variance(x, weight, conv) / n if sparse else 1.0
         spatial = weight.dim() - 2
         strides = stride if isinstance(stride, (tuple, list)) else (stride,) * spatial
-        windows = all(size == 1 for size in weight.shape[2:]) and spatial
-        read = x[(..., *(slice(None, None, s) for s in strides))] if windows else x
-        amp = amp / (largest if sparse else positions * read.square().mean())
-        sparse = sparse / largest
-        null = null * n / null_power(y, feedback.detach(), conv_transposed) if null else 0.0
+        read = x
+        if spatial and all(size == 1 for size in weight.shape[2:]):
+            for dimension, s in enumerate(strides, 2):
+                read = read.index_select(dimension, torch.arange(0, x.shape[dimension], s))
+        amp /= largest if sparse else positions * float(read.square().mean())
+        sparse /= largest
+        null *= n / null_power(y.detach(), feedback.detach(), conv_transposed) if null else 0.0
     total = feedback.new_zeros(())
     if decay:
         total = total + decay * feedback.square().sum() / 2
@@ -163,12 +167,12 @@ def regulariser(
     return total
 
 
-def null_power(y: Tensor, feedback: Tensor, conv_transposed) -> Tensor:
+def null_power(y: Tensor, feedback: Tensor, conv_transposed) -> float:
     """The sum over the samples of |conv_transpose(y, B)|^2 / |B|^2"""
-    return conv_transposed(y, feedback).square().sum() / feedback.square().sum()
+    return float(conv_transposed(y, feedback).detach().square().sum() / feedback.square().sum())
 
 
-def largest_variance(x: Tensor, weight: Tensor, conv, steps: int = 4, share: int = 8) -> Tensor:
+def largest_variance(x: Tensor, weight: Tensor, conv, steps: int = 4, share: int = 8) -> float:
     """The largest eigenvalue of the sum over the windows of x x', by power iteration on one of ``share`` samples."""
     part = x[: -(-len(x) // share)]
     kernel = torch.ones_like(weight)
@@ -177,7 +181,7 @@ def largest_variance(x: Tensor, weight: Tensor, conv, steps: int = 4, share: int
         kernel = (kernel / kernel.norm()).requires_grad_()
         kernel = torch.autograd.grad(conv(part, kernel).square().sum() / 2, kernel)[0]
         value = kernel.norm()
-    return value * (len(x) / len(part))
+    return float(value.detach()) * (len(x) / len(part))
 
 
 class _ConvFeedbackPath(torch.autograd.Function):
@@ -209,6 +213,14 @@ class _LinearFeedbackPath(torch.autograd.Function):
     def backward(ctx, grad_output):
         input, feedback = ctx.saved_tensors
         return grad_output @ feedback, grad_output.flatten(0, -2).t() @ input.flatten(0, -2), None
+
+
+def __getattr__(name: str):
+    if name == "regulariser":
+        old = "the old name is removed in the release after next"
+        warnings.warn(f"reference.regulariser is now reference.regularizer; {old}", DeprecationWarning, stacklevel=2)
+        return regularizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _without_value(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients, Primitives
-from pyfeedback.core.values import check_choice, check_int, check_number, check_positive, in_words, is_int, is_number
+from pyfeedback.core.values import check_choice, check_int, check_number, check_positive, describe, is_int, is_number
 
 REDUCTIONS = ("batch", "mean")
 SIGNS = ("free", "uniform", "fixed", "batch")
@@ -42,8 +42,8 @@ class Rule(Primitives):
             say which terms the rule has: amp (wm), amp and null (ia), self_ (sa), amp and sparse (aa) or tie (kp).
             The optimizers of :mod:`pyfeedback.optim` take steps of 1 / tau, whatever their learning rate; under kp they
             set the decay of W and B so that W - B decays in ``tau`` steps. See docs/rules.md.
-        growth: let ``tau`` grow to this fraction of the number of steps made. B then follows W closely at the start, when
-            W changes fast, and averages over more steps later, whatever the length of the run.
+        growth: let ``tau`` grow to this fraction of the number of steps made. B then follows W closely at the start,
+            when W changes fast, and averages over more steps later, whatever the length of the run.
         ratio: the norm of the target relative to W; used with ``tau``.
         nu: the strength of null relative to amp; used with ``tau``.
         source: what amp, null and sparse read. "data": the activations. "probes": white noise of one receptive field,
@@ -51,8 +51,8 @@ class Rule(Primitives):
             neither the batch nor the size of the images.
         probes: the number of probes for each estimate; as a float, relative to the number of inputs d of the layer. 0
             chooses it by d and ``tau``:
-            d / (2 tau 0.1^2) for a noise of 0.1 radians in the angle of B to its target, but at most so many that they
-            cost 2 % of the layer's training step.
+            d / (2 tau 0.1^2) for a noise of 0.1 radians in the angle of B to its target, but no more than cost
+            2 % of the layer's training step, unless the noise then exceeds 0.3 radians.
         every: make an estimate from probes in one of ``every`` steps.
         name: the name shown in reports.
         fixed: the coefficients in the form that the ops take, or None if they depend on the batch.
@@ -80,27 +80,27 @@ class Rule(Primitives):
         for name in COEFFICIENTS:
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name} is {in_words(value)}, expected a finite number")
+                raise ValueError(f"{name} is {describe(value)}, expected a finite number")
             if type(value) not in (int, float):  # e.g. a NumPy scalar
                 object.__setattr__(self, name, float(value))
         if not (is_int(self.samples) and self.samples >= 0) and not (
             isinstance(self.samples, float) and 0 < self.samples <= 1
         ):
-            raise ValueError(f"samples is {in_words(self.samples)}, expected an int of 0 or more, or a float in (0, 1]")
+            raise ValueError(f"samples is {describe(self.samples)}, expected an int of 0 or more, or a float in (0, 1]")
         for name, known in (
             ("reduction", REDUCTIONS), ("signs", SIGNS), ("direct", DIRECT), ("source", SOURCES),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), known)
         if not is_int(self.expansion) or self.expansion < 0:
-            raise ValueError(f"expansion is {in_words(self.expansion)}, expected an int of 0 or more")
+            raise ValueError(f"expansion is {describe(self.expansion)}, expected an int of 0 or more")
         for name in ("samples", "expansion"):
             if is_int(getattr(self, name)):
                 object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("center", "transport"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {in_words(getattr(self, name))}, expected True or False")
+                raise ValueError(f"{name} is {describe(getattr(self, name))}, expected True or False")
         if not isinstance(self.name, str):
-            raise ValueError(f"name is {in_words(self.name)}, expected a string")
+            raise ValueError(f"name is {describe(self.name)}, expected a string")
         if self.transport and (self.learns or self.samples or self.center):
             raise ValueError(f"transport is True with {self!r}, expected no coefficients: B is W itself")
         if self.learns and (self.signs != "free" or self.direct != "no"):
@@ -149,8 +149,8 @@ class Rule(Primitives):
             values["decay"] = 0.0  # decay acts on the factor that learns, not on the product
         if self.reads_probes:
             return Coefficients()
-        options = {"samples": self.samples_of(batch), "normalize": self.is_normalized}
-        return Coefficients(**values, center=self.center, **options)
+        samples, normalize = self.samples_of(batch), self.is_normalized
+        return Coefficients(**values, center=self.center, samples=samples, normalize=normalize)
 
     def tau_at(self, step: int) -> float:
         """The time constant in this step, counted from 0; 0 if the rule has units."""
@@ -272,9 +272,9 @@ def rule(name: str | Rule, **overrides) -> Rule:
         TypeError: ``overrides`` has a name that is not a field.
     """
     if not isinstance(name, (str, Rule)):
-        raise ValueError(f"rule is {in_words(name)}, expected a name or a pyfeedback.Rule")
+        raise ValueError(f"rule is {describe(name)}, expected a name or a pyfeedback.Rule")
     if isinstance(name, str) and name not in PRESETS:
-        raise ValueError(f"rule is {in_words(name)}, expected one of {', '.join(PRESETS)}, or a pyfeedback.Rule")
+        raise ValueError(f"rule is {describe(name)}, expected one of {', '.join(PRESETS)}, or a pyfeedback.Rule")
     for field_name in overrides:
         if field_name not in Rule.__dataclass_fields__:
             raise TypeError(

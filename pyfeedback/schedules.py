@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from pyfeedback.conversion import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.core.coefficients import COEFFICIENTS
+from pyfeedback.core.deprecation import renamed_attribute, renamed_keyword
 from pyfeedback.core.values import (
     check_callable,
     check_int,
     check_model,
     check_number,
     check_positive,
-    in_words,
+    describe,
     is_int,
     is_number,
 )
@@ -104,7 +105,9 @@ class Schedule:
     def __init__(self, model: nn.Module, **curves: Curve):
         for name, curve in curves.items():
             if name not in (*COEFFICIENTS, *UNITLESS):
-                raise ValueError(f"{name} is not a coefficient, expected one of {', '.join((*COEFFICIENTS, *UNITLESS))}")
+                raise ValueError(
+                    f"{name} is not a coefficient, expected one of {', '.join((*COEFFICIENTS, *UNITLESS))}"
+                )
             check_callable(name, curve, "a function of the step")
         self.curves = curves
         self._rules = [(layer, layer.unscheduled or layer.rule) for _, layer in feedback_layers(model)]
@@ -126,7 +129,7 @@ class Schedule:
         values = {name: curve(self._last) for name, curve in self.curves.items()}
         for name, value in values.items():
             if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name} is {in_words(value)} at step {self._last}, expected a finite number")
+                raise ValueError(f"{name} is {describe(value)} at step {self._last}, expected a finite number")
         return {name: float(value) for name, value in values.items()}
 
     def state_dict(self) -> dict[str, int]:
@@ -140,7 +143,7 @@ class Schedule:
             ValueError: ``state`` is not a state_dict of a schedule.
         """
         if not isinstance(state, dict) or not is_int(state.get("step")):
-            raise ValueError(f"state is {in_words(state)}, expected what state_dict returned")
+            raise ValueError(f"state is {describe(state)}, expected what state_dict returned")
         self._last = state["step"]
         self._apply()
 
@@ -210,17 +213,20 @@ class Mirror:
 
     Args:
         model: a model with feedback layers; layers whose rule reads no activations are not affected.
-        law: a function that returns the noise, with the signature of torch.randn.
+        noise_fn: a function that returns the noise, with the signature of torch.randn.
         amplitude: a factor applied to the noise.
 
     Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), mirror mode.
     """
 
-    def __init__(self, model: nn.Module, law: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
-        check_callable("law", law, "a function that makes noise, like torch.randn")
+    law = renamed_attribute("law", "noise_fn")
+
+    @renamed_keyword("law", "noise_fn")
+    def __init__(self, model: nn.Module, noise_fn: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
+        check_callable("noise_fn", noise_fn, "a function that makes noise, like torch.randn")
         check_number("amplitude", amplitude)
         check_model(model)
-        self.law, self.amplitude = law, amplitude
+        self.noise_fn, self.amplitude = noise_fn, amplitude
         self._layers = [layer for _, layer in feedback_layers(model) if layer.rule.reads_data]
         self._inputs: dict[FeedbackLayer, Tensor] = {}
         self._hooks = [layer.register_forward_pre_hook(self._remember) for layer in self._layers]
@@ -239,7 +245,7 @@ class Mirror:
             feedback = layer.feedback
             assert feedback is not None
             before, feedback.grad = feedback.grad, None  # avoids the layer's warning about gradients that keep growing
-            noise = self.amplitude * self.law(like.shape, dtype=like.dtype, device=like.device)
+            noise = self.amplitude * self.noise_fn(like.shape, dtype=like.dtype, device=like.device)
             output = layer.forward_without_hooks(noise)
             torch.autograd.backward(output, torch.zeros_like(output), inputs=[feedback])
             if before is not None:

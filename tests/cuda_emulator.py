@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: csrc/cuda compiled by the C++ compiler against csrc/cuda_emulator.
 
-The functions have the names of the ops and take CPU tensors. A launch whose behaviour CUDA leaves undefined raises
+The functions have the names of the ops and take CPU tensors. A launch whose behavior CUDA leaves undefined raises
 RuntimeError where the emulator detects it. A misaligned access ends the process.
 """
 
@@ -191,7 +191,7 @@ def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def native_feedback_step_(
+def extension_feedback_step_(
     feedback, weight, grad, momentum_buffer, *, decay, self_, tie, lr, momentum=0.0, nesterov=False, noise=0.0, seed=0,
     skip_nonfinite=False, dynamic=None,
 ):  # fmt: skip
@@ -221,7 +221,7 @@ def native_feedback_step_(
     _check(_library().emulated_step(table, len(rows), layouts, len(layouts), ctypes.byref(options), flag))
 
 
-def native_alignment_products(feedback, weight):
+def extension_alignment_products(feedback, weight):
     """The kernel of the op of this name."""
     here = [i for i, tensor in enumerate(feedback) if tensor.numel()]
     operands = [[feedback[i], weight[i]] for i in here]
@@ -241,7 +241,7 @@ def native_alignment_products(feedback, weight):
     return products
 
 
-def native_center(input: torch.Tensor, samples: int) -> torch.Tensor:
+def extension_center(input: torch.Tensor, samples: int) -> torch.Tensor:
     """The kernel of the op of this name."""
     output = torch.empty_strided(
         (samples, *input.shape[1:]), (input[:1].numel(), *input.stride()[1:]), dtype=input.dtype
@@ -251,7 +251,7 @@ def native_center(input: torch.Tensor, samples: int) -> torch.Tensor:
     return output
 
 
-def native_add_centered_(self: torch.Tensor, input: torch.Tensor, beta: float, alpha: float) -> None:
+def extension_add_centered_(self: torch.Tensor, input: torch.Tensor, beta: float, alpha: float) -> None:
     """The kernel of the op of this name."""
     if input.numel():
         operands = ctypes.byref(_center_operands(input, self))
@@ -265,7 +265,7 @@ def _center_operands(input: torch.Tensor, output: torch.Tensor) -> CenterOperand
     )
 
 
-def native_depthwise_backward(
+def extension_depthwise_backward(
     grad_output, input, weight, feedback, mean, response, response_mean, stride, padding, dilation, groups,
     coefficients, samples, *mask,
 ):  # fmt: skip

@@ -1,11 +1,11 @@
-// Small kernels, right and wrong, that test csrc/cuda_emulator itself: see test_cuda_emulator.py.
+// Small kernels, correct and incorrect, that test csrc/cuda_emulator itself: see test_cuda_emulator.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 namespace {
 
-// Writes to each thread's place what the thread is told about itself.
+// Each thread adds its indices to its element.
 __global__ void indices(int* out) {
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
@@ -38,7 +38,7 @@ __global__ void shuffles(int* out) {
   out[4 * threadIdx.x + 3] = fifth;
 }
 
-// The sum of what the first lanes of all warps have after a shuffle, which is no barrier of the block.
+// The sum of the values of the first lanes of all warps after a shuffle, which is not a barrier of the block.
 template <bool kBarrier>
 __global__ void sum_of_warps(int* out) {
   __shared__ int of_warp[8];
@@ -55,7 +55,7 @@ __global__ void sum_of_warps(int* out) {
   out[256 + threadIdx.x / 255] = sum;
 }
 
-// Even and odd lanes apart, each as often as its own lanes ask.
+// Even and odd lanes shuffle separately, each as often as its lanes require.
 __global__ void halves(int* out) {
   const unsigned mask = threadIdx.x % 2 ? 0xaaaaaaaau : 0x55555555u;
   int sum = out[threadIdx.x];
@@ -66,7 +66,7 @@ __global__ void halves(int* out) {
   out[threadIdx.x] = sum;
 }
 
-// Each block adds up its threads, the last block to come adds up the blocks: out[0] is the sum, out[1] counts blocks.
+// Each block sums its threads, and the last block to arrive sums the blocks: out[0] is the sum, out[1] counts blocks.
 __global__ void last_block(int* out) {
   __shared__ int sum, ticket;
   if (threadIdx.x == 0) sum = 0;
@@ -94,7 +94,7 @@ __global__ void atomics(int* out) {
   out[3 + threadIdx.x] = atomicExch(&out[3 + blockDim.x], static_cast<int>(threadIdx.x));
 }
 
-// Those that returned are not waited for.
+// A barrier does not wait for threads that have returned.
 __global__ void early_return(int* out) {
   if (threadIdx.x >= 40) return;
   __syncthreads();

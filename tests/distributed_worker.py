@@ -69,7 +69,7 @@ def train(
 
 
 def in_two_parts(model, x, target) -> None:
-    """Two halves of the batch; only the backward pass of the second synchronises the ranks."""
+    """Two halves of the batch; only the backward pass of the second synchronizes the ranks."""
     half = len(x) // 2
     with model.no_sync():
         (0.5 * nn.functional.cross_entropy(model(x[:half]), target[:half])).backward()

@@ -121,7 +121,7 @@ def check(number: int) -> None:
     draw = random.Random(number)
     torch.manual_seed(number)
     model, size = random_network(draw)
-    model(torch.randn(size))  # initialises the lazy layer
+    model(torch.randn(size))  # initializes the lazy layer
     model.double()
     for module in model.modules():
         if getattr(module, "bias", None) is not None and module.bias.dim() == 1:

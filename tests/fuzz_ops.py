@@ -89,7 +89,7 @@ def sees_padding_alone(call: Call) -> bool:
 
 
 def _call(draw: random.Random, op: str, size, weight, out_channels: int, window: tuple, made: tuple) -> Call:
-    backends = ("auto", "auto", "aten", "native") if loading.has_cpu() else ("auto", "aten")
+    backends = ("auto", "auto", "composite", "extension") if loading.has_cpu() else ("auto", "composite")
     return Call(
         op, size, weight, out_channels, made,
         bias=draw.random() < 0.5,

@@ -15,7 +15,7 @@ from pyfeedback.backends.extension import loading
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "contiguous", "channels_last", "sliced", "transposed")
-BACKENDS = ("auto", "aten", "native") if loading.has_cpu() else ("auto", "aten")
+BACKENDS = ("auto", "composite", "extension") if loading.has_cpu() else ("auto", "composite")
 STEPS = 4
 LISTS = ("feedback", "weight", "grad", "momentum_buffer")
 RULES = {
@@ -48,7 +48,7 @@ def check_step(draw: random.Random) -> None:
     for name in ("feedback", "momentum_buffer"):
         written = name == "feedback" or arguments["momentum"] != 0
         for i, found in enumerate(arguments[name]):
-            where = f"{name}[{i}] of {in_words(arguments)}"
+            where = f"{name}[{i}] of {describe(arguments)}"
             if skipped or not written:
                 torch.testing.assert_close(found, before[name][i], rtol=0, atol=0, equal_nan=True, msg=where)
             elif found.numel():
@@ -146,7 +146,7 @@ def assert_as_accurate(found: Tensor, exact: Tensor, own: Tensor, largest: float
     assert error <= 2 * plain + ulps * torch.finfo(found.dtype).eps * largest, f"off by {error:.2e}: {where}"
 
 
-def in_words(a: dict[str, Any]) -> str:
+def describe(a: dict[str, Any]) -> str:
     sizes = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in a["feedback"]]
     return f"{sizes} with { ({n: v for n, v in a.items() if n not in LISTS}) }"
 

@@ -13,7 +13,7 @@ import pyfeedback
 from pyfeedback import functional
 from pyfeedback.backends.extension import loading
 
-BACKENDS = ("auto", "aten", "native") if loading.has_cpu() else ("auto", "aten")
+BACKENDS = ("auto", "composite", "extension") if loading.has_cpu() else ("auto", "composite")
 LISTS = ("feedback", "weight", "grad", "momentum_buffer")
 WRITTEN = ("feedback", "momentum_buffer")
 NOT_TENSORS: tuple[Any, ...] = (None, 1.0, "weight", [1.0, 2.0], numpy.ones(3))

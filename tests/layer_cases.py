@@ -96,7 +96,7 @@ def padded_by_hand(layer, x):
 
 
 def reference_output(layer, x):
-    """Output and regulariser of the layer, computed by pyfeedback.reference."""
+    """Output and regularizer of the layer, computed by pyfeedback.reference."""
     rule = layer.rule
     if isinstance(layer, nn.Linear):
         positions, arguments = math.prod(x.shape[1:-1]), ()

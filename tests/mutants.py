@@ -1,4 +1,4 @@
-"""Mutation testing: apply each fault of `tests/mutations.txt` to a copy of the code and run its tests. `make mutants`.
+"""Mutation testing: apply each fault of `tests/mutations/` to a copy of the code and run its tests. `make mutants`.
 
 The working tree is not modified: the copy in `.cache/mutants` has its own environment on top of the current packages.
 Results are cached there. A fault is tried again only if its file, its tests or the fault itself changed, so an
@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-LIST = ROOT / "tests" / "mutations.txt"
+LISTS = sorted((ROOT / "tests" / "mutations").glob("*.txt"))
 TABLE = ROOT / "tests" / "mutants.md"
 LONGEST = 300  # time limit of a test command in seconds
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
-FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without the parametrisation
+FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without the parametrization
 
 
 class Mutant(NamedTuple):
@@ -46,7 +46,12 @@ class Mutant(NamedTuple):
 
 
 def read_list(text: str) -> list[Mutant]:
-    """Parse faults in the format of `tests/mutations.txt`."""
+    """Parse a list of faults; blank lines separate them, and lines that begin with "#" are comments.
+
+    A fault is a name, a file, the text to replace behind "- ", its replacement behind "+ ", and the narrowest tests
+    that should fail, as pytest names them: a file, a class or a function, seldom with parameters. A change that only
+    affects the speed is not a fault.
+    """
     found = []
     for block in re.split(r"\n{2,}", text):
         lines = [line for line in block.splitlines() if line and not line.startswith("#")]
@@ -57,7 +62,7 @@ def read_list(text: str) -> list[Mutant]:
     return found
 
 
-MUTANTS = read_list(LIST.read_text())
+MUTANTS = [mutant for path in LISTS for mutant in read_list(path.read_text())]
 
 
 class Copy:
@@ -193,7 +198,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "# Faults that the tests find",
         "",
         f"Of {len(MUTANTS)} small faults put into a copy of the code one after the other (`make mutants`, "
-        f"`tests/mutations.txt`), {len(rows)} were tried: {killed} were found by a test, "
+        f"`tests/mutations/`), {len(rows)} were tried: {killed} were found by a test, "
         f"{len(rows) - killed} were not.",
         "",
         "| fault | file | found by | seconds |",

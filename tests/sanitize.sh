@@ -38,7 +38,7 @@ cd "$site"
 "$python" -c "import pyfeedback; assert pyfeedback.__file__.startswith('$site'), pyfeedback.__file__"
 result=0
 "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" -k "not cuda" \
-  "$root"/tests/test_native*.py "$root"/tests/test_step_memory.py \
+  "$root"/tests/test_extension*.py "$root"/tests/test_step_memory.py \
   "$root"/tests/test_step_storage.py "$root"/tests/test_step_exactness.py "$root"/tests/test_depthwise.py || result=$?
 unset LD_PRELOAD
 for report in "$site"/report.*; do

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pyfeedback import functional
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.backends.extension import loading
 
 PATHS = [
-    pytest.param("native", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
-    "aten",
+    pytest.param("extension", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
+    "composite",
 ]
 ALL = {"decay": 0.1, "self_": 0.2, "tie": 0.3}
 ADAMW = {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3}
@@ -44,7 +44,7 @@ def adamw_step(operands):
     count, step = len(operands["param"]), operands["step"]
     numbers = {name: [value] * count for name, value in {**ALL, "weight_decay": 0.01}.items()}
     tensors = [operands[name] for name in ("param", "weight", "grad", "exp_avg", "exp_avg_sq")]
-    provide("adamw_step_", "cpu")(*tensors, step=step, **numbers, **ADAMW)
+    current_implementation("adamw_step_", "cpu")(*tensors, step=step, **numbers, **ADAMW)
 
 
 def refuses(call, operands, message):

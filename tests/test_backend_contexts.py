@@ -19,12 +19,12 @@ RULES = {"dense": pyfeedback.Rule(**RULE)}
 
 @pytest.fixture
 def used(monkeypatch):
-    """The backend of each centering kernel that runs: "aten", or "auto" for the compiled one, which that chooses."""
+    """The backend of each centering kernel that runs: "composite", or "auto", which chooses the compiled one."""
     if not pyfeedback.build_info().cpu:
         pytest.skip("the CPU library is not built")
     names = []
     kernels = dispatch._IMPLEMENTATIONS["center"]
-    for name, backend in (("aten", "aten"), ("native", "auto")):
+    for name, backend in (("composite", "composite"), ("extension", "auto")):
 
         def center(input, samples, backend=backend, real=kernels[name]):
             names.append(backend)
@@ -66,7 +66,7 @@ def test_overlapping_blocks_of_two_threads_leave_no_state():
     seen = {}
 
     def first():
-        with pyfeedback.backend("aten"):
+        with pyfeedback.backend("composite"):
             first_open.set()
             second_open.wait(60)
             seen["first"] = pyfeedback.current_backend()
@@ -75,7 +75,7 @@ def test_overlapping_blocks_of_two_threads_leave_no_state():
     def second():
         first_open.wait(60)
         seen["before"] = pyfeedback.current_backend()
-        with pyfeedback.backend("native" if pyfeedback.build_info().cpu else "aten"):
+        with pyfeedback.backend("extension" if pyfeedback.build_info().cpu else "composite"):
             second_open.set()
             first_closed.wait(60)
             seen["second"] = pyfeedback.current_backend()
@@ -85,19 +85,19 @@ def test_overlapping_blocks_of_two_threads_leave_no_state():
         thread.start()
     for thread in threads:
         thread.join()
-    native = "native" if pyfeedback.build_info().cpu else "aten"
-    assert seen == {"first": "aten", "before": "auto", "second": native}
+    compiled = "extension" if pyfeedback.build_info().cpu else "composite"
+    assert seen == {"first": "composite", "before": "auto", "second": compiled}
     assert pyfeedback.current_backend() == "auto"
     assert in_thread(pyfeedback.current_backend) == "auto"
 
 
 def test_set_backend_is_the_default_of_every_thread_and_a_block_overrides_it():
     with pyfeedback.backend("auto"):
-        pyfeedback.set_backend("aten")
+        pyfeedback.set_backend("composite")
         try:
             assert pyfeedback.current_backend() == "auto"
-            assert in_thread(pyfeedback.current_backend) == "aten"
-            assert contextvars.Context().run(pyfeedback.current_backend) == "aten"
+            assert in_thread(pyfeedback.current_backend) == "composite"
+            assert contextvars.Context().run(pyfeedback.current_backend) == "composite"
         finally:
             pyfeedback.set_backend("auto")
     assert pyfeedback.current_backend() == "auto"
@@ -108,21 +108,21 @@ def test_blocks_nest_and_close_when_something_is_raised():
         with pyfeedback.backend("auto"):
             raise KeyError(pyfeedback.current_backend())
 
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         with pytest.raises(KeyError, match="auto"):
             fails()
-        assert pyfeedback.current_backend() == "aten"
+        assert pyfeedback.current_backend() == "composite"
     with pytest.raises(ValueError, match="backend is 'cudnn'"), pyfeedback.backend("cudnn"):
         pass
     assert pyfeedback.current_backend() == "auto"
-    assert dispatch._open == []
+    assert dispatch._open_blocks == []
 
 
 def test_a_thread_that_python_did_not_start_uses_the_open_block():
     """Such as the threads of autograd, which run a compiled backward pass on a GPU."""
     assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "auto"
-    with pyfeedback.backend("aten"):
-        assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "aten"
+    with pyfeedback.backend("composite"):
+        assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "composite"
         assert in_thread(pyfeedback.current_backend) == "auto"
         with pyfeedback.backend("auto"):
             assert in_thread(pyfeedback.current_backend, start=_thread.start_new_thread) == "auto"
@@ -171,21 +171,21 @@ FORWARDS = {
 @pytest.mark.parametrize("name", FORWARDS)
 def test_a_backward_pass_uses_the_backend_of_its_forward(name, used):
     forward, kind = FORWARDS[name]
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         inside = forward(kind)
     outside = forward(kind)
     used.clear()
     inside.sum().backward()
-    assert set(used) == {"aten"}
+    assert set(used) == {"composite"}
     used.clear()
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         outside.sum().backward()
     assert set(used) == {"auto"}
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         inside = forward(kind)
     used.clear()
     in_thread(inside.sum().backward)
-    assert set(used) == {"aten"}
+    assert set(used) == {"composite"}
     assert pyfeedback.current_backend() == "auto"
 
 
@@ -197,14 +197,14 @@ def test_under_torch_func(kind, used):
     def forward(parameters):
         return torch.func.functional_call(module, parameters, (x,))
 
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         _, pull = torch.func.vjp(forward, parameters)
     used.clear()
     pull(module(x).detach())
-    assert set(used) == {"aten"}
+    assert set(used) == {"composite"}
     _, pull = torch.func.vjp(forward, parameters)
     used.clear()
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         pull(module(x).detach())
     assert set(used) == {"auto"}
 
@@ -212,11 +212,11 @@ def test_under_torch_func(kind, used):
 def test_create_graph_uses_it_too(used):
     module, x = layer("linear")
     x.requires_grad_()
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         y = module(x)
     used.clear()
     torch.autograd.grad(y.sum(), x, create_graph=True)
-    assert set(used) == {"aten"}
+    assert set(used) == {"composite"}
 
 
 def test_a_model_over_two_threads_with_a_backend_each(used):
@@ -235,10 +235,10 @@ def test_a_model_over_two_threads_with_a_backend_each(used):
         torch.autograd.grad(loss, list(model.parameters()))
         seen[name] = pyfeedback.current_backend()
 
-    threads = [threading.Thread(target=train, args=(name,)) for name in ("aten", "auto")]
+    threads = [threading.Thread(target=train, args=(name,)) for name in ("composite", "auto")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == {"aten": "auto", "auto": "auto"}
-    assert set(used) == {"aten", "auto"}
+    assert seen == {"composite": "auto", "auto": "auto"}
+    assert set(used) == {"composite", "auto"}

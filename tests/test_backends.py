@@ -64,9 +64,9 @@ def test_random_layers(number, monkeypatch):
     taken = []
     real = kernels.layer_backward
     monkeypatch.setattr(kernels, "layer_backward", lambda *a, **k: (taken.append(k["algorithm"]), real(*a, **k))[1])
-    results = [backward("triton", case, tensors, rule), backward("aten", case, tensors, rule)]
+    results = [backward("triton", case, tensors, rule), backward("composite", case, tensors, rule)]
     assert len(taken) == 1
-    oracle = backward("aten", case, fresh(tensors, torch.float64), rule)
+    oracle = backward("composite", case, fresh(tensors, torch.float64), rule)
     for ours, composed, exact in zip(*results, oracle, strict=True):
         assert_near(ours, composed, exact)
 
@@ -88,7 +88,7 @@ def test_what_the_kernels_do_not_take_is_composed():
     for number in (0, 1, 5, 10):  # few channels, groups
         case = random_conv(number)
         tensors = conv_tensors(case, number)
-        both = [backward(name, case, tensors, RULES["ia"]) for name in ("triton", "aten")]
+        both = [backward(name, case, tensors, RULES["ia"]) for name in ("triton", "composite")]
         for ours, composed in zip(*both, strict=True):
             torch.testing.assert_close(ours, composed, rtol=0, atol=0)
 
@@ -98,7 +98,7 @@ def test_linear_layers(rule):
     torch.manual_seed(0)
     tensors = [torch.randn(s) for s in ((3, 5, 16), (24, 16), (24, 16), (24,))]
     results = []
-    for backend, dtype in (("triton", torch.float32), ("aten", torch.float32), ("aten", torch.float64)):
+    for backend, dtype in (("triton", torch.float32), ("composite", torch.float32), ("composite", torch.float64)):
         leaves = [t.detach().to(DEVICE, dtype).requires_grad_() for t in tensors]
         with pyfeedback.backend(backend):
             functional.fa_linear(*leaves, **RULES[rule]).square().sum().backward()
@@ -136,15 +136,15 @@ def test_fused_and_unfused_launches_agree(monkeypatch):
     launched = record_launches(monkeypatch)
     case = CASES[next(number for number in CASES if number % len(RULES) == 0)]
     tensors = conv_tensors(case, 0, torch.float32)
-    results = [backward(name, case, tensors, RULES["wm"]) for name in ("triton-unfused", "aten")]
+    results = [backward(name, case, tensors, RULES["wm"]) for name in ("triton-unfused", "composite")]
     assert launched
     assert {*names(launched)} <= {"wgrad", "dgrad"}
-    oracle = backward("aten", case, fresh(tensors, torch.float64), RULES["wm"])
+    oracle = backward("composite", case, fresh(tensors, torch.float64), RULES["wm"])
     for ours, composed, exact in zip(*results, oracle, strict=True):
         assert_near(ours, composed, exact)
     launched.clear()
     backward("triton", case, tensors, RULES["wm"])
-    assert {*names(launched)} & {"grouped", "pointwise"}
+    assert {*names(launched)} & {"joint", "pointwise"}
 
 
 def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
@@ -162,10 +162,10 @@ def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
     for batch in (1, 2):
         for amp in (0.0, 1.0):
             call = dispatch.plan(Convolution(), x[:batch], w, Coefficients(amp=amp), (True,) * 4, False)
-            chosen[batch, amp] = call.kernels.backward
+            chosen[batch, amp] = call.chosen.backward
     unfused = dispatch._LAYER_BACKENDS["triton-unfused"].backward
     assert chosen.pop((2, 1.0)) is unfused
-    assert {*chosen.values()} == {dispatch._LAYER_BACKENDS["aten"].backward}
+    assert {*chosen.values()} == {dispatch._LAYER_BACKENDS["composite"].backward}
     measured.load.cache_clear()
     monkeypatch.undo()
     dispatch.set_backend("auto")

@@ -8,14 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-from test_every_layer import random_convolution
+from test_other_layers import random_convolution
 from torch.nn import functional as F
 
 from pyfeedback import functional
 
 CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 TRANSPOSED = [number for number in range(1, 240, 2) if number % 3 == 2] + [1, 3, 7, 9, 13, 15]  # mostly 3-D
-SCALES = {"ordinary": lambda g: g, "overflowing": lambda g: 6e4 * g.sign(), "cancelling": lambda g: g - g.mean()}
+SCALES = {"ordinary": lambda g: g, "overflowing": lambda g: 6e4 * g.sign(), "canceling": lambda g: g - g.mean()}
 
 
 def with_its_own_weight(window, input, weight, bias):

@@ -1,4 +1,4 @@
-"""Centred rules with a mean much larger than the spread, and float16 statistics at the sizes of real layers."""
+"""Centered rules with a mean much larger than the spread, and float16 statistics at the sizes of real layers."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 import pyfeedback
 from pyfeedback import functional, reference
-from pyfeedback.backends.composite.centering import LARGE
+from pyfeedback.backends.composite.centered_factors import LARGE
 
 RULES = {
     "wm": {"amp": 0.7},
@@ -46,7 +46,7 @@ def centered(x):
 
 
 def composed(x, w, b, options, amp=0.0, null=0.0, sparse=0.0):
-    """The gradient of the data terms with both factors of every product centred, in plain PyTorch."""
+    """The gradient of the data terms with both factors of every product centered, in plain PyTorch."""
     apply = operations(w)[1]
     y, x = centered(apply(x, w, **options)), centered(x)
 
@@ -70,8 +70,8 @@ def composed(x, w, b, options, amp=0.0, null=0.0, sparse=0.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_error_at_most_four_times_that_of_centring_both_factors(layer, rule, dtype):
-    """The order of our sums differs. Centring only one factor would be worse by a factor of mean squared."""
+def test_error_at_most_four_times_that_of_centering_both_factors(layer, rule, dtype):
+    """The order of our sums differs. Centering only one factor would be worse by a factor of mean squared."""
     (shape, kernel_shape, options), terms = LAYERS[layer], RULES[rule]
     for mean in MEANS:
         ratios = []
@@ -97,7 +97,7 @@ def test_error_at_most_four_times_that_of_centring_both_factors(layer, rule, dty
     ids=["linear", "pointwise", "3x3"],
 )
 def test_error_of_a_large_input(shape, kernel_shape, rule, dtype):
-    """A large input is not copied if its mean is small; one channel with a large mean centres all channels."""
+    """A large input is not copied if its mean is small; one channel with a large mean centers all channels."""
     assert torch.Size(shape).numel() >= LARGE
     terms, channel = RULES[rule], -1 if len(kernel_shape) == 2 else 1
     for mean in (0.0, 1.0, 2.3, 2.7, 30.0, 1000.0, "one channel"):
@@ -120,9 +120,9 @@ def test_error_of_a_large_input(shape, kernel_shape, rule, dtype):
         assert max(ratios) <= 4, (mean, ratios)
 
 
-@pytest.mark.parametrize("backend", ["native", "aten"])
+@pytest.mark.parametrize("backend", ["extension", "composite"])
 @pytest.mark.parametrize("rule", ["wm", "ia", "aa"])
-@pytest.mark.parametrize("center", [False, True], ids=["plain", "centred"])
+@pytest.mark.parametrize("center", [False, True], ids=["plain", "centered"])
 @pytest.mark.parametrize(
     ("shape", "kernel_shape", "options"),
     [
@@ -197,7 +197,7 @@ def test_a_composed_mean_is_of_float32(dtype):
     """A mean of 30 rounded to 16 bits has an error of up to a sixteenth of the spread."""
     x = (torch.randn(64, 50) + 30).to(dtype)
     exact = x.double() - x.double().mean(0)
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         found = torch.ops.pyfeedback.center(x, 64)
         total = torch.zeros_like(x)
         torch.ops.pyfeedback.add_centered_(total, x, 1.0, 1.0)

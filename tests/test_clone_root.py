@@ -108,7 +108,7 @@ def test_an_installation_of_other_sources_is_refused_in_one_line(clone, tmp_path
     result = run(clone, "-c", PROGRAM, site)
     assert result.returncode != 0
     assert "ImportError: csrc/cpu/chunks.h has changed since" in result.stderr
-    assert run(clone, "-c", PROGRAM, site, PYFEEDBACK_NATIVE="0").returncode == 0
+    assert run(clone, "-c", PROGRAM, site, PYFEEDBACK_EXTENSION="0").returncode == 0
     assert "cpu=True" in run(tmp_path, "-c", PROGRAM, site).stdout  # elsewhere, the installed package
 
 

@@ -253,7 +253,7 @@ def test_layers_without_a_counterpart_are_skipped_and_reported():
             "embedding": nn.Embedding(5, 8),
             "lazy": nn.LazyLinear(3),
             "bilinear": nn.Bilinear(2, 2, 3),
-            "normalised": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+            "normalized": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
             "norm": nn.BatchNorm2d(2),
             "linear": nn.Linear(8, 3),
         }
@@ -263,7 +263,7 @@ def test_layers_without_a_counterpart_are_skipped_and_reported():
     assert report.changed == ["linear"]
     assert list(report.left) == [
         "attention", "attention.out_proj", "own", "embedding", "lazy", "bilinear",
-        "normalised.parametrizations.weight",
+        "normalized.parametrizations.weight",
     ]  # fmt: skip
     assert "OwnForward" in report.left["own"]
     assert "left attention.out_proj: its attention reads the weight without calling it" in str(report)

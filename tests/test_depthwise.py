@@ -1,4 +1,4 @@
-"""The compiled kernels of depthwise and grouped layers against the paper's regularisers in float64."""
+"""The compiled kernels of depthwise and grouped layers against the paper's regularizers in float64."""
 
 import itertools
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def step(op, case, tensors, rule, dtype):
 def assert_as_accurate(case, rule, dtype, device="cpu"):
     """The error of every gradient is at most twice that of plain PyTorch in the same dtype."""
     rounded = [t.detach().to(device) for t in conv_tensors(case, 0, dtype)]
-    with pyfeedback.backend("native"):
+    with pyfeedback.backend("extension"):
         ours = step(functional.fa_conv2d, case, fresh(rounded), rule, dtype)
     plain = step(reference.conv2d, case, fresh(rounded), rule, dtype)
     exact = step(reference.conv2d, case, fresh(rounded, torch.float64), rule, dtype)
@@ -93,14 +93,14 @@ def test_every_dtype(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_size_of_a_layer(dtype):
-    """Half-normal inputs, as after a ReLU, so that centring matters; more work items than one chunk has."""
+    """Half-normal inputs, as after a ReLU, so that centering matters; more work items than one chunk has."""
     case = layer(72, (28, 28), 3, batch=12, layout=1)
     for rule in ("wm-centered", "ia-centered", "aa"):
         rounded = conv_tensors(case, 0, dtype)
         rounded[0] = rounded[0].detach().relu()
         results = []
         for op, backend, working in (
-            (functional.fa_conv2d, "native", dtype),
+            (functional.fa_conv2d, "extension", dtype),
             (reference.conv2d, "auto", dtype),
             (reference.conv2d, "auto", torch.float64),
         ):
@@ -117,7 +117,7 @@ def test_equal_coefficients_near_the_weight(rule):
     x, weight, _, _ = (t.detach() for t in conv_tensors(case, 0, torch.float32))
     feedback = weight * (1 + 1e-5 * torch.randn(weight.shape))
     tensors = [x, weight, feedback, None]
-    with pyfeedback.backend("native"):
+    with pyfeedback.backend("extension"):
         ours = step(functional.fa_conv2d, case, fresh(tensors), rule, torch.float32)[2]
     exact = step(reference.conv2d, case, fresh(tensors, torch.float64), rule, torch.float32)[2]
     assert largest_error([ours], [exact]) < 1e-6
@@ -129,7 +129,7 @@ def test_random_layers(number):
     if number % 4 == 1 and case.input[0] > 1:
         rule["samples"] = case.input[0] - 1
     tensors = conv_tensors(case, number)
-    with pyfeedback.backend("native"):
+    with pyfeedback.backend("extension"):
         ours = step(functional.fa_conv2d, case, fresh(tensors), rule, torch.float64)
     oracle = step(reference.conv2d, case, fresh(tensors), rule, torch.float64)
     assert largest_error(ours, oracle) < 1e-12
@@ -146,10 +146,10 @@ def arguments(case):
 
 
 def backward(case, grad_output, x, w, b, mask=(True,) * 4):
-    """The gradients by the backend "native", under every term of a rule."""
+    """The gradients by the backend "extension", under every term of a rule."""
     rule = Coefficients(**RULES["everything"])
-    call = dispatch.plan(geometry_of(case), x, w, rule, mask, False, "native")
-    return call.kernels.backward(call, grad_output, x, w, b, None)
+    call = dispatch.plan(geometry_of(case), x, w, rule, mask, False, "extension")
+    return call.chosen.backward(call, grad_output, x, w, b, None)
 
 
 def test_every_mask():
@@ -206,7 +206,7 @@ def test_unsupported_layers_are_composed(monkeypatch):
     def never(*args):
         raise AssertionError("the kernel was called")
 
-    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(never))
+    monkeypatch.setattr(torch.ops.pyfeedback, "extension_depthwise_backward", Op(never))
     dense, empty = layer(6, (5, 5), 3, group=6), layer(6, (5, 5), 3, batch=0)
     for case in (dense, empty):
         args = arguments(case)
@@ -217,7 +217,7 @@ def test_unsupported_layers_are_composed(monkeypatch):
 
 
 def test_bad_arguments_are_refused_before_anything_is_read():
-    op = torch.ops.pyfeedback.native_depthwise_backward.default
+    op = torch.ops.pyfeedback.extension_depthwise_backward.default
     grad_output, x, w, b = arguments(LAYERS["3x3"])
     geometry, rule = geometry_of(LAYERS["3x3"]), Coefficients(**RULES["everything"])
 
@@ -256,9 +256,11 @@ SMALL = {
 @pytest.fixture
 def on_cuda_emulator(monkeypatch):
     """The backward pass with the CUDA kernel, run by the emulator."""
-    monkeypatch.setattr(torch.ops.pyfeedback, "native_depthwise_backward", Op(cuda_emulator.native_depthwise_backward))
-    native = dispatch._LAYER_BACKENDS["native"]._replace(reads_response=lambda rule, device_type: rule.null != 0)
-    monkeypatch.setitem(dispatch._LAYER_BACKENDS, "native", native)
+    monkeypatch.setattr(
+        torch.ops.pyfeedback, "extension_depthwise_backward", Op(cuda_emulator.extension_depthwise_backward)
+    )
+    compiled = dispatch._LAYER_BACKENDS["extension"]._replace(reads_response=lambda rule, device_type: rule.null != 0)
+    monkeypatch.setitem(dispatch._LAYER_BACKENDS, "extension", compiled)
     dispatch.set_backend("auto")  # forgets what was chosen before
     yield
     monkeypatch.undo()

@@ -118,8 +118,8 @@ def test_reentrant_checkpointing_is_refused_with_the_name_of_the_layer(which):
     with pytest.raises(RuntimeError) as refused:
         loss.backward()
     assert str(refused.value) == (
-        f"blocks.{which[-1]}.0 is computed again by reentrant checkpointing, where dfa has no error for it: expected "
-        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        f"blocks.{which[-1]}.0 is recomputed by reentrant checkpointing, in which dfa has no error signal for it: "
+        "expected torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
     )
     model.use = not_reentrant  # the model still works
     for ours, alone in zip(gradients(model, x.detach()), gradients(made(), x.detach()), strict=True):

@@ -6,6 +6,7 @@ import torch
 import pyfeedback
 from pyfeedback import functional, nn
 from pyfeedback.backends import dispatch
+from pyfeedback.backends.extension import loading
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients, Primitives
 from pyfeedback.core.geometry import LINEAR, Convolution, from_arguments, to_arguments
@@ -30,18 +31,19 @@ def missing(monkeypatch, name, coefficient):
 
 
 def test_both_tables_have_the_same_coefficients():
-    assert Coefficients._fields == (*COEFFICIENTS, "center", "samples")
+    assert Coefficients._fields == (*COEFFICIENTS, "center", "samples", "normalize")
     assert all(getattr(Primitives(), name) == Coefficients._field_defaults[name] == 0.0 for name in COEFFICIENTS)
 
 
 def test_every_backend_implements_every_coefficient():
     for name, backend in dispatch._LAYER_BACKENDS.items():
-        assert backend.implemented == {*COEFFICIENTS}, name
+        assert backend.implemented - {"normalize"} == {*COEFFICIENTS}, name
+        assert ("normalize" in backend.implemented) == (name == "composite")
 
 
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 def test_a_coefficient_that_no_backend_implements_is_refused(monkeypatch, fresh_choices, coefficient):
-    missing(monkeypatch, "aten", coefficient)
+    missing(monkeypatch, "composite", coefficient)
     geometry, rule = Convolution(), Coefficients(**{coefficient: 0.5})
     x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 2)
     with pytest.raises(NotImplementedError, match=f"^{coefficient} is 0.5, expected 0: no backend"):
@@ -57,12 +59,12 @@ def test_a_coefficient_that_no_backend_implements_is_refused(monkeypatch, fresh_
 def test_a_layer_with_a_coefficient_that_a_backend_does_not_implement_is_composed(
     monkeypatch, fresh_choices, coefficient
 ):
-    missing(monkeypatch, "native", coefficient)
+    missing(monkeypatch, "extension", coefficient)
     geometry = Convolution(groups=8)
-    compiled, composed = (dispatch._LAYER_BACKENDS[name].backward for name in ("native", "aten"))
+    compiled, composed = (dispatch._LAYER_BACKENDS[name].backward for name in ("extension", "composite"))
     for name in COEFFICIENTS:
-        call = dispatch.plan(geometry, X, W, Coefficients(**{name: 0.5}), ALL, False, "native")
-        assert call.kernels.backward is (composed if name == coefficient else compiled)
+        call = dispatch.plan(geometry, X, W, Coefficients(**{name: 0.5}), ALL, False, "extension")
+        assert call.chosen.backward is (composed if name == coefficient else compiled)
 
 
 def test_the_algorithm_is_chosen_once_for_a_layer(monkeypatch):
@@ -102,11 +104,21 @@ def test_geometries_as_arguments():
         assert from_arguments(*(list(a) if isinstance(a, tuple) else a for a in arguments)) == geometry
 
 
-def test_an_old_name_of_a_backend_warns(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.warns(DeprecationWarning, match='"triton-apart" is now "triton-unfused"') as warned:
-        pyfeedback.set_backend("triton-apart")
-    assert pyfeedback.current_backend() == "triton-unfused"
+OLD_NAMES = [("aten", "composite"), ("native", "extension"), ("triton-apart", "triton-unfused")]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES)
+def test_an_old_name_of_a_backend_warns(monkeypatch, old, new):
+    if new == "extension" and not loading.has_cpu():
+        pytest.skip("the CPU library is not built")
+    if new.startswith("triton"):
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.warns(DeprecationWarning, match=f'^backend "{old}" is now "{new}"; the old name') as warned:
+        pyfeedback.set_backend(old)
+    assert pyfeedback.current_backend() == new
     pyfeedback.set_backend("auto")
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=warned[0].message.args[0]) as warned, pyfeedback.backend(old):
+        assert pyfeedback.current_backend() == new
     assert warned[0].filename == __file__

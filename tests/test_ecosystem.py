@@ -311,7 +311,7 @@ def test_accelerate(rule, tmp_path):
     assert_same(accelerator.unwrap_model(model).state_dict(), trained)
 
 
-class Labelled(nn.Module):
+class Labeled(nn.Module):
     """The interface of the transformers Trainer: a loss from keyword arguments."""
 
     def __init__(self, model):
@@ -336,7 +336,7 @@ def test_the_trainer_of_transformers(rule, tmp_path):
         tmp_path, max_steps=STEPS, per_device_train_batch_size=BATCH, use_cpu=True, save_strategy="no", report_to=[],
         disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant", remove_unused_columns=False,
     )  # fmt: skip
-    model = Labelled(network(rule))
+    model = Labeled(network(rule))
     trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer_of(model), None))
     trainer.train()
     assert_same(model.model.state_dict(), plain_loop(rule))

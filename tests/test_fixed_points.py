@@ -14,7 +14,7 @@ def white(samples, channels):
     return q * samples**0.5
 
 
-def coloured(samples, channels):
+def colored(samples, channels):
     return torch.randn(samples, channels, **OPTIONS) @ torch.randn(channels, channels, **OPTIONS) / 2
 
 
@@ -52,11 +52,11 @@ def assert_near(actual, expected, tolerance=1e-8):
 
 
 def test_symmetric_alignment_reaches_the_weight(weight):
-    assert_near(settle_linear(coloured(32, 6), weight, self_=0.3, decay=0.3), weight)
+    assert_near(settle_linear(colored(32, 6), weight, self_=0.3, decay=0.3), weight)
 
 
 def test_symmetric_alignment_reaches_a_multiple_of_the_weight(weight):
-    assert_near(settle_linear(coloured(32, 6), weight, self_=0.3, decay=0.2), 1.5 * weight)
+    assert_near(settle_linear(colored(32, 6), weight, self_=0.3, decay=0.2), 1.5 * weight)
 
 
 def test_activation_alignment_reaches_the_weight(weight):
@@ -71,8 +71,8 @@ def test_activation_alignment_reaches_the_weight_of_a_convolution():
     assert_near(found, weight)
 
 
-@pytest.mark.parametrize("inputs", [white, coloured])
-@pytest.mark.parametrize("center", [False, True], ids=["uncentred", "centred"])
+@pytest.mark.parametrize("inputs", [white, colored])
+@pytest.mark.parametrize("center", [False, True], ids=["uncentered", "centered"])
 def test_weight_mirror_reaches_the_weight_seen_through_the_input(weight, inputs, center):
     x = inputs(32, 6) + (1.5 if center else 0)
     sigma = second_moment(x - x.mean(0) if center else x)
@@ -91,13 +91,13 @@ def test_the_norm_of_weight_mirror_scales_with_the_input_variance(weight):
 
 
 def ridge_decoder(x, weight, amp, null, decay):
-    """The minimiser of R: (decay I + null W S W')^-1 amp W S."""
+    """The minimizer of R: (decay I + null W S W')^-1 amp W S."""
     sigma = second_moment(x)
     response = decay * torch.eye(len(weight), **OPTIONS) + null * weight @ sigma @ weight.t()
     return torch.linalg.solve(response, amp * weight @ sigma)
 
 
-@pytest.mark.parametrize("inputs", [white, coloured])
+@pytest.mark.parametrize("inputs", [white, colored])
 def test_information_alignment_reaches_the_ridge_decoder(weight, inputs):
     x, rule = inputs(32, 6), {"amp": 0.3, "null": 0.3, "decay": 0.3}
     assert_near(settle_linear(x, weight, steps=500, lr=0.1, **rule), ridge_decoder(x, weight, **rule))
@@ -121,7 +121,7 @@ def test_oja_reaches_the_pseudo_inverse_on_white_inputs(weight):
 @pytest.mark.parametrize(("ratio", "stable"), [(1.9, True), (2.1, False)], ids=["below", "above"])
 def test_activation_alignment_is_stable_up_to_its_bound(weight, ratio, stable):
     """lr * sparse * lambda_max(Sigma) < 2: along the top eigenvector, a step multiplies the error by one minus this."""
-    x, sparse, steps = coloured(32, 6), 0.4, 100
+    x, sparse, steps = colored(32, 6), 0.4, 100
     _, vectors = torch.linalg.eigh(second_moment(x))
     lr = ratio / (sparse * torch.linalg.eigvalsh(second_moment(x)).max())
     torch.manual_seed(1)

@@ -51,10 +51,10 @@ def test_linear_in_float64(rule):
     assert largest_error(results[0], results[1]) < 1e-12
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@pytest.mark.parametrize("backend", ["composite", "extension"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_feedback_step_equals_the_cpus(momentum, backend):
-    if backend == "native" and not loading.has_cuda():
+    if backend == "extension" and not loading.has_cuda():
         pytest.fail("the CUDA library was not built: PYFEEDBACK_CUDA=1 pip install .")
     torch.manual_seed(0)
     sizes = [1, 3, 1024, 4097, *range(200, 300)]
@@ -69,11 +69,11 @@ def test_feedback_step_equals_the_cpus(momentum, backend):
     assert largest_error(*results) < 1e-6
 
 
-def test_native_step_skips_what_is_not_finite_and_draws_the_cpus_noise():
+def test_extension_step_skips_what_is_not_finite_and_draws_the_cpus_noise():
     sizes = [5, 4096, 70001]
     feedback = [torch.randn(s) for s in sizes]
     zeros = {"decay": [0.0] * 3, "self_": [0.0] * 3, "lr": 1.0, "skip_nonfinite": True}
-    with pyfeedback.backend("native"):
+    with pyfeedback.backend("extension"):
         moved = [[t.clone().to(device) for t in feedback] for device in ("cpu", "cuda")]
         for tensors in moved:
             functional.feedback_step_(tensors, [], [], tie=[0.0] * 3, noise=0.5, seed=7, **zeros)
@@ -85,7 +85,7 @@ def test_native_step_skips_what_is_not_finite_and_draws_the_cpus_noise():
 
 
 @pytest.mark.parametrize("count", [3, 160, 1000])
-def test_native_step_is_captured_in_a_cuda_graph(count):
+def test_extension_step_is_captured_in_a_cuda_graph(count):
     """A replay uses the current gradients and learning rate, and draws new noise."""
     feedback, grad = ([torch.randn(7 + i % 50, device="cuda") for i in range(count)] for _ in range(2))
     expected = [t.clone() for t in feedback]
@@ -93,7 +93,7 @@ def test_native_step_is_captured_in_a_cuda_graph(count):
     options["dynamic"] = torch.ones(5, dtype=torch.float64, device="cuda")
 
     def step(tensors):
-        torch.ops.pyfeedback.native_feedback_step_(tensors, [], grad, [], **options, skip_nonfinite=True)
+        torch.ops.pyfeedback.extension_feedback_step_(tensors, [], grad, [], **options, skip_nonfinite=True)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -112,7 +112,7 @@ def test_an_optimizer_in_a_cuda_graph_follows_its_learning_rate_and_draws_fresh_
     torch.manual_seed(0)
     model = pyfeedback.convert(torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 5)), "sa").cuda()
     rate = torch.tensor(0.0, device="cuda")
-    with pyfeedback.backend("native"):
+    with pyfeedback.backend("extension"):
         steps = optimizer(model, lr=rate, noise=0.5)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -129,9 +129,9 @@ def test_an_optimizer_in_a_cuda_graph_follows_its_learning_rate_and_draws_fresh_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_native_center_equals_the_cpus(dtype):
+def test_extension_center_equals_the_cpus(dtype):
     x = (torch.randn(6, 5, 7, 9) + 3).to(dtype).contiguous(memory_format=torch.channels_last)
-    with pyfeedback.backend("native"):
+    with pyfeedback.backend("extension"):
         ours = torch.ops.pyfeedback.center(x.cuda(), 4)
     assert ours.stride() == x[:4].stride()
     assert largest_error([ours.cpu()], [torch.ops.pyfeedback.center(x.double(), 4)]) < 2 * torch.finfo(dtype).eps

@@ -52,7 +52,7 @@ def resnet(*widths):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Two images [3, 427, 640], normalised as in the data set of the settings."""
+    """Two images [3, 427, 640], normalized as in the data set of the settings."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     return [(torch.tensor(image.copy()).permute(2, 0, 1) / 255 - mean) / deviation for image in images]
@@ -120,7 +120,7 @@ def layers_in_use(network, images):
 
 
 def largest_eigenvalue(layer, input, rule):
-    """The largest eigenvalue of the Hessian of the regulariser in B, without decay, by ten power iterations."""
+    """The largest eigenvalue of the Hessian of the regularizer in B, without decay, by ten power iterations."""
     options = {"samples": 0, "center": rule.center, "null": rule.null, "sparse": rule.sparse}
     arguments = ()
     if isinstance(layer, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""The initialisation of feedback weights."""
+"""The initialization of feedback weights."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_a_seed_draws_the_same_everywhere_and_leaves_the_generator_alone():
 
 @pytest.mark.parametrize("name", ["normal_", "orthogonal_"])
 def test_a_seeded_draw_is_independent_of_dtype_memory_format_and_order(name):
-    init = Init(seed=5, law=getattr(nn.init, name))
+    init = Init(seed=5, init_fn=getattr(nn.init, name))
     expected = dict(pyfeedback.feedback_layers(pyfeedback.convert(network(), "fa", init=init)))
     model = network().double().to(memory_format=torch.channels_last)
     model[0] = nn.Identity()
@@ -83,7 +83,7 @@ def test_a_seeded_draw_is_independent_of_dtype_memory_format_and_order(name):
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_init_functions_without_16_bit_support_work_in_every_dtype(dtype, seed):
-    layer = pyfeedback.convert(nn.Linear(8, 8, dtype=dtype), "fa", init=Init(law=nn.init.orthogonal_, seed=seed))
+    layer = pyfeedback.convert(nn.Linear(8, 8, dtype=dtype), "fa", init=Init(init_fn=nn.init.orthogonal_, seed=seed))
     assert layer.feedback.dtype is dtype
     product = (layer.feedback @ layer.feedback.t()).double()
     torch.testing.assert_close(product, torch.eye(8).double(), atol=0.02, rtol=0)
@@ -99,15 +99,31 @@ def test_layers_accept_init():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"law": 3}, "law is 3, expected a function"),
+        ({"init_fn": 3}, "init_fn is 3, expected a function"),
         ({"scale": float("nan")}, "scale is nan, expected a finite number"),
-        ({"density": 0.0}, "density is 0.0, expected a number above 0, at most 1"),
+        ({"density": 0.0}, "density is 0.0, expected a number above 0 and at most 1"),
         ({"signs": "all"}, "signs is 'all', expected one of free, weight"),
     ],
 )
 def test_bad_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Init(**options)
+
+
+def test_law_is_the_old_name_of_init_fn():
+    layer = pyfeedback.nn.Linear(3, 4)
+    init = Init(init_fn=nn.init.zeros_)
+    for call, expected in (
+        (lambda: Init(law=nn.init.zeros_), init),
+        (lambda: init.law, nn.init.zeros_),
+        (lambda: layer.reset_feedback(law=nn.init.ones_), None),
+    ):
+        with pytest.warns(DeprecationWarning, match="^law is now init_fn; the old name") as warned:
+            assert call() == expected
+        assert warned[0].filename == __file__
+    assert torch.equal(layer.feedback, torch.ones(4, 3))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'law'"):
+        Init(law=nn.init.zeros_, init_fn=nn.init.ones_)
 
 
 def test_a_drawing_leaves_the_state_of_the_generator():

@@ -59,7 +59,7 @@ class TestBuildInfo:
         with pytest.raises(dataclasses.FrozenInstanceError):
             pyfeedback.build_info().cpu = False
 
-    @pytest.mark.skipif(os.environ.get("PYFEEDBACK_NATIVE") == "0", reason="PYFEEDBACK_NATIVE=0")
+    @pytest.mark.skipif(os.environ.get("PYFEEDBACK_EXTENSION") == "0", reason="PYFEEDBACK_EXTENSION=0")
     def test_with_a_compiler_the_cpu_library_is_built_and_loaded(self):
         info = pyfeedback.build_info()
         assert info.cpu == loading.has_cpu() == bool(info.compiler)
@@ -70,11 +70,14 @@ class TestBuildInfo:
         if torch.version.cuda is None:
             assert not loading.has_cuda()
 
-    def test_disabled_by_the_environment(self, tmp_path):
+    @pytest.mark.parametrize("variable", ["PYFEEDBACK_EXTENSION", "PYFEEDBACK_NATIVE"])
+    def test_disabled_by_the_environment(self, tmp_path, variable):
         code = "import pyfeedback; info = pyfeedback.build_info(); print(info.cpu, info.cuda, info.missing)"
-        result = run_python(code, tmp_path, PYFEEDBACK_NATIVE="0")
+        result = run_python(code, tmp_path, **{variable: "0", "PYTHONWARNINGS": "default"})
         assert result.returncode == 0, result.stderr
-        assert result.stdout.startswith("False False no CPU library: PYFEEDBACK_NATIVE=0")
+        assert result.stdout.startswith("False False no CPU library: PYFEEDBACK_EXTENSION=0")
+        old = "DeprecationWarning: PYFEEDBACK_NATIVE=0 is now PYFEEDBACK_EXTENSION=0; the old name"
+        assert (old in result.stderr) == (variable == "PYFEEDBACK_NATIVE")
 
     def test_build_info_reports_a_tree_that_was_never_built(self, source_tree):
         code = "import pyfeedback; print(pyfeedback.__file__, pyfeedback.build_info())"
@@ -92,7 +95,7 @@ class TestBuildInfo:
         result = run_python("import pyfeedback", source_tree)
         assert result.returncode != 0
         assert "_C.abi3.so was built but does not load" in result.stderr
-        assert run_python("import pyfeedback", source_tree, PYFEEDBACK_NATIVE="0").returncode == 0
+        assert run_python("import pyfeedback", source_tree, PYFEEDBACK_EXTENSION="0").returncode == 0
 
 
 class TestLayout:

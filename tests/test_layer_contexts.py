@@ -165,9 +165,9 @@ def test_activation_checkpoint_gives_equal_gradients(rule, use_reentrant):
 @pytest.mark.parametrize("rule", ["wm", "ia", "sa", "aa", "kp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_gradients_of_two_half_batches(kind, rule):
-    """The regulariser is a mean over the samples of a backward pass, and decay is per pass: two passes add them twice.
+    """The regularizer is a mean over the samples of a backward pass, and decay is per pass: two passes add them twice.
 
-    The gradients of the task, and with them tie, are sums over samples. The rule is uncentred, since the halves have
+    The gradients of the task, and with them tie, are sums over samples. The rule is uncentered, since the halves have
     different means.
     """
     layer, x = small_layer(kind, pyfeedback.rule(RULES[rule], center=False), dtype=torch.float64)

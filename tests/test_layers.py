@@ -226,9 +226,9 @@ def test_double_backward_raises(loss, kind, rule):
     x = x.clone().requires_grad_()
     y = layer(x)
 
-    def penalised():
+    def penalized():
         (grad,) = torch.autograd.grad(loss(y), x, create_graph=True)
         (y.sum() + grad.square().sum()).backward()
 
     with pytest.raises(RuntimeError, match=r"twice|double backward"):
-        penalised()
+        penalized()

@@ -88,7 +88,7 @@ def test_the_peak_is_that_of_backprop(rule, layout):
 
 @pytest.mark.parametrize("rule", ["wm", "ia", "aa"])
 def test_the_reference_needs_more_memory(rule):
-    """A check of the two tests above: the graph of the regularisers keeps every response and its products."""
+    """A check of the two tests above: the graph of the regularizers keeps every response and its products."""
     with by_reference() as penalties:
 
         def step():

@@ -74,7 +74,7 @@ def test_alignment_of_weights():
     assert {(a.projection_angle, a.gradient_angle) for a in found.values()} == {(None, None)}
 
 
-@pytest.mark.parametrize("backend", ["aten", "auto"])
+@pytest.mark.parametrize("backend", ["composite", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_backend_finds_the_same_alignment(backend, dtype):
     model = network(dtype=dtype)

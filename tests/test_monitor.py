@@ -119,7 +119,7 @@ def lines(axes):
     return [line.get_ydata().astype(float) for line in axes.get_lines()]
 
 
-@pytest.mark.parametrize("layers", [3, 12], ids=["legend", "colour bar"])
+@pytest.mark.parametrize("layers", [3, 12], ids=["legend", "color bar"])
 def test_the_picture_shows_what_was_read(tmp_path, layers):
     pytest.importorskip("matplotlib")
     model = network(layers=layers)

@@ -65,7 +65,7 @@ def test_error_at_most_twice_pytorchs(rule, dtype):
 @pytest.mark.parametrize("rule", ["wm", "wm-centered", "ia", "ia-centered", "aa", "aa-centered"])
 @pytest.mark.parametrize(("c", "k", "kernel"), [(32, 64, 1), (64, 16, 1), (16, 16, 3)], ids=str)
 def test_error_at_the_size_of_a_layer(c, k, kernel, rule, dtype):
-    """Half-normal inputs, as after a ReLU, so that centring matters."""
+    """Half-normal inputs, as after a ReLU, so that centering matters."""
     ratios = []
     for seed in range(40):
         torch.manual_seed(seed)

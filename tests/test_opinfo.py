@@ -55,7 +55,7 @@ class Call:
         return getattr(F, self.name)(input, weight, bias, **{n: self.window[n] for n in names})
 
     def ours(self, ops, input, weight, feedback, bias, **rule):
-        """The result of `ops` (functions or dispatcher), or of the reference, which also returns a regulariser."""
+        """The result of `ops` (functions or dispatcher), or of the reference, which also returns a regularizer."""
         names = (
             ("linear", "conv2d", "convolution") if ops is reference else ("fa_linear", "fa_conv2d", "fa_convolution")
         )

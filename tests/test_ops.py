@@ -1,4 +1,4 @@
-"""Every op, coefficient and option against float64 autograd of the paper's regularisers."""
+"""Every op, coefficient and option against float64 autograd of the paper's regularizers."""
 
 import itertools
 
@@ -16,7 +16,7 @@ LINEAR_SIZES = [
 
 
 def run(op, tensors, options, rule, with_penalty=False):
-    """Output and gradients for a fixed random output gradient. The regulariser of the reference is part of its loss."""
+    """Output and gradients for a fixed random output gradient. The regularizer of the reference is part of its loss."""
     output = op(*tensors, *options, **rule)
     output, penalty = output if with_penalty else (output, None)
     torch.manual_seed(1)
@@ -103,7 +103,7 @@ def test_forward_is_torchs_bit_for_bit(api):
     for number in range(40):
         case = random_conv(number)
         x, w, b, bias = conv_tensors(case, number, torch.float32)
-        with pyfeedback.backend("aten"):
+        with pyfeedback.backend("composite"):
             ours = APIS[api].fa_conv2d(x, w, b, bias, *case.window, amp=0.1, null=0.1)
         assert torch.equal(ours, torch.conv2d(x, w, bias, *case.window))
 
@@ -201,3 +201,12 @@ def test_gradients_of_the_op_have_the_layout_of_their_tensors(layouts):
         grads = backward(grad_output.to(memory_format=channels_last), x, w, b, None, amp=0.5, null=0.5)
         for grad, like in zip(grads, (x, w, w), strict=False):
             assert grad.stride() == like.stride()
+
+
+def test_regulariser_is_the_old_name_of_regularizer():
+    message = r"^reference\.regulariser is now reference\.regularizer; the old name"
+    with pytest.warns(DeprecationWarning, match=message) as warned:
+        assert reference.regulariser is reference.regularizer
+    assert warned[0].filename == __file__
+    with pytest.raises(AttributeError, match=r"module 'pyfeedback\.reference' has no attribute 'regularised'"):
+        _ = reference.regularised

@@ -388,7 +388,7 @@ def test_a_model_converted_again_needs_a_new_optimizer():
 
 def test_a_group_of_other_parameters_is_refused():
     model = network("ia")
-    with pytest.raises(ValueError, match="params holds a tensor of shape"):
+    with pytest.raises(ValueError, match="params contains a tensor of shape"):
         FeedbackSGD(model, lr=0.1).add_param_group({"params": list(pyfeedback.forward_parameters(model))})
 
 

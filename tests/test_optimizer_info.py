@@ -28,8 +28,8 @@ NOT_OURS = {
 }  # only torch's
 BACKENDS = [
     "auto",
-    "aten",
-    pytest.param("native", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
+    "composite",
+    pytest.param("extension", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 3, 4, 5), (40_000,)]

@@ -34,9 +34,11 @@ def generator(seed=0):
 @pytest.mark.parametrize("terms", RULES)
 @pytest.mark.parametrize(("count", "outputs", "inputs"), [(7, 5, 12), (40, 3, 9), (1, 6, 1)])
 def test_gradient_is_that_of_the_reference(count, outputs, inputs, terms, normalize, groups):
-    """The probes are the batch of a linear layer in each group; with ``normalize``, null is divided over all of them."""
+    """The probes are the batch of a linear layer in each group; ``normalize`` divides null by the power of all."""
     rule = RULES[terms]
-    weight, feedback = (torch.randn(groups, outputs, inputs, dtype=torch.float64, generator=generator(s)) for s in (1, 2))
+    weight, feedback = (
+        torch.randn(groups, outputs, inputs, dtype=torch.float64, generator=generator(s)) for s in (1, 2)
+    )
     noise = random_signs(count, inputs, weight, generator())
     null, scale = rule.get("null", 0.0), 1.0
     if normalize and null:
@@ -86,9 +88,10 @@ def test_random_signs(dtype):
         ((0, 100, 0.05, 4, False, 10**6), (1000, 1000, 0.1)),  # an estimate counts four times as much
         ((0, 100, 0.05, 1, False, 0), (250, 250, 0.1)),  # a batch that is not known does not limit the cost
         ((0, 100, 0.05, 1, False, 1000), (30, 250, (5 / 60) ** 0.5)),  # 2 * 30 of 3 * 1000 is 2 %
-        ((0, 100, 0.05, 1, True, 1000), (15, 250, (5 / 30) ** 0.5)),
-        ((0, 100, 0.05, 4, True, 1000), (60, 1000, (20 / 120) ** 0.5)),
-        ((0, 100, 0.05, 1, True, 10), (1, 250, 2.5**0.5)),
+        ((0, 100, 0.05, 1, True, 2000), (30, 250, (5 / 60) ** 0.5)),
+        ((0, 100, 0.05, 4, True, 2000), (120, 1000, (20 / 240) ** 0.5)),
+        ((0, 100, 0.05, 1, True, 10), (28, 250, (5 / 56) ** 0.5)),  # more noise than 0.3 radians is not accepted
+        ((0, 100, 0.0, 1, True, 10), (1, 1, 0.0)),  # a rule with units has no time constant
     ],
 )
 def test_number_of_probes(arguments, expected):
@@ -100,11 +103,13 @@ def test_number_of_probes(arguments, expected):
 def test_the_number_of_probes_of_a_model_follows_its_batch():
     model = pyfeedback.convert(nn.Conv2d(8, 4, 3, padding=1), pyfeedback.rule("wm", source="probes", tau=20))
     optimizer = pyfeedback.optim.SGD(model, lr=0.1)
-    assert optimizer.probe_counts()[""].count == optimizer.probe_counts()[""].wanted == 180
+    assert optimizer.probe_counts()[""].probes == optimizer.probe_counts()[""].wanted == 180
     model(torch.randn(2, 8, 10, 10))
-    assert optimizer.probe_counts()[""].count == 6  # 3 % of 2 * 10 * 10 positions
+    assert optimizer.probe_counts()[""].probes == 20  # for 0.3 radians; 3 % of 200 positions would be 6
+    model(torch.randn(20, 8, 10, 10))
+    assert optimizer.probe_counts()[""].probes == 60  # 3 % of 2,000
     model(torch.randn(200, 8, 10, 10))
-    assert optimizer.probe_counts()[""].count == 180
+    assert optimizer.probe_counts()[""].probes == 180
 
 
 def test_noise_that_hides_w_is_reported_once(caplog):
@@ -175,7 +180,9 @@ def test_every_layer_finds_its_weight(name):
 def test_information_alignment_ends_at_its_fixed_point(nu):
     """B = (1 + nu) (1 + nu N / q)^-1 W, with N = W W' and q the Rayleigh quotient of N at B; |B| is about |W|."""
     torch.manual_seed(0)
-    model = pyfeedback.convert(nn.Linear(30, 12).double(), pyfeedback.rule("ia", source="probes", tau=40, nu=nu, probes=60.0))
+    model = pyfeedback.convert(
+        nn.Linear(30, 12).double(), pyfeedback.rule("ia", source="probes", tau=40, nu=nu, probes=60.0)
+    )
     optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
     for _ in range(400):
         optimizer.step()

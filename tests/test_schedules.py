@@ -160,11 +160,14 @@ def test_mirror_mode_estimates_from_noise_and_changes_nothing_else():
 
 def test_mirror_noise_may_have_any_distribution():
     model = network("wm", amp=1.0, decay=0.5, center=False)
-    mirror = Mirror(model, law=torch.zeros)
+    mirror = Mirror(model, noise_fn=torch.zeros)
     backward(model)
     mirror.step()
     for feedback in pyfeedback.feedback_parameters(model):
         assert largest_error([feedback.grad], [0.5 * feedback.detach()]) < 1e-6
+    with pytest.warns(DeprecationWarning, match="^law is now noise_fn; the old name") as warned:
+        assert Mirror(model, law=torch.zeros).law is torch.zeros
+    assert [warning.filename for warning in warned] == 2 * [__file__]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

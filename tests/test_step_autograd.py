@@ -7,13 +7,13 @@ from torch import nn
 
 import pyfeedback
 from pyfeedback import functional
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.backends.extension import loading
 from pyfeedback.optim import SGD, AdamW, FeedbackSGD
 
 PATHS = [
-    pytest.param("native", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
-    "aten",
+    pytest.param("extension", marks=pytest.mark.skipif(not loading.has_cpu(), reason="the CPU library is not built")),
+    "composite",
 ]
 NUMBERS = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "lr": 0.1, "momentum": 0.9}
 CALLS = {"function": functional.feedback_step_, "op": torch.ops.pyfeedback.feedback_step_}
@@ -61,7 +61,7 @@ def test_an_adamw_step_bumps_only_the_versions_of_what_it_writes(amsgrad, stride
     step = torch.tensor(0.0)
     before = versions([*tensors, step])
     numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.1]}
-    provide("adamw_step_", "cpu")(
+    current_implementation("adamw_step_", "cpu")(
         *([t] for t in tensors), step=[step], **numbers, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8
     )
     moved = [after > version for after, version in zip(versions([*tensors, step]), before, strict=True)]
@@ -118,7 +118,7 @@ def test_a_write_to_what_requires_grad_is_refused_where_grad_mode_is_on(call, wh
     before = [ts[0].detach().clone() for ts in lists]
     with pytest.raises(RuntimeError) as refused:
         CALLS[call](*lists, **NUMBERS)
-    assert str(refused.value) == f"{name}[0] is a {kind} that requires grad, expected the step in torch.no_grad()"
+    assert str(refused.value) == f"{name}[0] is a {kind} that requires grad, expected a step in torch.no_grad()"
     assert all(torch.equal(ts[0], b) for ts, b in zip(lists, before, strict=True))
     with torch.no_grad():
         CALLS[call](*lists, **NUMBERS)
@@ -161,10 +161,8 @@ def test_inference_tensors_are_refused_before_anything_is_written():
         lists[0] = [torch.ones(3, 4)]
     before = lists[3][0].clone()
     with (
-        pyfeedback.backend("aten"),
-        pytest.raises(
-            RuntimeError, match=r"feedback\[0\] is an inference tensor, expected the step in torch.inference"
-        ),
+        pyfeedback.backend("composite"),
+        pytest.raises(RuntimeError, match=r"feedback\[0\] is an inference tensor, expected a step in torch.inference"),
     ):
         functional.feedback_step_(*lists, **NUMBERS)
     assert torch.equal(lists[3][0], before)

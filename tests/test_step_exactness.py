@@ -7,7 +7,7 @@ from pathlib import Path
 import cuda_emulator
 import pytest
 import torch
-from native_ops import IMPLEMENTATIONS, PARAMETERS
+from extension_ops import IMPLEMENTATIONS, PARAMETERS
 
 import pyfeedback
 from pyfeedback import Rule, functional
@@ -72,7 +72,7 @@ STEP = {"decay": [0.0], "self_": [0.0], "tie": [1.0], "lr": 1.0}
 
 @pytest.mark.parametrize("layout", ["dense", "strided"])
 def test_bfloat16_rounds_ties_to_even(ops, layout):
-    """1 + k / 128 minus half a unit is a tie. torch rounds it to the neighbour whose last bit is 0."""
+    """1 + k / 128 minus half a unit is a tie. torch rounds it to the neighbor whose last bit is 0."""
     feedback = (1 + torch.arange(1, 65).float() / 128).bfloat16()
     grad = torch.full((64,), 2**-8).bfloat16()
     expected = (feedback.float() - grad.float()).bfloat16()
@@ -81,7 +81,7 @@ def test_bfloat16_rounds_ties_to_even(ops, layout):
         spread = torch.zeros(128, dtype=torch.bfloat16)
         spread[::2] = feedback
         feedback = spread[::2]
-    ops.native_feedback_step_([feedback], [], [grad], [], **STEP)
+    ops.extension_feedback_step_([feedback], [], [grad], [], **STEP)
     assert torch.equal(feedback, expected)
 
 
@@ -98,7 +98,7 @@ def test_one_misaligned_operand(ops, misaligned, dtype):
         start = (-storage.data_ptr() % 16) // storage.element_size() + (name == misaligned)
         operands[name] = storage[start : start + 1000].copy_(drawn[name])
     options = {"decay": [0.2], "self_": [0.3], "tie": [0.5], "lr": 0.1, "momentum": 0.9}
-    ops.native_feedback_step_(*([operands[name]] for name in names), **options)
+    ops.extension_feedback_step_(*([operands[name]] for name in names), **options)
     wide = {name: t.double() for name, t in drawn.items()}
     buffer = 0.9 * wide["momentum_buffer"] + 0.2 * wide["feedback"] - 0.3 * wide["weight"] + 0.5 * wide["grad"]
     tolerance = 4 * torch.finfo(dtype).eps
@@ -119,7 +119,7 @@ def test_operands_that_are_dense_in_unlike_orders(ops, momentum):
         for t, order in zip(drawn, orders, strict=True)
     )
     numbers = {"decay": [0.2], "self_": [0.3], "tie": [0.5], "lr": 0.1, "momentum": momentum}
-    ops.native_feedback_step_([feedback], [weight], [grad], [buffer] if momentum else [], **numbers)
+    ops.extension_feedback_step_([feedback], [weight], [grad], [buffer] if momentum else [], **numbers)
     direction = 0.2 * drawn[0] - 0.3 * drawn[1] + 0.5 * drawn[2] + momentum * drawn[3]
     torch.testing.assert_close(feedback, drawn[0] - 0.1 * direction, rtol=1e-12, atol=1e-12)
 
@@ -132,11 +132,11 @@ def test_alignment_of_one_misaligned_operand(ops, misaligned):
         start = (-storage.data_ptr() % 16) // 4 + (k == misaligned)
         pair.append(storage[start : start + 1000].copy_(torch.randn(1000, generator=torch.Generator().manual_seed(k))))
     b, w = (t.double() for t in pair)
-    (products,) = ops.native_alignment_products([pair[0]], [pair[1]])
+    (products,) = ops.extension_alignment_products([pair[0]], [pair[1]])
     torch.testing.assert_close(products, torch.stack([b.dot(b), w.dot(w), b.dot(w)]), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@pytest.mark.parametrize("backend", ["composite", "extension"])
 @pytest.mark.parametrize("bad", ["weight", "grad"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_skip_nonfinite_looks_at_all_that_is_read(backend, bad, value):
@@ -152,7 +152,7 @@ def test_skip_nonfinite_looks_at_all_that_is_read(backend, bad, value):
     assert all(t.isfinite().all() and not torch.equal(t, torch.ones_like(t)) for t in operands["feedback"])
 
 
-@pytest.mark.parametrize("backend", ["aten", "native"])
+@pytest.mark.parametrize("backend", ["composite", "extension"])
 @pytest.mark.parametrize("terms", [{"tie": 1.0, "self_": 0.2}, {"self_": 0.2}, {"tie": 1.0}], ids=str)
 def test_adamw_decays_by_the_gradient_but_for_kolen_pollack(terms, backend):
     """The decay of a rule is part of its gradient, except for Kolen-Pollack, where it is decoupled like W's."""

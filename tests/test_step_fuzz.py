@@ -10,7 +10,7 @@ import pyfeedback
 from pyfeedback import functional
 from pyfeedback.backends.extension import loading
 
-BACKENDS = ["native", "aten"] if loading.has_cpu() else ["aten"]
+BACKENDS = ["extension", "composite"] if loading.has_cpu() else ["composite"]
 SHAPES = [(4, 6), (3,), (2, 3, 5)]
 LISTS = ("feedback", "weight", "grad", "momentum_buffer")
 

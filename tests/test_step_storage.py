@@ -60,9 +60,9 @@ def test_the_compiled_ops_refuse_freed_storage(which):
     tensors[which] = freed(tensors[which])
     numbers = ([1, 1], [0, 0], [1, 1], 4, [0.1] * 6, 2, True, True, True, True)
     with pytest.raises(RuntimeError):
-        torch.ops.pyfeedback.native_depthwise_backward(*tensors, torch.ones(1, 4, 4, 4), *numbers)
+        torch.ops.pyfeedback.extension_depthwise_backward(*tensors, torch.ones(1, 4, 4, 4), *numbers)
     with pytest.raises(RuntimeError):
-        torch.ops.pyfeedback.native_center(freed(torch.ones(4, 3)), 2)
+        torch.ops.pyfeedback.extension_center(freed(torch.ones(4, 3)), 2)
 
 
 # Meta tensors
@@ -81,7 +81,7 @@ def test_a_step_of_only_meta_tensors_is_refused():
     with pytest.raises(ValueError, match=message):
         step(operands)
     numbers = {"decay": [0.1] * 2, "self_": [0.2] * 2, "tie": [0.3] * 2, "lr": 0.1, "momentum": 0.9}
-    for op in (torch.ops.pyfeedback.feedback_step_, torch.ops.pyfeedback.native_feedback_step_):
+    for op in (torch.ops.pyfeedback.feedback_step_, torch.ops.pyfeedback.extension_feedback_step_):
         with pytest.raises(ValueError, match=message):
             op(**operands, **numbers)
 
@@ -93,4 +93,4 @@ def test_the_compiled_backward_refuses_meta_tensors(which):
         tensors[i] = tensors[i].to("meta")
     numbers = ([1, 1], [0, 0], [1, 1], 4, [0.1] * 6, 2, True, True, True, True)
     with pytest.raises((ValueError, RuntimeError), match="is on meta, expected a device with memory"):
-        torch.ops.pyfeedback.native_depthwise_backward(*tensors, None, None, None, *numbers)
+        torch.ops.pyfeedback.extension_depthwise_backward(*tensors, None, None, None, *numbers)

@@ -44,7 +44,7 @@ def test_the_order_depends_only_on_seed_and_epoch():
 def test_augmentation_does_not_depend_on_the_workers():
     data = part("data")
     images = data.Images(Noisy(TensorDataset(torch.zeros(12, 1, 2, 2), torch.zeros(12))), [0] * 4, 2)
-    place = part("place").Place(torch.device("cpu"))
+    place = part("device").Place(torch.device("cpu"))
 
     def epoch(number, start=0, seed=0, workers=0):
         return list(part("order").Loader(images, 4, seed, place, workers).epoch(number, start))
@@ -62,7 +62,7 @@ def test_augmentation_does_not_depend_on_the_workers():
 
 @pytest.mark.parametrize(("batch", "ranks", "named"), [(6, 4, "the 4 ranks"), (400, 1, "at most the 256")])
 def test_a_batch_that_does_not_fit_is_named(batch, ranks, named):
-    place = part("place").Place(torch.device("cpu"), 0, ranks)
+    place = part("device").Place(torch.device("cpu"), 0, ranks)
     with pytest.raises(ValueError, match=f"batch is {batch}, expected .*{named}"):
         part("order").Loader(few_digits(), batch, 0, place)
 
@@ -106,7 +106,7 @@ def write_mnist(root):
 
 
 def write_imagenet(root):
-    """Write a folder of JPEG files for each class of both sets. Each image has a single colour."""
+    """Write a folder of JPEG files for each class of both sets. Each image has a single color."""
     image = pytest.importorskip("PIL.Image")
     for side in ("train", "val"):
         for name in ("n01440764", "n01443537"):

@@ -139,7 +139,7 @@ def test_evaluation_counts_every_test_image():
 
 
 def test_the_moving_average_has_exponential_weights():
-    place = part("place").Place(torch.device("cpu"))
+    place = part("device").Place(torch.device("cpu"))
     average = part("loop").MovingAverage(0.9, place.device)
     values = torch.randn(5, 2, dtype=torch.float64)
     for pair in values:

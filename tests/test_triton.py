@@ -26,7 +26,7 @@ from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_
 from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 # Strides, paddings, dilations and sizes of the two dimensions differ wherever there is one.
@@ -340,11 +340,11 @@ def test_arguments_that_the_kernels_do_not_read():
         run_kernel(wgrad_launch, g, x=x.double(), a=dy.double(), dw=w)
     with pytest.raises(ValueError, match=r"a has strides .* expected channels innermost"):
         run_kernel(wgrad_launch, g, x=x, a=t.dy.permute(0, 2, 3, 1), dw=w)
-    with pytest.raises(ValueError, match=r"tie is 1.0, expected 0 where u has 8 channels"):
+    with pytest.raises(ValueError, match=r"tie is 1.0, expected 0 if u has 8 channels"):
         run_kernel(wgrad_launch, g, x=x, a=dy, u=dy[..., :8].contiguous(), dw=w, f=w, tie=1.0)
     with pytest.raises(ValueError, match=r"expected BK == BU"):
         run_kernel(wgrad_launch, g, x=x, a=dy, u=dy, dw=w, f=w, tie=1.0, tile=small(case, BU=32))
-    with pytest.raises(ValueError, match=r"expected BU == BC where the product is symmetric"):
+    with pytest.raises(ValueError, match=r"expected BU == BC if the product is symmetric"):
         run_kernel(wgrad_launch, Geometry(20, 8, 8), x=flat, u=flat, f=w, tile=small(case, BC=4))
     with pytest.raises(ValueError, match="fewer than 2\\^30"):
         run_kernel(wgrad_launch, g._replace(N=2**30), x=x, a=dy, dw=w)
@@ -380,7 +380,7 @@ def test_offsets_widen_past_2_31_elements():
 
 
 def test_arguments_are_in_the_order_of_the_kernel():
-    """A grouped launch passes them by position."""
+    """A joint launch passes them by position."""
     g, device = Geometry(40, 16, 16), target(4, 90)
     for made in (wgrad_launch(g, device, x="x", a="dy", dw="dW"), dgrad_launch(g, device, dy="dy", dx="dx")):
         assert [*made.arguments] == made.kernel.arg_names[: len(made.arguments)]

@@ -16,7 +16,7 @@ from pyfeedback.kernels import backward
 from pyfeedback.testing import python_calls
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 LAYERS = {
@@ -119,7 +119,7 @@ def test_linear_backward(rule):
 
 def test_launches_are_shared(monkeypatch):
     """Weight mirror is one launch and dx, information alignment two, of which one holds dx."""
-    launched = record_launches(monkeypatch, choose_grouped=lambda *_: None)  # as if the layer were large
+    launched = record_launches(monkeypatch, choose_joint=lambda *_: None)  # as if the layer were large
     for rule, wgrads in (("wm", 1), ("kp", 1), ("sa", 1), ("aa", 1), ("ia", 2)):
         launched.clear()
         run_conv2d(LAYERS["1x1"], RULES[rule], Algorithm.NONE if rule in ("kp", "sa") else Algorithm.DIRECT)

@@ -1,4 +1,4 @@
-"""Centred rules from the Triton kernels where the mean is large beside the spread."""
+"""Centered rules from the Triton kernels where the mean is large beside the spread."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from triton_cases import Case, assert_near, data_terms, layer_backward, one_pass
 
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.tiles import choose_grouped, choose_pointwise, choose_wgrad
+from pyfeedback.kernels.tiles import choose_joint, choose_pointwise, choose_wgrad
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 RULES = {
     "wm": {"amp": 0.7},
@@ -33,7 +33,7 @@ COVERED = {
         ("linear", "ia", Algorithm.DIRECT),
         ("1x1 strided", "ia, amp above null", Algorithm.INPUT_GRAM),
     ],
-    "grouped": [
+    "joint": [
         ("2x1", "wm", Algorithm.DIRECT),
         ("2x1", "ia", Algorithm.DIRECT),
         ("1x1", "aa", Algorithm.DIRECT),
@@ -58,7 +58,7 @@ def draw(case: Case, algorithm: Algorithm, mean: float, seed: int, dtype):
 
 
 def error_ratios(name: str, rule: dict, algorithm: Algorithm, dtype=torch.float32, fused=True, samples=0):
-    """Of every mean and seed: our error to that of composing with both factors centred, beyond a quarter of a unit."""
+    """Of every mean and seed: our error to that of composing with both factors centered, beyond a quarter of a unit."""
     case, ratios = LAYERS[name], []
     for mean in MEANS:
         for seed in SEEDS:
@@ -72,7 +72,7 @@ def error_ratios(name: str, rule: dict, algorithm: Algorithm, dtype=torch.float3
 
 
 @pytest.mark.parametrize(("launches", "case"), [(name, case) for name in COVERED for case in COVERED[name]], ids=str)
-def test_error_at_most_four_times_that_of_centring_both_factors(launches, case, monkeypatch):
+def test_error_at_most_four_times_that_of_centering_both_factors(launches, case, monkeypatch):
     name, rule, algorithm = case
     launched = one_pass(monkeypatch) if launches == "one pass" else None
     ratios = error_ratios(name, RULES[rule], algorithm, fused=launches != "unfused")
@@ -80,7 +80,7 @@ def test_error_at_most_four_times_that_of_centring_both_factors(launches, case, 
     assert launched is None or len(terms_in_one_pass(launched)) == len(ratios)
 
 
-@pytest.mark.parametrize("launches", ["one pass", "grouped"])
+@pytest.mark.parametrize("launches", ["one pass", "joint"])
 @pytest.mark.parametrize(
     ("rule", "algorithm"), [("wm", Algorithm.DIRECT), ("ia", Algorithm.DIRECT), ("ia", Algorithm.INPUT_GRAM)]
 )
@@ -107,7 +107,7 @@ def test_the_mean_is_that_of_the_samples_in_use(rule, fused):
         assert_near(ours, *(data_terms(case, x, w, b, y, terms, wide) for wide in (torch.float32, torch.float64)))
 
 
-@pytest.mark.parametrize("launches", ["one pass", "grouped", "unfused"])
+@pytest.mark.parametrize("launches", ["one pass", "joint", "unfused"])
 def test_a_sample_alone_is_its_mean(launches, monkeypatch):
     if launches == "one pass":
         one_pass(monkeypatch)
@@ -133,7 +133,7 @@ def test_chosen_tiles(capability, itemsize):
             assert (tile.BC, tile.stages) <= (plain.BC, plain.stages)
             assert itemsize == 2 or tile.BC <= 32
             assert (capability, itemsize) != (90, 2) or tile.stages == 4 - means
-            small = choose_grouped(g._replace(N=50), rows, True, target(itemsize, capability), means)
+            small = choose_joint(g._replace(N=50), rows, True, target(itemsize, capability), means)
             assert len({(t.warps, t.stages) for t in small}) == 1
     for term in ("cross", "z", "gram"):
         tile = choose_pointwise(Geometry(10**5, 64, 64), term, target(2, capability), True)

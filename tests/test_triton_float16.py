@@ -12,7 +12,7 @@ from pyfeedback.kernels.backward import unit_of
 from pyfeedback.kernels.tiles import DgradTile, PointwiseTile, WgradTile
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 LARGEST = torch.finfo(torch.float16).max
 RULES = {
@@ -46,8 +46,8 @@ def draw(case: Case, seed: int):
         ("one pass", POINTWISE, "wm", Algorithm.DIRECT, "sum"),
         ("one pass", POINTWISE, "ia", Algorithm.DIRECT, "z"),
         ("one pass", POINTWISE, "aa", Algorithm.DIRECT, "u"),
-        ("grouped", WINDOW, "ia", Algorithm.DIRECT, "z"),
-        ("grouped", POINTWISE, "ia", Algorithm.RESPONSE_GRAM, "sum"),
+        ("joint", WINDOW, "ia", Algorithm.DIRECT, "z"),
+        ("joint", POINTWISE, "ia", Algorithm.RESPONSE_GRAM, "sum"),
         ("unfused", POINTWISE, "ia", Algorithm.INPUT_GRAM, "sum"),
         ("unfused", WINDOW, "aa", Algorithm.DIRECT, "u"),
         ("unfused", POINTWISE, "all three", Algorithm.DIRECT, "z"),
@@ -99,7 +99,7 @@ def test_activations_at_the_edge_of_float16_that_align_with_the_feedback(rule, c
 def large_tiles(monkeypatch, single: bool):
     """Few steps for the interpreter, of a layer of real size."""
     tile = PointwiseTile(16, 16, 4096, 1, 4, 2) if single else None
-    record_launches(monkeypatch, choose_grouped=lambda *_: None, choose_pointwise=lambda *_: tile)
+    record_launches(monkeypatch, choose_joint=lambda *_: None, choose_pointwise=lambda *_: tile)
     monkeypatch.setattr(wgrad, "choose_wgrad", lambda *_, **__: WgradTile(16, 16, 16, 8192, 1, 4, 2))
     monkeypatch.setattr(dgrad, "choose_dgrad", lambda *_: DgradTile(8192, 16, 16, 4, 2))
 

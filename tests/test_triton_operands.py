@@ -13,7 +13,7 @@ from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels import backward
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 class Layer(NamedTuple):
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
 
 LAYERS = {
-    "2x2": Layer((3, 5, 5, 4), (6, 5, 2, 2), ((2, 1), (1, 0), (1, 2)), "grouped", "everything", Algorithm.DIRECT),
+    "2x2": Layer((3, 5, 5, 4), (6, 5, 2, 2), ((2, 1), (1, 0), (1, 2)), "joint", "everything", Algorithm.DIRECT),
     "1x1": Layer((3, 6, 4, 4), (7, 6, 1, 1), ((2, 3), (0, 0), (1, 1)), "one pass", "ia-centered", Algorithm.DIRECT),
     "linear": Layer((3, 5, 6), (7, 6), (), "unfused", "ia-centered", Algorithm.RESPONSE_GRAM),
 }

@@ -88,12 +88,12 @@ def test_gram_matrices(layer, fields, algorithm, expected):
 @pytest.mark.parametrize(
     ("fields", "algorithm", "expected"),
     [
-        ((), "none", ["grouped(dW, f, dx)"]),
-        (("tie", "decay"), "none", ["grouped(dW, f, dx)"]),
-        (WM, "direct", ["grouped(dW, f, dx)"]),
-        (AA, "direct", ["grouped(dW, f, dx)"]),
-        (IA, "direct", ["grouped(dW, dx, z)", "wgrad(f)"]),
-        (EVERYTHING, "direct", ["grouped(dW, f_sparse, dx)", "dgrad(z)", "wgrad(f)"]),
+        ((), "none", ["joint(dW, f, dx)"]),
+        (("tie", "decay"), "none", ["joint(dW, f, dx)"]),
+        (WM, "direct", ["joint(dW, f, dx)"]),
+        (AA, "direct", ["joint(dW, f, dx)"]),
+        (IA, "direct", ["joint(dW, dx, z)", "wgrad(f)"]),
+        (EVERYTHING, "direct", ["joint(dW, f_sparse, dx)", "dgrad(z)", "wgrad(f)"]),
     ],
 )
 def test_small_layers(fields, algorithm, expected):
@@ -101,13 +101,13 @@ def test_small_layers(fields, algorithm, expected):
 
 
 def test_small_layers_whose_rule_reads_part_of_the_batch():
-    assert launches("small 3x3", WM, "direct", part=True) == ["grouped(f, dx)", "wgrad(dW)"]
-    assert launches("small 3x3", IA, "direct", part=True) == ["grouped(dW, z)", "grouped(f, dx)"]
+    assert launches("small 3x3", WM, "direct", part=True) == ["joint(f, dx)", "wgrad(dW)"]
+    assert launches("small 3x3", IA, "direct", part=True) == ["joint(dW, z)", "joint(f, dx)"]
 
 
 def test_small_layers_with_a_gram_matrix():
-    assert launches("small linear", IA, "input_gram") == ["wgrad(gram)", "grouped(dW, dx)"]
-    assert launches("small linear", IA, "response_gram") == ["wgrad(gram)", "grouped(dW, cross, dx)"]
+    assert launches("small linear", IA, "input_gram") == ["wgrad(gram)", "joint(dW, dx)"]
+    assert launches("small linear", IA, "response_gram") == ["wgrad(gram)", "joint(dW, cross, dx)"]
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,11 @@ def test_float32_has_no_one_pass_tile():
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        ((True, True, False), ["grouped(dW, dx)"]),
+        ((True, True, False), ["joint(dW, dx)"]),
         ((True, False, False), ["dgrad(dx)"]),
         ((False, True, False), ["wgrad(dW)"]),
         ((False, False, False), []),
-        ((False, True, True), ["grouped(dW, z)", "wgrad(f)"]),
+        ((False, True, True), ["joint(dW, z)", "wgrad(f)"]),
         ((True, False, True), ["dgrad(dx, z)", "wgrad(f)"]),
         ((False, False, True), ["dgrad(z)", "wgrad(f)"]),
     ],
@@ -176,7 +176,7 @@ def test_a_weight_in_another_layout_has_no_one_pass_launch():
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_centring_subtracts_the_mean_where_x_is_read(layer):
+def test_centering_subtracts_the_mean_where_x_is_read(layer):
     for fields, algorithm, reader in ((WM, "direct", "f"), (AA, "direct", "f"), (IA, "direct", "z")):
         for centered in (False, True):
             plan = plan_backward(problem(layer, (*fields, *(["center"] if centered else [])), algorithm))

@@ -30,7 +30,7 @@ from pyfeedback.kernels.pointwise import pointwise_launch
 from pyfeedback.kernels.tiles import PointwiseTile, choose_pointwise
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 TERMS = ("none", "cross", "z", "gram")
 REST = {"decay": 0.3, "self_": 0.2, "tie": 0.7}
@@ -165,7 +165,7 @@ def test_arguments_that_the_kernel_does_not_take():
     with pytest.raises(ValueError, match="term is 'none' of 600 -> 600 channels, expected sums that fit"):
         run_kernel(pointwise_launch, Geometry(4, 600, 600), "none", x=x, dy=x, dx=x, dw=w, feedback=w)
     tile = PointwiseTile(64, 64, 16, 1, 4, 2)
-    with pytest.raises(ValueError, match="expected BC >= 600 where the term is a Gram matrix"):
+    with pytest.raises(ValueError, match="expected BC >= 600 if the term is a Gram matrix"):
         run_kernel(pointwise_launch, Geometry(4, 600, 600), "gram", x=x, dy=x, dx=x, dw=w, feedback=w, f=w, tile=tile)
     with pytest.raises(ValueError, match="dy has shape"):
         run_kernel(pointwise_launch, Geometry(4, 600, 500), "none", x=x, dy=x, dx=x, dw=w, feedback=w[:500], tile=tile)

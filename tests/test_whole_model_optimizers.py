@@ -179,7 +179,7 @@ def test_a_scheduler_updates_every_group(make):
 def test_every_backend_takes_the_same_steps(rule, make, options):
     found, expected = network(rule), network(rule)
     train(found, make(found, lr=0.05, **options))
-    with pyfeedback.backend("aten"):
+    with pyfeedback.backend("composite"):
         train(expected, make(expected, lr=0.05, **options))
     assert error(dict(found.named_parameters()), dict(expected.named_parameters())) < 1e-12
 

@@ -29,7 +29,7 @@ def few_digits(training=256, test=64):
 
 
 def new_run(chosen, images=None, workers=0):
-    return part("loop").Run(chosen, images or few_digits(), part("place").Place(torch.device("cpu")), workers)
+    return part("loop").Run(chosen, images or few_digits(), part("device").Place(torch.device("cpu")), workers)
 
 
 def nothing():

@@ -195,9 +195,9 @@ def layer_backward(
 
 
 def data_terms(case: Case, x, w, b, y, terms: dict, dtype):
-    """What amp, null and sparse give, composed of PyTorch's own in ``dtype``, both factors of every product centred.
+    """What amp, null and sparse give, composed of PyTorch's own in ``dtype``, both factors of every product centered.
 
-    A response that is not given is that of the centred input: it is not rounded at the size of its mean.
+    A response that is not given is that of the centered input: it is not rounded at the size of its mean.
     """
     x, w, b = (t.to(dtype) for t in (x, w, b))
     n = terms.get("samples") or len(x)
@@ -249,7 +249,7 @@ def fill_memory_with_nan(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan(monkeypatch):
+def uninitialized_memory_is_nan(monkeypatch):
     """For the module that names it: memory is filled with NaN, and what a kernel writes beside its tensors is found."""
     assert_margins = fill_memory_with_nan(monkeypatch)
     yield

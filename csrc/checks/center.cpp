@@ -1,10 +1,11 @@
+// Checks the arguments of extension_center and extension_add_centered_ and turns them into operands.
 #include "plans.h"
 
 namespace pyfeedback {
 
 namespace {
 
-// The operands but for the output.
+// The operands except for the output.
 CenterOperands operands_of(const View& input, int64_t samples) {
   const Shape& shape = input.shape;
   STD_TORCH_CHECK(shape.dims >= 1 && shape.dims <= kMaxDims, "input has ", shape.dims, " dimensions; expected 1 to ",
@@ -15,7 +16,7 @@ CenterOperands operands_of(const View& input, int64_t samples) {
   for (int64_t d = 1; d < shape.dims; ++d) positions *= shape.size[d];
   const bool dense = positions == 0 || is_dense(shape.dims - 1, shape.size + 1, shape.stride + 1);
   STD_TORCH_CHECK(dense && (samples <= 1 || shape.stride[0] >= positions),
-                  "a sample of input is not a dense block; expected contiguous or channels_last");
+                  "input has samples that are not dense or that overlap; expected contiguous or channels_last");
   return {input.data, nullptr, samples, positions, shape.stride[0], input.dtype};
 }
 
@@ -45,7 +46,7 @@ CenterOperands plan_add_centered(const Tensor& self, const Tensor& input) {
   for (int64_t d = 1; d < read.shape.dims; ++d) {
     alike = alike && (read.shape.size[d] == 1 || read.shape.stride[d] == written.shape.stride[d]);
   }
-  STD_TORCH_CHECK(alike, "self is not a dense block with the strides of input");
+  STD_TORCH_CHECK(alike, "self has other strides than input or gaps between samples; expected neither");
   return operands;
 }
 

@@ -1,3 +1,4 @@
+// Checks the arguments of extension_depthwise_backward, turns them into a layer and allocates the gradients.
 #include <algorithm>
 
 #include <torch/csrc/stable/ops.h>
@@ -18,9 +19,9 @@ View checked_view(const Tensor& tensor, const char* name, const std::array<int64
                   const Tensor& like) {
   const View view = read_view(tensor.get(), name);
   STD_TORCH_CHECK(view.shape.dims == 4 && std::equal(size.begin(), size.end(), view.shape.size), name,
-                  " has the wrong shape; expected ", size[0], ", ", size[1], ", ", size[2], ", ", size[3]);
+                  " has the wrong shape; expected (", size[0], ", ", size[1], ", ", size[2], ", ", size[3], ")");
   STD_TORCH_CHECK(view.dtype == dtype && view.device == device_of(like.get()), name,
-                  " has the wrong dtype or device; expected those of input, or float32 for the mean of 16 bits");
+                  " has the wrong dtype or device; expected those of input, or float32 for the mean of a 16-bit input");
   return view;
 }
 
@@ -38,39 +39,41 @@ DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments) {
   STD_TORCH_CHECK(coefficients.size() == 6, "coefficients has ", coefficients.size(), " values; expected 6");
   STD_TORCH_CHECK(samples > 0 && samples <= x.size[0], "samples is ", samples, "; expected 1 to ", x.size[0]);
   DepthwisePlan plan{};
-  DepthwiseLayer& a = plan.layer;
-  a.N = x.size[0], a.G = groups, a.I = w.size[1], a.J = w.size[0] / groups;
-  a.H = x.size[2], a.W = x.size[3], a.R = w.size[2], a.S = w.size[3];
-  const int64_t map[] = {a.H, a.W}, kernel[] = {a.R, a.S};
-  int64_t* const out[] = {&a.P, &a.Q};
+  DepthwiseLayer& layer = plan.layer;
+  layer.N = x.size[0], layer.G = groups, layer.I = w.size[1], layer.J = w.size[0] / groups;
+  layer.H = x.size[2], layer.W = x.size[3], layer.R = w.size[2], layer.S = w.size[3];
+  const int64_t map[] = {layer.H, layer.W}, kernel[] = {layer.R, layer.S};
+  int64_t* const out[] = {&layer.P, &layer.Q};
   for (int d = 0; d < 2; ++d) {
-    a.stride[d] = stride.at(d), a.padding[d] = padding.at(d), a.dilation[d] = dilation.at(d);
-    STD_TORCH_CHECK(a.stride[d] > 0 && a.padding[d] >= 0 && a.dilation[d] > 0,
-                    "stride and dilation must be positive, and padding not negative");
-    const int64_t span = map[d] + 2 * a.padding[d] - a.dilation[d] * (kernel[d] - 1) - 1;
+    layer.stride[d] = stride.at(d), layer.padding[d] = padding.at(d), layer.dilation[d] = dilation.at(d);
+    STD_TORCH_CHECK(layer.stride[d] > 0 && layer.padding[d] >= 0 && layer.dilation[d] > 0,
+                    "stride and dilation must be positive, and padding must not be negative");
+    const int64_t span = map[d] + 2 * layer.padding[d] - layer.dilation[d] * (kernel[d] - 1) - 1;
     STD_TORCH_CHECK(span >= 0, "the kernel is larger than the padded input");
-    *out[d] = span / a.stride[d] + 1;
+    *out[d] = span / layer.stride[d] + 1;
   }
-  a.samples = samples;
-  a.dtype = x_view.dtype;
-  const std::array<int64_t, 4> out_size = {a.N, w.size[0], a.P, a.Q}, kernel_size = {w.size[0], a.I, a.R, a.S};
-  const View dy = checked_view(grad_output, "grad_output", out_size, a.dtype, input);
-  const View weight_view = checked_view(weight, "weight", kernel_size, a.dtype, input);
-  const View feedback_view = checked_view(feedback, "feedback", kernel_size, a.dtype, input);
-  STD_TORCH_CHECK(w.contiguous && feedback_view.shape.contiguous, "expected weight and feedback contiguous");
-  STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "expected input dense");
-  a.input = map_of(x_view);
-  a.grad_output = map_of(dy);
-  a.weight = weight_view.data;
-  a.feedback = feedback_view.data;
-  const Dtype acc = a.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  if (mean) a.mean = map_of(checked_view(*mean, "mean", {1, x.size[1], a.H, a.W}, acc, input));
-  if (response) a.response = map_of(checked_view(*response, "response", out_size, a.dtype, input));
+  layer.samples = samples;
+  layer.dtype = x_view.dtype;
+  const std::array<int64_t, 4> out_size = {layer.N, w.size[0], layer.P, layer.Q},
+                               kernel_size = {w.size[0], layer.I, layer.R, layer.S};
+  const View dy = checked_view(grad_output, "grad_output", out_size, layer.dtype, input);
+  const View weight_view = checked_view(weight, "weight", kernel_size, layer.dtype, input);
+  const View feedback_view = checked_view(feedback, "feedback", kernel_size, layer.dtype, input);
+  STD_TORCH_CHECK(w.contiguous && feedback_view.shape.contiguous, "weight or feedback is not contiguous");
+  STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "input is not dense");
+  layer.input = map_of(x_view);
+  layer.grad_output = map_of(dy);
+  layer.weight = weight_view.data;
+  layer.feedback = feedback_view.data;
+  const Dtype acc = layer.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  if (mean) layer.mean = map_of(checked_view(*mean, "mean", {1, x.size[1], layer.H, layer.W}, acc, input));
+  if (response) layer.response = map_of(checked_view(*response, "response", out_size, layer.dtype, input));
   if (response_mean) {
-    a.response_mean = map_of(checked_view(*response_mean, "response_mean", {1, w.size[0], a.P, a.Q}, acc, input));
+    layer.response_mean =
+        map_of(checked_view(*response_mean, "response_mean", {1, w.size[0], layer.P, layer.Q}, acc, input));
   }
-  a.decay = coefficients[0], a.amp = coefficients[1], a.null = coefficients[2];
-  a.sparse = coefficients[3], a.self = coefficients[4], a.tie = coefficients[5];
+  layer.decay = coefficients[0], layer.amp = coefficients[1], layer.null = coefficients[2];
+  layer.sparse = coefficients[3], layer.self = coefficients[4], layer.tie = coefficients[5];
 
   using torch::stable::empty_like, torch::stable::new_empty;
   auto& [grad_input, grad_weight, grad_feedback, grad_bias] = plan.gradients;
@@ -78,11 +81,11 @@ DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments) {
   grad_weight = mask[1] ? empty_like(weight) : new_empty(input, {0});
   grad_feedback = mask[2] ? empty_like(weight) : new_empty(input, {0});
   grad_bias = new_empty(input, {mask[3] ? w.size[0] : 0});
-  if (mask[0]) a.grad_input = map_of(write_view(grad_input.get(), "grad_input"));
-  if (mask[1]) a.grad_weight = grad_weight.mutable_data_ptr();
-  if (mask[2]) a.grad_feedback = grad_feedback.mutable_data_ptr();
-  if (mask[3]) a.grad_bias = grad_bias.mutable_data_ptr();
-  if (!mask[2]) a.decay = a.amp = a.null = a.sparse = a.self = a.tie = 0;
+  if (mask[0]) layer.grad_input = map_of(write_view(grad_input.get(), "grad_input"));
+  if (mask[1]) layer.grad_weight = grad_weight.mutable_data_ptr();
+  if (mask[2]) layer.grad_feedback = grad_feedback.mutable_data_ptr();
+  if (mask[3]) layer.grad_bias = grad_bias.mutable_data_ptr();
+  if (!mask[2]) layer.decay = layer.amp = layer.null = layer.sparse = layer.self = layer.tie = 0;
   return plan;
 }
 

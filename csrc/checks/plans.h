@@ -1,5 +1,5 @@
-// Turns the arguments of an op into what its kernels work on. Python validates for the user; the checks here keep
-// memory safe whoever calls.
+// Turns the arguments of an op into the operands of its kernels. Python raises the errors for the user; the checks here
+// keep memory safe for every caller.
 #pragma once
 
 #include <array>

@@ -1,3 +1,4 @@
+// Finds operands that share memory: first by their extents, then by a search over their strides.
 #include "sharing.h"
 
 #include <algorithm>
@@ -7,11 +8,11 @@ namespace pyfeedback {
 
 namespace {
 
-// As MOST_TRIED of pyfeedback/core/overlap.py.
+// Equal to MOST_TRIED of pyfeedback/core/overlap.py.
 constexpr int kMostTried = 10000;
 
-// Decides whether a total is a sum of k * step over the terms (step, most), with some k in 0..most for each. Answers
-// true as well if that takes more than kMostTried tries.
+// Decides whether a total is a sum of k * step over the terms (step, most), with some k in 0..most for each. Also
+// returns true if the search takes more than kMostTried tries.
 class SumSearch {
  public:
   explicit SumSearch(const std::map<int64_t, int64_t>& terms) {

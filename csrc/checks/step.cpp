@@ -1,3 +1,4 @@
+// Checks the arguments of the steps and turns them into rows.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -31,8 +32,7 @@ class StepPlanner {
     const size_t count = arguments.lists[kStepped].size();
     for (size_t k = 0; k < kOperands; ++k) {
       const size_t size = arguments.lists[k].size();
-      STD_TORCH_CHECK(size == 0 || size == count, "one of ", names, " has ", size, " tensors; expected none or ",
-                      count);
+      STD_TORCH_CHECK(size == 0 || size == count, "one of ", names, " has ", size, " tensors; expected 0 or ", count);
       spans_[k].reserve(count);
     }
     for (const std::vector<double>* values : {&arguments.decay, &arguments.self, &arguments.tie}) {
@@ -53,15 +53,15 @@ class StepPlanner {
     for (size_t k = 0; k < kOperands; ++k) {
       if ((k == kWeight && row.self == 0) || (k == kGrad && row.tie == 0) || (k >= kState && !has_states_)) continue;
       const TensorList& list = arguments_.lists[k];
-      STD_TORCH_CHECK(list.size(), "one of ", names_, " is empty, but row ", index, " needs it");
+      STD_TORCH_CHECK(list.size(), "one of ", names_, " is empty, but row ", index, " reads it");
       views[k] = Row::writes(k) ? write_view(list[index], names_) : read_view(list[index], names_);
       row.operand[k] = views[k].data;
     }
     const View& stepped = views[kStepped];
     const bool alike = check_alike(views, names_, index);
     if (stepped.shape.numel == 0) return;
-    STD_TORCH_CHECK(plan_.rows.empty() || stepped.device == plan_.device, names_, " ", index,
-                    " are not on the device of the first");
+    STD_TORCH_CHECK(plan_.rows.empty() || stepped.device == plan_.device, names_, "[", index,
+                    "] are not on the device of the first row");
     plan_.device = stepped.device;
     current_ = 1 - current_;
     row.numel = stepped.shape.numel;
@@ -117,8 +117,8 @@ class StepPlanner {
 
   void add_layout(Row& row, const Views& views) {
     for (size_t k = 0; k < kOperands; ++k) {
-      STD_TORCH_CHECK(!Row::writes(k) || !views[k].tensor || !overlaps_itself(views[k].shape), names_, " ", row.index,
-                      " have one with several elements at the same address");
+      STD_TORCH_CHECK(!Row::writes(k) || !views[k].tensor || !overlaps_itself(views[k].shape), names_, "[", row.index,
+                      "] have more than one element at a memory location; expected one");
     }
     row.layout = static_cast<int32_t>(plan_.layouts.size());
     plan_.layouts.push_back(strided_layout(views, names_));
@@ -146,7 +146,7 @@ FeedbackPlan plan_feedback_step(const StepArguments<FeedbackRow>& arguments, con
     const View view = read_view(dynamic->get(), "dynamic");
     STD_TORCH_CHECK(view.dtype == Dtype::kFloat64 && view.shape.numel == kDynamics && view.shape.contiguous &&
                         view.device == device_of(feedback[0]),
-                    "dynamic is expected to be ", int{kDynamics}, " contiguous float64 on the device of feedback");
+                    "dynamic must be ", int{kDynamics}, " contiguous float64 on the device of feedback");
     planner.add_memory(view, false);
   }
   for (size_t i = 0; i < feedback.size(); ++i) planner.add(FeedbackRow{}, i);
@@ -165,7 +165,7 @@ AdamWPlan plan_adamw_step(const StepArguments<AdamWRow>& arguments, const AdamWO
     const View step = write_view(steps[i], "step");
     STD_TORCH_CHECK(
         step.shape.numel == 1 && step.dtype == Dtype::kFloat32 && step.device.type == aoti_torch_device_type_cpu(),
-        "step is not one float32 on the CPU");
+        "step must be float32 tensors with one element on the CPU");
     planner.add_memory(step, true);
     plan.steps.push_back(static_cast<float*>(step.data));
     const double step_count = *plan.steps.back() + 1.0;

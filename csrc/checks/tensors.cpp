@@ -1,3 +1,4 @@
+// Reads the properties of tensors and compares those of several tensors.
 #include "tensors.h"
 
 namespace pyfeedback {

@@ -1,4 +1,4 @@
-// What the stable ABI says about tensors, and the checks that several tensors of one shape need.
+// Properties of tensors, read by the stable ABI, and checks of several tensors of one shape.
 #pragma once
 
 #include <algorithm>
@@ -61,7 +61,7 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// All that the checks need of one operand. `tensor` is null if there is no operand.
+// Everything that the checks need to know about one operand. `tensor` is null if there is no operand.
 struct View {
   AtenTensorHandle tensor = nullptr;
   void* data = nullptr;
@@ -71,8 +71,8 @@ struct View {
   Dtype dtype{};
 };
 
-// Raise, naming the tensor, if its storage is too small for it: FSDP frees the storage of parameters, which leaves it
-// empty. A write view makes the data writable first, as a copy-on-write tensor requires.
+// Raise an error that names the tensor if its storage is too small: FSDP frees the storage of parameters. A write view
+// makes the data writable first, as a copy-on-write tensor requires.
 View read_view(AtenTensorHandle tensor, const char* name);
 View write_view(AtenTensorHandle tensor, const char* name);
 
@@ -90,7 +90,7 @@ bool check_alike(const std::array<View, kOperands>& operands, const char* names,
     const Shape& other = operands[k].shape;
     STD_TORCH_CHECK(operands[k].device == operands[0].device && operands[k].dtype == operands[0].dtype &&
                         other.dims == shape.dims && std::equal(shape.size, shape.size + shape.dims, other.size),
-                    names, " ", index, " differ in device, shape or dtype");
+                    names, "[", index, "] differ in device, shape or dtype");
     alike = alike && (shape.contiguous ? other.contiguous : same_strides(shape, other));
   }
   return alike;

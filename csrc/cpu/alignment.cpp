@@ -1,3 +1,4 @@
+// Divides extension_alignment_products among threads; the kernel is in alignment_kernels.h.
 #include <algorithm>
 #include <vector>
 
@@ -9,7 +10,7 @@
 namespace pyfeedback::cpu {
 
 void Backend::alignment_products(const AlignmentPlan& plan, const Tensor& products) const {
-  // Chunks have a fixed size and are added in their order, so that any number of threads gives the same sum.
+  // Chunks have a fixed size and are added in order, so the sum does not depend on the number of threads.
   struct Chunk {
     const AlignmentPair* pair;
     int64_t begin;

@@ -1,4 +1,5 @@
-// What the ops of ops.h call on the CPU. Each function cuts its work among threads and calls the kernels of kernels.h.
+// The functions that the ops of ops.h call on the CPU. Each function divides its work among threads and calls the
+// kernels of kernels.h.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// Divides extension_center and extension_add_centered_ among threads; the kernels are in center_kernels.h.
 #include <algorithm>
 
 #include <torch/csrc/stable/ops.h>
@@ -9,8 +10,8 @@ namespace pyfeedback::cpu {
 
 namespace {
 
-// A chunk of positions is read twice. The second pass finds it in a second-level cache, because a chunk of all samples
-// has this size. A smaller chunk than the minimum wastes the cache line that is fetched with each sample.
+// A chunk of positions is read twice. The second pass reads it from a second-level cache, because a chunk of all
+// samples has this size. A chunk smaller than the minimum wastes the cache line that is fetched with each sample.
 constexpr int64_t kChunkBytes = 512 * 1024;
 constexpr int64_t kMinChunk = 64;
 

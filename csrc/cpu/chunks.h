@@ -1,4 +1,4 @@
-// Cuts the rows of a plan into chunks and runs them on several threads.
+// Splits the rows of a plan into chunks and runs them on several threads.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ void for_each_chunk(const Plan<Row>& plan, const Visitor& visit) {
       const Row* head = &plan.rows[heads[group]];
       const int64_t rows = static_cast<int64_t>(heads[group + 1] - heads[group]);
       const int64_t first = ends[group] - rows * head->numel;
-      // Both threads at a cut round it to the same element.
+      // The two threads on either side of a split round it to the same element.
       const int64_t last = (std::min(end, ends[group]) - first) / rows;
       const int64_t block = rows == 1 ? last : kBlock;
       for (int64_t at = (begin - first) / rows; at < last; at += block) {

@@ -1,3 +1,4 @@
+// Divides the depthwise backward among threads; the kernels are in depthwise_kernels.h.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -11,21 +12,22 @@ namespace pyfeedback::cpu {
 
 namespace {
 
-// About this many units of work have sums of their own, which are added in a fixed order: any number of threads gives
-// the same result.
+// About this many units of work have separate sums, which are added in a fixed order: the result does not depend on the
+// number of threads.
 constexpr int64_t kUnits = 64;
-// The blocks of a unit share cache lines in channels_last, and a second-level cache.
-constexpr int64_t kBlocks = 8, kCacheBytes = 256 * 1024;
+// A block has as many groups as a vector has lanes. In channels_last, up to kMostBlocks adjacent blocks share the cache
+// lines of a position. One thread processes them together if their rows fit kCacheBytes of a second-level cache.
+constexpr int64_t kMostBlocks = 8, kCacheBytes = 256 * 1024;
 
 }  // namespace
 
 void Backend::depthwise_backward(const DepthwiseLayer& layer) const {
   const Kernels& kernel = kernels();
-  const int64_t lanes = layer.dtype == Dtype::kFloat64 ? 4 : 8;
+  const int64_t lanes = layer.dtype == Dtype::kFloat64 ? 4 : 8;  // kLanesOf of depthwise_rows.h
   const int64_t size = (2 * layer.J * layer.I * layer.R * layer.S + layer.J) * lanes;
   const int64_t blocks = (layer.G + lanes - 1) / lanes;
   const int64_t fitting = kCacheBytes / kernel.depthwise_bytes(layer, 1);
-  const int64_t most = std::clamp<int64_t>(fitting, 1, std::min(blocks, kBlocks));
+  const int64_t most = std::clamp<int64_t>(fitting, 1, std::min(blocks, kMostBlocks));
   const int64_t bytes = kernel.depthwise_bytes(layer, most);
   const int64_t strips = (blocks + most - 1) / most;
   const int64_t chunk = (layer.N * strips + kUnits - 1) / kUnits;

@@ -1,4 +1,4 @@
-// Rows of a feature map in the form that the depthwise loops use: at every column a vector of adjacent groups. In an
+// Rows of a feature map in the form that the depthwise kernels use: at every column a vector of adjacent groups. In an
 // unnamed namespace, see scalar.h.
 #pragma once
 
@@ -176,13 +176,13 @@ void wgrad_taps(const Tap<T>* tap, int64_t shift, int64_t step, const LanesVecto
 template <typename T>
 void wgrad(const Taps<T>& taps, int64_t shift, int64_t step, const LanesVector<T>* u, int64_t u_step, int64_t length) {
   constexpr int64_t kMost = 9;
-  constexpr decltype(&wgrad_taps<T, 1>) kLoops[] = {wgrad_taps<T, 1>, wgrad_taps<T, 2>, wgrad_taps<T, 3>,
+  constexpr decltype(&wgrad_taps<T, 1>) kWgrad[] = {wgrad_taps<T, 1>, wgrad_taps<T, 2>, wgrad_taps<T, 3>,
                                                     wgrad_taps<T, 4>, wgrad_taps<T, 5>, wgrad_taps<T, 6>,
                                                     wgrad_taps<T, 7>, wgrad_taps<T, 8>, wgrad_taps<T, 9>};
   int64_t done = 0;
   for (int64_t parts = (taps.count + kMost - 1) / kMost; parts > 0; --parts) {
     const int64_t taken = (taps.count - done) / parts;
-    kLoops[taken - 1](taps.tap + done, shift, step, u, u_step, length);
+    kWgrad[taken - 1](taps.tap + done, shift, step, u, u_step, length);
     done += taken;
   }
 }

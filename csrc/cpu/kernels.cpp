@@ -1,4 +1,5 @@
-#include "loops.h"
+// The CPU kernels for the baseline instruction set, and the choice between these and those for AVX2.
+#include "all_kernels.h"
 
 namespace pyfeedback::cpu {
 
@@ -10,7 +11,7 @@ const Kernels& kernels() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2) return kAvx2Kernels;
 #endif
-  return kLoops;
+  return kKernels;
 }
 
 }  // namespace pyfeedback::cpu

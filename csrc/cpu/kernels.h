@@ -1,4 +1,5 @@
-// The CPU kernels, which loops.h collects. They are compiled once for the baseline instruction set and once for AVX2.
+// The table of the CPU kernels, which all_kernels.h fills. They are compiled once for the baseline instruction set and
+// once for AVX2.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 
 namespace pyfeedback::cpu {
 
-// The largest chunk of positions that `center` and `add_centered` take: three float64 rows of it fit a second-level
+// The largest chunk of positions of `center` and `add_centered`: three float64 rows of it fit a second-level
 // cache beside the samples.
 constexpr int64_t kMaxCenterChunk = 2048;
 

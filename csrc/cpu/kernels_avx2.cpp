@@ -1,4 +1,4 @@
-// The loops compiled for AVX2, FMA and F16C. Everything with external linkage is included before the target changes:
+// The kernels compiled for AVX2, FMA and F16C. Everything with external linkage is included before the target changes:
 // the linker keeps one copy of an inline function, and it must be one that an older processor can run.
 #if defined(__x86_64__)
 
@@ -21,7 +21,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "loops.h"
+#include "all_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -31,7 +31,7 @@
 
 namespace pyfeedback::cpu {
 
-extern const Kernels kAvx2Kernels = kLoops;
+extern const Kernels kAvx2Kernels = kKernels;
 
 }  // namespace pyfeedback::cpu
 

@@ -1,5 +1,5 @@
 // Storage types and their conversion to the acc type.
-// Unnamed namespaces keep what kernels_avx2.cpp compiles for another instruction set apart from the rest.
+// Unnamed namespaces separate the code that kernels_avx2.cpp compiles for another instruction set from the rest.
 #pragma once
 
 #include <cstdint>

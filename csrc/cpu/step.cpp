@@ -1,3 +1,4 @@
+// Divides the steps among threads; the kernels are in step_kernels.h.
 #include <atomic>
 
 #include "chunks.h"

@@ -1,3 +1,4 @@
+// The kernel of extension_alignment_products: a block adds up a part of one pair, and the last block all parts.
 #include "../alignment.h"
 #include "pack.cuh"
 #include "reduce.cuh"
@@ -31,7 +32,7 @@ __device__ __forceinline__ void add_block(Sums& sums, const StridedPair& pair, i
   });
 }
 
-// The first thread gets the sums of all threads.
+// The first thread receives the sums of all threads.
 __device__ __forceinline__ void reduce_block(Sums& sums) {
   __shared__ Sums of_warp[kThreads / kWarp];
   add_lanes(sums.feedback);
@@ -43,13 +44,13 @@ __device__ __forceinline__ void reduce_block(Sums& sums) {
   for (int warp = 1; warp < kThreads / kWarp; ++warp) sums.add(of_warp[warp]);
 }
 
-// Reads what another block wrote in this launch, past the first-level cache, which may hold an older line.
+// Reads what another block wrote in this launch, bypassing the first-level cache, which may hold an older line.
 __device__ __forceinline__ Sums read_fresh(const Sums* sums) {
   return {__ldcg(&sums->feedback), __ldcg(&sums->weight), __ldcg(&sums->both)};
 }
 
-// `partial` takes the sums of each block and `arrived` is zero for each pair. The last block of a pair to arrive adds
-// up the sums of all its blocks.
+// `partial` receives the sums of each block, and `arrived` is zero for each pair. The last block of a pair to arrive
+// adds up the sums of all its blocks.
 template <typename Table>
 __global__ void __launch_bounds__(kThreads)
     products_kernel(const __grid_constant__ Table table, Sums* partial, unsigned* arrived, Sums* products) {

@@ -1,3 +1,4 @@
+// Allocates the workspaces of the kernels and launches them.
 #include "backend.h"
 
 #include <torch/csrc/stable/macros.h>

@@ -1,5 +1,5 @@
-// What the ops of ops.h call on a CUDA device. Each function launches kernels of launch.h on the current stream and
-// does not wait for them.
+// The functions that the ops of ops.h call on a CUDA device. Each function launches kernels of launch.h on the current
+// stream and does not wait for them.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

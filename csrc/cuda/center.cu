@@ -1,3 +1,4 @@
+// The kernels of extension_center and extension_add_centered_: a thread computes the mean of one position.
 #include <algorithm>
 
 #include "launch.cuh"

@@ -1,7 +1,7 @@
 // The launch functions of the kernels. They enqueue their work on the stream and return an error without waiting.
 //
 // Unmeasured: the kernels compile for sm_80 and sm_90 without spills and run on the host (csrc/cuda_emulator), but have
-// not run on a GPU yet. No provider selects them by default.
+// not run on a GPU yet. Only backend("extension") uses them.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -13,8 +13,8 @@ __device__ __forceinline__ void add_lanes(T& value) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
 }
 
-// True in every thread of the last block of a row to arrive, which then sees what the first thread of each block wrote
-// before. `arrived` counts the blocks, from zero.
+// Returns true in every thread of the last block of a row to arrive. This block then sees what the first thread of each
+// block wrote before. `arrived` counts the blocks from zero.
 __device__ __forceinline__ bool is_last(unsigned* arrived, unsigned blocks) {
   __threadfence();
   return __syncthreads_or(threadIdx.x == 0 && atomicAdd(arrived, 1u) == blocks - 1);

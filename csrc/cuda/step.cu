@@ -1,3 +1,4 @@
+// The kernels of extension_feedback_step_: a block updates a part of one row.
 #include "../philox.h"
 #include "pack.cuh"
 #include "table.cuh"

@@ -1,5 +1,5 @@
-// The parts of CUDA that the kernels of this repository use, for a host compiler. grid.h says how a grid runs. With
-// this folder first on the include path, the sources of the kernels compile unchanged.
+// The parts of CUDA that the kernels of this repository use, for a host compiler. grid.h describes how a grid runs.
+// If this folder is first on the include path, the sources of the kernels compile unchanged.
 #pragma once
 
 #include <algorithm>
@@ -59,7 +59,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
                      delta <= cuda_emulator::lane() ? cuda_emulator::lane() - delta : cuda_emulator::lane());
 }
 
-// Fibers switch only where they wait, so that a plain read and write is atomic.
+// Fibers switch only where they wait, so a plain read and write is atomic.
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;

@@ -1,3 +1,4 @@
+// The scheduler of the emulator: fibers, barriers and exchanges between lanes.
 #include "grid.h"
 
 #include <algorithm>
@@ -21,8 +22,8 @@ constexpr unsigned kMaxBytes = 16;  // of a value that lanes exchange
 
 enum class State { kReady, kWaitsForBlock, kWaitsForLanes, kReturned };
 
-// A fiber that runs one thread of each block. It is entered through its context once and then left and entered by
-// jumps, which unlike swapcontext make no system call.
+// A fiber that runs one thread of each block. It is entered through its context once. After that, it is left and
+// entered by jumps, which make no system call, unlike swapcontext.
 struct Thread {
   std::vector<char> stack = std::vector<char>(kStackBytes);
   bool entered = false;
@@ -31,7 +32,7 @@ struct Thread {
   Index index;
   State state;
   bool predicate;         // passed to a barrier of the block
-  unsigned mask, source;  // the lanes it waits for, and the one whose value it gets
+  unsigned mask, source;  // the lanes it waits for, and the one whose value it receives
   char value[kMaxBytes];  // passed to an exchange
   char received[kMaxBytes];
 };

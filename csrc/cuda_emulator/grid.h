@@ -1,6 +1,6 @@
 // Runs a CUDA grid on one CPU thread. Blocks run one after another. Each warp of a block runs until all its threads
-// wait for other warps. Every thread is a fiber that runs until it waits. Behaviour that CUDA leaves undefined ends the
-// launch with an error where the emulator detects it, as for a barrier that some threads never reach.
+// wait for other warps. Every thread is a fiber that runs until it waits. If the emulator detects behavior that CUDA
+// leaves undefined, such as a barrier that some threads never reach, the launch ends with an error.
 #pragma once
 
 #include <functional>

@@ -26,7 +26,7 @@ HE = Configuration(
 # Coefficients of rules that read activations, per position (reduction "mean"). The authors' 1e-3 and 2e-3 are summed
 # over positions, and steps overshoot: |B| / |W| is infinite within five steps of ia or aa and within fifteen of wm. A
 # step along the largest curvature is stable if lr * coefficient * lambda / (1 - momentum) < 2. In a new ResNet-18 on
-# crops of photographs, lambda is at most 1270 for sparse and 201 for the centred null, so 2e-4 gives 0.25 and 0.04. The
+# crops of photos, lambda is at most 1270 for sparse and 201 for the centered null, so 2e-4 gives 0.25 and 0.04. The
 # margin allows for growing activations. The decay of ia keeps its ratio to null in the last stage, which has 49
 # positions. The fixed point of wm is amp / decay times the second moment (at most 186) times W.
 PER_POSITION = {

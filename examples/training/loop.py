@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import pyfeedback
 from training import models, recipe
 from training.data import Images
+from training.device import Place
 from training.order import Loader
-from training.place import Place
 from training.settings import Settings
 
 
@@ -25,7 +25,7 @@ class MovingAverage:
         self.decay, self.total, self.weight = decay, torch.zeros(2, dtype=torch.float64, device=device), 0.0
 
     def update(self, values: Tensor) -> None:
-        """Add a pair, without synchronising with the device."""
+        """Add a pair, without synchronizing with the device."""
         self.total.lerp_(values.to(self.total.dtype), 1 - self.decay)
         self.weight = self.decay * self.weight + 1 - self.decay
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.data import Images
-from training.place import Place
+from training.device import Place
 
 
 def seed_of(*parts: int) -> int:

@@ -1,1 +1,1 @@
-"""Implementations: PyTorch's own kernels (composite), the compiled library (extension), Triton; dispatch chooses."""
+"""Implementations by PyTorch's own kernels (composite), the compiled library (extension) and Triton; dispatch."""

@@ -1,15 +1,15 @@
 """The choice of the implementation of each op.
 
-"aten" composes PyTorch's own kernels and is always available. "native" is the compiled library (csrc). "triton" is the
-backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and grouped launches. Under
-"auto", an op uses the first available implementation in its row of `_FASTEST`. Each of them was measured to be faster
-on that device than those after it. "measured-triton" is limited to the layers in the device's table
-(`kernels/measured.py`), and "depthwise" to the layers that its module lists.
+"composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
+is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
+Under "auto", an op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
+faster than those after it. On a GPU, "measured-triton" is limited to the layers in the device's table
+(`kernels/measured.py`); no device has a table yet, so all layers are composed. "depthwise" is limited to the layers for
+which `backends/extension/depthwise.is_faster` holds.
 """
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,15 +22,17 @@ from torch import Tensor
 
 from pyfeedback.backends import triton
 from pyfeedback.backends.composite import alignment, center, layer, probes, steps
-from pyfeedback.backends.extension import depthwise, kernels, loading
+from pyfeedback.backends.extension import depthwise, loading, ops
 from pyfeedback.core.algorithm import Algorithm, choose_algorithm, needs_response
-from pyfeedback.core.call import Gradients, Kernels, LayerCall, Mask
+from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
+from pyfeedback.core.deprecation import warn_renamed
 from pyfeedback.core.geometry import LINEAR, Geometry, Shape
 from pyfeedback.core.values import check_choice
 from pyfeedback.kernels import measured
 
-BACKENDS = ("auto", "aten", "native", "triton", "triton-unfused")
+BACKENDS = ("auto", "composite", "extension", "triton", "triton-unfused")
+_RENAMED = {"aten": "composite", "native": "extension", "triton-apart": "triton-unfused"}
 
 
 class LayerBackend(NamedTuple):
@@ -43,8 +45,8 @@ class LayerBackend(NamedTuple):
 
 
 _LAYER_BACKENDS = {
-    "aten": LayerBackend(layer.backward, layer.IMPLEMENTED),
-    "native": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
+    "composite": LayerBackend(layer.backward, layer.IMPLEMENTED),
+    "extension": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
     "depthwise": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.is_faster, depthwise.reads_response),
 }
 for _name, _fused in (("triton", True), ("triton-unfused", False)):
@@ -53,30 +55,32 @@ for _name, _fused in (("triton", True), ("triton-unfused", False)):
     _LAYER_BACKENDS[_name] = LayerBackend(_backward, triton.IMPLEMENTED, triton.supports)
     _LAYER_BACKENDS[f"measured-{_name}"] = LayerBackend(_backward, triton.IMPLEMENTED, _is_faster)
 
+# Each of these is an op of its name and one with the prefix extension_. adamw_step_ and alignment_products are only the
+# latter, because users do not call them.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "adamw_step_": {"aten": steps.adamw_step_, "native": kernels.adamw_step_},
-    "add_centered_": {"aten": center.add_centered_, "native": kernels.add_centered_},
-    "alignment_products": {"aten": alignment.alignment_products, "native": kernels.alignment_products},
-    "center": {"aten": center.center, "native": kernels.center},
-    "probe_gradient": {"aten": probes.probe_gradient},
-    "random_signs": {"aten": probes.random_signs},
-    "feedback_step_": {"aten": steps.feedback_step_, "native": kernels.feedback_step_},
+    "adamw_step_": {"composite": steps.adamw_step_, "extension": ops.adamw_step_},
+    "add_centered_": {"composite": center.add_centered_, "extension": ops.add_centered_},
+    "alignment_products": {"composite": alignment.alignment_products, "extension": ops.alignment_products},
+    "center": {"composite": center.center, "extension": ops.center},
+    "probe_gradient": {"composite": probes.probe_gradient},
+    "random_signs": {"composite": probes.random_signs},
+    "feedback_step_": {"composite": steps.feedback_step_, "extension": ops.feedback_step_},
 }
 
-# The CUDA kernels of csrc have not been measured on any device: only backend("native") takes them.
+# The CUDA kernels of csrc have not been measured on any device: only backend("extension") uses them.
 _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
-    **{(op, "cpu"): ("native", "aten") for op in _IMPLEMENTATIONS},
-    ("grouped layer", "cpu"): ("depthwise", "aten"),
-    ("layer", "cuda"): ("measured-triton", "measured-triton-unfused", "aten"),
+    **{(op, "cpu"): ("extension", "composite") for op in _IMPLEMENTATIONS},
+    ("grouped layer", "cpu"): ("depthwise", "composite"),
+    ("layer", "cuda"): ("measured-triton", "measured-triton-unfused", "composite"),
 }
-_LAYERS = {  # implementations of each kind of layer
-    "grouped layer": ("aten", "native", "depthwise"),
-    "layer": ("aten", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
+_LAYERS = {  # the implementations of each kind of layer
+    "grouped layer": ("composite", "extension", "depthwise"),
+    "layer": ("composite", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
 }
 
 _default = "auto"  # set by set_backend
-_here: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
-_open: list[str] = []  # set by the open blocks of all threads
+_innermost: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
+_open_blocks: list[str] = []  # set by the open blocks of all threads
 
 
 @cache
@@ -85,16 +89,16 @@ def implementation(op: str, device_type: str, backend: str) -> Callable:
     return _IMPLEMENTATIONS[op][_choose(op, device_type, backend)]
 
 
-def provide(op: str, device_type: str) -> Callable:
+def current_implementation(op: str, device_type: str) -> Callable:
     """The implementation of ``op`` on a device of this type, for the current backend."""
     return implementation(op, device_type, current_backend())
 
 
 class Candidate(NamedTuple):
-    """A layer backend on one device, with the kernels that it runs on."""
+    """A layer backend on one device, with the functions that its backward calls."""
 
     backend: LayerBackend
-    kernels: Kernels
+    chosen: Implementations
     missing: tuple[str, ...]  # coefficients and options that it does not implement
 
 
@@ -115,26 +119,34 @@ def plan(
         backend: the current one by default.
 
     Raises:
-        NotImplementedError: a coefficient that no backend for this layer implements.
+        NotImplementedError: no backend for this layer implements one of the coefficients.
     """
-    device_type = "cpu" if input.is_cpu else input.device.type  # making the string takes 5 microseconds
-    backend = backend or _here.get() or (current_backend() if _open else _default)
+    device_type = "cpu" if input.is_cpu else input.device.type  # creating the string takes 5 microseconds
+    # current_backend(), inlined: a Python call less for each layer.
+    backend = backend or _innermost.get() or (current_backend() if _open_blocks else _default)
     algorithm, reads_response = Algorithm.NONE, False
     if mask[2] and input.shape[0]:
         try:
             algorithm, reads_response = _cached_algorithm(geometry, input.shape, weight.shape, rule, response_saved)
         except TypeError:  # symbolic sizes have no hash
             algorithm, reads_response = _algorithm(geometry, input.shape, weight.shape, rule, response_saved)
-    for found, made_of, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
+    for found, chosen, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
         if missing and any(getattr(rule, name) for name in missing):
             continue
         if found.supports is None or found.supports(geometry, input, weight, rule, algorithm):
             if found.reads_response is not None:
                 reads_response = mask[2] and found.reads_response(rule, device_type)
-            is_plain = found is _LAYER_BACKENDS["aten"] and not mask[2] and not geometry.skips_positions(weight.shape)
-            return LayerCall(geometry, rule, mask, algorithm, made_of, reads_response, is_plain)
-    name = next(name for name in missing if getattr(rule, name))  # of the composition, which supports every layer
+            return LayerCall(geometry, rule, mask, algorithm, chosen, reads_response)
+    # The last candidate is the composition, which supports every layer: `missing` is what PyTorch's kernels lack.
+    name = next(name for name in missing if getattr(rule, name))
     raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
+
+
+@lru_cache(maxsize=4096)
+def is_plain(geometry: Geometry, weight: Shape, device_type: str, backend: str) -> bool:
+    """Whether the gradients of input and weight are those of PyTorch's own layer, with B in place of W."""
+    preferred, *_ = _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1)
+    return preferred.backend is _LAYER_BACKENDS["composite"] and not geometry.skips_positions(weight)
 
 
 def _algorithm(
@@ -150,13 +162,13 @@ _cached_algorithm = lru_cache(maxsize=4096)(_algorithm)
 
 @cache
 def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidate, ...]:
-    """The implementations of a layer's backward, the preferred one first."""
+    """The implementations of a layer's backward, in order of preference."""
     kind = "grouped layer" if grouped else "layer"
     center, add_centered_ = (implementation(op, device_type, backend) for op in ("center", "add_centered_"))
     return tuple(
         Candidate(
             found,
-            Kernels(found.backward, center, add_centered_),
+            Implementations(found.backward, center, add_centered_),
             tuple(name for name in (*COEFFICIENTS, "normalize") if name not in found.implemented),
         )
         for name in _preferred(kind, device_type, backend)
@@ -167,75 +179,75 @@ def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidat
 
 def current_backend() -> str:
     """The backend in use: that of the innermost ``backend`` block, else that of ``set_backend``, else "auto"."""
-    name = _here.get()
+    name = _innermost.get()
     if name is not None:
         return name
-    return _default if not _open else _of_this_thread()
+    return _default if not _open_blocks else _of_this_thread()
 
 
 def _of_this_thread() -> str:
-    """The backend of a thread outside of a block, while another thread has one open.
+    """The backend of a thread without a block, while another thread has one.
 
-    A thread that Python did not start belongs to autograd, which runs the backward of a compiled model there on a GPU.
-    Its forward is not known, so the block that was opened last decides.
+    A thread that Python did not start belongs to autograd, which runs the backward of a compiled model on it on a GPU.
+    Its forward pass is not known, so the block that was entered last decides.
     """
     foreign = isinstance(threading.current_thread(), threading._DummyThread)
-    return next(iter(_open[-1:]), _default) if foreign else _default
+    return next(iter(_open_blocks[-1:]), _default) if foreign else _default
 
 
 def set_backend(name: str) -> None:
-    """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the one at the start.
+    """Force a backend for the whole process, or return to "auto"; PYFEEDBACK_BACKEND sets the initial one.
 
     A ``backend`` block has precedence.
 
     Raises:
         ValueError: the name is not one of :data:`BACKENDS`.
-        RuntimeError: "native" without the compiled library; "triton" without triton, or without a GPU and without
+        RuntimeError: "extension" without the compiled library; "triton" without triton, or without a GPU and without
             Triton's interpreter (TRITON_INTERPRET=1, set before the first use).
     """
     global _default
-    _default = _checked(name, 3)
+    _default = _available_backend(name, 3)
     implementation.cache_clear()
     _candidates.cache_clear()
+    is_plain.cache_clear()
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("aten"): ...``
+    """Force a backend inside a ``with`` block: ``with pyfeedback.backend("composite"): ...``
 
-    It applies to the forward passes of this thread, and to their backward passes, also outside of the block. Ops that
+    It applies to the forward passes of this thread and to their backward passes, even outside of the block. Ops that
     the backend does not implement are composed of PyTorch's own.
 
-    Raises: as :func:`set_backend`.
+    Raises the same errors as :func:`set_backend`.
     """
-    name = _checked(name, 4)
-    _open.append(name)
+    name = _available_backend(name, 4)
+    _open_blocks.append(name)
     try:
-        with in_force(name):
+        with use_backend(name):
             yield
     finally:
-        _open.remove(name)
+        _open_blocks.remove(name)
 
 
 @contextmanager
-def in_force(name: str) -> Iterator[None]:
-    """:func:`backend` for a backward pass, with the backend of its forward."""
-    token = _here.set(name)
+def use_backend(name: str) -> Iterator[None]:
+    """Use the backend of the forward pass, without the checks of :func:`backend`, in a backward pass."""
+    token = _innermost.set(name)
     try:
         yield
     finally:
-        _here.reset(token)
+        _innermost.reset(token)
 
 
-def _checked(name: str, stacklevel: int) -> str:
-    """The name of a backend that is available; RuntimeError or ValueError otherwise."""
-    if name == "triton-apart":
-        message = 'backend "triton-apart" is now "triton-unfused"; the old name is removed in the release after next'
-        warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
-        name = "triton-unfused"
+def _available_backend(name: str, stacklevel: int) -> str:
+    """The current name of a backend; raises if the backend is unknown or not available."""
+    if isinstance(name, str) and name in _RENAMED:
+        warn_renamed(f'backend "{name}"', f'"{_RENAMED[name]}"', stacklevel)
+        name = _RENAMED[name]
     check_choice("backend", name, BACKENDS)
-    if name == "native" and not loading.has_cpu():
-        raise RuntimeError(f'backend is "native", expected a compiled library: {loading.build_info().missing}')
+    if name == "extension" and not loading.has_cpu():
+        raise RuntimeError(f'backend is "extension", expected a compiled library: {loading.build_info().missing}')
     triton = name.startswith("triton")
     if triton and not find_spec("triton"):
         raise RuntimeError(f'backend is "{name}", expected triton to be installed')
@@ -245,7 +257,7 @@ def _checked(name: str, stacklevel: int) -> str:
 
 
 def _preferred(op: str, device_type: str, backend: str) -> tuple[str, ...]:
-    return _FASTEST.get((op, device_type), ("aten",)) if backend == "auto" else (backend, "aten")
+    return _FASTEST.get((op, device_type), ("composite",)) if backend == "auto" else (backend, "composite")
 
 
 def _choose(op: str, device_type: str, backend: str) -> str:
@@ -255,9 +267,9 @@ def _choose(op: str, device_type: str, backend: str) -> str:
 
 
 def _is_available(name: str, op: str, device_type: str) -> bool:
-    if name in ("native", "depthwise"):
+    if name in ("extension", "depthwise"):
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-        return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::native_{op}", key)
+        return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::extension_{op}", key)
     if name.startswith("measured"):
         return bool(measured.devices()) and find_spec("triton") is not None
     return True

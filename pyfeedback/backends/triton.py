@@ -1,6 +1,6 @@
 """The backward of a layer by the Triton kernels.
 
-Triton is optional, and importing it takes a second. The kernels are therefore imported when the first layer is planned.
+Triton is optional, and its import takes a second. The kernels are therefore imported when the first layer is planned.
 """
 
 from torch import Tensor
@@ -15,7 +15,7 @@ IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # c
 
 
 def supports(geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
-    """True for the linear layers and 2-D convolutions that the kernels compute."""
+    """Whether the kernels compute this linear layer or 2-D convolution."""
     from pyfeedback.kernels import backward
 
     conv2d_or_linear = not isinstance(geometry, Convolution) or geometry.is_conv2d
@@ -25,7 +25,7 @@ def supports(geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficien
 def is_faster(
     geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm, *, path: str
 ) -> bool:
-    """True for the layers whose ``path``, "fused" or "unfused", was measured as the fastest on this device."""
+    """Whether ``path``, "fused" or "unfused", was measured to be the fastest for this layer on this device."""
     table = measured.load(measured.device_name(input.device))
     if not table or not supports(geometry, input, weight, rule, algorithm):
         return False
@@ -43,12 +43,12 @@ def layer_backward(
     *,
     fused: bool,
 ) -> Gradients:
-    """The gradients of a layer that :func:`supports` accepts, by fused launches or by one for each product."""
+    """The gradients of a layer that :func:`supports` accepts, by fused launches or by one launch for each product."""
     from pyfeedback.kernels import backward
 
     geometry = call.geometry
     return backward.layer_backward(
         grad_output, input, weight, feedback, response, rule=call.rule, mask=call.mask,
         convolution=geometry[:3] if isinstance(geometry, Convolution) else None,
-        algorithm=call.algorithm.value, center=call.kernels.center, fused=fused,
+        algorithm=call.algorithm.value, center=call.chosen.center, fused=fused,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Which algorithm computes the data terms of the feedback gradient: one pure function, no tensors.
+"""The choice of the algorithm that computes the data terms of the feedback gradient: a pure function of sizes.
 
 The amp, null and sparse terms of a layer can be computed from its response, from the response to the combined kernel
-``sparse * B - amp * W`` or, where the layer is pointwise (a 1x1 convolution without padding, or linear), from the gram
-matrix of its input or of its response. All are exact. They differ in arithmetic alone, so the cheapest is taken.
+``sparse * B - amp * W`` or, if the layer is pointwise (a 1x1 convolution without padding, or linear), from the gram
+matrix of its input or of its response. All are exact and differ only in cost, so the cheapest is chosen.
 """
 
 import enum
@@ -12,7 +12,7 @@ from pyfeedback.core.coefficients import Coefficients
 
 
 class Sizes(NamedTuple):
-    """What the cost of a layer depends on: ``positions`` is the samples used times the output positions of each."""
+    """The sizes that determine the cost of a layer; ``positions`` are those of the output, over all samples used."""
 
     positions: int
     in_channels: int
@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
 
 
 class Algorithm(enum.Enum):
-    """How the data terms are computed; y is the response conv(x, W), z is conv_transpose(y, B)."""
+    """An algorithm for the data terms; y is the response conv(x, W), and z is conv_transpose(y, B)."""
 
     NONE = "none"  # no term reads the data
     DIRECT = "direct"  # wgrad(x, conv(x, sparse B - amp W)) and wgrad(null z - amp x, y)
@@ -32,10 +32,10 @@ class Algorithm(enum.Enum):
 
 
 def choose_algorithm(sizes: Sizes, rule: Coefficients, response_saved: bool) -> Algorithm:
-    """The algorithm with the fewest multiply-adds; of equals the one that reads the response least.
+    """The algorithm with the fewest multiply-adds; among equals, the one that reads the response least.
 
     Args:
-        response_saved: False where the response would have to be computed again, which is one more pass.
+        response_saved: if False, the response has to be computed again, which takes one more pass.
     """
     if not rule.reads_data:
         return Algorithm.NONE
@@ -52,7 +52,7 @@ def choose_algorithm(sizes: Sizes, rule: Coefficients, response_saved: bool) -> 
 
 
 def needs_response(algorithm: Algorithm, rule: Coefficients) -> bool:
-    """True where ``algorithm`` reads the response conv(x, W)."""
+    """Whether ``algorithm`` reads the response conv(x, W)."""
     if algorithm is Algorithm.DIRECT:
         return rule.null != 0 or rule.sparse == 0
     return algorithm is Algorithm.RESPONSE_GRAM
@@ -65,7 +65,7 @@ def pass_macs(sizes: Sizes) -> int:
 
 def _direct_macs(sizes: Sizes, rule: Coefficients, response_saved: bool) -> int:
     passes = 2 * int(rule.sparse != 0) + 2 * int(rule.null != 0)
-    passes = max(passes, 1)  # amp is folded into either of them; alone it is one wgrad
+    passes = max(passes, 1)  # amp is part of either of them; alone, it is one wgrad
     if needs_response(Algorithm.DIRECT, rule) and not response_saved:
         passes += 1
     return passes * pass_macs(sizes)

@@ -1,4 +1,4 @@
-"""One call of a layer: what its forward decides and its backward needs."""
+"""One call of a layer: the decisions of its forward pass that its backward pass needs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,8 +17,8 @@ Mask = tuple[bool, ...]  # which gradients are needed: of input, weight, feedbac
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # in that order
 
 
-class Kernels(NamedTuple):
-    """The implementations that the backward of a layer uses, chosen for its device and backend."""
+class Implementations(NamedTuple):
+    """The functions that the backward of a layer calls, chosen for its device and backend."""
 
     backward: Callable[..., Gradients]  # of (call, grad_output, input, weight, feedback, response)
     center: Callable[[Tensor, int], Tensor]
@@ -26,12 +26,11 @@ class Kernels(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """Created once, in the forward, by :func:`pyfeedback.backends.dispatch.plan`, and kept for the backward."""
+    """Made once by :func:`pyfeedback.backends.dispatch.plan` in the forward pass, and saved for the backward pass."""
 
     geometry: Geometry
     rule: Coefficients
     mask: Mask
     algorithm: Algorithm
-    kernels: Kernels
+    chosen: Implementations
     reads_response: bool  # whether the backward reads the response, the output without bias
-    is_plain: bool  # whether the backward is that of PyTorch's own layer, with B in place of W

@@ -1,8 +1,10 @@
-"""The table of a rule's coefficients. A new primitive gets a line in both classes here.
+"""The table of a rule's coefficients. A new primitive needs a line in both classes.
 
 The regularizer of each primitive is written in :mod:`pyfeedback.reference`, its gradient in
 :mod:`pyfeedback.backends.composite.layer` and its cost in :mod:`pyfeedback.core.algorithm`; schemas, checks and keyword
-arguments follow this table.
+arguments follow this table. A primitive in ``ELEMENTWISE`` also needs its term in backends/composite/steps.py and
+csrc/step.h (optimizers), csrc/depthwise.h and kernels/common.py (layers). The backend of a layer may do without it and
+leave it out of its ``IMPLEMENTED``.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ class Primitives:
 
 
 class Coefficients(NamedTuple):
-    """A rule as the arguments of an op: the coefficients of its primitives, and the options of its statistics.
+    """A rule as the arguments of an op: the coefficients of its primitives and the options of its statistics.
 
     Attributes:
         center: subtract the mean over the samples from the activations in amp, null and sparse.
@@ -43,7 +45,7 @@ class Coefficients(NamedTuple):
 
     @property
     def reads_data(self) -> bool:
-        """True where some term depends on the activations."""
+        """Whether a term depends on the activations."""
         return any(getattr(self, name) for name in READ_DATA)
 
 
@@ -53,7 +55,7 @@ READ_DATA = tuple(name for name in COEFFICIENTS if name not in ELEMENTWISE)  # o
 
 
 def from_keywords(keywords: dict[str, Any]) -> Coefficients:
-    """The coefficients of a call by keywords.
+    """The coefficients given as keywords.
 
     Raises:
         TypeError: a keyword is not a coefficient.

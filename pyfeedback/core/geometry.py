@@ -1,7 +1,7 @@
-"""How a layer maps its input to its output: one type for linear layers, one for convolutions of every kind.
+"""The map from the input of a layer to its output: one type for linear layers, one for all convolutions.
 
-Both have the same methods. Notation as in the contract of the ops: x is an input, y an output, ``kernel`` a weight or a
-feedback weight::
+Both have the same methods. Notation as in :func:`pyfeedback.functional.fa_conv2d`: x is an input, y an output,
+``kernel`` a weight or a feedback weight::
 
     fprop(x, kernel)       conv(x, kernel)
     dgrad(y, kernel, x)    conv_transpose(y, kernel), of the size of x
@@ -28,7 +28,7 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 class Convolution(NamedTuple):
     """A convolution of any number of dimensions, or its transpose: the arguments of torch.convolution.
 
-    x is [N, C, ...], y [N, K, ...] and a kernel [K, C/groups, ...], or [C, K/groups, ...] where ``transposed``.
+    x is [N, C, ...], y [N, K, ...] and a kernel [K, C/groups, ...], or [C, K/groups, ...] if ``transposed``.
     """
 
     stride: tuple[int, ...] = (1, 1)
@@ -40,16 +40,16 @@ class Convolution(NamedTuple):
 
     @property
     def channel(self) -> int:
-        """The dimension of the channels of an activation."""
+        """The index of an activation's channel dimension."""
         return 1
 
     @property
     def is_conv2d(self) -> bool:
-        """True for what ``fa_conv2d`` computes."""
+        """Whether this is a convolution that ``fa_conv2d`` computes."""
         return len(self.stride) == 2 and not self.transposed
 
     def is_pointwise(self, kernel: Shape) -> bool:
-        """True where every output position reads one input position and no padding."""
+        """Whether every output position reads exactly one input position and no padding."""
         return not self.transposed and not any(self.padding) and all(size == 1 for size in kernel[2:])
 
     def output_shape(self, x: Shape, kernel: Shape) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class Convolution(NamedTuple):
         return (x[0], kernel[0], *((size + 2 * p - r) // s + 1 for size, r, s, p, _ in spans))
 
     def sizes(self, x: Shape, kernel: Shape, samples: int) -> Sizes:
-        """What the cost depends on; ``samples`` 0 is the whole batch. A transpose costs what its convolution does."""
+        """The sizes that determine the cost; 0 ``samples`` are the whole batch. A transpose costs the same."""
         larger = x if self.transposed else self.output_shape(x, kernel)
         positions = (samples or x[0]) * math.prod(larger[2:])
         taps, pointwise = math.prod(kernel[2:]), self.is_pointwise(kernel)
@@ -81,13 +81,13 @@ class Convolution(NamedTuple):
         return _convolution_backward(y, x, kernel, None, *self, (False, True, False))[1]
 
     def gram(self, x: Tensor) -> Tensor:
-        """x'x [C, C], as the weight gradient of a pointwise convolution: on a CPU 2 to 3 times faster than mm"""
+        """x'x [C, C], as the weight gradient of a pointwise convolution: 2 to 3 times faster than mm on a CPU"""
         c, spatial = x.shape[1], x.dim() - 2
         square = Convolution((1,) * spatial, (0,) * spatial, (1,) * spatial, False, (0,) * spatial)
         return square.wgrad(x, x, x.new_empty(c, c, *(1,) * spatial)).reshape(c, c)
 
     def backward(self, grad_output: Tensor, x: Tensor, kernel: Tensor, mask: Sequence[bool]) -> Any:
-        """dgrad, wgrad and the gradient of a bias; None where ``mask`` is False"""
+        """dgrad, wgrad and the gradient of a bias; None if ``mask`` is False"""
         return _convolution_backward(grad_output, x, kernel, (grad_output.shape[1],), *self, mask)
 
     def skips_positions(self, kernel: Shape) -> bool:
@@ -95,24 +95,24 @@ class Convolution(NamedTuple):
         return max(self.stride) > 1 and self.is_pointwise(kernel)
 
     def dense(self, x: Tensor, kernel: Shape) -> "tuple[Convolution, Tensor]":
-        """The same layer on the positions that it reads: a strided pointwise convolution there has stride 1.
+        """The same layer on only the positions that it reads: a strided pointwise convolution becomes one of stride 1.
 
-        Grams need that form. It also avoids the weight gradient of a 1x1 convolution of stride 3 in channels_last,
-        which corrupts the heap (torch 2.13, CPU).
+        Gram matrices need this form. It also avoids the weight gradient of a 1x1 convolution of stride 3 in
+        channels_last, which corrupts the heap (torch 2.13, CPU).
         """
         if not self.skips_positions(kernel):
             return self, x
         read = self.read_positions(x).contiguous(memory_format=memory_format_of(x))
         return self._replace(stride=(1,) * len(self.stride)), read
 
-    def spread(self, grad: Tensor, input: Tensor) -> Tensor:
-        """The gradient of ``input`` from that of the positions that are read; it is zero elsewhere."""
-        spread = torch.zeros_like(input)
-        self.read_positions(spread).copy_(grad)
-        return spread
+    def scatter(self, grad: Tensor, input: Tensor) -> Tensor:
+        """The gradient of ``input``, given that of the positions that are read; it is zero elsewhere."""
+        scatter = torch.zeros_like(input)
+        self.read_positions(scatter).copy_(grad)
+        return scatter
 
     def read_positions(self, x: Tensor) -> Tensor:
-        """The view of the positions that a pointwise convolution of this stride reads."""
+        """A view of the positions that a pointwise convolution with this stride reads."""
         strides = (slice(None), slice(None), *(slice(None, None, step) for step in self.stride))
         return x[strides]
 
@@ -122,7 +122,7 @@ class Linear(NamedTuple):
 
     @property
     def channel(self) -> int:
-        """The dimension of the channels of an activation."""
+        """The index of an activation's channel dimension."""
         return -1
 
     @property
@@ -135,7 +135,7 @@ class Linear(NamedTuple):
         return (*x[:-1], kernel[0])
 
     def sizes(self, x: Shape, kernel: Shape, samples: int) -> Sizes:
-        """What the cost depends on; ``samples`` 0 is the whole batch."""
+        """The sizes that determine the cost; 0 ``samples`` are the whole batch."""
         return Sizes((samples or x[0]) * math.prod(x[1:-1]), kernel[1], kernel[0])
 
     def fprop(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -155,7 +155,7 @@ class Linear(NamedTuple):
         return self.wgrad(x, x, x)
 
     def backward(self, grad_output: Tensor, x: Tensor, kernel: Tensor, mask: Sequence[bool]) -> Any:
-        """dgrad, wgrad and the gradient of a bias; None where ``mask`` is False"""
+        """dgrad, wgrad and the gradient of a bias; None if ``mask`` is False"""
         return (
             self.dgrad(grad_output, kernel, x) if mask[0] else None,
             self.wgrad(x, grad_output, kernel) if mask[1] else None,
@@ -170,7 +170,7 @@ class Linear(NamedTuple):
         """The layer itself."""
         return self, x
 
-    def spread(self, grad: Tensor, input: Tensor) -> Tensor:
+    def scatter(self, grad: Tensor, input: Tensor) -> Tensor:
         """The gradient itself."""
         return grad
 
@@ -182,12 +182,12 @@ Arguments = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple
 
 
 def to_arguments(geometry: Geometry) -> Arguments:
-    """Any geometry as the arguments of torch.convolution; those of a linear layer are empty, with 0 groups."""
+    """The arguments of torch.convolution for a geometry; those of a linear layer are empty, with 0 groups."""
     return tuple(geometry) if isinstance(geometry, Convolution) else ((), (), (), False, (), 0)  # type: ignore[return-value]
 
 
 def from_arguments(stride, padding, dilation, transposed, output_padding, groups) -> Geometry:
-    """The geometry of :func:`to_arguments`; lists become tuples."""
+    """The inverse of :func:`to_arguments`; lists become tuples."""
     if not groups and not stride:
         return LINEAR
     return Convolution(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)

@@ -1,7 +1,7 @@
-"""Checks of a layer's arguments: one line that names the argument, its value and what was expected.
+"""Checks of a layer's arguments. Each error is one line: the argument, its value, and what was expected.
 
-Each check is one expression over the good case, so that a good call pays little. A bad call is examined by a second
-function, which always raises.
+Each check is one expression, which is true for valid arguments, so that a valid call costs little. If it is false, a
+second function finds the invalid argument and raises.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
 from pyfeedback.core.geometry import Convolution, Geometry
 from pyfeedback.core.tensors import DTYPES
-from pyfeedback.core.values import check_flag, check_int, check_number, in_words, is_int, refuse_no_tensor
+from pyfeedback.core.values import check_flag, check_int, check_number, describe, is_int, refuse_non_tensor
 
 _INTS, _NUMBERS, _COUNT = frozenset((int,)), frozenset((int, float)), len(COEFFICIENTS)
 _WRONG_TYPE = (AttributeError, TypeError, ValueError, IndexError)  # raised by the checks of another type of value
@@ -58,8 +58,8 @@ def check_layer(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Ten
     if rank == 2:
         return
     try:
-        # A float or bool may equal an int, and must not find the cached result of the int.
-        # Dynamo traces through a cache, with a warning.
+        # A float or bool may equal an int, but must not match the cached result of the int.
+        # Dynamo ignores a cache and warns about it.
         good = (
             not torch.compiler.is_compiling()
             and type(groups) is int
@@ -82,18 +82,18 @@ def _window_is_valid(geometry: Convolution, x: Sequence[int], kernel: Sequence[i
 
 
 def check_lengths(geometry: Geometry, spatial: int) -> None:
-    """Raise unless a convolution has one number for each of so many spatial dimensions."""
+    """Raise unless a convolution has one number for each of the ``spatial`` dimensions."""
     if not isinstance(geometry, Convolution):
         return
     check_flag("transposed", geometry.transposed)
     for name in ("stride", "padding", "dilation", "output_padding"):
         numbers = getattr(geometry, name)
         if spatial > 0 and len(numbers) != spatial:
-            raise ValueError(f"{name} is {numbers}, expected {spatial} numbers, one for each dimension of the map")
+            raise ValueError(f"{name} is {numbers}, expected {spatial} numbers, one for each spatial dimension")
 
 
 def check_padded(input: Tensor, weight: Tensor) -> None:
-    """Raise for an input that a layer cannot pad, with or without a batch."""
+    """Raise unless a layer can pad the input; the batch dimension is optional."""
     if input.dtype not in DTYPES:
         raise TypeError(f"input has dtype {input.dtype}, expected float64, float32, bfloat16 or float16")
     if input.dim() not in (weight.dim(), weight.dim() - 1):
@@ -119,7 +119,7 @@ def check_coefficients(rule: Coefficients, input: Tensor) -> None:
 
 
 def check_scheduled(coefficients: Tensor, positions: int) -> None:
-    """Raise unless these are the coefficients of a scheduled op."""
+    """Raise unless the coefficients and the number of positions of a scheduled op are valid."""
     fits = len(coefficients.shape) == 1 and coefficients.shape[0] == _COUNT and coefficients.dtype is torch.float64
     if not fits or coefficients.device.type not in ("cpu", "meta"):
         raise ValueError(f"coefficients is {_describe(coefficients)}, expected ({_COUNT},) torch.float64 on cpu")
@@ -128,7 +128,7 @@ def check_scheduled(coefficients: Tensor, positions: int) -> None:
 
 
 def check_mix(mixing: Tensor, feedback: Tensor, decay: float) -> None:
-    """Raise unless these are the factors of a feedback weight that is a product."""
+    """Raise unless ``mixing`` and ``feedback`` are the factors of a product and ``decay`` is a finite number."""
     if mixing.dim() != 2:
         raise ValueError(f"mixing has shape {_shape(mixing)}, expected [K, M]")
     if feedback.dim() < 2 or feedback.shape[0] != mixing.shape[1]:
@@ -163,7 +163,7 @@ def check_backward(
 def check_center(input: Tensor, samples: int) -> None:
     """Raise if the batch does not have ``samples`` samples to center."""
     if input.dim() < 1 or input.dtype not in DTYPES:
-        raise TypeError(f"input is {_describe(input)}, expected a floating tensor of rank 1 or more")
+        raise TypeError(f"input is {_describe(input)}, expected a floating-point tensor of rank 1 or more")
     if not 1 <= samples <= input.shape[0]:
         raise ValueError(f"samples is {samples}, expected 1 to {input.shape[0]}, the size of the batch")
 
@@ -177,14 +177,14 @@ def check_add_centered(self: Tensor, input: Tensor) -> None:
 
 def _check_window(x: Sequence[int], kernel: Sequence[int], geometry: Convolution) -> None:
     stride, padding, dilation, transposed, output_padding, groups = geometry
-    sizes, taps = tuple(x[2:]), tuple(kernel[2:])
+    sizes, kernel_size = tuple(x[2:]), tuple(kernel[2:])
     for name, numbers, least in (
         ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1), ("output_padding", output_padding, 0)
     ):  # fmt: skip
         if len(numbers) != len(sizes):
-            raise ValueError(f"{name} is {numbers}, expected {len(sizes)} numbers, one for each dimension of the map")
+            raise ValueError(f"{name} is {numbers}, expected {len(sizes)} numbers, one for each spatial dimension")
         if not all(map(is_int, numbers)):
-            what = f"ints of {least} or more, one number or one for each dimension of the map"
+            what = f"ints of {least} or more, one number or one for each spatial dimension"
             raise TypeError(f"{name} is {_given(numbers)}, expected {what}")
         if min(numbers) < least:
             raise ValueError(f"{name} is {numbers}, expected {least} or more")
@@ -193,26 +193,26 @@ def _check_window(x: Sequence[int], kernel: Sequence[int], geometry: Convolution
     if groups < 1 or kernel[0] % groups:
         channels = "input" if transposed else "output"
         raise ValueError(f"groups is {groups}, expected a divisor of the {kernel[0]} {channels} channels of weight")
-    if min(taps) < 1:
-        raise ValueError(f"weight has shape {tuple(kernel)}, expected a window of at least {_times(taps)}")
+    if min(kernel_size) < 1:
+        raise ValueError(f"weight has shape {tuple(kernel)}, expected a kernel of at least {_times(kernel_size)}")
     if transposed:
-        _check_transposed_sizes(sizes, taps, geometry)
+        _check_transposed_sizes(sizes, kernel_size, geometry)
         return
     if any(output_padding):
-        raise ValueError(f"output_padding is {output_padding}, expected 0 where the convolution is not transposed")
-    reach = tuple(d * (r - 1) + 1 for d, r in zip(dilation, taps, strict=True))
+        raise ValueError(f"output_padding is {output_padding}, expected 0 for a convolution that is not transposed")
+    reach = tuple(d * (r - 1) + 1 for d, r in zip(dilation, kernel_size, strict=True))
     padded = tuple(x + 2 * p for x, p in zip(sizes, padding, strict=True))
     if any(x < r for x, r in zip(padded, reach, strict=True)):
-        raise ValueError(f"input has a padded map of {padded}, expected at least the dilated kernel's {reach}")
+        raise ValueError(f"input has a padded size of {padded}, expected at least {reach}, that of the dilated kernel")
 
 
-def _check_transposed_sizes(sizes: tuple[int, ...], taps: tuple[int, ...], geometry: Convolution) -> None:
+def _check_transposed_sizes(sizes: tuple[int, ...], kernel_size: tuple[int, ...], geometry: Convolution) -> None:
     stride, extra, dilation = geometry.stride, geometry.output_padding, geometry.dilation
     if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise ValueError(f"output_padding is {extra}, expected less than stride {stride} or dilation {dilation}")
-    made = geometry.output_shape((1, 1, *sizes), (1, 1, *taps))[2:]
+    made = geometry.output_shape((1, 1, *sizes), (1, 1, *kernel_size))[2:]
     if min(made) < 1:
-        raise ValueError(f"input has a map of {sizes}, expected one whose output {made} is 1 or more everywhere")
+        raise ValueError(f"input has a size of {sizes} and the output would have {made}, expected 1 or more")
 
 
 def _refuse_tensors(
@@ -225,7 +225,7 @@ def _refuse_tensors(
     tensors = {"input": input, "weight": weight, "feedback": feedback, "bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
-            refuse_no_tensor(name, tensor)
+            refuse_non_tensor(name, tensor)
     if not is_int(groups):  # otherwise the error would be about the channels
         check_int("groups", groups, least=1)
     for name, tensor in tensors.items():
@@ -259,31 +259,31 @@ def _refuse_tensors(
 
 
 def _refuse_coefficients(rule: Coefficients, input: Tensor) -> None:
-    """Raise for the first invalid coefficient; NumPy numbers and symbolic numbers of a compiler are accepted."""
+    """Raise for the first invalid coefficient; NumPy numbers and a compiler's symbolic numbers are valid."""
     for name in COEFFICIENTS:
         check_number(name, getattr(rule, name))
     check_flag("center", rule.center)
     check_flag("normalize", rule.normalize)
     if not isinstance(input, Tensor):
-        refuse_no_tensor("input", input)
+        refuse_non_tensor("input", input)
     if input.dim() == 0:  # its rank is refused later
         return
     expected = f"0 (all) to {input.shape[0]}, the size of the batch"
     if not is_int(rule.samples):
-        raise TypeError(f"samples is {in_words(rule.samples)}, expected an int, {expected}")
+        raise TypeError(f"samples is {describe(rule.samples)}, expected an int, {expected}")
     if not 0 <= rule.samples <= input.shape[0]:
         raise ValueError(f"samples is {rule.samples}, expected {expected}")
 
 
 def _given(numbers: tuple) -> str:
-    """The numbers, or the one object that was given for all dimensions."""
+    """A description of the numbers, or of the single object that was given for all dimensions."""
     first = numbers[0]
     alone = all(n is first for n in numbers) and not isinstance(first, (int, float, tuple))
-    return in_words(first if alone else numbers)
+    return describe(first if alone else numbers)
 
 
-def _times(taps: tuple[int, ...]) -> str:
-    return "x".join("1" for _ in taps)
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join("1" for _ in sizes)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
-"""Which tensors of a multi-tensor step share memory, from pointers, sizes and strides alone.
+"""The memory that tensors of a multi-tensor step share, computed from pointers, sizes and strides.
 
-A step reads an element of each of a row's operands before it writes there, row after row. So what a row writes may be
-read by the row itself, and by rows before it in one chain: rows of which each shares a weight or a gradient with the
-one before, and whose elements one thread steps in turn. A written tensor shares memory with nothing else.
-`csrc/checks/sharing.h` decides the same for the compiled steps.
+The rows of a step are updated in order, and each row reads element i of its operands before it writes element i. The
+tensor that a row updates may therefore be read by the row itself and by earlier rows of the same chain. In a chain,
+each row shares a tensor with the row before it, and one thread updates element i of all rows in order.
+Otherwise a written tensor must not share memory. `csrc/checks/sharing.h` applies the same rule to the compiled steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# After so many combinations of indices, two tensors are assumed to overlap; nested strides need a handful.
+# After this many combinations of indices, two tensors are assumed to overlap. Nested strides need only a few.
 MOST_TRIED = 10_000
 
 
 class Operand(NamedTuple):
-    """A tensor of a step: operand ``order`` of row ``row``; row -1 is for operands of all rows."""
+    """A tensor of a step: operand ``order`` of row ``row``; an operand of all rows has row -1."""
 
     begin: int
     end: int
@@ -33,15 +33,15 @@ class Operand(NamedTuple):
 
 
 def span(tensor: Tensor) -> int:
-    """Bytes from the first element of ``tensor`` to the end of its last one."""
+    """The number of bytes from the first element of ``tensor`` to the end of its last one."""
     if tensor.is_contiguous():
         return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.itemsize if tensor.numel() else 0
 
 
-def are_apart(begins: Sequence[int], ends: Sequence[int]) -> bool:
-    """Whether no two of the spans begins[i] .. ends[i] overlap: then sorted begins and ends alternate."""
+def are_disjoint(begins: Sequence[int], ends: Sequence[int]) -> bool:
+    """Whether no two of the spans begins[i] .. ends[i] overlap, so that sorted begins and ends alternate."""
     return not any(map(gt, sorted(ends), islice(sorted(begins), 1, None)))
 
 
@@ -53,9 +53,9 @@ def conflict(
     """Two operands that share memory in an unsupported way, the later one first.
 
     Args:
-        extents: (begin, end, row, order) of each operand that is not empty; it lies within, in bytes.
-        operand: makes the operand (row, order).
-        chains: gives each row's chain; both are called where extents overlap.
+        extents: (begin, end, row, order) of each operand that is not empty; begin and end contain it, in bytes.
+        operand: returns the operand (row, order).
+        chains: returns the chain of each row. Both functions are called only if extents overlap.
     """
     for cluster in _clusters(sorted(extents)):
         operands = sorted((operand(row, order) for *_, row, order in cluster), key=lambda o: o.begin)
@@ -67,7 +67,7 @@ def conflict(
 
 
 def _clusters(ordered: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Runs of two or more overlapping items; the items (begin, end, ...) are sorted by begin."""
+    """Yield the runs of two or more overlapping items; the items (begin, end, ...) are sorted by begin."""
     first, reach = 0, 0
     for i, item in enumerate(ordered):
         if item[0] >= reach:
@@ -80,7 +80,7 @@ def _clusters(ordered: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def _conflict_among(operands: Sequence[Operand], chains: Sequence[int]) -> tuple[Operand, Operand] | None:
-    """A conflict among operands whose spans overlap."""
+    """Two operands in conflict, of operands whose spans overlap; the later one first."""
     for i, a in enumerate(operands):
         for j, b in enumerate(operands):
             if a.written and i != j and (j > i or not b.written) and _clash(a, b, chains):
@@ -115,18 +115,18 @@ def is_same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _share_a_byte(a: Operand, b: Operand) -> bool:
-    """Whether a.begin + sum(stride * index) + byte equals the same of b for some indices and bytes."""
+    """Whether a.begin + sum(stride * index) + byte is equal for a and b, for some indices and bytes."""
     terms: dict[int, int] = {1: 0}
     for tensor in (a.tensor, b.tensor):
         terms[1] += tensor.itemsize - 1
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             step = stride * tensor.itemsize
             terms[step] = terms.get(step, 0) + size - 1
-    # Indices of b count down from the last one, so that every term is added: the total is the distance plus b's span.
+    # The indices of b count down from the last one, so every term adds: the total is the distance plus the span of b.
     return reachable(b.end - 1 - a.begin, terms)
 
 
-def has_shared_places(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements of ``tensor`` share memory."""
     dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     reach, nested = 0, True
@@ -135,7 +135,7 @@ def has_shared_places(tensor: Tensor) -> bool:
         reach += stride * (size - 1)
     if nested or not tensor.numel():
         return False
-    # Two indices that differ, first in dimension k and there by 1 or more.
+    # Search for two indices whose first difference is in dimension k and at least 1.
     for k, (stride, size) in enumerate(dims):
         terms = {stride: size - 2}
         for other, count in dims[k + 1 :]:
@@ -146,9 +146,9 @@ def has_shared_places(tensor: Tensor) -> bool:
 
 
 def reachable(total: int, terms: dict[int, int]) -> bool:
-    """Whether ``total`` is a sum of k * step over the terms (step, most), with any k in 0..most for each.
+    """Whether ``total`` is a sum of k * step over the terms (step, most), with some k in 0..most for each.
 
-    True too where that takes more than MOST_TRIED tries to find out.
+    Also returns True if the search takes more than MOST_TRIED tries.
     """
     steps = sorted((step, most) for step, most in terms.items() if step and most)
     within = [0]  # the largest sum of the first terms

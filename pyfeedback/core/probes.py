@@ -4,13 +4,14 @@ import math
 from typing import NamedTuple
 
 NOISE_FLOOR = 0.1  # radians: the wanted noise of the angle between B and its target
+MOST_NOISE = 0.3  # radians: what is accepted to save cost; at about 0.5 radians, training suffers
 MOST_COST = 0.02  # of the multiply-adds of a training step of the layer
 
 
 class ProbeCount(NamedTuple):
     """The number of probes of a layer, and what it means for the angle between B and its target."""
 
-    count: int
+    probes: int
     wanted: int  # without the limit of the cost
     noise_floor: float  # radians; 0 if tau is not known
 
@@ -32,8 +33,10 @@ def count_probes(
     if probes:
         count = wanted = probes if isinstance(probes, int) else max(1, round(probes * inputs))
     else:
-        wanted = max(1, math.ceil(inputs * every * step_size / (2 * NOISE_FLOOR**2)))
+        wanted, needed = (
+            max(1, math.ceil(inputs * every * step_size / (2 * floor**2))) for floor in (NOISE_FLOOR, MOST_NOISE)
+        )
         # A training step has three passes, and a probe two products, or four with null.
         limit = MOST_COST * every * 3 * positions / (4 if has_null else 2)
-        count = max(1, min(wanted, math.floor(limit))) if positions else wanted
+        count = min(wanted, max(needed, math.floor(limit))) if positions else wanted
     return ProbeCount(count, wanted, math.sqrt(inputs * every * step_size / (2 * count)))

@@ -1,6 +1,7 @@
-"""Checks of the arguments of the multi-tensor ops: one line that names the argument, its value and what was expected.
+"""Checks of the multi-tensor ops. Each error is one line: the argument, its value, and what was expected.
 
-The compiled ops check what keeps memory safe, in a fraction of the time; what they refuse is looked at again here.
+The compiled ops only check that memory access is safe, in a fraction of the time. These checks repeat a failed check
+for a better error.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, UntypedStorage
 from pyfeedback.core import overlap
 from pyfeedback.core.step_options import StepOptions
 from pyfeedback.core.tensors import DTYPES
+from pyfeedback.core.values import describe
 
 Tensors = Sequence[Tensor]
 Rows = Sequence[Any]  # tensors, or None for a row without that operand
@@ -29,7 +31,7 @@ _nbytes, _requires_grad = attrgetter("nbytes"), attrgetter("requires_grad")
 
 
 def check_step_numbers(count: int, coefficients: dict[str, Sequence[float]], options: StepOptions) -> None:
-    """Raise where one of ``count`` rows lacks a coefficient, or a number is not finite or in its range."""
+    """Raise unless each of ``count`` rows has all coefficients, and every number is finite and in range."""
     lr, momentum, nesterov, noise, seed, skip_nonfinite, _ = options
     try:
         good = (
@@ -54,7 +56,7 @@ def check_step_tensors(
     options: StepOptions,
     memory: bool = True,
 ) -> None:
-    """Raise if the tensors of a feedback step do not match or, with ``memory``, have no memory of their own."""
+    """Raise if the tensors of a feedback step do not match or, if ``memory``, have no memory or share it."""
     read = {"weight": coefficients["self_"], "grad": coefficients["tie"]}
     dynamic, buffers = options.dynamic, momentum_buffer if options.momentum else ()
     if not options.momentum:
@@ -66,7 +68,7 @@ def check_step_tensors(
     if dynamic is not None and feedback:
         expected = f"(5,) torch.float64 on {feedback[0].device}"
         if not isinstance(dynamic, Tensor):
-            raise TypeError(f"dynamic is {_kind(dynamic)}, expected a Tensor or None")
+            raise TypeError(f"dynamic is {describe(dynamic)}, expected a Tensor or None")
         if _describe(dynamic) != expected or not dynamic.is_contiguous():
             raise ValueError(f"dynamic is {_describe(dynamic)}, expected contiguous {expected}")
     if memory:
@@ -81,7 +83,7 @@ def check_adamw_tensors(
     step: Tensors,
     coefficients: dict[str, Sequence[float]],
 ) -> None:
-    """Raise if the tensors of an AdamW step do not match, or have no memory of their own."""
+    """Raise if the tensors of an AdamW step do not match, have no memory, or share it."""
     read = {"weight": coefficients["self_"], "grad": coefficients["tie"]}
     operands = _operands({"param": param, "weight": weight, "grad": grad, **moments}, read)
     written = ("param", *moments)
@@ -89,8 +91,8 @@ def check_adamw_tensors(
     _check_length("step", step, len(param))
     for i, (count, like) in enumerate(zip(step, param, strict=True)):
         if not isinstance(count, Tensor) or count.dtype is not torch.float32 or count.numel() != 1:
-            what = _describe(count) if isinstance(count, Tensor) else _kind(count)
-            raise TypeError(f"step[{i}] is {what}, expected one torch.float32")
+            what = _describe(count) if isinstance(count, Tensor) else describe(count)
+            raise TypeError(f"step[{i}] is {what}, expected a torch.float32 tensor with one element")
         if count.device not in (like.device, torch.device("cpu")):
             raise ValueError(f"step[{i}] is on {count.device}, expected cpu or the device of param[{i}], {like.device}")
     _check_memory({**operands, "step": step}, (*written, "step"))
@@ -112,33 +114,33 @@ def check_storage(name: str, tensor: Tensor) -> None:
 
 
 def check_in_place(lists: dict[str, Tensors]) -> None:
-    """Raise if autograd would miss a write, as PyTorch's in-place ops do for a leaf that requires grad."""
+    """Raise if a tensor requires grad, as PyTorch's in-place ops do for a leaf: autograd would miss the write."""
     for name, tensors in lists.items():
         try:
             if not any(map(_requires_grad, tensors)):
                 continue
-        except (AttributeError, TypeError):  # not tensors; another check refuses them
+        except (AttributeError, TypeError):  # not tensors: another check raises
             continue
         for i, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 kind = "leaf" if tensor.is_leaf else "tensor"
-                raise RuntimeError(f"{name}[{i}] is a {kind} that requires grad, expected the step in torch.no_grad()")
+                raise RuntimeError(f"{name}[{i}] is a {kind} that requires grad, expected a step in torch.no_grad()")
 
 
 def kernel_error(error: Exception) -> RuntimeError:
-    """A kernel's error in one line, without its source position and the dispatcher's explanations."""
+    """A kernel's error in one line, without the source location and the dispatcher's explanations."""
     return RuntimeError(re.sub(r"^\w+, \S+:\d+, ", "", str(error).partition("\n")[0]))
 
 
 def refuse_list(name: str, tensors: object) -> NoReturn:
-    """Raise for a value that is not a list, or a list whose first element is not a tensor."""
+    """Raise for a value that is not a list, or for a list whose first element is not a tensor."""
     if not isinstance(tensors, (list, tuple)):
-        raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
-    raise TypeError(f"{name}[0] is {_kind(tensors[0])}, expected a Tensor")
+        raise TypeError(f"{name} is {describe(tensors)}, expected a list of tensors")
+    raise TypeError(f"{name}[0] is {describe(tensors[0])}, expected a Tensor")
 
 
 def refuse_meta(operands: dict[str, Tensor | Tensors]) -> None:
-    """Raise for meta tensors: an op that writes, or computes a gradient, would silently do nothing."""
+    """Raise for meta tensors, on which an op that writes or computes a gradient would silently do nothing."""
     for name, given in operands.items():
         for i, tensor in enumerate([given] if isinstance(given, Tensor) else given):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
@@ -149,7 +151,7 @@ def refuse_meta(operands: dict[str, Tensor | Tensors]) -> None:
 def _operands(
     lists: dict[str, Tensors], read: dict[str, Sequence[float]], optional: Sequence[str] = ()
 ) -> dict[str, Rows]:
-    """The lists, with None if a coefficient is 0: operands that are not read are not checked."""
+    """The lists, with None for operands that have a coefficient of 0: these are neither read nor checked."""
     rows = next(iter(lists.values()))
     operands: dict[str, Rows] = {}
     for name, tensors in lists.items():
@@ -161,7 +163,7 @@ def _operands(
         if not set(map(type, tensors)) <= PLAIN:
             for i, tensor in enumerate(tensors):
                 if not isinstance(tensor, Tensor):
-                    raise TypeError(f"{name}[{i}] is {_kind(tensor)}, expected a Tensor")
+                    raise TypeError(f"{name}[{i}] is {describe(tensor)}, expected a Tensor")
         operands[name] = (
             tensors
             if factors is None or all(factors)
@@ -172,15 +174,15 @@ def _operands(
 
 def _check_length(name: str, tensors: Tensors, count: int, needed: bool = True) -> None:
     if not isinstance(tensors, (list, tuple)):
-        raise TypeError(f"{name} is {_kind(tensors)}, expected a list of tensors")
+        raise TypeError(f"{name} is {describe(tensors)}, expected a list of tensors")
     if len(tensors) != count and (needed or len(tensors)):
         raise ValueError(
-            f"{name} has {len(tensors)} tensors, expected {count}{'' if needed else ' or 0'}: one for each feedback"
+            f"{name} has {len(tensors)} tensors, expected {count}{'' if needed else ' or 0'}, one for each feedback"
         )
 
 
 def _check_alike(operands: dict[str, Rows], written: Sequence[str]) -> None:
-    """Raise if a row's operands differ in shape, dtype or device, or one that is written overlaps itself."""
+    """Raise if the operands of a row differ in shape, dtype or device, or a written operand overlaps itself."""
     (_, first), *others = operands.items()
     likes = list(map(_facts, first))  # map takes half the time of a comprehension
     _, dtypes, devices, layouts = zip(*likes, strict=True) if likes else ((), (), (), ())
@@ -196,10 +198,10 @@ def _check_alike(operands: dict[str, Rows], written: Sequence[str]) -> None:
     for name in written:
         tensors = operands.get(name, ())
         for i, tensor in enumerate(() if all(map(Tensor.is_contiguous, tensors)) else tensors):
-            if not tensor.is_contiguous() and overlap.has_shared_places(tensor):
+            if not tensor.is_contiguous() and overlap.overlaps_itself(tensor):
                 raise ValueError(
-                    f"{name}[{i}] has several elements at one place, strides {tensor.stride()} of shape "
-                    f"{_shape(tensor)}, expected a place for each"
+                    f"{name}[{i}] has more than one element at a memory location, shape {_shape(tensor)} and strides "
+                    f"{tensor.stride()}, expected one"
                 )
 
 
@@ -210,16 +212,16 @@ def _refuse_unlike(operands: dict[str, Rows]) -> NoReturn:
         if like is None:
             continue
         if like.dtype not in DTYPES or like.layout is not torch.strided:
-            raise TypeError(f"{first}[{i}] is {like.dtype}, {like.layout}, expected a strided floating tensor")
+            raise TypeError(f"{first}[{i}] is {like.dtype}, {like.layout}, expected a strided floating-point tensor")
         if like.device != likes[0].device:
-            raise ValueError(f"{first}[{i}] is on {like.device}, expected the device of all, {likes[0].device}")
+            raise ValueError(f"{first}[{i}] is on {like.device}, expected the device of {first}[0], {likes[0].device}")
     for name, tensors in others:
         for i, (tensor, like) in enumerate(zip(tensors, likes, strict=True)):
             if tensor is None or like is None:
                 continue
             if tensor.shape != like.shape or tensor.dtype is not like.dtype or tensor.device != like.device:
                 raise ValueError(
-                    f"{name}[{i}] is {_describe(tensor)}, expected that of {first}[{i}], {_describe(like)}"
+                    f"{name}[{i}] is {_describe(tensor)}, expected the same as {first}[{i}], {_describe(like)}"
                 )
             if tensor.layout is not torch.strided:
                 raise TypeError(f"{name}[{i}] is {tensor.layout}, expected torch.strided")
@@ -227,12 +229,12 @@ def _refuse_unlike(operands: dict[str, Rows]) -> NoReturn:
 
 
 def _check_memory(operands: dict[str, Rows], written: Sequence[str], extra: dict[str, Tensor] | None = None) -> None:
-    """Raise if a tensor has no memory, or a written one shares it in a way that a step does not support."""
+    """Raise if a tensor has no memory, or a written tensor shares memory in an unsupported way."""
     lists = {**operands, **{name: [tensor] for name, tensor in (extra or {}).items()}}
     names: list[str] = list(lists)
     begins: list[int] = []
     ends: list[int] = []
-    places: list[tuple[int, int]] = []  # row and list of each
+    indices: list[tuple[int, int]] = []  # (row, list) of each
     for order, (name, tensors) in enumerate(lists.items()):
         rows: Sequence[int] = range(len(tensors))
         there, sizes = tensors, list(map(_nbytes, tensors)) if set(map(type, tensors)) <= PLAIN else [0]
@@ -247,7 +249,7 @@ def _check_memory(operands: dict[str, Rows], written: Sequence[str], extra: dict
                 _check_held(f"{name}[{row}]" if name in operands else name, tensor)
         begins += starts
         ends += map(add, starts, held)
-        places += zip(rows if name in operands else [-1], repeat(order))
+        indices += zip(rows if name in operands else [-1], repeat(order))
     if not written:
         return
     if not torch.is_inference_mode_enabled():
@@ -261,16 +263,16 @@ def _check_memory(operands: dict[str, Rows], written: Sequence[str], extra: dict
             begin, begin + overlap.span(tensor), row, order, names[order], tensor, names[order] in written
         )
 
-    if overlap.are_apart(begins, ends):
+    if overlap.are_disjoint(begins, ends):
         return
-    extents = [(begin, end, *place) for begin, end, place in zip(begins, ends, places, strict=True)]
+    extents = [(begin, end, *index) for begin, end, index in zip(begins, ends, indices, strict=True)]
     found = overlap.conflict(extents, operand, cache(lambda: _chains(operands)))
     if found is not None:
         _refuse_sharing(*found)
 
 
 def _has_memory(tensor: Tensor | None) -> bool:
-    """Whether the tensor has elements in memory; a subclass that wraps other tensors has none of its own."""
+    """Whether the tensor has elements in memory; a subclass that wraps other tensors has none."""
     return tensor is not None and tensor.nbytes > 0 and (type(tensor) in PLAIN or not _wraps(type(tensor)))
 
 
@@ -286,25 +288,26 @@ def _check_held(name: str, tensor: Tensor) -> None:
 
 
 def _refuse_inference(lists: dict[str, Rows]) -> None:
-    """Raise for inference tensors, before anything is written; PyTorch's in-place ops would raise halfway."""
+    """Raise for inference tensors before anything is written; PyTorch's in-place ops would raise after some writes."""
     for name, tensors in lists.items():
         if any(map(Tensor.is_inference, tensors)):
             i = next(i for i, tensor in enumerate(tensors) if tensor.is_inference())
-            raise RuntimeError(f"{name}[{i}] is an inference tensor, expected the step in torch.inference_mode()")
+            raise RuntimeError(f"{name}[{i}] is an inference tensor, expected a step in torch.inference_mode()")
 
 
 def _refuse_sharing(later: overlap.Operand, earlier: overlap.Operand) -> None:
     stepped = next((o for o in (later, earlier) if o.order == 0), None)
-    expected = "expected memory of its own"
+    expected = "expected separate memory"
     if stepped is not None and not (later.written and earlier.written) and later.row >= 0:
-        expected += f", or {stepped} in the row behind all that read it"
+        expected += f", or {stepped} updated after every row that reads it"
     raise ValueError(f"{later} shares memory with {earlier}, {expected}")
 
 
 def _chains(operands: dict[str, Rows]) -> list[int]:
-    """The chain of each row. Rows of one chain are stepped together, element by element, in their order.
+    """The chain of each row: element i of all rows of a chain is updated together, in the order of the rows.
 
-    A row belongs to the chain of the row before it if both read the same weight or gradient, or if it is that weight.
+    A row belongs to the chain of the row before it if both read the same weight or gradient, or if it updates the
+    weight that the row before reads.
     """
     likes = next(iter(operands.values()))
     absent = [None] * len(likes)
@@ -327,16 +330,16 @@ def _chains(operands: dict[str, Rows]) -> list[int]:
 
 
 def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], options: StepOptions) -> None:
-    """Raise for the first invalid number, if there is one."""
+    """Raise for the first invalid number."""
     for name, values in coefficients.items():
         if not isinstance(values, (list, tuple)):
-            raise TypeError(f"{name} is {_kind(values)}, expected a list of numbers")
+            raise TypeError(f"{name} is {describe(values)}, expected a list of numbers")
         if len(values) != count:
-            raise ValueError(f"{name} has {len(values)} numbers, expected {count}: one for each feedback")
+            raise ValueError(f"{name} has {len(values)} numbers, expected {count}, one for each feedback")
         for i, value in enumerate(values):
-            check_number(f"{name}[{i}]", value, -math.inf)
+            _check_in_range(f"{name}[{i}]", value, -math.inf)
     for name in ("lr", "momentum", "noise"):
-        check_number(name, getattr(options, name))
+        _check_in_range(name, getattr(options, name))
     for name in ("nesterov", "skip_nonfinite"):
         if not isinstance(getattr(options, name), bool):
             raise TypeError(f"{name} is {getattr(options, name)!r}, expected True or False")
@@ -344,13 +347,13 @@ def _refuse_step_numbers(count: int, coefficients: dict[str, Sequence[float]], o
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed is {seed!r}, expected an int")
     if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, expected a number of 64 bits")
+        raise ValueError(f"seed is {seed}, expected a 64-bit integer")
 
 
-def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:
-    """Raise unless ``value`` is a finite real number, at least ``least`` and below ``most``."""
+def _check_in_range(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite real number, at least ``least`` and less than ``most``."""
     if not isinstance(value, Real):
-        raise TypeError(f"{name} is {_kind(value)}, expected a number")
+        raise TypeError(f"{name} is {describe(value)}, expected a number")
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an int that exceeds every float
@@ -359,13 +362,6 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
         bounds = "" if least == -math.inf else f", {least:g} or more"
         bounds += "" if most == math.inf else f" and below {most:g}"
         raise ValueError(f"{name} is {value}, expected a finite number{bounds}")
-
-
-def _kind(value: object) -> str:
-    """A short description of an argument."""
-    if value is None or isinstance(value, (bool, int, float, complex, str)):
-        return repr(value)
-    return f"a {type(value).__name__}"
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

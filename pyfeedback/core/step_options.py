@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class StepOptions(NamedTuple):
-    """As :func:`pyfeedback.functional.feedback_step_` documents them."""
+    """The options that :func:`pyfeedback.functional.feedback_step_` documents."""
 
     lr: float
     momentum: float = 0.0

@@ -1,7 +1,7 @@
-"""Checks of single values: numbers, flags, functions; each error names the argument, its value and what was expected.
+"""Checks of single values. Each error is one line: the argument, its value, and what was expected.
 
-A type that is wrong raises TypeError, a value ValueError. Numbers of numpy are taken where they are of a kind of
-Python's; flags are not numbers.
+A wrong type raises TypeError, a wrong value ValueError. NumPy numbers are valid where Python numbers of the same kind
+are. Flags are not numbers.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 
-def in_words(value: Any) -> str:
-    """A short description of a value on one line: numbers and strings themselves, the type of anything else."""
+def describe(value: Any) -> str:
+    """A short description of a value on one line: a number or string itself, the type of anything else."""
     if value is None or isinstance(value, (bool, int, float, complex, str)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
@@ -29,19 +29,19 @@ def in_words(value: Any) -> str:
 
 
 def is_int(value: Any) -> bool:
-    """True for integers, including symbolic ones of a compiler."""
+    """Whether ``value`` is an integer, including symbolic ones of a compiler."""
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """True for real numbers, including symbolic ones of a compiler."""
+    """Whether ``value`` is a real number, including symbolic ones of a compiler."""
     return isinstance(value, (Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_int(name: str, value: Any, least: int = 0) -> None:
     """Raise unless ``value`` is an integer of at least ``least``."""
     if not is_int(value):
-        raise TypeError(f"{name} is {in_words(value)}, expected an int of {least} or more")
+        raise TypeError(f"{name} is {describe(value)}, expected an int of {least} or more")
     if value < least:
         raise ValueError(f"{name} is {value}, expected {least} or more")
 
@@ -49,7 +49,7 @@ def check_int(name: str, value: Any, least: int = 0) -> None:
 def check_number(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number."""
     if not is_number(value):
-        raise TypeError(f"{name} is {in_words(value)}, expected a finite number")
+        raise TypeError(f"{name} is {describe(value)}, expected a finite number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}, expected a finite number")
 
@@ -58,33 +58,33 @@ def check_positive(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number above 0."""
     if not is_number(value) or not 0 < value < math.inf:
         kind = ValueError if is_number(value) else TypeError
-        raise kind(f"{name} is {in_words(value)}, expected a finite number above 0")
+        raise kind(f"{name} is {describe(value)}, expected a finite number above 0")
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise unless ``value`` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} is {in_words(value)}, expected True or False")
+        raise TypeError(f"{name} is {describe(value)}, expected True or False")
 
 
 def check_callable(name: str, value: Any, what: str) -> None:
     """Raise unless ``value`` is callable."""
     if not callable(value):
-        raise TypeError(f"{name} is {in_words(value)}, expected {what}")
+        raise TypeError(f"{name} is {describe(value)}, expected {what}")
 
 
 def check_model(value: Any) -> None:
     """Raise unless ``value`` is a module."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f"model is {in_words(value)}, expected a torch.nn.Module")
+        raise TypeError(f"model is {describe(value)}, expected a torch.nn.Module")
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
     """Raise unless ``value`` is one of the strings ``known``."""
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} is {in_words(value)}, expected one of {', '.join(known)}")
+        raise ValueError(f"{name} is {describe(value)}, expected one of {', '.join(known)}")
 
 
-def refuse_no_tensor(name: str, value: Any) -> NoReturn:
+def refuse_non_tensor(name: str, value: Any) -> NoReturn:
     """Raise for a value that is not a tensor."""
-    raise TypeError(f"{name} is {in_words(value)}, expected a tensor")
+    raise TypeError(f"{name} is {describe(value)}, expected a tensor")

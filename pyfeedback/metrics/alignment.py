@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.core import step_checks
-from pyfeedback.core.values import check_callable, check_model, in_words, refuse_no_tensor
+from pyfeedback.core.values import check_callable, check_model, describe, refuse_non_tensor
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
 
@@ -60,7 +60,7 @@ def alignment(
     check_model(model)
     if batch is not None:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"batch is {in_words(batch)}, expected a pair (input, target)")
+            raise TypeError(f"batch is {describe(batch)}, expected a pair (input, target)")
         if loss is None:
             raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
         check_callable("loss", loss, "a function of the model's output and the target")
@@ -98,7 +98,7 @@ def angle(a: Tensor, b: Tensor) -> float:
     """
     for name, tensor in (("a", a), ("b", b)):
         if not isinstance(tensor, Tensor):
-            refuse_no_tensor(name, tensor)
+            refuse_non_tensor(name, tensor)
     if a.shape != b.shape:
         raise ValueError(f"b has shape {tuple(b.shape)}, expected that of a, {tuple(a.shape)}")
     return _angle(*_products([a], [b])[0])
@@ -123,7 +123,7 @@ def _check_values(name: str, layer: FeedbackLayer) -> None:
     weight, feedback = layer.weight, layer.feedback
     for what, tensor in (("feedback", feedback), ("weight", weight)):
         if tensor is not None and tensor.is_meta and (feedback is None or feedback.is_meta):
-            raise ValueError(f"{what} of layer {name} is on meta, expected tensors that have values")
+            raise ValueError(f"{what} of layer {name} is on meta, expected tensors with data")
     if feedback is not None and weight.device != feedback.device:
         on = f"weight of layer {name} is on {weight.device}"
         raise ValueError(f"{on}, expected the device of its feedback, {feedback.device}")
@@ -143,7 +143,7 @@ def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tupl
     for device, here in places.items():
         pairs = [feedback[i] for i in here], [weight[i] for i in here]
         try:
-            products = provide("alignment_products", device.type)(*pairs)
+            products = current_implementation("alignment_products", device.type)(*pairs)
         except RuntimeError as error:  # the compiled kernel checks the pairs itself, in a fraction of the time
             step_checks.check_pairs(*pairs)
             raise step_checks.kernel_error(error) from None

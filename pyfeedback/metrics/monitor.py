@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from pyfeedback.core.values import check_int, in_words
+from pyfeedback.core.values import check_int, describe
 from pyfeedback.metrics.alignment import LayerAlignment, alignment
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Monitor:
             for step, layer, *values in state["readings"]:
                 readings.setdefault(step, {})[layer] = LayerAlignment(*values)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"state is {in_words(state)}, expected what state_dict returned") from None
+            raise ValueError(f"state is {describe(state)}, expected what state_dict returned") from None
         self._last, self.readings = last, readings
 
     def draw(self, path: str | Path | None = None) -> "Figure":
@@ -118,7 +118,7 @@ class Monitor:
             ValueError: there are no readings, as for a model that learns by backprop.
         """
         if not self.readings:
-            raise ValueError("model has no feedback layer, expected one that was converted to a rule other than bp")
+            raise ValueError("model has no feedback layer, expected a model converted to a rule other than bp")
         figure = _figure(self.readings)
         if path is not None:
             figure.savefig(path)

@@ -77,7 +77,7 @@ class DirectFeedback:
             self._ran_without_grad.discard(layer)
         elif layer in self._ran_without_grad and not torch.compiler.is_compiling() and _in_backward():
             raise RuntimeError(
-                f"{layer} is computed again by reentrant checkpointing, where dfa has no error for it: expected "
+                f"{layer} is recomputed by reentrant checkpointing, in which dfa has no error signal for it: expected "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
         return input.detach()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyfeedback import functional
+from pyfeedback.core.deprecation import renamed_keyword
 from pyfeedback.core.geometry import Geometry
-from pyfeedback.core.values import refuse_no_tensor
+from pyfeedback.core.values import refuse_non_tensor
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn.direct import DirectInput
 from pyfeedback.rules import Rule
@@ -60,12 +61,13 @@ class FeedbackLayer(torch.nn.Module):
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
         del self.called
 
-    def reset_feedback(self, law: Callable[[Tensor], object] = default_init_) -> None:
-        """Draw the feedback weight by ``feedback_init``; ``law`` is the init_fn to use if that has none."""
+    @renamed_keyword("law", "init_fn")
+    def reset_feedback(self, init_fn: Callable[[Tensor], object] = default_init_) -> None:
+        """Initialize the feedback weight by ``feedback_init``; ``init_fn`` is used if that has none."""
         feedback, init = self.feedback, self.feedback_init
         if feedback is None or feedback.is_meta:
             return
-        init.draw(feedback, self.weight, law)
+        init.draw(feedback, self.weight, init_fn)
         if self.mixing is not None:
             std = self.mixing.shape[1] ** -0.5
             init.of_layer("mixing").draw(self.mixing, self.mixing, lambda mixing: mixing.normal_(0.0, std))
@@ -76,7 +78,7 @@ class FeedbackLayer(torch.nn.Module):
     def enter(self, input: Tensor) -> Tensor | None:
         """Begin a forward pass: check the input, mark the layer as called, and return :meth:`effective_feedback`."""
         if not isinstance(input, Tensor):
-            refuse_no_tensor("input", input)
+            refuse_non_tensor("input", input)
         object.__setattr__(self, "called", True)  # nn.Module.__setattr__ takes a microsecond
         feedback = self.feedback
         if feedback is None:
@@ -84,7 +86,7 @@ class FeedbackLayer(torch.nn.Module):
         learns = feedback.requires_grad and feedback.is_leaf and not torch.compiler.is_compiling()
         if learns and feedback.grad is not None:
             self._check_gradients_are_cleared()
-        rule = self.rule
+        rule = self.rule  # the first lines of effective_feedback, inlined to save most layers a call
         return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
 
     def run(self, geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,8 +105,12 @@ class FeedbackLayer(torch.nn.Module):
                 shape = geometry.output_shape(input.shape, weight.shape)
                 positions = math.prod(shape[2:] if geometry.channel == 1 else shape[1:-1])
             if scheduled is not None:
-                options = {"center": rule.center, "samples": rule.samples_of(input.shape[0]), "positions": positions or 1}
-                options["normalize"] = rule.is_normalized
+                options = {
+                    "center": rule.center,
+                    "samples": rule.samples_of(input.shape[0]),
+                    "normalize": rule.is_normalized,
+                    "positions": positions or 1,
+                }
                 return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
             coefficients = rule.coefficients(input.shape[0], positions)
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)

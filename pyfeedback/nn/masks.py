@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeedback.core.values import refuse_no_tensor
+from pyfeedback.core.values import refuse_non_tensor
 
 
 class Sizes(NamedTuple):
@@ -28,7 +28,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, embed_dim: int, batc
     layout = "[N, L, E]" if batch_first else "[L, N, E]"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
-            refuse_no_tensor(name, tensor)
+            refuse_non_tensor(name, tensor)
     if query.dim() not in (2, 3):
         raise ValueError(f"query has {_shape(query)}, expected {layout} or [L, E]")
     if key.dim() != query.dim():
@@ -67,7 +67,7 @@ def check_masks(
         if mask is None:
             continue
         if not isinstance(mask, Tensor):
-            refuse_no_tensor(name, mask)
+            refuse_non_tensor(name, mask)
         if mask.device != query.device:
             raise ValueError(f"{name} is on {mask.device}, expected the device of query, {query.device}")
         if mask.dtype != torch.bool and not mask.is_floating_point():

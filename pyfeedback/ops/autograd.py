@@ -1,26 +1,26 @@
 """The autograd formula of a layer, and the three wrappers that PyTorch needs for it.
 
-The formula is :func:`gradients`. It computes all gradients as :func:`pyfeedback.backends.dispatch.plan` decided in the
-forward pass, outside of autocast. Double backward is not supported.
+The formula is :func:`gradients`. It computes all gradients as planned by :func:`pyfeedback.backends.dispatch.plan` in
+the forward pass. Double backward is not supported.
 
 * :func:`forward_with_feedback` needs no formula: if the feedback has no gradient and no kernel of this package is
   faster, the backward of the plain layer is correct with B in place of the saved W. It costs what the plain layer does.
 * :class:`EagerLayer` is a Function whose forward receives the context. This form has the least overhead: two thirds of
-  the dispatcher's on a tiny layer.
+  that of the dispatcher on a tiny layer.
 * :class:`TransformableLayer` sets up its context separately from its forward, as torch.func requires. This costs a
   third more on a tiny layer, so it is used only inside a transform.
-* :func:`register` registers the formula for the ops themselves, for the dispatcher and torch.compile. Compilers do not
-  handle a Function with symbolic numbers the same in all releases, and torch 2.10 computes a wrong gradient. The
-  backward is an op as well, so that a compiled graph has a single node for it.
+* :func:`register_formula` registers the formula for the ops themselves, for the dispatcher and torch.compile. Compilers
+  do not support a Function with symbolic numbers in all releases, and torch 2.10 computes a wrong gradient. The
+  backward is an op as well, so a compiled graph has a single node for it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.dispatch import current_backend, in_force, plan
+from pyfeedback.backends.dispatch import current_backend, is_plain, plan, use_backend
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
@@ -32,26 +32,24 @@ def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | Non
     if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():
             grads = gradients(call, grad_output, saved)
-        return _Once.apply(4, *grads, grad_output, *saved)
+        return _NotDifferentiable.apply(4, *grads, grad_output, *saved)
+    # backward() called inside of an autocast block must not cast again. The first test is cheap and mostly false.
     if torch._C._is_any_autocast_enabled() and autocasts(grad_output.device.type):
         with torch.autocast(grad_output.device.type, enabled=False):
-            return call.kernels.backward(call, grad_output, *saved)
-    return call.kernels.backward(call, grad_output, *saved)
+            return call.chosen.backward(call, grad_output, *saved)
+    return call.chosen.backward(call, grad_output, *saved)
 
 
-class _InPlaceOfWeight:
-    """The feedback weight that a node of torch.nn.functional's own backward uses instead of its saved weight."""
+class _InPlaceOfWeight(NamedTuple):
+    """The feedback weight that a node of PyTorch's own backward uses instead of the weight that it saved."""
 
-    __slots__ = ("feedback", "is_transposed", "version", "weight")
-
-    def __init__(self, weight: Tensor, feedback: Tensor, is_transposed: bool):
-        self.weight, self.feedback, self.is_transposed = weight, feedback, is_transposed
-        self.version = feedback._version
-
-    def drop(self, saved: Tensor) -> None:
-        """Save nothing instead of the weight."""
+    weight: Tensor
+    feedback: Tensor
+    version: int
+    is_transposed: bool
 
     def unpack(self, nothing: None) -> Tensor:
+        """Return the feedback weight, unless it was changed after the forward pass."""
         feedback = self.feedback
         if feedback._version != self.version:
             raise RuntimeError(
@@ -65,28 +63,28 @@ class _InPlaceOfWeight:
         if not torch.is_grad_enabled():
             return None
         grads = [None if grad is None else grad.detach() for grad in grad_inputs]
-        return _Once.apply(len(grads), *grads, *grad_inputs, *grad_outputs, self.weight, self.feedback)
+        return _NotDifferentiable.apply(len(grads), *grads, *grad_inputs, *grad_outputs, self.weight, self.feedback)
 
 
-# The attribute of each node that holds the weight, and whether it is the transpose.
+# The attribute of each node that holds the saved weight, and whether it is the transpose.
 _SAVED_WEIGHT = {
     "ConvolutionBackward0": ("_raw_saved_weight", False),
     "AddmmBackward0": ("_raw_saved_mat2", True),
     "MmBackward0": ("_raw_saved_mat2", True),
 }
-_NO_FEEDBACK = (True, True, False, True)  # the needed gradients
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")  # of the output of a linear layer with more than two dimensions
+_NOTHING: dict[Tensor, None] = {}  # its get returns None for any tensor, faster than a Python function
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def forward_with_feedback(
-    geometry: Geometry, rule: Coefficients, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
+    geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    """The output of a layer whose feedback needs no gradient, with torch's own backward node; None if not possible."""
+    """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible."""
     if (
-        not plan(geometry, input, weight, rule, _NO_FEEDBACK, True).is_plain
+        not is_plain(geometry, weight.shape, "cpu" if input.is_cpu else input.device.type, current_backend())
         or not _PLAIN.issuperset((type(input), type(weight), type(feedback)))
-        or not _have_one_format(input, weight)
+        or not ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return None
@@ -94,17 +92,15 @@ def forward_with_feedback(
     node = output.grad_fn
     if node is None:
         return output
-    name = node.name()
-    if name in _VIEWS:
+    if node.name() in _VIEWS:
         node = node.next_functions[0][0]
-        name = node.name()
-    if name not in _SAVED_WEIGHT:
+    if node is None or node.name() not in _SAVED_WEIGHT:
         return None
-    attribute, is_transposed = _SAVED_WEIGHT[name]
-    saved = _InPlaceOfWeight(weight, feedback, is_transposed)
+    attribute, is_transposed = _SAVED_WEIGHT[node.name()]
+    replaced = _InPlaceOfWeight(weight, feedback, feedback._version, is_transposed)
     if input.requires_grad:
-        getattr(node, attribute).register_hooks(saved.drop, saved.unpack)
-    node.register_hook(saved.refuse_double_backward)
+        getattr(node, attribute).register_hooks(_NOTHING.get, replaced.unpack)
+    node.register_hook(replaced.refuse_double_backward)
     return output
 
 
@@ -171,11 +167,11 @@ class _TransformableGradients(torch.autograd.Function):
         return stacked, tuple(None if grad is None else 0 for grad in stacked)
 
 
-def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
+def register_formula(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
     """Register the formula for the op ``name``; its backward calls the op ``{name}_backward``.
 
     Args:
-        geometry_of: makes the geometry from the op's arguments after the tensors.
+        geometry_of: returns the geometry for the arguments of the op after the tensors.
         scheduled: whether the coefficients are a tensor, after the other tensors. Its values are not read in the
             forward pass, so the response is saved whenever it is available.
     """
@@ -195,7 +191,7 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
         # The dispatcher drops trailing arguments that equal their defaults, and expects no gradients for them.
         expected = len(ctx.needs_input_grad)
         mask = [*ctx.needs_input_grad, False][:4]
-        with in_force(ctx.backend):
+        with use_backend(ctx.backend):
             grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.arguments, **ctx.rule, output_mask=mask)
         return (*grads, *(None,) * (len(ctx.arguments) + scheduled))[:expected]
 
@@ -203,7 +199,7 @@ def register(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = 
     torch.library.register_autograd(f"pyfeedback::{name}_backward", _refuse, lib=LIBRARY)
 
 
-class _Once(torch.autograd.Function):
+class _NotDifferentiable(torch.autograd.Function):
     """The first ``count`` tensors, gradients, as functions of all the tensors; backward raises."""
 
     @staticmethod
@@ -228,10 +224,8 @@ def not_a_view(output: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 
-def _have_one_format(input: Tensor, weight: Tensor) -> bool:
-    """Whether the gradients of PyTorch's own backward have the strides of the input and the weight."""
-    if input.is_contiguous():
-        return weight.is_contiguous()
+def _are_channels_last(input: Tensor, weight: Tensor) -> bool:
+    """Whether both are, so that PyTorch's own gradients have the strides of their tensors."""
     last = torch.channels_last
     return input.dim() == 4 and input.is_contiguous(memory_format=last) and weight.is_contiguous(memory_format=last)
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.dispatch import plan, provide
+from pyfeedback.backends.dispatch import current_implementation, plan
 from pyfeedback.core import layer_checks, step_checks
 from pyfeedback.core.coefficients import COEFFICIENTS, READ_DATA, Coefficients
 from pyfeedback.core.geometry import LINEAR, Convolution, Geometry, from_arguments
 from pyfeedback.core.step_options import StepOptions
-from pyfeedback.ops.autograd import not_a_view, register
+from pyfeedback.ops.autograd import not_a_view, register_formula
 from pyfeedback.ops.schemas import LIBRARY
 
 ALL = (True, True, True, True)  # output_mask: compute all gradients
@@ -25,11 +25,11 @@ _ops = torch.ops.pyfeedback
 # The layers. The arguments of an op after its tensors define its geometry; the same functions implement all layers.
 
 
-def _conv2d(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> Convolution:
+def _conv2d_geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> Convolution:
     return Convolution(tuple(stride), tuple(padding), tuple(dilation), groups=groups)
 
 
-def _linear() -> Geometry:
+def _linear_geometry() -> Geometry:
     return LINEAR
 
 
@@ -45,7 +45,7 @@ def _forward(geometry_of: Callable[..., Geometry]) -> Callable[..., Tensor]:
     return forward
 
 
-def _checked(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, mask) -> tuple:
+def _check_backward(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, mask) -> tuple:
     """Check the arguments of a backward op, and return its geometry and coefficients."""
     geometry, coefficients = geometry_of(*arguments), Coefficients(**rule)
     if geometry_of is from_arguments:
@@ -60,16 +60,16 @@ def _checked(geometry_of, arguments, rule, grad_output, input, weight, feedback,
 def _backward(geometry_of: Callable[..., Geometry]) -> Callable:
     def backward(grad_output, input, weight, feedback, response=None, *arguments, output_mask=ALL, **rule):
         tensors = grad_output, input, weight, feedback, response
-        geometry, coefficients = _checked(geometry_of, arguments, rule, *tensors, output_mask)
+        geometry, coefficients = _check_backward(geometry_of, arguments, rule, *tensors, output_mask)
         call = plan(geometry, input, weight, coefficients, output_mask, response is not None)
-        return call.kernels.backward(call, *tensors)
+        return call.chosen.backward(call, *tensors)
 
     return backward
 
 
 def _fake_backward(geometry_of: Callable[..., Geometry]) -> Callable:
     def backward(grad_output, input, weight, feedback, response=None, *arguments, output_mask=ALL, **rule):
-        _checked(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, output_mask)
+        _check_backward(geometry_of, arguments, rule, grad_output, input, weight, feedback, response, output_mask)
         return _empty_gradients(grad_output, input, weight, output_mask)
 
     return backward
@@ -82,15 +82,14 @@ def _empty_gradients(grad_output: Tensor, input: Tensor, weight: Tensor, mask: S
     return (*grads, weight.new_empty(channels) if mask[3] else None)
 
 
-# The layers with a tensor of coefficients. A compiler makes numbers constants of its graph, so it would recompile at
-# each step of a schedule. A CPU tensor is an input of the graph: pyfeedback.schedules.Schedule writes to it, and the
-# backward reads it when it runs.
+# The layers with a tensor of coefficients. In a compiled graph, numbers are constants, so each step of a schedule would
+# recompile. A CPU tensor is an input of the graph. pyfeedback.schedules.Schedule writes to it, and the backward pass
+# reads it.
 
 
-def _scheduled(input, weight, feedback, bias, coefficients, *arguments, center, samples, normalize, positions) -> Tensor:
+def _scheduled(input, weight, feedback, bias, coefficients, *arguments, positions, **options) -> Tensor:
     layer_checks.check_scheduled(coefficients, positions)
     forward = _forward(from_arguments)
-    options = {"center": center, "samples": samples, "normalize": normalize}
     return forward(input, weight, feedback, bias, *arguments, **options)
 
 
@@ -121,19 +120,19 @@ def feedback_step_(feedback, weight, grad, momentum_buffer, *, decay, self_, tie
         return
     if torch.is_grad_enabled():
         step_checks.check_in_place({"feedback": feedback, "momentum_buffer": momentum_buffer if given.momentum else ()})
-    step = provide("feedback_step_", feedback[0].device.type)
+    step = current_implementation("feedback_step_", feedback[0].device.type)
     step(feedback, weight, grad, momentum_buffer, coefficients, given)
 
 
 def _center(input: Tensor, samples: int) -> Tensor:
     layer_checks.check_center(input, samples)
     step_checks.check_storage("input", input)
-    return provide("center", input.device.type)(input, samples)
+    return current_implementation("center", input.device.type)(input, samples)
 
 
 def _add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
     layer_checks.check_add_centered(self, input)
-    provide("add_centered_", input.device.type)(self, input, beta, alpha)
+    current_implementation("add_centered_", input.device.type)(self, input, beta, alpha)
 
 
 def mix(mixing: Tensor, feedback: Tensor, decay: float) -> Tensor:
@@ -161,7 +160,7 @@ def _fake_step(feedback, weight, grad, momentum_buffer, *, decay, self_, tie, **
     step_checks.refuse_meta({"feedback": feedback})
 
 
-def _fake_native_step(feedback, weight, grad, momentum_buffer, **options) -> None:
+def _fake_extension_step(feedback, weight, grad, momentum_buffer, **options) -> None:
     """Unlike ``feedback_step_``, this op also accepts one number for all rows."""
     for name in ("decay", "self_", "tie"):
         options[name] = list(options[name]) * (len(feedback) if len(options[name]) == 1 else 1)
@@ -188,14 +187,14 @@ def _fake_center(input: Tensor, samples: int) -> Tensor:
 
 _fakes: dict[str, Any] = {
     "feedback_step_": _fake_step,
-    "native_feedback_step_": _fake_native_step,
+    "extension_feedback_step_": _fake_extension_step,
     "mix": mix,
-    "native_depthwise_backward": _fake_depthwise,
+    "extension_depthwise_backward": _fake_depthwise,
     "center": _fake_center,
-    "native_center": _fake_center,
+    "extension_center": _fake_center,
     "add_centered_": _fake_add_centered_,
-    "native_add_centered_": _fake_add_centered_,
-    "native_alignment_products": _fake_products,
+    "extension_add_centered_": _fake_add_centered_,
+    "extension_alignment_products": _fake_products,
 }
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"pyfeedback::{_name}", _fake, lib=LIBRARY)
@@ -235,13 +234,17 @@ def cast_to(value, dtype: torch.dtype, device_type: str):
     return value.to(dtype) if eligible and value.device.type == device_type else value
 
 
-_geometries: dict[str, Any] = {"fa_conv2d": _conv2d, "fa_convolution": from_arguments, "fa_linear": _linear}
+_geometries: dict[str, Any] = {
+    "fa_conv2d": _conv2d_geometry,
+    "fa_convolution": from_arguments,
+    "fa_linear": _linear_geometry,
+}
 for _name, _geometry_of in _geometries.items():
     LIBRARY.impl(_name, _forward(_geometry_of), "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_name}_backward", _backward(_geometry_of), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyfeedback::{_name}", _forward(_geometry_of), lib=LIBRARY)
     torch.library.register_fake(f"pyfeedback::{_name}_backward", _fake_backward(_geometry_of), lib=LIBRARY)
-    register(_name, _geometry_of)
+    register_formula(_name, _geometry_of)
     for _device_type in ("cpu", "cuda"):
         _op = getattr(_ops, _name).default
         LIBRARY.impl(_name, _autocast(_op, _device_type), f"Autocast{_device_type.upper()}")
@@ -250,4 +253,4 @@ LIBRARY.impl("scheduled_layer", _scheduled, "CompositeExplicitAutograd")
 LIBRARY.impl("scheduled_layer_backward", _scheduled_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("pyfeedback::scheduled_layer", _scheduled, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::scheduled_layer_backward", _fake_scheduled_backward, lib=LIBRARY)
-register("scheduled_layer", from_arguments, scheduled=True)
+register_formula("scheduled_layer", from_arguments, scheduled=True)

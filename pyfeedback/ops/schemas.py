@@ -2,7 +2,7 @@
 
 `fa_*` and `feedback_step_` are public and documented in :mod:`pyfeedback.functional`. `center` and `add_centered_` are
 steps of the backward of `fa_*`. `mix` computes the feedback of pfa. `scheduled_layer` takes the coefficients as a
-tensor. `native_*` are implemented by the compiled library and called only by :mod:`pyfeedback.backends`.
+tensor. `extension_*` are implemented by the compiled library and called only by :mod:`pyfeedback.backends`.
 """
 
 import torch
@@ -50,15 +50,15 @@ SCHEMAS = {
     "scheduled_layer": f"({_LAYER}, Tensor coefficients, {_GEOMETRY}, *, {_SCHEDULED}) -> Tensor",
     "scheduled_layer_backward": f"({_SAVED}, Tensor coefficients, {_GEOMETRY}, *, {_SCHEDULED}, {_MASK}) -> {_GRADS}",
     "feedback_step_": f"({_STEP}) -> ()",
-    "native_adamw_step_": f"({_ADAMW}) -> ()",
-    "native_depthwise_backward": f"({_DEPTHWISE}) -> {_GRADS}",
-    "native_feedback_step_": f"({_STEP}) -> ()",
-    "native_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
+    "extension_adamw_step_": f"({_ADAMW}) -> ()",
+    "extension_depthwise_backward": f"({_DEPTHWISE}) -> {_GRADS}",
+    "extension_feedback_step_": f"({_STEP}) -> ()",
+    "extension_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
     "mix": "(Tensor mixing, Tensor feedback, float decay) -> Tensor",
     "center": "(Tensor input, SymInt samples) -> Tensor",
     "add_centered_": _ADD_CENTERED,
-    "native_center": "(Tensor input, SymInt samples) -> Tensor",
-    "native_add_centered_": _ADD_CENTERED,
+    "extension_center": "(Tensor input, SymInt samples) -> Tensor",
+    "extension_add_centered_": _ADD_CENTERED,
 }
 
 LIBRARY = torch.library.Library("pyfeedback", "DEF")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
 from pyfeedback.optim.rows import Row, feedback_row, forward_row, is_computed, is_tied
 from pyfeedback.rules import Rule
@@ -89,7 +89,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
         names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
         states = [self._state_of(p, names) for p in param]
         moments = ([state[name] for state in states] for name in names)
-        provide("adamw_step_", param[0].device.type)(
+        current_implementation("adamw_step_", param[0].device.type)(
             *map(local, (param, weight, grad, *moments)), step=[state["step"] for state in states], decay=decay,
             self_=self_, tie=tie, weight_decay=weight_decay, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pyfeedback import functional
 from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.core.probes import ProbeCount
-from pyfeedback.core.values import check_int, in_words
+from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.optim.probes import layer_probes, probe_gradients
@@ -90,11 +90,11 @@ class RowOptimizer(torch.optim.Optimizer):
         return {self._names[b]: layer_probes(layer, groups[b].get("feedback_step", 0)) for b, layer in reading.items()}
 
     def _time_constant(self, rule: Rule, group: dict[str, Any]) -> float:
-        rate = float(group.get("initial_lr", group["lr"])) / (1 - group["momentum"]) if "momentum" in group else math.nan
         if rule.tau:
             return rule.tau_at(group.get("feedback_step", 0))
-        if rule.null or rule.sparse or math.isnan(rate):
+        if rule.null or rule.sparse or "momentum" not in group:
             return math.nan
+        rate = float(group.get("initial_lr", group["lr"])) / (1 - group["momentum"])
         return 1 / (rate * rule.decay) if rate * rule.decay > 0 else math.inf
 
     def _warn_of_slow_feedback(self, total_steps: int | None) -> None:
@@ -162,7 +162,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def _read_probes(self, places, uncalled) -> dict[nn.Parameter, Tensor]:
         """Return the gradients of the rules that read probes, for those that make an estimate in this step."""
         due = {}
-        counting = [b for b, layer in self._layers.items() if b in places and (layer.rule.tau or layer.rule.reads_probes)]
+        rules = ((b, layer.rule) for b, layer in self._layers.items() if b in places)
+        counting = [b for b, rule in rules if rule.tau or rule.reads_probes]
         for group in {id(places[b][0]): places[b][0] for b in counting}.values():
             group["feedback_step"] = group.get("feedback_step", -1) + 1
         for index, (b, layer) in enumerate(self._layers.items()):
@@ -192,7 +193,7 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected the converted model itself, not its parameters")
     if not any(isinstance(module, FeedbackLayer) for module in model.modules()):
-        raise ValueError("model has no layer with a feedback weight, expected one converted by pyfeedback.convert")
+        raise ValueError("model has no layer with a feedback weight, expected a model converted by pyfeedback.convert")
     named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
     layers = {feedback: layer for feedback, (_, layer) in named.items()}
     if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with
@@ -209,7 +210,7 @@ def check_option(name: str, value: object, below: float = math.inf) -> None:
     number = number or (isinstance(value, Tensor) and value.numel() == 1)
     if not number or not 0 <= value < below:  # type: ignore[operator]
         limit = "a finite number, 0 or more" if below == math.inf else f"a number in [0, {below:g})"
-        raise (ValueError if number else TypeError)(f"{name} is {in_words(value)}, expected {limit}")
+        raise (ValueError if number else TypeError)(f"{name} is {describe(value)}, expected {limit}")
 
 
 def forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, Any]]:

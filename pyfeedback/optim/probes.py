@@ -8,7 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.core.probes import ProbeCount, count_probes
 from pyfeedback.nn import FeedbackLayer
 
@@ -38,19 +38,20 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
             raise RuntimeError(f"{name}.weight is sharded, expected a whole one: probes are inputs of the whole layer")
         weight, feedback = layer.as_matrices(w), layer.as_matrices(b.detach())
         probes = layer_probes(layer, step)
-        if LOUD < probes.noise_floor and not layer.rule.growth and layer not in _warned:
+        if probes.noise_floor > LOUD and not layer.rule.growth and layer not in _warned:
             noisy[name] = probes
             _warned.add(layer)
         generator = generators.setdefault(w.device, torch.Generator(w.device))
-        generator.manual_seed((seed * 1_000_003 + step) * 1_000_003 + index)
-        signs = provide("random_signs", w.device.type)(probes.count, weight.shape[-1], w, generator)
-        gradient = provide("probe_gradient", w.device.type)(weight, feedback, signs, layer.rule.probe_coefficients())
+        generator.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + index) % 2**63)
+        draw, compute = (current_implementation(op, w.device.type) for op in ("random_signs", "probe_gradient"))
+        signs = draw(probes.probes, weight.shape[-1], w, generator)
+        gradient = compute(weight, feedback, signs, layer.rule.probe_coefficients())
         found[b] = layer.from_matrices(gradient).to(b.dtype)
     if noisy:
         described = ", ".join(f"{name} {math.degrees(probes.noise_floor):.0f}" for name, probes in noisy.items())
         _log.warning(
-            "the noise of the probes keeps these feedback weights at about so many degrees from their targets: %s; give "
-            "the rule a larger tau or more probes", described,
+            "the noise of the probes keeps these feedback weights at about so many degrees from their targets: %s; "
+            "give the rule a larger tau or more probes", described,
         )  # fmt: skip
     return found
 

@@ -74,7 +74,7 @@ def feedback_row(
         estimate: the gradient of a rule that reads probes; None in a step without an estimate.
     """
     if layer.feedback is not b:
-        raise RuntimeError("model has other feedback weights now, expected those this optimizer was built with")
+        raise RuntimeError("model has other feedback weights now, expected those this optimizer was created with")
     rule, w = layer.rule, layer.weight
     step_size = 1 / rule.tau_at(step) if rule.tau and not is_tied(rule) else None
     if rule.reads_probes:
@@ -84,8 +84,8 @@ def feedback_row(
         grad, terms = b.grad, (0.0, 0.0, 1.0)  # the gradient includes every term, decay too
     elif rule.tie and is_computed(layer):
         raise RuntimeError(
-            f"{name}.weight is computed from other parameters, and was not when this optimizer was built: expected "
-            "weight_norm, parametrizations and pruning to be applied before"
+            f"{name}.weight is computed from other parameters, but was a parameter when this optimizer was created: "
+            "expected weight_norm, parametrizations and pruning to be applied earlier"
         )
     else:
         grad, terms = w.grad if rule.tie else w, (rule.decay, rule.self_, rule.tie)
@@ -110,7 +110,7 @@ def without_loss_scale(
         return row if factor is None else row._replace(tie=row.tie * factor)
     rule, by_autograd = layer.rule, row.grad is row.param.grad
     if by_autograd and factor is None:
-        raise RuntimeError("scaler.unscale_ divided the rules' own gradients, expected scaler.step alone")
+        raise RuntimeError("scaler.unscale_ divided the rules' own gradients, expected only scaler.step")
     if not rule.tie:
         return row
     if by_autograd and not rule.reads_data:
@@ -121,12 +121,12 @@ def without_loss_scale(
         return row._replace(decay=row.decay + rest * rule.decay, self_=rest * rule.self_, tie=factor)
     if not has_weight:
         raise RuntimeError(
-            f"{name} follows {rule.name}, which reads weight.grad, and only the optimizer of weight has its loss "
-            "scale: under GradScaler expected pyfeedback.optim.SGD or AdamW, which step both"
+            f"{name} follows {rule.name}, which reads weight.grad, but only the optimizer of weight has the loss "
+            "scale: under GradScaler expected pyfeedback.optim.SGD or AdamW, which update both"
         )
     if not by_autograd:
         return row if factor is None else row._replace(tie=row.tie * factor)
     if layer.weight.grad is None:
-        raise RuntimeError(f"{name}.weight has no gradient, expected one: {rule.name} reads its loss scale there")
+        raise RuntimeError(f"{name}.weight has no gradient, expected one: {rule.name} reads the loss scale from it")
     assert factor is not None
     return row._replace(weight=layer.weight.grad, self_=rule.tie * (1 - factor))

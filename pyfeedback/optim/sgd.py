@@ -61,7 +61,9 @@ class FeedbackSGD(RowOptimizer):
             raise ValueError("nesterov is True with momentum 0, expected a momentum above 0")
         self._layers, self._names = feedback_of(model)
         if type(self) is FeedbackSGD and self._tied_rules():
-            raise ValueError("model follows kp with a tau, expected SGD or AdamW of pyfeedback.optim: W has to decay too")
+            raise ValueError(
+                "model follows kp with a tau, expected SGD or AdamW of pyfeedback.optim: W has to decay too"
+            )
         options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "noise": noise}
         super().__init__([{"params": list(self._layers)}], {**options, "skip_nonfinite": skip_nonfinite})
         self._warn_of_slow_feedback(total_steps)
@@ -72,7 +74,7 @@ class FeedbackSGD(RowOptimizer):
         for p in [params] if isinstance(params, torch.Tensor) else params:
             if p not in self._layers:
                 raise ValueError(
-                    f"params holds a tensor of shape {tuple(p.shape)}, expected feedback weights of the model"
+                    f"params contains a tensor of shape {tuple(p.shape)}, expected feedback weights of the model"
                 )
         super().add_param_group(param_group)
 
@@ -136,7 +138,8 @@ class SGD(FeedbackSGD):
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
         params: forward parameters, or groups of them with their own options, as for torch.optim.SGD. By default, all
             forward parameters of the model.
-        noise, skip_nonfinite, total_steps: as in :class:`FeedbackSGD`; noise is added only to the gradients of the feedback.
+        noise, skip_nonfinite, total_steps: as in :class:`FeedbackSGD`; noise is added to the gradients of the feedback
+            only.
 
     With ``torch.amp.GradScaler``, ``scaler.step(optimizer)`` is enough: the step divides scaled gradients by the loss
     scale, and does not divide a rule's own gradient. ``scaler.unscale_`` would divide that as well, so to clip

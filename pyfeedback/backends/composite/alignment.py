@@ -9,7 +9,7 @@ from pyfeedback.core import step_checks
 
 
 def alignment_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> Tensor:
-    """[n, 3] of float64: <B, B>, <W, W> and <B, W> of each of n pairs."""
+    """<B, B>, <W, W> and <B, W> of each of n pairs, as a float64 tensor [n, 3]."""
     step_checks.check_pairs(feedback, weight)
     rows = []
     for b, w in zip(feedback, weight, strict=True):

@@ -1,8 +1,7 @@
 """The backward of a feedback layer, composed of PyTorch's own kernels.
 
-The rule's gradient is written once, over the products of the layer's geometry (:mod:`pyfeedback.core.geometry`).
-Notation as in the contract of the ops: x the input, y = conv(x, W) the response without bias, B the feedback weight, n
-the samples.
+The rule's gradient is written once, in terms of the products of :mod:`pyfeedback.core.geometry`. Notation: x is the
+input, y = conv(x, W) the response without bias, B the feedback weight, and n the number of samples.
 """
 
 from collections.abc import Callable
@@ -10,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.composite.centering import centered, centered_beside, combined
+from pyfeedback.backends.composite.centered_factors import centered, centered_factor, combined
 from pyfeedback.backends.composite.normalized import normalized_gradient
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.call import Gradients, LayerCall
-from pyfeedback.core.tensors import blend, laid_out_like, wide_dtype
+from pyfeedback.core.tensors import acc_dtype, blend, match_strides
 
 IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie", "normalize"})  # coefficients, options
 
@@ -24,7 +23,7 @@ Scaled = tuple[Tensor, float]  # a product, and the factor to multiply it by
 def backward(
     call: LayerCall, grad_output: Tensor, input: Tensor, weight: Tensor, feedback: Tensor, response: Tensor | None
 ) -> Gradients:
-    """The gradients of input, weight, feedback and bias; None where the call's mask is False."""
+    """The gradients of input, weight, feedback and bias; None if the mask of the call is False."""
     need_input, need_weight, need_feedback, need_bias = call.mask
     rule = call.rule
     geometry, x = call.geometry.dense(input, weight.shape)
@@ -36,16 +35,16 @@ def backward(
         dense = call if x is input else call._replace(geometry=geometry)
         grad_feedback = _feedback_gradient(dense, x, response, weight, feedback, grad_weight)
         if grad_feedback.stride() != weight.stride():
-            grad_feedback = laid_out_like(grad_feedback, weight)
+            grad_feedback = match_strides(grad_feedback, weight)
     if grad_input is not None:
         if x is not input:
-            grad_input = call.geometry.spread(grad_input, input)
+            grad_input = call.geometry.scatter(grad_input, input)
         elif grad_input.stride() != input.stride():
-            grad_input = laid_out_like(grad_input, input)
+            grad_input = match_strides(grad_input, input)
     if not need_weight or grad_weight is None:
         grad_weight = None
     elif grad_weight.stride() != weight.stride():
-        grad_weight = laid_out_like(grad_weight, weight)
+        grad_weight = match_strides(grad_weight, weight)
     return grad_input, grad_weight, grad_feedback, grad_bias
 
 
@@ -73,7 +72,7 @@ def _feedback_gradient(
 
 
 def _data_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor) -> Tensor:
-    """The amp, null and sparse terms of dR/dB, in float32 or wider.
+    """The amp, null and sparse terms of dR/dB, in float32 or float64.
 
     float16 is computed in float32: sums over a batch exceed 65504, the largest float16, long before their mean does.
     """
@@ -85,14 +84,14 @@ def _data_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor,
     if call.rule.normalize:
         return normalized_gradient(call, x, y, weight, feedback)
     data, scale = _DATA_TERMS[call.algorithm](call, x, y, weight, feedback)
-    return data.to(wide_dtype(data.dtype)).mul_(scale / x.shape[0])
+    return data.to(acc_dtype(data.dtype)).mul_(scale / x.shape[0])
 
 
 def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:
     """wgrad(x, conv(x, sparse B - amp W)) and wgrad(null z - amp x, y), with z = conv_transpose(y, B).
 
-    The combined kernel stays exact where B is near W and the difference of two convolutions would cancel. amp is folded
-    into either product.
+    If B is close to W, the difference of two convolutions would cancel; the combined kernel is exact. The amp term is
+    part of either product.
     """
     rule, geometry = call.rule, call.geometry
     if rule.sparse:
@@ -106,7 +105,7 @@ def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Ten
         return total, scale
     y = centered(y, call)
     if not rule.null:
-        return geometry.wgrad(centered_beside(x, call), y, weight), -rule.amp
+        return geometry.wgrad(centered_factor(x, call), y, weight), -rule.amp
     z = geometry.dgrad(y, feedback, x)
     if abs(rule.amp) <= abs(rule.null):
         return geometry.wgrad(combined(z, 1.0, x, -rule.amp / rule.null, call), y, weight), rule.null
@@ -115,7 +114,7 @@ def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Ten
 
 def _input_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:
     """(sparse B - amp W) G + null W G W' B, with the gram matrix G = x'x."""
-    rule, wide = call.rule, wide_dtype(x.dtype)
+    rule, wide = call.rule, acc_dtype(x.dtype)
     gram = call.geometry.gram(centered(x, call)).to(wide)
     w, b = (t.reshape(t.shape[0], -1).to(wide) for t in (weight, feedback))
     if not rule.null:
@@ -132,16 +131,16 @@ def _input_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback:
 
 def _response_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:
     """null Y B - amp y'x, with the gram matrix Y = y'y."""
-    rule, wide = call.rule, wide_dtype(x.dtype)
+    rule, wide = call.rule, acc_dtype(x.dtype)
     y = centered(y, call)
     total = call.geometry.gram(y).to(wide) @ feedback.reshape(feedback.shape[0], -1).to(wide)
     if rule.amp:
-        mixed = call.geometry.wgrad(centered_beside(x, call), y, weight)
+        mixed = call.geometry.wgrad(centered_factor(x, call), y, weight)
         total = total.sub_(mixed.reshape(total.shape), alpha=rule.amp / rule.null)
     return total.reshape(weight.shape), rule.null
 
 
-# The functions of the data terms; y is None if the algorithm does not read it.
+# The functions that compute the data terms; y is None if the algorithm does not read it.
 _DATA_TERMS: dict[Algorithm, Callable[..., Scaled]] = {
     Algorithm.DIRECT: _direct,
     Algorithm.INPUT_GRAM: _input_gram,

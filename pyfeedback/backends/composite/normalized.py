@@ -14,10 +14,10 @@ sparse term makes the same step along the direction in which x varies most, what
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.composite.centering import centered
+from pyfeedback.backends.composite.centered_factors import centered
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.call import LayerCall
-from pyfeedback.core.tensors import blend, wide_dtype
+from pyfeedback.core.tensors import acc_dtype, blend
 
 POWER_STEPS = 4  # of the power iteration for the largest eigenvalue, from equal weights for all elements of a window
 POWER_SHARE = 8  # it uses one of so many samples
@@ -26,7 +26,7 @@ POWER_SHARE = 8  # it uses one of so many samples
 def normalized_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor) -> Tensor:
     """The amp, null and sparse terms of dR/dB, in float32 or wider; y is None if the algorithm does not read it."""
     rule, geometry = call.rule, call.geometry
-    x, wide = centered(x, call), wide_dtype(x.dtype)
+    x, wide = centered(x, call), acc_dtype(x.dtype)
     total = torch.zeros_like(weight, dtype=wide)
     if rule.sparse:
         scale = max(abs(rule.sparse), abs(rule.amp))
@@ -46,7 +46,7 @@ def normalized_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Te
 
 def _amplified(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor:
     """wgrad(x, y)"""
-    wide = wide_dtype(x.dtype)
+    wide = acc_dtype(x.dtype)
     if call.algorithm is Algorithm.INPUT_GRAM:
         return (weight.flatten(1).to(wide) @ call.geometry.gram(x).to(wide)).view_as(weight)
     assert y is not None
@@ -55,7 +55,7 @@ def _amplified(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor) -> 
 
 def _spread(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor) -> Tensor:
     """N B = wgrad(conv_transpose(y, B), y)"""
-    geometry, wide = call.geometry, wide_dtype(x.dtype)
+    geometry, wide = call.geometry, acc_dtype(x.dtype)
     if call.algorithm is Algorithm.DIRECT:
         assert y is not None
         y = centered(y, call)
@@ -72,7 +72,7 @@ def _largest_eigenvalue(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
 
     The start and all iterates have one output channel for each group.
     """
-    geometry, wide = call.geometry, wide_dtype(x.dtype)
+    geometry, wide = call.geometry, acc_dtype(x.dtype)
     part = x[: -(-x.shape[0] // POWER_SHARE)]
     transposed = getattr(geometry, "transposed", False)
     channels = (weight.shape[0], 1) if transposed else (geometry.groups, weight.shape[1])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.tensors import blend, wide_dtype
+from pyfeedback.core.tensors import acc_dtype, blend
 
 
 def probe_gradient(weight: Tensor, feedback: Tensor, noise: Tensor, rule: Coefficients) -> Tensor:
@@ -54,7 +54,7 @@ def random_signs(count: int, size: int, like: Tensor, generator: torch.Generator
     Their second moment has an exact diagonal, and each of them takes one random bit.
     """
     bits = torch.randint(-(2**63), 2**63 - 1, (-(-count * size // 64),), generator=generator, device=like.device)
-    signs = F.embedding(bits.view(torch.uint8).int(), _table(wide_dtype(like.dtype), like.device))
+    signs = F.embedding(bits.view(torch.uint8).int(), _table(acc_dtype(like.dtype), like.device))
     return signs.view(-1)[: count * size].view(count, size)
 
 

@@ -22,7 +22,7 @@ def feedback_step_(
     coefficients: dict[str, Sequence[float]],
     options: StepOptions,
 ) -> None:
-    """See :func:`pyfeedback.functional.feedback_step_`. The noise is torch's own normal stream for the seed."""
+    """See :func:`pyfeedback.functional.feedback_step_`. The noise is drawn by torch.randn from the seed."""
     if not feedback:
         return
     step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, options)
@@ -72,9 +72,9 @@ def adamw_step_(
     beta2: float,
     eps: float,
 ) -> None:
-    """One step of AdamW, in place, of each param along ``decay * param - self_ * weight + tie * grad``.
+    """One step of AdamW, in place, with the gradient ``decay * param - self_ * weight + tie * grad`` of each param.
 
-    Everything else as torch.optim.AdamW's state holds it, of amsgrad where there is a ``max_exp_avg_sq``.
+    The other arguments are those of torch.optim.AdamW and its state; amsgrad is used if ``max_exp_avg_sq`` is given.
     """
     moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     moments |= {"max_exp_avg_sq": max_exp_avg_sq} if max_exp_avg_sq else {}
@@ -91,7 +91,7 @@ def adamw_step_(
         own = _rule_gradients(_at(made, param), weight, grad, _at(made, decay), _at(made, self_), _at(made, tie))
         for i, g in zip(made, own, strict=True):
             gradient[i] = g
-    # On a CPU the fused kernel of torch 2.13 takes element i of every operand from storage, whatever the strides.
+    # On a CPU, the fused kernel of torch 2.13 ignores strides: it reads element i of every operand at offset i.
     operands = zip(param, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or exp_avg, strict=True)
     alike = [len({t.stride() for t in tensors}) == 1 for tensors in operands]
     for decayed, fused in dict.fromkeys(zip(weight_decay, alike, strict=True)):
@@ -107,8 +107,8 @@ def adamw_step_(
             torch.autograd.graph.increment_version([tensors[i] for tensors in written if tensors for i in here])
 
 
-def _at(places: list[int], values: Sequence[T]) -> list[T]:
-    return [values[i] for i in places]
+def _at(indices: list[int], values: Sequence[T]) -> list[T]:
+    return [values[i] for i in indices]
 
 
 def _rule_gradients(
@@ -120,7 +120,7 @@ def _rule_gradients(
     tie: Sequence[float],
     factors: Sequence[Tensor | None] = (None, None, None),
 ) -> list[Tensor]:
-    """decay * param - self_ * weight + tie * grad, each term times its factor."""
+    """decay * param - self_ * weight + tie * grad, for each row."""
     gradient = _scaled(list(torch._foreach_mul(list(param), list(decay))), factors[0])
     _add_(gradient, weight, [-a for a in self_], factors[1])
     _add_(gradient, grad, tie, factors[2])

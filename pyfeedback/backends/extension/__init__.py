@@ -1,1 +1,1 @@
-"""The compiled library: how it is found and loaded, and the ops that it implements."""
+"""The compiled library: its loading, and the ops that it implements."""

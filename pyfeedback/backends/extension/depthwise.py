@@ -1,4 +1,4 @@
-"""The backward of depthwise and grouped convolutions by the compiled kernel: every gradient from one read.
+"""The backward of depthwise and grouped convolutions by the compiled kernel, which reads its operands once.
 
 The mathematics and the measurements are in docs/depthwise.md.
 """
@@ -10,31 +10,32 @@ from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.call import Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution
-from pyfeedback.core.tensors import laid_out_like, wide_dtype
+from pyfeedback.core.tensors import acc_dtype, match_strides
 
-COEFFICIENTS = ("decay", "amp", "null", "sparse", "self_", "tie")  # in the order of the kernel's argument
-IMPLEMENTED = frozenset(COEFFICIENTS)
+# The coefficients in the order of the op's argument, which csrc/checks/depthwise.cpp reads by position.
+KERNEL_ORDER = ("decay", "amp", "null", "sparse", "self_", "tie")
+IMPLEMENTED = frozenset(KERNEL_ORDER)
 
 
 def supports(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
-    """True for a 2-D convolution of several groups with something to compute and an input that is dense in memory."""
+    """Whether the layer is a nonempty 2-D convolution of several groups, with an input that is dense in memory."""
     dense = input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last)
     return geometry.is_conv2d and geometry.groups > 1 and dense and 0 not in (*input.shape, *weight.shape)
 
 
 def is_faster(geometry: Convolution, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
-    """True for the supported layers that were measured to be faster than PyTorch's kernels (docs/depthwise.md).
+    """Whether a supported layer was measured to be faster than PyTorch's kernels (docs/depthwise.md).
 
-    They are depthwise, with a kernel of 5x5 or larger, or of 3x3 on a large map in contiguous memory.
+    These layers are depthwise, with a kernel of 5x5 or larger, or of 3x3 on a large map in contiguous memory.
     """
     if weight.shape[1] > 1 or not supports(geometry, input, weight, rule, algorithm):
         return False
-    taps, positions = (t.shape[2] * t.shape[3] for t in (weight, input))
-    return taps >= 25 or (taps >= 9 and positions >= 48 * 48 and input.is_contiguous())
+    window, positions = (t.shape[2] * t.shape[3] for t in (weight, input))
+    return window >= 25 or (window >= 9 and positions >= 48 * 48 and input.is_contiguous())
 
 
 def reads_response(rule: Coefficients, device_type: str) -> bool:
-    """True if the backward reads the response; on a CPU it is computed again, in the cache."""
+    """Whether the backward reads the response; on a CPU, the kernel computes it again in the cache."""
     return device_type != "cpu" and rule.null != 0
 
 
@@ -54,17 +55,17 @@ def backward(
     if learns and rule.center:
         mean = _mean(input, n)
         response_mean = None if response is None else _mean(response, n)
-    grads = torch.ops.pyfeedback.native_depthwise_backward.default(
+    grads = torch.ops.pyfeedback.extension_depthwise_backward.default(
         grad_output, input, weight.contiguous(), feedback.contiguous(), mean, response, response_mean,
         geometry.stride, geometry.padding, geometry.dilation, geometry.groups,
-        [getattr(rule, name) for name in COEFFICIENTS], n, *mask[:4],
+        [getattr(rule, name) for name in KERNEL_ORDER], n, *mask[:4],
     )  # fmt: skip
     grad_input, grad_weight, grad_feedback, grad_bias = (
         grad if needed else None for grad, needed in zip(grads, mask, strict=False)
     )
-    return grad_input, laid_out_like(grad_weight, weight), laid_out_like(grad_feedback, weight), grad_bias
+    return grad_input, match_strides(grad_weight, weight), match_strides(grad_feedback, weight), grad_bias
 
 
 def _mean(x: Tensor, samples: int) -> Tensor:
-    """[1, C, H, W] of the first samples, in float32 or wider."""
-    return x[:samples].mean(0, keepdim=True, dtype=wide_dtype(x.dtype))
+    """The mean [1, C, H, W] of the first samples, in float32 or float64."""
+    return x[:samples].mean(0, keepdim=True, dtype=acc_dtype(x.dtype))

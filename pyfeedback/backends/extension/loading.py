@@ -1,11 +1,11 @@
 """Loading of the compiled libraries, and information on how they were built.
 
-Loading registers the C++ implementations of the `native_*` ops; their schemas are in `pyfeedback.ops.schemas`, and
-either may come first. With PYFEEDBACK_NATIVE=0 no library is loaded, and every op runs its Python implementation.
+Loading registers the C++ implementations of the `extension_*` ops, before or after `pyfeedback.ops.schemas` defines
+their schemas. If PYFEEDBACK_EXTENSION=0, no library is loaded, and every op uses its Python implementation.
 
-Python started in the root of a clone imports the clone's folder `pyfeedback` and not the installed package. That
-folder has no library unless it was built in place (`pip install -e .`), so the libraries of the installed package are
-loaded there, provided they were built from the clone's sources.
+If Python is started in the root of a clone, it imports the folder `pyfeedback` of the clone instead of the installed
+package. This folder has no library unless it was built in place (`pip install -e .`). The libraries of the installed
+package are then loaded if they were built from the sources of the clone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pyfeedback.backends.extension import sources
+from pyfeedback.core.deprecation import warn_renamed
 
 PACKAGE = Path(__file__).parents[2]
 RECORD = "_build_info.json"
@@ -30,14 +31,14 @@ CUDA_LIBRARY = "_C_cuda.abi3.so"
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What was built, and which libraries are loaded.
+    """The libraries that were built, and which of them are loaded.
 
-    cpu, cuda             the library was built and is loaded
-    cuda_architectures    e.g. ("8.0", "9.0+PTX"); empty where CUDA was not built
-    torch_target          the oldest torch whose stable ABI the libraries need
-    built_with_torch      version of the torch they were compiled against; "" where nothing was compiled
-    compiler              first line of the C++ compiler's --version; "" where nothing was compiled
-    missing               one sentence on what is not there and why; "" when nothing is
+    cpu, cuda             whether the library was built and is loaded
+    cuda_architectures    e.g. ("8.0", "9.0+PTX"); empty if CUDA was not built
+    torch_target          the oldest torch whose stable ABI the libraries support
+    built_with_torch      the version of torch they were compiled with; "" if nothing was compiled
+    compiler              the first line of the C++ compiler's --version; "" if nothing was compiled
+    missing               the libraries that are missing and why, in one sentence; "" if none is
     """
 
     version: str
@@ -51,9 +52,9 @@ class BuildInfo:
 
 
 def _builds(package: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folder and record of each build that may serve ``package``: its own, and in a clone the installed ones.
+    """Yield the folder and the record of each build for ``package``: its own and, in a clone, the installed ones.
 
-    The current folder may hold a pyfeedback.egg-info, left by a build: a distribution too, but one without a record.
+    A pyfeedback.egg-info that a build left in the current folder is also a distribution, but has no record.
     """
     folders = [package]
     if _is_clone(package):
@@ -86,11 +87,11 @@ def _unbuilt() -> dict[str, Any]:
 
 
 def _choose(package: Path, cuda: bool) -> tuple[Path, dict[str, Any]]:
-    """Folder and record of the build to load.
+    """The folder and the record of the build to load.
 
     Raises:
-        ImportError: in a clone, none was built from the sources that are there. A kernel of another schema would return
-            wrong values without an error.
+        ImportError: in a clone, no build matches the sources. A kernel with another schema would return wrong values
+            without an error.
     """
     builds = list(_builds(package))
     if not builds:
@@ -105,24 +106,27 @@ def _choose(package: Path, cuda: bool) -> tuple[Path, dict[str, Any]]:
     changed = sources.changed(record.get("sources", {}), now, cuda and record["cuda"])
     raise ImportError(
         f"csrc/{changed} has changed since {folder / CPU_LIBRARY} was built: build it again with `pip install -e .`, "
-        "or set PYFEEDBACK_NATIVE=0 to do without"
+        "or set PYFEEDBACK_EXTENSION=0 to do without"
     )
 
 
 def _load(library: Path) -> bool:
-    """Load one library that the build made; ImportError when it does not load, never less than was built."""
+    """Load a library that was built; raise ImportError if it does not load."""
     try:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
             f"{library.name} was built but does not load with torch {torch.__version__}: {error}. "
-            "Reinstall pyfeedback, or set PYFEEDBACK_NATIVE=0 to do without."
+            "Reinstall pyfeedback, or set PYFEEDBACK_EXTENSION=0 to do without."
         ) from error
     return True
 
 
 def _load_all() -> BuildInfo:
-    disabled = os.environ.get("PYFEEDBACK_NATIVE") == "0"
+    disabled = os.environ.get("PYFEEDBACK_EXTENSION") == "0"
+    if os.environ.get("PYFEEDBACK_NATIVE") == "0":
+        warn_renamed("PYFEEDBACK_NATIVE=0", "PYFEEDBACK_EXTENSION=0")
+        disabled = True
     if disabled:
         folder, record = next(_builds(PACKAGE), (PACKAGE, _unbuilt()))
     else:
@@ -132,9 +136,9 @@ def _load_all() -> BuildInfo:
     cpu, cuda = record["cpu"], record["cuda"]
     if disabled:
         cpu = cuda = False
-        without = dict.fromkeys(without, "PYFEEDBACK_NATIVE=0")
+        without = dict.fromkeys(without, "PYFEEDBACK_EXTENSION=0")
     if torch.version.cuda is None:
-        # Nothing to miss: tensors on a CUDA device cannot exist, and the library would not find its symbols.
+        # Not reported as missing: there are no CUDA tensors, and the symbols of the library cannot be resolved.
         cuda = False
         without["CUDA"] = ""
     record["cpu"] = cpu and _load(folder / CPU_LIBRARY)
@@ -148,15 +152,15 @@ _INFO = _load_all()
 
 
 def build_info() -> BuildInfo:
-    """What was built and what of it is loaded, decided once at import."""
+    """The libraries that were built and which of them are loaded, determined once at import."""
     return _INFO
 
 
 def has_cpu() -> bool:
-    """Whether the `native_*` ops have a compiled CPU implementation."""
+    """Whether the `extension_*` ops have a compiled CPU implementation."""
     return _INFO.cpu
 
 
 def has_cuda() -> bool:
-    """Whether the `native_*` ops have a compiled CUDA implementation."""
+    """Whether the `extension_*` ops have a compiled CUDA implementation."""
     return _INFO.cuda

@@ -1,6 +1,6 @@
-"""Digests of the C++ and CUDA sources: a library loads in a source tree only if it was built from what is there.
+"""Digests of the C++ and CUDA sources: a library is loaded in a source tree only if it was built from these sources.
 
-setup.py runs this file by its path, where there may be no torch: it imports neither torch nor the package.
+setup.py runs this file by its path, possibly without torch, so it must import neither torch nor the package.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ def digests(csrc: Path) -> dict[str, str]:
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for name, path in relative.items()
-        if not name.startswith("cuda_emulator/")  # for the tests alone
+        if not name.startswith("cuda_emulator/")  # only for the tests
     }
 
 
 def changed(then: dict[str, str], now: dict[str, str], cuda: bool) -> str | None:
-    """The first source that was changed, added or removed between two :func:`digests`; with ``cuda`` false those of
-    the CUDA library do not count.
+    """The first source that was changed, added or removed between two :func:`digests`; the sources of the CUDA library
+    are compared only if ``cuda``.
     """
     names = sorted(then.keys() | now.keys())
     differ = (name for name in names if then.get(name) != now.get(name))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from native_ops import (
+from extension_ops import (
     DTYPES,
     IMPLEMENTATIONS,
     PARAMETERS,
@@ -15,7 +15,7 @@ from native_ops import (
 
 import pyfeedback
 from pyfeedback.backends.composite import steps as composite_steps
-from pyfeedback.backends.dispatch import provide
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.backends.extension import loading
 
 SGD = {"lr": 0.05, "momentum": 0.9, "nesterov": True}
@@ -29,13 +29,13 @@ def ops(request):
     return IMPLEMENTATIONS[request.param]
 
 
-@pytest.fixture(params=["native", "aten"])
+@pytest.fixture(params=["extension", "composite"])
 def adamw_step_(request):
-    if request.param == "aten":
+    if request.param == "composite":
         return composite_steps.adamw_step_
     if not loading.has_cpu():
         pytest.skip("the CPU library is not built")
-    return provide("adamw_step_", "cpu")
+    return current_implementation("adamw_step_", "cpu")
 
 
 def arranged(tensor, letter):
@@ -56,7 +56,7 @@ def step_pairs(ops, rule, feedback, weight, grad, feedback_buffer, weight_buffer
     terms = zip(RULES[rule], (WEIGHT_DECAY, 0.0, 1.0), strict=True)
     names = ("decay", "self_", "tie")
     coefficients = {name: list(pair) * len(feedback) for name, pair in zip(names, terms, strict=True)}
-    ops.native_feedback_step_(*(in_turn(*pair) for pair in lists), **coefficients, **SGD)
+    ops.extension_feedback_step_(*(in_turn(*pair) for pair in lists), **coefficients, **SGD)
 
 
 def in_turn(*lists):
@@ -99,7 +99,7 @@ def test_two_feedback_weights_of_one_weight(ops):
     """Both read W as it was."""
     w, g, *rest = random_like_model([(5000,)] * 4, torch.float64)
     b, other, moved = rest[0], rest[1], w.clone()
-    ops.native_feedback_step_(
+    ops.extension_feedback_step_(
         [b, other, moved], [moved] * 3, [g] * 3, [], decay=[0.0] * 3, self_=[1.0, 1.0, 0.0], tie=[0.0, 0.0, 1.0], lr=0.5
     )  # fmt: skip
     first, second = random_like_model([(5000,)] * 4, torch.float64)[2:]
@@ -217,7 +217,7 @@ def test_contradictory_arguments_raise_and_write_nothing(change):
     tensors["step"] = [torch.tensor(0.0)]
     numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}
     with pytest.raises(RuntimeError):
-        torch.ops.pyfeedback.native_adamw_step_(**(tensors | numbers | ADAMW | change))
+        torch.ops.pyfeedback.extension_adamw_step_(**(tensors | numbers | ADAMW | change))
     assert torch.equal(tensors["param"][0], torch.ones(4))
     assert tensors["step"][0] == 0
 
@@ -226,12 +226,12 @@ def test_contradictory_arguments_raise_and_write_nothing(change):
 def test_the_op_passes_opcheck_on_its_schema():
     tensors = [*([torch.ones(4)] for _ in range(5)), [torch.tensor(0.0)]]
     numbers = {"decay": [0.1], "self_": [0.2], "tie": [0.3], "weight_decay": [0.0]}
-    op = torch.ops.pyfeedback.native_adamw_step_.default
+    op = torch.ops.pyfeedback.extension_adamw_step_.default
     torch.library.opcheck(op, tuple(tensors), numbers | ADAMW, test_utils="test_schema")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "native", "aten"])
+@pytest.mark.parametrize("backend", ["auto", "extension", "composite"])
 def test_adamw_on_a_device(backend):
     def step(device):
         operands = [
@@ -239,7 +239,7 @@ def test_adamw_on_a_device(backend):
         ]
         counts = [torch.zeros((), device=device) for _ in range(2)]
         numbers = {"decay": [0.1] * 2, "self_": [0.2] * 2, "tie": [0.3] * 2, "weight_decay": [0.0, WEIGHT_DECAY]}
-        provide("adamw_step_", device)(*operands, step=counts, **numbers, **ADAMW)
+        current_implementation("adamw_step_", device)(*operands, step=counts, **numbers, **ADAMW)
         return [t.cpu() for tensors in operands for t in tensors]
 
     expected = step("cpu")

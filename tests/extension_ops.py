@@ -1,4 +1,4 @@
-"""The native ops by implementation and what their tests share.
+"""The compiled ops by implementation and what their tests share.
 
 All implementations have the names of the ops and take CPU tensors, so that the same tests judge the CPU kernels, the
 CUDA kernels on the CPU (cuda_emulator) and the CUDA kernels on a device. The rule everywhere: the error is at most
@@ -19,27 +19,27 @@ class OnDevice:
     """Copies the operands to the device, and back what was written."""
 
     @staticmethod
-    def native_feedback_step_(feedback, weight, grad, momentum_buffer, *, dynamic=None, **options):
+    def extension_feedback_step_(feedback, weight, grad, momentum_buffer, *, dynamic=None, **options):
         copies = {id(t): _to_device(t) for t in (*feedback, *weight, *grad, *momentum_buffer)}  # one of what is shared
         there = [[copies[id(t)] for t in tensors] for tensors in (feedback, weight, grad, momentum_buffer)]
         dynamic = None if dynamic is None else dynamic.to(DEVICE)
-        torch.ops.pyfeedback.native_feedback_step_(*there, **options, dynamic=dynamic)
+        torch.ops.pyfeedback.extension_feedback_step_(*there, **options, dynamic=dynamic)
         for tensor, stepped in zip((*feedback, *momentum_buffer), (*there[0], *there[3]), strict=True):
             tensor.copy_(stepped)
 
     @staticmethod
-    def native_alignment_products(feedback, weight):
+    def extension_alignment_products(feedback, weight):
         there = [[_to_device(t) for t in tensors] for tensors in (feedback, weight)]
-        return torch.ops.pyfeedback.native_alignment_products(*there).cpu()
+        return torch.ops.pyfeedback.extension_alignment_products(*there).cpu()
 
     @staticmethod
-    def native_center(input, samples):
-        return torch.ops.pyfeedback.native_center(_to_device(input), samples).cpu()
+    def extension_center(input, samples):
+        return torch.ops.pyfeedback.extension_center(_to_device(input), samples).cpu()
 
     @staticmethod
-    def native_add_centered_(self, input, beta, alpha):
+    def extension_add_centered_(self, input, beta, alpha):
         there = _to_device(self)
-        torch.ops.pyfeedback.native_add_centered_(there, _to_device(input), beta, alpha)
+        torch.ops.pyfeedback.extension_add_centered_(there, _to_device(input), beta, alpha)
         self.copy_(there)
 
 
@@ -106,20 +106,20 @@ def random_like_model(shapes, dtype, seed=0):
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def native_step(ops, feedback, weight, grad, buffers, **keywords):
+def extension_step(ops, feedback, weight, grad, buffers, **keywords):
     """The op on copies; per-tensor coefficients may be given as one number. Returns (feedback, buffers)."""
     feedback = [tensor.clone() for tensor in feedback]
     buffers = [tensor.clone() for tensor in buffers]
     for name in ("decay", "self_", "tie"):
         value = keywords.get(name, 0.0)
         keywords[name] = list(value) if isinstance(value, (list, tuple)) else [value] * len(feedback)
-    ops.native_feedback_step_(feedback, weight, grad, buffers, **keywords)
+    ops.extension_feedback_step_(feedback, weight, grad, buffers, **keywords)
     return feedback, buffers
 
 
 def check_step(ops, feedback, weight, grad, buffers, **keywords):
-    """One native step of a model against the formula, tensor by tensor."""
-    stepped, stepped_buffers = native_step(ops, feedback, weight, grad, buffers, **keywords)
+    """One compiled step of a model against the formula, tensor by tensor."""
+    stepped, stepped_buffers = extension_step(ops, feedback, weight, grad, buffers, **keywords)
     for i, start in enumerate(feedback):
         operands = [start, *(list_[i] if list_ else None for list_ in (weight, grad, buffers))]
         own = {name: value[i] if isinstance(value, list) else value for name, value in keywords.items()}

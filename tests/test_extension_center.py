@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from native_ops import DTYPES, IMPLEMENTATIONS, PARAMETERS, assert_as_accurate, cpu, dtype_id
+from extension_ops import DTYPES, IMPLEMENTATIONS, PARAMETERS, assert_as_accurate, cpu, dtype_id
 
 
 @pytest.fixture(params=PARAMETERS)
@@ -25,7 +25,7 @@ class TestCenter:
         generator = torch.Generator().manual_seed(0)
         tensor = (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
         for samples in {1, (shape[0] + 1) // 2, shape[0]}:
-            actual = ops.native_center(tensor, samples)
+            actual = ops.extension_center(tensor, samples)
             assert actual.dtype == dtype
             assert actual.is_contiguous()
             assert_as_accurate(
@@ -49,19 +49,19 @@ class TestCenter:
             storage = torch.full((tensor.numel() + 3,), float("nan"), dtype=dtype)
             storage[3:] = tensor.flatten()
             tensor = storage[3:].view_as(tensor)
-        actual = ops.native_center(tensor, 4)
+        actual = ops.extension_center(tensor, 4)
         assert actual.stride()[1:] == tensor.stride()[1:]
         assert actual.stride(0) == tensor[0].numel()
         assert_as_accurate(actual, center_formula(plain, 4), center_formula(plain.double(), 4), scale=plain)
 
     @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 2), (0,)], ids=str)
     def test_nothing_to_center(self, ops, shape):
-        assert ops.native_center(torch.zeros(shape), shape[0]).shape == shape
+        assert ops.extension_center(torch.zeros(shape), shape[0]).shape == shape
 
     def test_a_nonfinite_value_stays_at_its_position(self, ops):
         tensor = torch.randn(5, 200)
         tensor[2, 77] = float("inf")
-        finite = torch.isfinite(ops.native_center(tensor, 5)).all(0)
+        finite = torch.isfinite(ops.extension_center(tensor, 5)).all(0)
         assert finite.sum() == 199
         assert not finite[77]
 
@@ -73,7 +73,7 @@ class TestCenter:
             results = []
             for threads in (1, 3):
                 torch.set_num_threads(threads)
-                results.append(torch.ops.pyfeedback.native_center(tensor, 33))
+                results.append(torch.ops.pyfeedback.extension_center(tensor, 33))
         finally:
             torch.set_num_threads(before)
         assert torch.equal(*results)
@@ -84,13 +84,13 @@ class TestCenter:
     )
     def test_a_sample_that_is_no_block_raises(self, tensor):
         with pytest.raises(RuntimeError):
-            torch.ops.pyfeedback.native_center(tensor, 4)
+            torch.ops.pyfeedback.extension_center(tensor, 4)
 
     @cpu
     @pytest.mark.parametrize("samples", [-1, 5])
     def test_samples_out_of_range_raises(self, samples):
         with pytest.raises(RuntimeError):
-            torch.ops.pyfeedback.native_center(torch.zeros(4, 6), samples)
+            torch.ops.pyfeedback.extension_center(torch.zeros(4, 6), samples)
 
 
 class TestAddCentered:
@@ -104,7 +104,7 @@ class TestAddCentered:
         plain, exact = (
             beta * total.to(wide) + alpha * center_formula(tensor.to(wide), shape[0]) for wide in (dtype, torch.float64)
         )
-        ops.native_add_centered_(total, tensor, beta, alpha)
+        ops.extension_add_centered_(total, tensor, beta, alpha)
         assert_as_accurate(total, plain, exact, scale=tensor)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -115,13 +115,13 @@ class TestAddCentered:
         )
         spread[::2] = plain
         total = start.clone(memory_format=torch.channels_last)
-        ops.native_add_centered_(total, spread[::2], 0.5, 2.0)
+        ops.extension_add_centered_(total, spread[::2], 0.5, 2.0)
         exact = 0.5 * start.double() + 2.0 * center_formula(plain.double(), 6)
         assert_as_accurate(total, exact.to(dtype), exact, scale=exact)
 
     @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 2)], ids=str)
     def test_nothing_to_center(self, ops, shape):
-        ops.native_add_centered_(torch.zeros(shape), torch.zeros(shape), 1.0, 1.0)
+        ops.extension_add_centered_(torch.zeros(shape), torch.zeros(shape), 1.0, 1.0)
 
     @cpu
     @pytest.mark.parametrize(
@@ -132,5 +132,5 @@ class TestAddCentered:
     def test_what_does_not_fit_raises(self, total):
         before = total.clone()
         with pytest.raises(RuntimeError):
-            torch.ops.pyfeedback.native_add_centered_(total, torch.ones(4, 6), 1.0, 1.0)
+            torch.ops.pyfeedback.extension_add_centered_(total, torch.ones(4, 6), 1.0, 1.0)
         assert torch.equal(total, before)

@@ -21,7 +21,7 @@ class Arena {
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
 
   template <typename Item>
-  Item* take(int64_t count) {
+  Item* allocate(int64_t count) {
     const int64_t offset = used_;
     used_ += (count * static_cast<int64_t>(sizeof(Item)) + 63) / 64 * 64;
     return memory_ ? reinterpret_cast<Item*>(memory_ + offset) : nullptr;
@@ -47,38 +47,41 @@ class DepthwiseStrip {
 
  public:
   DepthwiseStrip(const DepthwiseLayer& layer, int64_t block, int64_t blocks, void* memory)
-      : a_(layer),
+      : layer_(layer),
         rule_(make_rule<T>(layer)),
         block_(block),
         blocks_(blocks),
         weights_(layer.J * layer.I * layer.R * layer.S) {
-    const int64_t reach = a_.dilation[0] * (a_.R - 1), width = a_.dilation[1] * (a_.S - 1);
-    // Of the input and of the output: the columns that taps read to the left of the first one, and from it to the
-    // right.
-    const int64_t in_left = a_.padding[1], in_right = a_.stride[1] * (a_.Q - 1) + width - a_.padding[1] + 1;
-    const int64_t out_left = std::max<int64_t>(0, (width - a_.padding[1] + a_.stride[1] - 1) / a_.stride[1]);
-    const int64_t out_right = (a_.W - 1 + a_.padding[1]) / a_.stride[1] + 1;
-    const int64_t out_rows = reach / a_.stride[0] + 1;
+    const int64_t reach = layer_.dilation[0] * (layer_.R - 1), width = layer_.dilation[1] * (layer_.S - 1);
+    // The columns that taps read to the left of the first one, and from the first one to the right: of the input, then
+    // of the output.
+    const int64_t in_left = layer_.padding[1],
+                  in_right = layer_.stride[1] * (layer_.Q - 1) + width - layer_.padding[1] + 1;
+    const int64_t out_left =
+        std::max<int64_t>(0, (width - layer_.padding[1] + layer_.stride[1] - 1) / layer_.stride[1]);
+    const int64_t out_right = (layer_.W - 1 + layer_.padding[1]) / layer_.stride[1] + 1;
+    const int64_t out_rows = reach / layer_.stride[0] + 1;
     Arena arena(memory);
-    taps_ = arena.take<Tap<T>>(std::max(a_.I, a_.J) * a_.R * a_.S);
-    columns_ = arena.take<KernelColumn>(a_.S);
+    taps_ = arena.allocate<Tap<T>>(std::max(layer_.I, layer_.J) * layer_.R * layer_.S);
+    columns_ = arena.allocate<KernelColumn>(layer_.S);
     shared_ = arena.used();
     const auto ring = [&](bool needed, int64_t channels, int64_t rows, int64_t left, int64_t right) {
       const int64_t columns = needed ? left + right : 0;
       int64_t height = 1;
       while (height < rows) height *= 2;
-      return Ring<T>{arena.take<Vector>(channels * height * columns), height, columns, left};
+      return Ring<T>{arena.allocate<Vector>(channels * height * columns), height, columns, left};
     };
-    x_ = ring(true, a_.I, reach + 1, in_left, std::max(a_.W, in_right));
+    x_ = ring(true, layer_.I, reach + 1, in_left, std::max(layer_.W, in_right));
     centered_ = x_;
-    if (a_.mean.data) centered_ = ring(rule_.reads_data(), a_.I, reach + 1, in_left, std::max(a_.W, in_right));
-    dy_ = ring(true, a_.J, out_rows, out_left, std::max(a_.Q, out_right));
-    y_ = ring(rule_.null != 0, a_.J, out_rows, out_left, std::max(a_.Q, out_right));
-    weight_ = arena.take<Vector>(weights_);
-    feedback_ = arena.take<Vector>(weights_);
-    combined_ = arena.take<Vector>(weights_);
-    sums_ = arena.take<Vector>(2 * weights_ + a_.J);
-    row_ = arena.take<Vector>(std::max(a_.W, a_.Q));
+    if (layer_.mean.data)
+      centered_ = ring(rule_.reads_data(), layer_.I, reach + 1, in_left, std::max(layer_.W, in_right));
+    dy_ = ring(true, layer_.J, out_rows, out_left, std::max(layer_.Q, out_right));
+    y_ = ring(rule_.null != 0, layer_.J, out_rows, out_left, std::max(layer_.Q, out_right));
+    weight_ = arena.allocate<Vector>(weights_);
+    feedback_ = arena.allocate<Vector>(weights_);
+    combined_ = arena.allocate<Vector>(weights_);
+    sums_ = arena.allocate<Vector>(2 * weights_ + layer_.J);
+    row_ = arena.allocate<Vector>(std::max(layer_.W, layer_.Q));
     step_ = (arena.used() - shared_) / static_cast<int64_t>(sizeof(Vector));
   }
 
@@ -88,8 +91,8 @@ class DepthwiseStrip {
   void run(int64_t first, int64_t last, double* sums) {
     load_weights();
     for (int64_t n = first; n < last; ++n) {
-      run_sample(n, n < a_.samples && rule_.reads_data());
-      const int64_t size = (2 * weights_ + a_.J) * kLanes;
+      run_sample(n, n < layer_.samples && rule_.reads_data());
+      const int64_t size = (2 * weights_ + layer_.J) * kLanes;
       for (int64_t b = 0; b < blocks_; ++b) {
         T* sum = reinterpret_cast<T*>(sums_ + b * step_);
         for (int64_t i = 0; i < size; ++i) sums[b * size + i] += sum[i];
@@ -105,8 +108,8 @@ class DepthwiseStrip {
       for (int64_t l = 0; l < lanes(b); ++l) {
         const int64_t first = (group(b) + l) * weights_;
         for (int64_t k = 0; k < weights_; ++k) {
-          const T weight = to_acc(static_cast<const Scalar*>(a_.weight)[first + k]);
-          const T feedback = to_acc(static_cast<const Scalar*>(a_.feedback)[first + k]);
+          const T weight = to_acc(static_cast<const Scalar*>(layer_.weight)[first + k]);
+          const T feedback = to_acc(static_cast<const Scalar*>(layer_.feedback)[first + k]);
           lane(weight_ + b * step_ + k, l) = weight;
           lane(feedback_ + b * step_ + k, l) = feedback;
           lane(combined_ + b * step_ + k, l) = rule_.combined(feedback, weight);
@@ -114,10 +117,10 @@ class DepthwiseStrip {
       }
     }
     KernelColumn* next = columns_;
-    for (int64_t first = 0; first < a_.stride[1]; ++first) {
-      for (int64_t s = 0; s < a_.S; ++s) {
-        const int64_t column = first + a_.padding[1] - a_.dilation[1] * s;
-        if (column % a_.stride[1] == 0) *next++ = {first, s, column / a_.stride[1]};
+    for (int64_t first = 0; first < layer_.stride[1]; ++first) {
+      for (int64_t s = 0; s < layer_.S; ++s) {
+        const int64_t column = first + layer_.padding[1] - layer_.dilation[1] * s;
+        if (column % layer_.stride[1] == 0) *next++ = {first, s, column / layer_.stride[1]};
       }
     }
   }
@@ -125,48 +128,49 @@ class DepthwiseStrip {
   // An input row is complete as soon as the last output row that reads it is loaded.
   void run_sample(int64_t n, bool learns) {
     int64_t loaded = 0, complete = 0;
-    for (int64_t p = 0; p < a_.P; ++p) {
-      const int64_t top = a_.stride[0] * p - a_.padding[0], bottom = top + a_.dilation[0] * (a_.R - 1);
-      for (loaded = std::max(loaded, top); loaded < a_.H && loaded <= bottom; ++loaded) load_input(n, loaded, learns);
+    for (int64_t p = 0; p < layer_.P; ++p) {
+      const int64_t top = layer_.stride[0] * p - layer_.padding[0], bottom = top + layer_.dilation[0] * (layer_.R - 1);
+      for (loaded = std::max(loaded, top); loaded < layer_.H && loaded <= bottom; ++loaded)
+        load_input(n, loaded, learns);
       load_output(n, p);
       output_row(p, learns);
-      for (; complete < a_.H && (complete < top + a_.stride[0] || p + 1 == a_.P); ++complete) {
+      for (; complete < layer_.H && (complete < top + layer_.stride[0] || p + 1 == layer_.P); ++complete) {
         input_row(n, complete, learns);
       }
     }
   }
 
   void load_input(int64_t n, int64_t h, bool learns) {
-    for (int64_t i = 0; i < a_.I; ++i) {
+    for (int64_t i = 0; i < layer_.I; ++i) {
       for (int64_t b = 0; b < blocks_; ++b) {
         Vector* x = x_.row(i, h) + b * step_;
-        load_row<Scalar>(row<const Scalar>(a_.input, n, b, i, a_.I, h), x, a_.W, lanes(b));
-        if (!learns || !a_.mean.data) continue;
+        load_row<Scalar>(row<const Scalar>(layer_.input, n, b, i, layer_.I, h), x, layer_.W, lanes(b));
+        if (!learns || !layer_.mean.data) continue;
         Vector* centered = centered_.row(i, h) + b * step_;
-        load_row<T>(row<const T>(a_.mean, 0, b, i, a_.I, h), centered, a_.W, lanes(b));
-        for (int64_t w = 0; w < a_.W; ++w) centered[w] = x[w] - centered[w];
+        load_row<T>(row<const T>(layer_.mean, 0, b, i, layer_.I, h), centered, layer_.W, lanes(b));
+        for (int64_t w = 0; w < layer_.W; ++w) centered[w] = x[w] - centered[w];
       }
     }
   }
 
   void load_output(int64_t n, int64_t p) {
-    for (int64_t j = 0; j < a_.J; ++j) {
+    for (int64_t j = 0; j < layer_.J; ++j) {
       for (int64_t b = 0; b < blocks_; ++b) {
         Vector* dy = dy_.row(j, p) + b * step_;
-        load_row<Scalar>(row<const Scalar>(a_.grad_output, n, b, j, a_.J, p), dy, a_.Q, lanes(b));
-        if (!a_.grad_bias) continue;
+        load_row<Scalar>(row<const Scalar>(layer_.grad_output, n, b, j, layer_.J, p), dy, layer_.Q, lanes(b));
+        if (!layer_.grad_bias) continue;
         Vector sum = dy[0];
-        for (int64_t q = 1; q < a_.Q; ++q) sum += dy[q];
+        for (int64_t q = 1; q < layer_.Q; ++q) sum += dy[q];
         sums_[b * step_ + 2 * weights_ + j] += sum;
       }
     }
   }
 
-  // What reads the input under the window: grad_weight, the response and the combined term.
+  // The terms that read the input under the window: grad_weight, the response and the combined term.
   void output_row(int64_t p, bool learns) {
-    const int64_t step = a_.stride[1], length = a_.Q;
-    for (int64_t j = 0; j < a_.J; ++j) {
-      if (a_.grad_weight || rule_.tie != 0) {
+    const int64_t step = layer_.stride[1], length = layer_.Q;
+    for (int64_t j = 0; j < layer_.J; ++j) {
+      if (layer_.grad_weight || rule_.tie != 0) {
         const Taps<T> taps = window_taps(x_, p, j, weight_, sums_);
         const Vector* dy = dy_.row(j, p);
         for_each_block([&](int64_t at) { wgrad(taps, at, step, dy + at, 1, length); });
@@ -186,18 +190,18 @@ class DepthwiseStrip {
     }
   }
 
-  // What maps the output back to the input: grad_input and z = convT(y, B).
+  // The terms that map the output back to the input: grad_input and z = convT(y, B).
   void input_row(int64_t n, int64_t h, bool learns) {
     const bool has_null = learns && rule_.null != 0;
     const T null = rule_.null, amp = rule_.amp_of_null();
-    for (int64_t i = 0; i < a_.I; ++i) {
-      if (a_.grad_input.data) {
+    for (int64_t i = 0; i < layer_.I; ++i) {
+      if (layer_.grad_input.data) {
         for_each_phase([&](int64_t first, int64_t step, int64_t length, int64_t begin, int64_t end) {
           const Taps<T> taps = adjoint_taps(dy_, h, i, begin, end);
           for_each_block([&](int64_t at) { convolve(taps, at, 1, row_ + at + first, step, length); });
         });
         for (int64_t b = 0; b < blocks_; ++b) {
-          store_row<Scalar>(row_ + b * step_, row<Scalar>(a_.grad_input, n, b, i, a_.I, h), a_.W, lanes(b));
+          store_row<Scalar>(row_ + b * step_, row<Scalar>(layer_.grad_input, n, b, i, layer_.I, h), layer_.W, lanes(b));
         }
       }
       if (!has_null) continue;
@@ -207,7 +211,7 @@ class DepthwiseStrip {
         if (taps.count == 0) return;
         for_each_block([&](int64_t at) {
           convolve(taps, at, 1, row_ + first, step, length);
-          for (int64_t w = first; w < a_.W; w += step) row_[w] = null * row_[w] - amp * x[at + w];
+          for (int64_t w = first; w < layer_.W; w += step) row_[w] = null * row_[w] - amp * x[at + w];
           wgrad(taps, at, 1, row_ + first, step, length);
         });
       });
@@ -224,27 +228,27 @@ class DepthwiseStrip {
   // columns_[begin .. end - 1] apply.
   template <typename Visitor>
   void for_each_phase(const Visitor& visit) const {
-    const int64_t step = a_.stride[1];
+    const int64_t step = layer_.stride[1];
     int64_t begin = 0;
-    for (int64_t first = 0; first < std::min(step, a_.W); ++first) {
+    for (int64_t first = 0; first < std::min(step, layer_.W); ++first) {
       int64_t end = begin;
-      while (end < a_.S && columns_[end].first == first) ++end;
-      visit(first, step, (a_.W - first + step - 1) / step, begin, end);
+      while (end < layer_.S && columns_[end].first == first) ++end;
+      visit(first, step, (layer_.W - first + step - 1) / step, begin, end);
       begin = end;
     }
   }
 
   // The taps of output channel j at output row p, over the input.
   Taps<T> window_taps(const Ring<T>& ring, int64_t p, int64_t j, const Vector* weight, Vector* sum) const {
-    const int64_t R = a_.R, S = a_.S, H = a_.H, down = a_.dilation[0], right = a_.dilation[1];
-    const int64_t top = a_.stride[0] * p - a_.padding[0];
+    const int64_t R = layer_.R, S = layer_.S, H = layer_.H, down = layer_.dilation[0], right = layer_.dilation[1];
+    const int64_t top = layer_.stride[0] * p - layer_.padding[0];
     Tap<T>* tap = taps_;
-    int64_t k = j * a_.I * R * S;
-    for (int64_t i = 0; i < a_.I; ++i) {
+    int64_t k = j * layer_.I * R * S;
+    for (int64_t i = 0; i < layer_.I; ++i) {
       for (int64_t r = 0; r < R; ++r, k += S) {
         const int64_t h = top + down * r;
         if (h < 0 || h >= H) continue;
-        const Vector* in = ring.row(i, h) - a_.padding[1];
+        const Vector* in = ring.row(i, h) - layer_.padding[1];
         for (int64_t s = 0; s < S; ++s) *tap++ = {in + right * s, weight + k + s, sum + k + s};
       }
     }
@@ -253,13 +257,13 @@ class DepthwiseStrip {
 
   // The taps that map the output to row h of input channel i, for columns_[begin .. end - 1].
   Taps<T> adjoint_taps(const Ring<T>& ring, int64_t h, int64_t i, int64_t begin, int64_t end) const {
-    const int64_t step = a_.stride[0];
+    const int64_t step = layer_.stride[0];
     Tap<T>* tap = taps_;
-    for (int64_t r = 0; r < a_.R; ++r) {
-      const int64_t above = h + a_.padding[0] - a_.dilation[0] * r, p = step == 1 ? above : above / step;
-      if (above < 0 || p >= a_.P || p * step != above) continue;
-      for (int64_t j = 0; j < a_.J; ++j) {
-        const int64_t k = ((j * a_.I + i) * a_.R + r) * a_.S;
+    for (int64_t r = 0; r < layer_.R; ++r) {
+      const int64_t above = h + layer_.padding[0] - layer_.dilation[0] * r, p = step == 1 ? above : above / step;
+      if (above < 0 || p >= layer_.P || p * step != above) continue;
+      for (int64_t j = 0; j < layer_.J; ++j) {
+        const int64_t k = ((j * layer_.I + i) * layer_.R + r) * layer_.S;
         const Vector* in = ring.row(j, p);
         for (const KernelColumn* column = columns_ + begin; column < columns_ + end; ++column) {
           *tap++ = {in + column->column, feedback_ + k + column->s, sums_ + weights_ + k + column->s};
@@ -270,7 +274,7 @@ class DepthwiseStrip {
   }
 
   int64_t group(int64_t b) const { return (block_ + b) * kLanes; }
-  int64_t lanes(int64_t b) const { return std::min<int64_t>(kLanes, a_.G - group(b)); }
+  int64_t lanes(int64_t b) const { return std::min<int64_t>(kLanes, layer_.G - group(b)); }
 
   // Row `row` of channel `member` of each group. A group has `members` channels.
   template <typename Item>
@@ -282,7 +286,7 @@ class DepthwiseStrip {
 
   static T& lane(Vector* vector, int64_t l) { return reinterpret_cast<T*>(vector)[l]; }
 
-  const DepthwiseLayer& a_;
+  const DepthwiseLayer& layer_;
   const DepthwiseRule<T> rule_;
   const int64_t block_, blocks_, weights_;
   // Of the first block. Those of each further block are step_ vectors further.

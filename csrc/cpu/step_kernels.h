@@ -1,5 +1,5 @@
-// The loops of native_feedback_step_ and native_adamw_step_ over one chunk of one row. In an unnamed namespace, see
-// scalar.h.
+// The kernels of extension_feedback_step_ and extension_adamw_step_ over one chunk of one row. In an unnamed namespace,
+// see scalar.h.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace pyfeedback::cpu {
 namespace {
 
-// Element i of every operand is at offset i. T is float or double. Not inlined, because GCC 12 makes slower code of the
-// loop within step_16bit (8 % for float16).
+// Element i of every operand is at offset i. T is float or double. Not inlined: within step_16bit,
+// the loop that GCC 12 compiles is 8 % slower for float16.
 template <typename T, bool kHasWeight, bool kHasGrad, bool kHasStates, typename Row, typename Step>
 __attribute__((noinline)) void step_contiguous(const Row& row, const Step& step, int64_t begin, int64_t end) {
   constexpr int kStates = Row::kOperands - kState;

@@ -46,7 +46,7 @@ class Place:
         return [state.cpu() for state in states]
 
 
-def device(name: str | None = None) -> torch.device:
+def choose(name: str | None = None) -> torch.device:
     """The device of this name. The default is a GPU if there is one; under torchrun, the GPU of the local rank.
 
     Raises:

@@ -1,6 +1,7 @@
-"""The weight gradient and the input gradient of a layer too small to fill a GPU with either, in one launch: a
-persistent grid, whose programs take the tiles of the weight gradient first, which are longer, then those of the input
-gradient.
+"""A joint launch: the weight gradient and the input gradient together, for a layer too small to fill a GPU with either.
+
+The programs of a persistent grid first compute the tiles of the weight gradient, which take longer, and then those of
+the input gradient.
 """
 
 import triton
@@ -13,8 +14,8 @@ from .wgrad import wgrad_kernel
 
 
 @triton.jit
-def grouped_kernel(
-    wgrad_arguments,  # those of wgrad_kernel that are not compile-time constants
+def joint_kernel(
+    wgrad_arguments,  # the arguments of wgrad_kernel, without compile-time constants
     dgrad_arguments,  # of dgrad_kernel
     wgrad_tiles,
     dgrad_tiles,
@@ -42,12 +43,12 @@ def grouped_kernel(
             )
 
 
-def grouped_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int | None = None) -> Launch:
-    """Both launches of one layer as one. Neither may write what the other reads.
+def joint_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int | None = None) -> Launch:
+    """Combine both launches of one layer. Neither may write a tensor that the other reads.
 
     Args:
         wgrad, dgrad: with tiles of the same number of warps and stages.
-        programs: how many share the tiles; by default as many as are resident at once.
+        programs: the number of programs that share the tiles; by default, as many as are resident at once.
     """
     tiles = wgrad.grid[0] * wgrad.grid[1] + dgrad.grid[0] * dgrad.grid[1]
     arguments = {"wgrad_arguments": tuple(wgrad.arguments.values()), "dgrad_arguments": tuple(dgrad.arguments.values())}
@@ -57,7 +58,7 @@ def grouped_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int 
         for constant, value in launch.constants.items():
             constants[f"{name}_{constant}" if constant in ("FLAGS", "TILE") else constant] = value
     return wgrad._replace(
-        kernel=grouped_kernel,
+        kernel=joint_kernel,
         products=wgrad.products + dgrad.products,
         grid=(min(tiles, programs or PROGRAMS_PER_PROCESSOR * processors), 1),
         arguments=arguments,

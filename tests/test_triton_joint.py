@@ -27,12 +27,12 @@ from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels import launch
 from pyfeedback.kernels.dgrad import dgrad_launch
 from pyfeedback.kernels.geometry import Geometry
-from pyfeedback.kernels.grouped import grouped_launch
-from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_grouped
+from pyfeedback.kernels.joint import joint_launch
+from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_joint
 from pyfeedback.kernels.wgrad import wgrad_launch
 
 pytestmark = triton_cases.MARKS
-uninitialised_memory_is_nan = triton_cases.uninitialised_memory_is_nan
+uninitialized_memory_is_nan = triton_cases.uninitialized_memory_is_nan
 
 
 CASES = {
@@ -72,7 +72,7 @@ def run(case: Case, dtype=torch.float32, programs=None, centered=False):
         dgrad_launch, g, prefix="other ", feedback=kernel, dy=dy, dx=dx, y=y, z=z, x=x, x_scale=1.5, **others,
         tile=DgradTile(16, 16, 16, 4, 2),
     )  # fmt: skip
-    launch.run(grouped_launch(first, second, 132, programs), values | others, x.device)
+    launch.run(joint_launch(first, second, 132, programs), values | others, x.device)
     expected = []
     for wide in (dtype, torch.float64):
         wider = torch.promote_types(wide, torch.float32)
@@ -121,14 +121,14 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(
     ("rule", "algorithm", "expected"),
     [
-        ("fa", Algorithm.NONE, ["grouped"]),
-        ("kp", Algorithm.NONE, ["grouped"]),
-        ("wm-centered", Algorithm.DIRECT, ["grouped"]),
-        ("aa", Algorithm.DIRECT, ["grouped"]),
-        ("aa-centered", Algorithm.DIRECT, ["grouped"]),
-        ("ia", Algorithm.DIRECT, ["grouped", "wgrad"]),
-        ("ia", Algorithm.INPUT_GRAM, ["grouped"]),
-        ("ia", Algorithm.RESPONSE_GRAM, ["wgrad", "grouped"]),
+        ("fa", Algorithm.NONE, ["joint"]),
+        ("kp", Algorithm.NONE, ["joint"]),
+        ("wm-centered", Algorithm.DIRECT, ["joint"]),
+        ("aa", Algorithm.DIRECT, ["joint"]),
+        ("aa-centered", Algorithm.DIRECT, ["joint"]),
+        ("ia", Algorithm.DIRECT, ["joint", "wgrad"]),
+        ("ia", Algorithm.INPUT_GRAM, ["joint"]),
+        ("ia", Algorithm.RESPONSE_GRAM, ["wgrad", "joint"]),
     ],
 )
 def test_launches(rule, algorithm, expected, launched):
@@ -141,12 +141,12 @@ def test_launches(rule, algorithm, expected, launched):
 def test_conv2d_backward_of_part_of_the_batch(rule, launched):
     algorithm = Algorithm.DIRECT if any(RULES[rule].get(p) for p in ("amp", "null", "sparse")) else Algorithm.NONE
     assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], {**RULES[rule], "samples": 2}, algorithm))
-    assert "grouped" in names(launched)
+    assert "joint" in names(launched)
 
 
 def test_masks(launched):
-    """Without dx nothing is grouped; without dW, dx is grouped with the feedback's gradient."""
-    for mask, name in (((False, True, True, True), "wgrad"), ((True, False, True, True), "grouped")):
+    """Without dx there is no joint launch; without dW, dx shares one with the feedback's gradient."""
+    for mask, name in (((False, True, True, True), "wgrad"), ((True, False, True, True), "joint")):
         launched.clear()
         assert_all_near(*run_conv2d(LAYERS["3x2 stride 2 and 1"], RULES["wm"], Algorithm.DIRECT, mask))
         assert names(launched) == [name]
@@ -157,7 +157,7 @@ def test_small_layers():
     small = Geometry(32, 512, 512, 7, 7, 7, 7, 3, 3, (1, 1), (1, 1))
     for capability in (80, 90):
         for itemsize in (2, 4):
-            first, second = choose_grouped(small, (512, 512), True, target(itemsize, capability))
+            first, second = choose_joint(small, (512, 512), True, target(itemsize, capability))
             assert (first.warps, first.stages) == (second.warps, second.stages)
-    assert choose_grouped(small._replace(N=256), (512, 512), True, target(2, 90)) is None
-    assert choose_grouped(Geometry(128, 64, 64, 8, 8, 8, 8, 3, 3), (64, 0), False, target(2, 90)) is not None
+    assert choose_joint(small._replace(N=256), (512, 512), True, target(2, 90)) is None
+    assert choose_joint(Geometry(128, 64, 64, 8, 8, 8, 8, 3, 3), (64, 0), False, target(2, 90)) is not None

@@ -416,7 +416,7 @@ def test_documented_rule_takes_fewer_samples_in_aligned_layers():
 def test_documented_rule_adds_its_term():
     plain, model = network("wm"), network("wm")
     model.load_state_dict(plain.state_dict())
-    documented()["normalise"](model, strength=0.5)
+    documented()["normalize"](model, strength=0.5)
     gradients(plain), gradients(model)
     b, w = model[3].feedback.detach(), model[3].weight.detach()
     torch.testing.assert_close(model[3].feedback.grad, plain[3].feedback.grad + 0.5 * b * (1 - w.norm() / b.norm()))

@@ -1,4 +1,4 @@
-// The loops of native_alignment_products over one chunk of one pair. In an unnamed namespace, see scalar.h.
+// The kernels of extension_alignment_products over one chunk of one pair. In an unnamed namespace, see scalar.h.
 #pragma once
 
 #include <algorithm>

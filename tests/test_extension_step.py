@@ -3,7 +3,7 @@
 import cuda_emulator
 import pytest
 import torch
-from native_ops import (
+from extension_ops import (
     DTYPES,
     EVERYTHING,
     IMPLEMENTATIONS,
@@ -12,7 +12,7 @@ from native_ops import (
     check_step,
     cpu,
     dtype_id,
-    native_step,
+    extension_step,
     random_like_model,
     step_formula,
 )
@@ -86,14 +86,14 @@ class TestFeedbackStep:
         feedback.copy_(torch.arange(30.0).view(10, 3))
         expected = storage.clone()
         expected[:, 1::3] *= 0.5
-        ops.native_feedback_step_([feedback], [], [], [], decay=[1.0], self_=[0.0], tie=[0.0], lr=0.5)
+        ops.extension_feedback_step_([feedback], [], [], [], decay=[1.0], self_=[0.0], tie=[0.0], lr=0.5)
         torch.testing.assert_close(storage, expected, equal_nan=True, rtol=0, atol=0)
 
     @cpu
     def test_an_expanded_feedback_is_refused(self):
         feedback = torch.ones(1, 3).expand(4, 3)
         with pytest.raises(RuntimeError):
-            torch.ops.pyfeedback.native_feedback_step_(
+            torch.ops.pyfeedback.extension_feedback_step_(
                 [feedback], [], [], [], decay=[0.1], self_=[0.0], tie=[0.0], lr=0.5
             )
         assert torch.equal(feedback, torch.ones(4, 3))
@@ -115,7 +115,7 @@ class TestFeedbackStep:
                 tensor.copy_(random_like_model([(size,)], dtype, seed)[0])
             check_step(ops, *model, **EVERYTHING)
             coefficients = {name: [EVERYTHING[name]] for name in ("decay", "self_", "tie")}
-            ops.native_feedback_step_(*model, **(EVERYTHING | coefficients), noise=0.1)
+            ops.extension_feedback_step_(*model, **(EVERYTHING | coefficients), noise=0.1)
             for storage in storages:
                 assert torch.isfinite(storage[offset : offset + size]).all()
                 assert storage[:offset].isnan().all()
@@ -141,7 +141,7 @@ class TestFeedbackStep:
             grad[0] = grad[0].t().contiguous().t()
         for skip in (False, True):
             coefficients = {"decay": 0.1, "self_": [0.0, 1.0], "tie": [1.0, 0.0], "lr": 0.1}
-            stepped, _ = native_step(ops, feedback, weight, grad, [], **coefficients, skip_nonfinite=skip)
+            stepped, _ = extension_step(ops, feedback, weight, grad, [], **coefficients, skip_nonfinite=skip)
             assert all(torch.isfinite(tensor).all() for tensor in stepped)
             assert all((after != before).any() for after, before in zip(stepped, feedback, strict=True))
 
@@ -156,17 +156,17 @@ class TestFeedbackStep:
         if layout == "strided":
             model[operand][13] = model[operand][13].t().contiguous().t()
         model[operand][13][49, 40] = value
-        stepped, buffers = native_step(ops, *model.values(), skip_nonfinite=True, **EVERYTHING)
+        stepped, buffers = extension_step(ops, *model.values(), skip_nonfinite=True, **EVERYTHING)
         for before, after in zip(model["feedback"] + model["buffers"], stepped + buffers, strict=True):
             assert torch.equal(before, after)
-        stepped, _ = native_step(ops, *model.values(), **EVERYTHING)
+        stepped, _ = extension_step(ops, *model.values(), **EVERYTHING)
         assert not torch.isfinite(stepped[13][49, 40])
 
     def test_skip_nonfinite_steps_when_all_is_finite(self, ops):
         model = [random_like_model([(100,)], torch.float32, seed) for seed in range(3)]
         keywords = {"decay": 0.1, "self_": 0.2, "tie": 0.3, "lr": 0.5}
-        plain, _ = native_step(ops, *model, [], **keywords)
-        skipping, _ = native_step(ops, *model, [], skip_nonfinite=True, **keywords)
+        plain, _ = extension_step(ops, *model, [], **keywords)
+        skipping, _ = extension_step(ops, *model, [], skip_nonfinite=True, **keywords)
         assert torch.equal(plain[0], skipping[0])
 
     @cpu
@@ -187,7 +187,7 @@ class TestFeedbackStep:
         arguments |= {"decay": [0.1], "self_": [0.2], "tie": [0.3], "lr": 0.5}
         # Torch before 2.13 loses the text of an error from a library; Python has told the user before.
         with pytest.raises(RuntimeError):
-            torch.ops.pyfeedback.native_feedback_step_(feedback, **(arguments | change))
+            torch.ops.pyfeedback.extension_feedback_step_(feedback, **(arguments | change))
         assert torch.equal(feedback[0], torch.ones(4))
 
     @pytest.mark.parametrize("layout", ["dense", "strided", "mixed"])
@@ -217,7 +217,7 @@ class TestFeedbackStep:
             if id(stepped) in now:
                 now[id(stepped)] = expected[-1][0]
         stepped, weights, grads, buffers, decay, self_, tie = map(list, zip(*rows, strict=True))
-        ops.native_feedback_step_(
+        ops.extension_feedback_step_(
             stepped, weights, grads, buffers, decay=decay, self_=self_, tie=tie, lr=0.5, momentum=0.9
         )
         for found, found_buffer, (one, buffer) in zip(stepped, buffers, expected, strict=True):
@@ -232,9 +232,9 @@ class TestFeedbackStep:
             model[1][0] = model[1][0].t().contiguous().t()
         coefficients = {"decay": [0.1, 0.2], "self_": [0.2, 0.3], "tie": [0.3, 0.4], "momentum": 0.9}
         dynamic = torch.tensor([0.5, 2.0, 0.25, 4.0, 7.0], dtype=torch.float64)
-        found = native_step(ops, *model, **coefficients, lr=0.5, noise=0.1, seed=3, dynamic=dynamic)
+        found = extension_step(ops, *model, **coefficients, lr=0.5, noise=0.1, seed=3, dynamic=dynamic)
         scaled = {"decay": [0.2, 0.4], "self_": [0.05, 0.075], "tie": [1.2, 1.6], "momentum": 0.9}
-        expected = native_step(ops, *model, **scaled, lr=0.25, noise=0.1, seed=10)
+        expected = extension_step(ops, *model, **scaled, lr=0.25, noise=0.1, seed=10)
         for ours, theirs in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -253,7 +253,7 @@ class TestFeedbackStep:
         results = []
         for options in (changing, fixed):
             copies = [[tensor.clone() for tensor in tensors] for tensors in model]
-            with pyfeedback.backend("aten"):
+            with pyfeedback.backend("composite"):
                 functional.feedback_step_(*copies, **options, momentum=0.9, nesterov=True, noise=0.1)
             results.append(copies[0] + copies[3])
         torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=1e-14)
@@ -267,7 +267,7 @@ class TestFeedbackStep:
     def test_a_dynamic_that_cannot_be_read_raises_and_writes_nothing(self, dynamic):
         feedback = [torch.ones(4)]
         with pytest.raises(RuntimeError):
-            native_step(torch.ops.pyfeedback, feedback, [], [], [], decay=0.1, lr=0.5, dynamic=dynamic)
+            extension_step(torch.ops.pyfeedback, feedback, [], [], [], decay=0.1, lr=0.5, dynamic=dynamic)
         with pytest.raises(ValueError, match="dynamic is"):
             functional.feedback_step_(feedback, [], [], decay=[0.1], self_=[0.0], tie=[0.0], lr=0.5, dynamic=dynamic)
         assert torch.equal(feedback[0], torch.ones(4))
@@ -279,7 +279,7 @@ class TestNoise:
         tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         if layout is not None:
             tensors = [tensor.contiguous(memory_format=layout) for tensor in tensors]
-        return native_step(ops, tensors, [], [], [], lr=-1.0, noise=1.0, seed=seed)[0]
+        return extension_step(ops, tensors, [], [], [], lr=-1.0, noise=1.0, seed=seed)[0]
 
     def test_moments_of_the_normal_distribution(self, ops):
         (draws,) = self.draw(ops, [(400_000,)], dtype=torch.float64)
@@ -290,7 +290,7 @@ class TestNoise:
         assert abs((draws**4).mean() - 3) < 4 * 96**0.5 * standard_error
         assert draws.abs().max() < 7
 
-    def test_neighbours_are_uncorrelated(self, ops):
+    def test_neighbors_are_uncorrelated(self, ops):
         (draws,) = self.draw(ops, [(400_000,)], dtype=torch.float64)
         for lag in (1, 2, 3, 4):
             assert abs((draws[lag:] * draws[:-lag]).mean()) < 4 * 400_000**-0.5
@@ -320,7 +320,7 @@ class TestNoise:
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(native_step(IMPLEMENTATIONS["cpu"], *model, **EVERYTHING, noise=noise, seed=7))
+                results.append(extension_step(IMPLEMENTATIONS["cpu"], *model, **EVERYTHING, noise=noise, seed=7))
         finally:
             torch.set_num_threads(before)
         for other in results[1:]:
@@ -335,7 +335,7 @@ class TestNoise:
         for order in cuda_emulator.ORDERS:
             with cuda_emulator.order(order):
                 results.append(
-                    native_step(cuda_emulator, *model, **EVERYTHING, noise=noise, seed=7, skip_nonfinite=True)
+                    extension_step(cuda_emulator, *model, **EVERYTHING, noise=noise, seed=7, skip_nonfinite=True)
                 )
         for other in results[1:]:
             for ours, theirs in zip(results[0], other, strict=True):
@@ -345,7 +345,7 @@ class TestNoise:
     def test_noise_adds_to_the_gradient(self, ops, dtype):
         feedback, weight, grad, buffers = (random_like_model([(41,)], dtype, seed) for seed in range(4))
         (noise,) = self.draw(ops, [(41,)], seed=5, dtype=torch.float64)
-        stepped, _ = native_step(ops, feedback, weight, grad, buffers, **EVERYTHING, noise=0.25, seed=5)
+        stepped, _ = extension_step(ops, feedback, weight, grad, buffers, **EVERYTHING, noise=0.25, seed=5)
         oracle, _ = step_formula(
             feedback[0].double(),
             weight[0].double(),

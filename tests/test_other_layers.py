@@ -95,10 +95,10 @@ BAD = {
     "channels": ({"input": torch.randn(2, 5, 9)}, "input has 5 channels, shape (2, 5, 9), expected 4, the input"),
     "plain": ({"transposed": False}, "input has 4 channels, shape (2, 4, 9), expected 6 = 6 of weight * 1 groups"),
     "bias": ({"bias": torch.randn(4)}, "bias has shape (4,), expected (6,), the output channels of weight"),
-    "numbers": ({"stride": (1, 1)}, "stride is (1, 1), expected 1 numbers, one for each dimension of the map"),
+    "numbers": ({"stride": (1, 1)}, "stride is (1, 1), expected 1 numbers, one for each spatial dimension"),
     "stride": ({"stride": 0}, "stride is (0,), expected 1 or more"),
     "extra": ({"output_padding": 2}, "output_padding is (2,), expected less than stride (2,) or dilation (1,)"),
-    "nothing": ({"padding": 11}, "input has a map of (9,), expected one whose output (-3,) is 1 or more everywhere"),
+    "nothing": ({"padding": 11}, "input has a size of (9,) and the output would have (-3,), expected 1 or more"),
     "samples": ({"samples": 3}, "samples is 3, expected 0 (all) to 2"),
 }
 
@@ -118,7 +118,7 @@ def test_bad_input(case):
 
 def test_output_padding_requires_a_transposed_layer():
     x, w = torch.randn(2, 4, 9), torch.randn(6, 4, 3)
-    with pytest.raises(ValueError, match=r"output_padding is \(1,\), expected 0 where"):
+    with pytest.raises(ValueError, match=r"output_padding is \(1,\), expected 0 for"):
         functional.fa_convolution(x, w, w, output_padding=1)
 
 

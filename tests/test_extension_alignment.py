@@ -3,7 +3,7 @@
 import cuda_emulator
 import pytest
 import torch
-from native_ops import DTYPES, IMPLEMENTATIONS, PARAMETERS, SIZES, cpu, dtype_id, random_like_model
+from extension_ops import DTYPES, IMPLEMENTATIONS, PARAMETERS, SIZES, cpu, dtype_id, random_like_model
 
 
 @pytest.fixture(params=PARAMETERS)
@@ -22,7 +22,7 @@ class TestAlignmentProducts:
     """Sums in float64, whatever the dtype: exact but for one rounding of each addition on the longest way."""
 
     def check(self, ops, feedback, weight):
-        found = ops.native_alignment_products(feedback, weight)
+        found = ops.extension_alignment_products(feedback, weight)
         expected = products_formula(feedback, weight)
         assert found.dtype == torch.float64
         assert found.shape == (len(feedback), 3)
@@ -73,7 +73,7 @@ class TestAlignmentProducts:
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(torch.ops.pyfeedback.native_alignment_products(*pair))
+                results.append(torch.ops.pyfeedback.extension_alignment_products(*pair))
         finally:
             torch.set_num_threads(before)
         assert torch.equal(results[0], results[1])
@@ -85,7 +85,7 @@ class TestAlignmentProducts:
         results = []
         for order in cuda_emulator.ORDERS:
             with cuda_emulator.order(order):
-                results.append(cuda_emulator.native_alignment_products(*pair))
+                results.append(cuda_emulator.extension_alignment_products(*pair))
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
 
@@ -106,4 +106,4 @@ class TestAlignmentProducts:
     )
     def test_contradictory_pairs_raise(self, weight):
         with pytest.raises(RuntimeError):
-            torch.ops.pyfeedback.native_alignment_products([torch.zeros(4)], weight)
+            torch.ops.pyfeedback.extension_alignment_products([torch.zeros(4)], weight)

@@ -1,7 +1,7 @@
-"""The compiled ops `native_*` behind the signatures of the composite ones.
+"""The compiled ops `extension_*` with the signatures of the composite ones.
 
-A kernel checks its tensors before it writes, in a fraction of the time that Python takes. What it refuses is checked
-again in Python, for the one line that names the argument.
+A kernel checks its tensors before it writes, in a fraction of the time that Python needs. If the check fails, it is
+repeated in Python for an error of one line that names the argument.
 """
 
 import torch
@@ -14,50 +14,50 @@ from pyfeedback.core.step_options import StepOptions
 
 _ops = torch.ops.pyfeedback
 
-alignment_products = _ops.native_alignment_products.default
+alignment_products = _ops.extension_alignment_products.default
 
 
 def center(input: Tensor, samples: int) -> Tensor:
-    """The kernel needs samples that are dense blocks; other inputs are composed."""
+    """The kernel requires samples that are dense in memory; the composite op is used for other inputs."""
     if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
-        return _ops.native_center.default(input, samples)
+        return _ops.extension_center.default(input, samples)
     return composite_center.center(input, samples)
 
 
 def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:
-    """The kernel needs samples that are dense blocks of the same strides in both; other inputs are composed."""
+    """The kernel requires dense samples with the same strides in both; the composite op is used for other inputs."""
     alike = self.stride() == input.stride()
     if alike and (self.is_contiguous() or (self.dim() == 4 and self.is_contiguous(memory_format=torch.channels_last))):
-        _ops.native_add_centered_.default(self, input, beta, alpha)
+        _ops.extension_add_centered_.default(self, input, beta, alpha)
     else:
         composite_center.add_centered_(self, input, beta, alpha)
 
 
 def feedback_step_(feedback, weight, grad, momentum_buffer, coefficients: dict, options: StepOptions) -> None:
     """See :func:`pyfeedback.functional.feedback_step_`."""
-    # A tensor costs as much to pass as a small one costs to step, and a number a quarter of that.
+    # To pass a tensor costs as much as to update a small one, and to pass a number a quarter of that.
     factors = {name: _compact(values) for name, values in coefficients.items()}
     read = weight if any(factors["self_"]) else [], grad if any(factors["tie"]) else []
     buffers = momentum_buffer if options.momentum else []
     try:
         if not {len(weight), len(grad), len(momentum_buffer)} <= {0, len(feedback)}:
             raise RuntimeError("lists differ in length")
-        _ops.native_feedback_step_.default(feedback, *read, buffers, **factors, **options._asdict())
+        _ops.extension_feedback_step_.default(feedback, *read, buffers, **factors, **options._asdict())
     except (RuntimeError, NotImplementedError, TypeError) as error:
         step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, options)
         raise step_checks.kernel_error(error) from None
-    torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not see these writes
+    torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not track these writes
 
 
 def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
-    """See :func:`pyfeedback.backends.composite.steps.adamw_step_`, which computes amsgrad and other devices."""
+    """See :func:`pyfeedback.backends.composite.steps.adamw_step_`, which also implements amsgrad and other devices."""
     if max_exp_avg_sq or param[0].device.type != "cpu":
         composite_steps.adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step=step, **options)
         return
     weights = weight if any(options["self_"]) else []
     grads = grad if any(options["tie"]) else []
     try:
-        _ops.native_adamw_step_.default(param, weights, grads, exp_avg, exp_avg_sq, step, **options)
+        _ops.extension_adamw_step_.default(param, weights, grads, exp_avg, exp_avg_sq, step, **options)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         step_checks.check_adamw_tensors(param, weight, grad, moments, step, options)
@@ -66,5 +66,5 @@ def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, 
 
 
 def _compact(values):
-    """One number if all are the same."""
+    """A list of one number if all are equal."""
     return values[:1] if values.count(values[0]) == len(values) else values

@@ -1,4 +1,4 @@
-// The loops of native_center and native_add_centered_ over one chunk of positions. In an unnamed namespace, see
+// The kernels of extension_center and extension_add_centered_ over one chunk of positions. In an unnamed namespace, see
 // scalar.h.
 #pragma once
 
