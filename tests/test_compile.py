@@ -51,7 +51,7 @@ def test_opcheck_scheduled(number, rule):
     case = random_conv(number)
     tensors = conv_tensors(case, number, torch.float64)
     named = Coefficients(**RULES[rule])._asdict()
-    rest = {"center": named.pop("center"), "samples": named.pop("samples")}
+    rest = {name: named.pop(name) for name in ("center", "samples", "normalize")}
     coefficients = torch.tensor(list(named.values()), dtype=torch.float64)
     geometry = to_arguments(Convolution(*case.window[:3], groups=case.groups))
     opcheck(OPS.scheduled_layer.default, (*tensors, coefficients, *geometry), {**rest, "positions": 3})

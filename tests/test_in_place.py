@@ -87,12 +87,13 @@ def test_in_place_work_has_the_gradients_of_out_of_place_work(name, work, rule):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_forward_is_torch_nn_bit_for_bit_and_no_view(name):
+def test_the_forward_is_torch_nn_bit_for_bit_and_no_view_of_a_function(name):
     plain, layer, x = converted(name, "fa", torch.float32)
     output = layer(x)
     assert torch.equal(output, plain(x))
     assert output.stride() == plain(x).stride()
-    assert "unbatched" in name or not output._is_view()
+    # Autograd refuses in-place operations on a view that a custom function returns, and allows them on one of its own.
+    assert "unbatched" in name or not output._is_view() or output.grad_fn.name() == plain(x).grad_fn.name()
 
 
 @pytest.mark.parametrize("rule", AUTOCAST)

@@ -131,7 +131,7 @@ def plan(
         except TypeError:  # symbolic sizes have no hash
             algorithm, reads_response = _algorithm(geometry, input.shape, weight.shape, rule, response_saved)
     for found, chosen, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
-        if missing and any(getattr(rule, name) for name in missing):
+        if missing and any(map(rule.__getattribute__, missing)):
             continue
         if found.supports is None or found.supports(geometry, input, weight, rule, algorithm):
             if found.reads_response is not None:

@@ -13,7 +13,7 @@ _TYPES = {"center": "bool", "samples": "SymInt", "normalize": "bool"}
 _RULE = ", ".join(
     f"{_TYPES.get(name, 'float')} {name}={default}" for name, default in Coefficients._field_defaults.items()
 )
-_SCHEDULED = "bool center, SymInt samples, bool normalize, SymInt positions"
+_SCHEDULED = "bool center, SymInt samples, SymInt positions, bool normalize=False"
 _WINDOW = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
 _LAYER = "Tensor input, Tensor weight, Tensor feedback, Tensor? bias"
