@@ -74,7 +74,7 @@ def _of_maps(draw: random.Random, channels: int, spatial: int):
         options = {"bias": draw.random() < 0.5}
         conv, transposed = (getattr(nn, f"{name}{spatial}d") for name in ("Conv", "ConvTranspose"))
         if kind == "transposed":
-            yield transposed(channels, out, draw.choice((1, 2, 3)), stride=draw.choice((1, 2)), padding=0, **options)
+            yield transposed(channels, out, draw.choice((2, 3)), stride=draw.choice((1, 2)), padding=0, **options)
         elif kind == "depthwise":
             out = channels * draw.choice((1, 2))
             yield conv(channels, out, draw.choice((1, 3)), padding=1, groups=channels, **options)
@@ -88,7 +88,12 @@ def _of_maps(draw: random.Random, channels: int, spatial: int):
         else:
             strides = {} if kind == "same" else {"stride": draw.choice((1, 2)), "dilation": draw.choice((1, 1, 2))}
             yield conv(
-                channels, out, draw.choice((1, 2, 3)), padding="same" if kind == "same" else 2, **strides, **options
+                channels,
+                out,
+                draw.choice((1, 2, 3) if strides.get("stride", 1) == 1 else (2, 3)),
+                padding="same" if kind == "same" else 2,
+                **strides,
+                **options,
             )
         channels = out
         if draw.random() < 0.4:
