@@ -92,7 +92,7 @@ def train(
     decay = setting.weight_decay
     optimizer: torch.optim.Optimizer
     if setting.rule.tau:
-        optimizer = pyfeedback.optim.SGD(model, LR, MOMENTUM, weight_decay=decay)
+        optimizer = pyfeedback.optim.SGD(model, LR, MOMENTUM, weight_decay=decay, noise=setting.noise)
     else:
         optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), LR, MOMENTUM, weight_decay=decay)
     optimizers, schedules = [optimizer], [CosineAnnealingLR(optimizer, epochs * steps)]

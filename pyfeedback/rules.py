@@ -246,8 +246,8 @@ def rule(name: str | Rule, **overrides) -> Rule:
     sa   symmetric alignment    self_, decay                     2e-3, 2e-3: 1e-3 |W - B|^2
     aa   activation alignment   amp, sparse                      2e-3, 2e-3: 1e-3 E|Wx - Bx|^2
     kp   Kolen-Pollack          tie, decay                       1, 2e-3; W must decay at the same rate
-    wm-probes, ia-probes        wm and ia that read white        ours, without units: right for any
-                                noise instead of the data; local network and any length of a run
+    wm-probes, ia-probes        wm and ia that read white        ours, without units
+                                noise instead of the data; local
     oja  Oja's rule             amp, null, equal; local          ours: those of ia without decay
     usf  uniform sign-          none: B has the sign of W, and
          concordant feedback    one magnitude

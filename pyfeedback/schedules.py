@@ -113,7 +113,7 @@ class Schedule:
         self._rules = [(layer, layer.unscheduled or layer.rule) for _, layer in feedback_layers(model)]
         for _, rule in self._rules:
             for name in curves:
-                if (name in UNITLESS) != (rule.tau > 0):
+                if rule.learns and (name in UNITLESS) != (rule.tau > 0):
                     what = "tau, ratio or nu, since the rule has a tau" if rule.tau else "a rule with a tau"
                     raise ValueError(f"{name} has no effect on {rule}, expected {what}")
         self._last = 0

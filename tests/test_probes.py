@@ -336,10 +336,20 @@ def test_the_loss_scale_and_clipping_do_not_matter():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_a_sharded_weight_is_refused():
-    class Sharded(nn.Linear):
-        pass
+def test_a_rule_that_no_optimizer_steps_is_reported_once(caplog):
+    model = converted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    train(model, optimizer, range(3))
+    assert [r.levelname for r in caplog.records if "does not learn" in r.message] == [
+        "WARNING"
+    ] * 2  # one for each layer
+    caplog.clear()
+    model = converted()
+    train(model, sgd(model), range(3))
+    assert not caplog.records
 
+
+def test_a_sharded_weight_is_refused():
     model = pyfeedback.convert(nn.Linear(4, 4), pyfeedback.rule("wm", source="probes", tau=8.0))
     optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
     model.weight.to_local = lambda: model.weight  # as a DTensor has

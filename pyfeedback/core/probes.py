@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 NOISE_FLOOR = 0.1  # radians: the wanted noise of the angle between B and its target
-MOST_NOISE = 0.3  # radians: what is accepted to save cost; at about 0.5 radians, training suffers
+MOST_NOISE = 0.3  # radians: what is accepted to save cost
 MOST_COST = 0.02  # of the multiply-adds of a training step of the layer
 
 

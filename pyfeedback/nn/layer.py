@@ -36,6 +36,7 @@ class FeedbackLayer(torch.nn.Module):
     direct: DirectInput | None = None  # only under dfa, where the error comes directly from the model's output
     called = False  # True from the first forward pass on; remains False if a model only reads the weight
     last_call: tuple[Geometry, torch.Size] | None = None  # of a layer that reads probes: how expensive a pass is
+    has_optimizer = False  # whether an optimizer of pyfeedback.optim was built for the feedback weight
     scheduled: Tensor | None = None  # the coefficients under a schedule, an input of a compiled graph
     unscheduled: Rule | None = None  # the rule before the schedule changed it
 
@@ -43,7 +44,8 @@ class FeedbackLayer(torch.nn.Module):
         """Give the layer a rule and a new feedback weight with the dtype, device and layout of ``weight``."""
         self.rule, self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
-        self.called = False
+        self.called = self.has_optimizer = False
+        self.last_call = None
         feedback, mixing, weight = None, None, self.weight
         if self.rule.expansion:
             rows = weight.shape[0] * self.rule.expansion
@@ -59,7 +61,7 @@ class FeedbackLayer(torch.nn.Module):
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
-        del self.called
+        del self.called, self.has_optimizer, self.last_call
 
     @renamed_keyword("law", "init_fn")
     def reset_feedback(self, init_fn: Callable[[Tensor], object] = default_init_) -> None:
@@ -95,6 +97,8 @@ class FeedbackLayer(torch.nn.Module):
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
         rule, scheduled = self.rule, self.scheduled
         if rule.source == "probes" and not torch.compiler.is_compiling():
+            if self.last_call is not None and not self.has_optimizer and torch.is_grad_enabled() and self.training:
+                self._warn_of_no_optimizer()
             object.__setattr__(self, "last_call", (geometry, input.shape))
         coefficients = rule.fixed
         if scheduled is not None and not torch.compiler.is_compiling():
@@ -114,6 +118,17 @@ class FeedbackLayer(torch.nn.Module):
                 return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
             coefficients = rule.coefficients(input.shape[0], positions)
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
+
+    def _warn_of_no_optimizer(self) -> None:
+        """Warn, once per layer, if nothing computes the estimates of a rule that reads probes."""
+        if self not in _warned:
+            _warned.add(self)
+            _log.warning(
+                "%s(%s): its feedback weight does not learn: its rule reads probes in the step of an optimizer of "
+                "pyfeedback.optim, and none was built for this model",
+                type(self).__name__,
+                self.extra_repr().removeprefix(", "),
+            )
 
     def _check_gradients_are_cleared(self) -> None:
         """Warn, once per layer, if the gradient of W was cleared and that of the feedback was not."""

@@ -64,7 +64,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer = self._layers.get(p)
         if layer is None:
-            rule = self._tied_rules().get(p)
+            rule = self._tied.get(p)
             return forward_row(p, 0.0, group["weight_decay"] if rule is None else self._tied_decay(rule, group))
         tied = is_tied(layer.rule)
         by_autograd = p.requires_grad and (not tied or is_computed(layer))

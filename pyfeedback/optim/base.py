@@ -33,6 +33,7 @@ class RowOptimizer(torch.optim.Optimizer):
     _names: dict[nn.Parameter, str]  # of the layers, by their feedback weights
     probe_seed: int = 0  # of the noise that rules with probes read: the same in every process
     _estimates: dict[nn.Parameter, Tensor]  # in this step, of rules that read probes
+    _tied: dict[Any, Rule]  # in this step, see _tied_rules
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, and does not unscale the gradients
 
     def _options(self, group: dict[str, Any]) -> tuple:
@@ -135,7 +136,7 @@ class RowOptimizer(torch.optim.Optimizer):
         in_turn = [p for w, feedback in readers.items() for p in (*feedback, w) if p in places]
         none_computed = all(w in places for w in readers)
         loss_scale, uncalled = LossScale.of(self), self._uncalled()
-        self._estimates = self._read_probes(places, uncalled)
+        self._estimates, self._tied = self._read_probes(places, uncalled), self._tied_rules()
         calls: dict[bool, dict[tuple, list[Row]]] = {False: {}, True: {}}
         for p in dict.fromkeys([*in_turn, *places]):
             group, shared = places[p]
@@ -159,7 +160,7 @@ class RowOptimizer(torch.optim.Optimizer):
         rules = ((layer.weight, layer.rule) for layer in self._layers.values())
         return {w: rule for w, rule in rules if rule.tau and is_tied(rule)}
 
-    def _read_probes(self, places, uncalled) -> dict[nn.Parameter, Tensor]:
+    def _read_probes(self, places: dict[nn.Parameter, list], uncalled: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         """Return the gradients of the rules that read probes, for those that make an estimate in this step."""
         due = {}
         rules = ((b, layer.rule) for b, layer in self._layers.items() if b in places)
@@ -196,6 +197,8 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
         raise ValueError("model has no layer with a feedback weight, expected a model converted by pyfeedback.convert")
     named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
     layers = {feedback: layer for feedback, (_, layer) in named.items()}
+    for layer in layers.values():
+        layer.has_optimizer = True
     if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with
         for feedback, layer in layers.items():
             rule = layer.unscheduled or layer.rule

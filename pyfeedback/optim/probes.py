@@ -12,7 +12,7 @@ from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.core.probes import ProbeCount, count_probes
 from pyfeedback.nn import FeedbackLayer
 
-LOUD = 0.5  # radians: with more noise than this in the angle, B does not find W
+LOUD = 0.5  # radians: more noise than this in the angle is reported
 
 _log = logging.getLogger("pyfeedback")
 _warned: WeakSet[FeedbackLayer] = WeakSet()

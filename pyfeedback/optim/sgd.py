@@ -181,7 +181,7 @@ class SGD(FeedbackSGD):
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         if p in self._layers:
             return super()._row(p, group)
-        rule = self._tied_rules().get(p)
+        rule = self._tied.get(p)
         return forward_row(p, group["weight_decay"] if rule is None else self._tied_decay(rule, group), 0.0)
 
 

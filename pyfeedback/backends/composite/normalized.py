@@ -27,6 +27,8 @@ def normalized_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Te
     """The amp, null and sparse terms of dR/dB, in float32 or wider; y is None if the algorithm does not read it."""
     rule, geometry = call.rule, call.geometry
     x, wide = centered(x, call), acc_dtype(x.dtype)
+    y = centered(y, call) if y is not None else None
+    gram = geometry.gram(x).to(wide) if call.algorithm is Algorithm.INPUT_GRAM else None
     total = torch.zeros_like(weight, dtype=wide)
     if rule.sparse:
         scale = max(abs(rule.sparse), abs(rule.amp))
@@ -34,37 +36,34 @@ def normalized_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Te
         moved = geometry.wgrad(x, geometry.fprop(x, kernel), weight).to(wide)
         total += moved * _divided(scale, _largest_eigenvalue(call, x, weight))
     elif rule.amp:
-        positions = x.shape[0] * _outputs(call, x, weight)
+        positions = geometry.sizes(x.shape, weight.shape, 0).positions
         power = torch.linalg.vector_norm(x, dtype=wide).square() * (positions / max(x.numel(), 1))
-        total -= _amplified(call, x, y, weight) * _divided(rule.amp, power)
+        if gram is not None:
+            amplified = weight.flatten(1).to(wide) @ gram
+        else:
+            assert y is not None
+            amplified = geometry.wgrad(x, y, weight).to(wide)
+        total -= amplified.view_as(weight) * _divided(rule.amp, power)
     if rule.null:
-        spread = _spread(call, x, y, weight, feedback)
+        spread = _spread(call, x, y, gram, weight, feedback)
         size = feedback.to(wide).square().sum()
         total += spread * _divided(rule.null * size, (spread * feedback).sum())
     return total
 
 
-def _amplified(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor:
-    """wgrad(x, y)"""
-    wide = acc_dtype(x.dtype)
-    if call.algorithm is Algorithm.INPUT_GRAM:
-        return (weight.flatten(1).to(wide) @ call.geometry.gram(x).to(wide)).view_as(weight)
-    assert y is not None
-    return call.geometry.wgrad(x, centered(y, call), weight).to(wide)
-
-
-def _spread(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor, feedback: Tensor) -> Tensor:
-    """N B = wgrad(conv_transpose(y, B), y)"""
+def _spread(
+    call: LayerCall, x: Tensor, y: Tensor | None, gram: Tensor | None, weight: Tensor, feedback: Tensor
+) -> Tensor:
+    """N B = wgrad(conv_transpose(y, B), y), from the gram matrix of x or of y if the algorithm uses one."""
     geometry, wide = call.geometry, acc_dtype(x.dtype)
     if call.algorithm is Algorithm.DIRECT:
         assert y is not None
-        y = centered(y, call)
         return geometry.wgrad(geometry.dgrad(y, feedback, x), y, weight).to(wide)
     w, b = weight.flatten(1).to(wide), feedback.flatten(1).to(wide)
-    if call.algorithm is Algorithm.INPUT_GRAM:
-        return (w @ geometry.gram(x).to(wide) @ w.t() @ b).view_as(weight)
+    if gram is not None:
+        return (w @ gram @ w.t() @ b).view_as(weight)
     assert y is not None
-    return (geometry.gram(centered(y, call)).to(wide) @ b).view_as(weight)
+    return (geometry.gram(y).to(wide) @ b).view_as(weight)
 
 
 def _largest_eigenvalue(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
@@ -83,11 +82,6 @@ def _largest_eigenvalue(call: LayerCall, x: Tensor, weight: Tensor) -> Tensor:
         vector = geometry.wgrad(part, geometry.fprop(part, vector), vector)
         value = torch.linalg.vector_norm(vector, dtype=wide)
     return value * (x.shape[0] / part.shape[0])
-
-
-def _outputs(call: LayerCall, x: Tensor, weight: Tensor) -> int:
-    """The number of output positions of one sample."""
-    return call.geometry.sizes(x.shape, weight.shape, 1).positions
 
 
 def _divided(numerator: Tensor | float, denominator: Tensor) -> Tensor:
