@@ -55,7 +55,7 @@ class Rule(Primitives):
         orthogonal: take the probes of consecutive estimates from one random orthogonal basis, and then from a new one.
             Each direction of the input is probed equally often, so that the same noise takes many times fewer probes.
             By default, probes are independent random signs.
-        every: make an estimate from probes in one of ``every`` steps.
+        every: make an estimate from probes in one of ``every`` steps. Layers take turns. 0: 20 times in ``tau`` steps.
         name: the name shown in reports.
         fixed: the coefficients in the form that the ops take, or None if they depend on the batch.
     """
@@ -159,6 +159,10 @@ class Rule(Primitives):
         """The time constant in this step, counted from 0; 0 if the rule has units."""
         return max(self.tau, self.growth * step)
 
+    def every_at(self, step: int) -> int:
+        """The number of steps for each estimate from probes, in this step."""
+        return self.every or max(1, int(self.tau_at(step) / 20))
+
     def probe_coefficients(self) -> Coefficients:
         """The coefficients of a rule that reads probes."""
         values = {name: getattr(self, name) for name in COEFFICIENTS}
@@ -172,7 +176,7 @@ class Rule(Primitives):
         return 0 if self.samples >= batch else self.samples
 
     def _check_probes(self) -> None:
-        for name, least in (("probes", 0), ("every", 1)):
+        for name, least in (("probes", 0), ("every", 0 if self.tau else 1)):
             value = getattr(self, name)
             if name != "probes" or not isinstance(value, float):
                 check_int(name, value, least)
@@ -225,8 +229,10 @@ PRESETS = {
     "sa": Rule(self_=2e-3, decay=2e-3, name="sa"),
     "aa": Rule(amp=2e-3, sparse=2e-3, name="aa"),
     "kp": Rule(tie=1.0, decay=2e-3, name="kp"),
-    "wm-probes": Rule(amp=1.0, source="probes", orthogonal=True, tau=5.0, growth=0.02, name="wm-probes"),
-    "ia-probes": Rule(amp=1.0, null=1.0, source="probes", orthogonal=True, tau=5.0, growth=0.02, name="ia-probes"),
+    "wm-probes": Rule(amp=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, name="wm-probes"),
+    "ia-probes": Rule(
+        amp=1.0, null=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, name="ia-probes"
+    ),
     "oja": Rule(amp=2e-3, null=2e-3, center=True, name="oja"),
     "usf": Rule(signs="uniform", name="usf"),
     "frsf": Rule(signs="fixed", name="frsf"),

@@ -126,13 +126,13 @@ def test_number_of_probes(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((30, 100, 0.05, 1, True, 10), (34, 30, 3)),  # given; a basis of 100 in three parts
+        ((30, 100, 0.05, 1, True, 10), (25, 30, 4)),  # given; a basis of 100 in four parts
         ((2.0, 100, 0.05, 1, True, 10), (100, 100, 1)),  # a whole basis has no noise, and more are never needed
         ((0, 100, 0.05, 1, False, 10**6), (20, 20, 5)),  # 0.1 radians: a sweep is 0.253 tau
         ((0, 100, 0.05, 2, False, 10**6), (50, 50, 2)),
         ((0, 100, 0.005, 1, False, 10**6), (2, 2, 50)),
-        ((0, 100, 0.05, 1, True, 10), (8, 20, 14)),  # 0.3 radians: a sweep of 0.808 tau takes 7 probes or more
-        ((0, 100, 0.05, 1, False, 500), (17, 20, 6)),  # 2 * 15 of 3 * 500 is 2 %, and a sweep has 100 / 15 parts
+        ((0, 100, 0.05, 1, True, 10), (7, 20, 15)),  # 0.3 radians: a sweep of 0.808 tau takes 7 probes
+        ((0, 100, 0.05, 1, False, 500), (15, 20, 7)),  # 2 * 15 of 3 * 500 is 2 %
         ((0, 100, 0.0, 1, True, 10), (1, 1, 100)),  # a rule with units has no time constant
     ],
 )
@@ -169,15 +169,15 @@ def test_a_sweep_of_orthogonal_probes_sums_to_w():
         nn.Conv2d(3, 4, 3).double(), pyfeedback.rule("wm", source="probes", orthogonal=True, tau=4.0, probes=8, every=2)
     )
     optimizer = pyfeedback.optim.SGD(model, lr=0.0)
-    assert optimizer.probe_counts()[""].sweep == 3  # 27 inputs
+    assert optimizer.probe_counts()[""].sweep == 4  # 27 inputs
     b, moved = model.feedback.detach().clone(), torch.zeros_like(model.feedback)
-    for step in range(6):
+    for step in range(8):
         optimizer.step()
         after = model.feedback.detach().clone()
         # B <- (1 - every / tau) B + every / tau (estimate), and the mean estimate of a sweep is W
         moved += (after - (1 - (step % 2 == 0) / 2) * b) / 0.5 * (step % 2 == 0)
         b = after
-    torch.testing.assert_close(moved / 3, model.weight.detach())
+    torch.testing.assert_close(moved / 4, model.weight.detach())
 
 
 def test_the_number_of_probes_of_a_model_follows_its_batch():
@@ -380,7 +380,28 @@ def test_an_estimate_of_every_few_steps_counts_as_much(every):
     pyfeedback.optim.FeedbackSGD(once, lr=1.0).step()
     twice = converted(every=every, tau=9.0)
     pyfeedback.optim.FeedbackSGD(twice, lr=1.0).step()
-    torch.testing.assert_close(feedback_of(once), feedback_of(twice))
+    torch.testing.assert_close(once[0].feedback, twice[0].feedback)  # the second layer makes its estimate later
+
+
+def test_estimates_become_rarer_as_tau_grows_and_layers_take_turns():
+    model = converted(name="wm", every=0, tau=5.0, growth=0.02, probes=0, orthogonal=True)
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    assert [model[0].rule.every_at(step) for step in (0, 1999, 2000, 3000, 10**5)] == [1, 1, 2, 3, 100]
+    optimizer.param_groups[0]["feedback_step"] = 3999  # tau is 80 from step 4000 on: one of four steps
+    previous, moved = feedback_of(model), []
+    for _ in range(8):
+        optimizer.step()
+        moved.append([not torch.equal(*pair) for pair in zip(previous, feedback_of(model), strict=True)])
+        previous = feedback_of(model)
+    first, second = zip(*moved, strict=True)
+    assert first == (True, False, False, False) * 2
+    assert second == (False, False, False, True) * 2
+    assert optimizer.probe_counts()["0"].sweep == 5  # a sweep of 27 inputs in 5 * 4 of 80 steps
+
+
+def test_the_frequency_of_estimates_needs_a_time_constant():
+    with pytest.raises(ValueError, match="every is 0, expected 1 or more"):
+        pyfeedback.rule("wm", source="probes", every=0)
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])

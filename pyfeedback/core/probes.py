@@ -56,7 +56,7 @@ def count_probes(
     if not orthogonal:
         return ProbeCount(count, wanted, math.sqrt(inputs * share / (2 * count)))
     size = basis_size(inputs)
-    sweep = max(1, size // count)
+    sweep = -(-size // min(count, size))
     return ProbeCount(-(-size // sweep), min(wanted, size), _sweep_noise(sweep, share), sweep)
 
 
@@ -65,8 +65,10 @@ def _least(floor: float, inputs: int, share: float, orthogonal: bool) -> int:
     if not orthogonal:
         return max(1, math.ceil(inputs * share / (2 * floor**2)))
     size = basis_size(inputs)
-    sweep = math.floor(_longest_sweep(floor) / share) if share else size
-    return -(-size // min(max(1, sweep), size))
+    sweep = min(math.floor(_longest_sweep(floor) / share) if share else size, size)
+    while sweep > 1 and _sweep_noise(sweep, share) > floor:
+        sweep -= 1
+    return -(-size // max(1, sweep))
 
 
 def _sweep_noise(sweep: int, share: float) -> float:

@@ -42,7 +42,7 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
             noisy[name] = probes
             _warned.add(layer)
         generator = generators.setdefault(w.device, torch.Generator(w.device))
-        noise = _draw(probes, weight.shape[-1], w, generator, (seed, step, layer.rule.every, index))
+        noise = _draw(probes, weight.shape[-1], w, generator, (seed, step, layer.rule.every_at(step), index))
         compute = current_implementation("probe_gradient", w.device.type)
         gradient = compute(weight, feedback, noise, layer.rule.probe_coefficients())
         found[b] = layer.from_matrices(gradient).to(b.dtype)
@@ -65,7 +65,7 @@ def _draw(
     """
     seed, step, every, index = key
     sweep = probes.sweep
-    draw, part = divmod(step // every, sweep) if sweep else (step, 0)
+    draw, part = divmod((step + index) // every, sweep) if sweep else (step, 0)
     generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + index) % 2**63)
     if not sweep:
         return current_implementation("random_signs", like.device.type)(probes.probes, inputs, like, generator)
@@ -79,4 +79,6 @@ def layer_probes(layer: FeedbackLayer, step: int) -> ProbeCount:
     """Return the number of probes of a layer in this step, and the noise of its angle, for the last batch."""
     rule = layer.rule
     size, step_size = layer.as_matrices(layer.weight.detach()).shape[-1], 1 / rule.tau_at(step) if rule.tau else 0.0
-    return count_probes(rule.probes, size, step_size, rule.every, rule.null != 0, layer.positions(), rule.orthogonal)
+    return count_probes(
+        rule.probes, size, step_size, rule.every_at(step), rule.null != 0, layer.positions(), rule.orthogonal
+    )
