@@ -16,7 +16,7 @@ import pyfeedback
 
 pytestmark = pytest.mark.usefixtures("example_folder")
 
-RULES = ("wm", "ia", "aa")
+RULES = ("wm", "ia", "aa", "wm-probes", "ia-probes")
 
 
 class Block(nn.Module):

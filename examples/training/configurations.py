@@ -37,8 +37,8 @@ PER_POSITION = {
 
 
 def of_paper() -> Iterator[tuple[str, Configuration]]:
-    """ResNet-18 on ImageNet under each rule."""
-    for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp"):
+    """ResNet-18 on ImageNet under each rule, and under the local rules that read white noise."""
+    for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp", "wm-probes", "ia-probes"):
         source = "Kunin et al. 2020, the authors' coefficients"
         rule = pyfeedback.rule(name)
         if name == "kp":  # both weights decay at the same rate
@@ -46,6 +46,8 @@ def of_paper() -> Iterator[tuple[str, Configuration]]:
         elif name in PER_POSITION:
             rule = pyfeedback.rule(name, reduction="mean", **PER_POSITION[name])
             source = "Kunin et al. 2020, with coefficients of our own: the authors' diverge"
+        elif rule.reads_probes:
+            source = "Kunin et al. 2020, with a rule of our own that has no units"
         yield f"imagenet-{name}", Configuration(Settings(rule=rule), source)
 
 

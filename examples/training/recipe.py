@@ -28,7 +28,9 @@ def optimizers(settings: Settings, model: nn.Module) -> list[Optimizer]:
     """
     forward = [p for p in pyfeedback.forward_parameters(model) if p.requires_grad]
     feedback = [p for p in pyfeedback.feedback_parameters(model) if p.requires_grad]
-    if not feedback:
+    # Rules that read probes have no gradient from autograd.
+    by_probes = any(layer.rule.reads_probes for _, layer in pyfeedback.feedback_layers(model))
+    if not feedback and not by_probes:
         return [_optimizer(settings, forward)]
     if settings.feedback_lr is not None:
         lr, momentum = settings.feedback_lr, settings.feedback_momentum
