@@ -231,7 +231,7 @@ PRESETS = {
     "kp": Rule(tie=1.0, decay=2e-3, name="kp"),
     "wm-probes": Rule(amp=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, name="wm-probes"),
     "ia-probes": Rule(
-        amp=1.0, null=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, name="ia-probes"
+        amp=1.0, null=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, nu=0.5, name="ia-probes"
     ),
     "oja": Rule(amp=2e-3, null=2e-3, center=True, name="oja"),
     "usf": Rule(signs="uniform", name="usf"),
