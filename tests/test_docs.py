@@ -58,7 +58,7 @@ def test_the_first_example_trains_and_aligns():
     exec(example(0), names)
     after = pyfeedback.forward_parameters(names["model"])
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    assert all(layer.angle < 30 for layer in pyfeedback.alignment(names["model"]).values())  # 90 without the rule
+    assert all(layer.angle < 45 for layer in pyfeedback.alignment(names["model"]).values())  # 90 without the rule
     assert not any(p.grad is not None for p in names["model"].parameters())
 
 
