@@ -1,6 +1,7 @@
 """Do the rules scale with depth under one setting? Residual networks with 8 to 32 layers, plain ones with 7 and 13.
 
     python examples/depth_study.py --root data --minutes 60    # go on with the study for an hour
+    python examples/depth_study.py --network resnet20 --rule bp kp    # only these test runs
     python examples/depth_study.py --report                    # tables and figures of the runs that are done
     python examples/depth_study.py --quick                     # a small version in two minutes: it shows that it runs
 
@@ -42,7 +43,7 @@ from pathlib import Path
 
 import depth_study_report
 import image_data
-from depth_study_runs import Job, Runs, Setting
+from depth_study_runs import Job, Outcome, Runs, Setting
 from two_routes import Parser
 
 WEIGHT_DECAYS = (0.001, 0.002, 0.004, 0.008)
@@ -139,30 +140,54 @@ def search(scale: Scale, runs: Runs) -> dict[str, Setting]:
     return chosen
 
 
-def test_jobs(scale: Scale, chosen: dict[str, Setting]) -> list[Job]:
+@dataclass(frozen=True)
+class Wanted:
+    """The test runs to do: of these networks, data sets and rules, or of all where nothing is given."""
+
+    networks: Sequence[str] = ()
+    data: Sequence[str] = ()
+    rules: Sequence[str] = ()
+
+    def __contains__(self, group: depth_study_report.Group) -> bool:
+        wanted = (self.networks, self.data, self.rules)
+        return all(not names or name in names for name, names in zip(group, wanted, strict=True))
+
+
+EVERYTHING = Wanted()
+
+
+def jobs_of_test(scale: Scale, chosen: dict[str, Setting], wanted: Wanted = EVERYTHING) -> list[Job]:
     """The test runs of all rules with a setting, in their order."""
     return [
         scale.job(chosen[name], case, seed)
         for seed in range(scale.seeds)
         for case in scale.cases
         for name in case.rules
-        if name in chosen
+        if name in chosen and (case.network, case.data, name) in wanted
     ]
 
 
-def study(scale: Scale, runs: Runs, out: Path) -> None:
+def study(scale: Scale, runs: Runs, out: Path, wanted: Wanted = EVERYTHING) -> None:
     """Do the runs that are missing, as far as the time allows, and write tables and figures of those that are done."""
     chosen = search(scale, runs)
-    runs.do("test", test_jobs(scale, chosen))
+    runs.do("test", jobs_of_test(scale, chosen, wanted))
     decay = chosen["bp"].weight_decay if "bp" in chosen else 0.0
     tried = [s for name in RULES if name in ("bp", *chosen) for s in candidates(name, decay)[: scale.candidates]]
-    results = {
+    depth_study_report.write(
+        {s: runs.of(scale.search_jobs(s)) for s in tried}, chosen, results(scale, runs, chosen), out
+    )
+
+
+def results(
+    scale: Scale, runs: Runs, chosen: dict[str, Setting]
+) -> dict[depth_study_report.Group, list[Outcome | None]]:
+    """The outcome of each seed by network, data and rule; None if it is missing."""
+    return {
         (case.network, case.data, name): [runs[scale.job(chosen[name], case, seed)] for seed in range(scale.seeds)]
         for case in scale.cases
         for name in case.rules
         if name in chosen
     }
-    depth_study_report.write({s: runs.of(scale.search_jobs(s)) for s in tried}, chosen, results, out)
 
 
 def parse() -> argparse.Namespace:
@@ -189,6 +214,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=minutes, default=math.inf, help="start no run after this time; default: no limit"
     )
+    every = (
+        {case.network: None for case in CASES},
+        {case.data: None for case in CASES},
+        dict.fromkeys(RULES + DATA_RULES),
+    )
+    for name, known in zip(("network", "data", "rule"), every, strict=True):
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=known, default=[], metavar=name.upper(),
+            help=f"test only these: {', '.join(known)}",
+        )  # fmt: skip
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the images; default ./%(default)s")
     parser.add_argument("--out", type=Path, help="output folder; default docs/depth_study, or ./depth_study if --quick")
     options = parser.parse_args()
@@ -211,7 +246,7 @@ def main() -> None:
     start = time.perf_counter()
     try:
         with Runs(path, 0 if options.report else options.workers, options.root, options.minutes) as runs:
-            study(scale, runs, options.out)
+            study(scale, runs, options.out, Wanted(options.network, options.data, options.rule))
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted: {path} keeps what is done, start again to go on") from None
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes; figures and tables are in {options.out}")

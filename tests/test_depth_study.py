@@ -87,7 +87,7 @@ def test_a_setting_gives_its_rule(runs, name, expected):
 
 def test_keys_are_unique_and_survive_a_file(study, runs):
     scale, chosen = study.Scale(), chosen_of(study)
-    jobs = study.test_jobs(scale, chosen)
+    jobs = study.jobs_of_test(scale, chosen)
     for name in study.RULES:
         jobs += [job for setting in study.candidates(name, 0.004) for job in scale.search_jobs(setting)]
     keys = [job.key for job in jobs]
@@ -98,7 +98,7 @@ def test_keys_are_unique_and_survive_a_file(study, runs):
 
 
 def test_test_runs_go_seed_by_seed(study):
-    jobs = study.test_jobs(study.Scale(), chosen_of(study))
+    jobs = study.jobs_of_test(study.Scale(), chosen_of(study))
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     first = [job for job in jobs if job.seed == 0]
     assert list(dict.fromkeys((job.network, job.data) for job in first)) == [
@@ -271,6 +271,23 @@ def test_the_committed_tables_are_those_of_the_committed_runs(study, runs, monke
         assert (tmp_path / name).read_text() == (RESULTS / name).read_text()
 
 
+@pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="no committed results")
+def test_the_committed_leaderboard_is_that_of_the_committed_runs(monkeypatch, tmp_path):
+    leaderboard = example("leaderboard")
+    committed = leaderboard.PAGE.read_text()
+    monkeypatch.setattr(leaderboard, "PAGE", tmp_path / "leaderboard.md")
+    leaderboard.main()
+    assert leaderboard.PAGE.read_text() == committed
+
+
+def test_the_leaderboard_has_a_command_and_distances_for_each_cell(results):
+    page = example("leaderboard").page(results)
+    command = "`python examples/depth_study.py --network resnet8 --data cluttered --rule sa`"
+    assert f"| sa | 90.0 ± 12.7 | 2.0 ± 12.7 | 2 | 1.00 | {command} |" in page
+    assert "## plain-7, cluttered digits" in page
+    assert "| fa | 67.8 | 23.5 |" in page  # published for ResNet-20
+
+
 @pytest.fixture
 def results(runs):
     def outcomes(*accuracies, angle=None):
@@ -282,6 +299,15 @@ def results(runs):
         ("plain7", "cluttered", "sa"): outcomes(None, 70.0, None, angle=3.0),
         ("resnet20", "fashion-mnist", "bp"): outcomes(None, None, None),
     }
+
+
+def test_the_test_runs_can_be_limited(study):
+    chosen = chosen_of(study)
+    jobs = study.jobs_of_test(study.Scale(), chosen, study.Wanted(networks=["resnet20"], rules=["bp", "kp"]))
+    assert {(job.network, job.data, job.setting.name) for job in jobs} == {
+        ("resnet20", data, name) for data in ("cluttered", "fashion-mnist") for name in ("bp", "kp")
+    }
+    assert set(study.jobs_of_test(study.Scale(), chosen)) > set(jobs)
 
 
 def test_rows_have_intervals_and_paired_gaps(results):
