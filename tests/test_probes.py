@@ -76,13 +76,29 @@ def test_random_signs(dtype):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "size"), [(1, 1), (3, 3), (9, 9), (63, 63), (64, 64), (65, 66), (147, 148), (576, 576), (1000, 1008)]
+    ("inputs", "size"),
+    [
+        (1, 1),
+        (2, 2),
+        (3, 4),
+        (9, 12),
+        (17, 20),
+        (27, 28),
+        (36, 36),
+        (41, 44),
+        (57, 60),
+        (64, 64),
+        (147, 160),
+        (576, 576),
+        (1000, 1024),
+    ],
 )
 def test_orthogonal_probes(inputs, size):
     assert basis_size(inputs) == size
     like = torch.empty(0, dtype=torch.float64)
     probes = orthogonal_probes(inputs, 0, size, like, generator())
-    torch.testing.assert_close(probes.t() @ probes / size, torch.eye(inputs, dtype=torch.float64))
+    assert probes.abs().eq(1).all()
+    assert torch.equal(probes.t() @ probes, size * torch.eye(inputs, dtype=torch.float64))
     parts = [orthogonal_probes(inputs, a, b, like, generator()) for a, b in ((0, size // 3), (size // 3, size))]
     torch.testing.assert_close(torch.cat(parts), probes, rtol=0, atol=0)
     if inputs > 3:
@@ -126,14 +142,14 @@ def test_number_of_probes(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((30, 100, 0.05, 1, True, 10), (25, 30, 4)),  # given; a basis of 100 in four parts
-        ((2.0, 100, 0.05, 1, True, 10), (100, 100, 1)),  # a whole basis has no noise, and more are never needed
-        ((0, 100, 0.05, 1, False, 10**6), (20, 20, 5)),  # 0.1 radians: a sweep is 0.253 tau
-        ((0, 100, 0.05, 2, False, 10**6), (50, 50, 2)),
-        ((0, 100, 0.005, 1, False, 10**6), (2, 2, 50)),
-        ((0, 100, 0.05, 1, True, 10), (7, 20, 15)),  # 0.3 radians: a sweep of 0.808 tau takes 7 probes
-        ((0, 100, 0.05, 1, False, 500), (15, 20, 7)),  # 2 * 15 of 3 * 500 is 2 %
-        ((0, 100, 0.0, 1, True, 10), (1, 1, 100)),  # a rule with units has no time constant
+        ((30, 144, 0.05, 1, True, 10), (29, 30, 5)),  # given; a basis of 144 in five parts
+        ((2.0, 140, 0.05, 1, True, 10), (144, 144, 1)),  # a whole basis has no noise, and more are never needed
+        ((0, 144, 0.05, 1, False, 10**6), (29, 29, 5)),  # 0.1 radians: a sweep is 0.253 tau
+        ((0, 144, 0.05, 2, False, 10**6), (72, 72, 2)),
+        ((0, 144, 0.01, 1, False, 10**6), (6, 6, 24)),
+        ((0, 144, 0.05, 1, True, 10), (10, 29, 15)),  # 0.3 radians
+        ((0, 144, 0.05, 1, False, 500), (15, 29, 10)),  # 2 * 15 of 3 * 500 is 2 %
+        ((0, 144, 0.0, 1, True, 10), (1, 1, 144)),  # a rule with units has no time constant
     ],
 )
 def test_number_of_orthogonal_probes(arguments, expected):
@@ -234,7 +250,7 @@ def angles(model):
 def test_every_layer_finds_its_weight_by_a_whole_basis(name):
     build, shape = LAYERS[name]
     torch.manual_seed(0)
-    model = pyfeedback.convert(build(), pyfeedback.rule("wm", source="probes", orthogonal=True, tau=1.0, probes=1.0))
+    model = pyfeedback.convert(build(), pyfeedback.rule("wm", source="probes", orthogonal=True, tau=1.0, probes=2.0))
     model(torch.randn(shape)).sum().backward()
     pyfeedback.optim.FeedbackSGD(model, lr=1.0).step()
     for _, layer in pyfeedback.feedback_layers(model):

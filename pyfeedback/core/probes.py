@@ -7,6 +7,7 @@ from typing import NamedTuple
 NOISE_FLOOR = 0.1  # radians: the wanted noise of the angle between B and its target
 MOST_NOISE = 0.3  # radians: what is accepted to save cost
 MOST_COST = 0.02  # of the multiply-adds of a training step of the layer
+PALEY = (12, 20, 28, 36, 44, 60)  # orders of Hadamard matrices from squares modulo a prime
 
 
 class ProbeCount(NamedTuple):
@@ -19,9 +20,17 @@ class ProbeCount(NamedTuple):
 
 
 def basis_size(inputs: int) -> int:
-    """The number of orthogonal probes for d inputs: the least number below 64, times a power of two, that suffices."""
-    power = max(0, (inputs - 1).bit_length() - 6)
-    return -(-inputs >> power) << power
+    """The order of the smallest Hadamard matrix for d inputs that is Paley's, Sylvester's, or a product of both."""
+    return min(order << max(0, -(-inputs // order) - 1).bit_length() for order in (1, *PALEY))
+
+
+def basis_factors(size: int) -> tuple[int, int]:
+    """The order of Paley's factor of a Hadamard matrix, 1 if it has none, and the power of two of Sylvester's."""
+    return next(
+        (order, (size // order).bit_length() - 1)
+        for order in (1, *PALEY)
+        if size % order == 0 and (size // order).bit_count() == 1
+    )
 
 
 def count_probes(

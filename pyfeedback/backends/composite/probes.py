@@ -1,6 +1,5 @@
 """The gradient of a rule that reads white noise instead of data, composed of PyTorch's own kernels."""
 
-import math
 from functools import cache
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.probes import basis_size
+from pyfeedback.core.probes import basis_factors, basis_size
 from pyfeedback.core.tensors import acc_dtype, blend
 
 
@@ -61,30 +60,28 @@ def random_signs(count: int, size: int, like: Tensor, generator: torch.Generator
 
 
 def orthogonal_probes(inputs: int, start: int, stop: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Probes ``start`` to ``stop`` of a random orthogonal basis, [stop - start, inputs], in float32 or wider.
+    """Probes ``start`` to ``stop`` of a random orthogonal basis: signs [stop - start, inputs], in float32 or wider.
 
-    The basis is a Hadamard matrix, or its Kronecker product with a cosine transform if d is not a power of two, with
-    random signs of the columns and its rows in random order. All of it has x'x = n I, where n is
-    :func:`pyfeedback.core.probes.basis_size` of d.
+    The basis is a Hadamard matrix with random signs of the columns and its rows in random order, without the columns
+    behind d. All of it has x'x = n I, with n = :func:`pyfeedback.core.probes.basis_size` of d.
     """
     size, dtype = basis_size(inputs), acc_dtype(like.dtype)
-    power = (size & -size).bit_length() - 1
-    odd = size >> power
+    order, power = basis_factors(size)
     signs = random_signs(1, size, like, generator)
     rows = torch.randperm(size, generator=generator, device=like.device)[start:stop]
-    found = _cosines(odd, dtype, like.device)[rows % odd]
-    rows = rows // odd
+    found = _paley(order, dtype, like.device)[rows % order]
+    rows = rows // order
     while power:
         bits = min(power, 6)
-        factor = _hadamard(bits, dtype, like.device)[rows % 2**bits]
+        factor = _sylvester(bits, dtype, like.device)[rows % 2**bits]
         found = (factor.unsqueeze(2) * found.unsqueeze(1)).flatten(1)
         rows, power = rows >> bits, power - bits
     return found[:, :inputs] * signs[:, :inputs]
 
 
 @cache
-def _hadamard(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sylvester's matrix of signs [n, n], with n = 2^bits rows that are orthogonal."""
+def _sylvester(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sylvester's Hadamard matrix of order 2^bits."""
     matrix = torch.ones(1, 1, dtype=dtype, device=device)
     for _ in range(bits):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -92,12 +89,27 @@ def _hadamard(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def _cosines(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The rows of the discrete cosine transform (DCT-II) [n, n], which are orthogonal, with a mean square of 1."""
-    frequency, position = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
-    rows = torch.cos(math.pi / size * frequency * (position + 0.5)) * math.sqrt(2)
-    rows[0] = 1.0
-    return rows.to(device, dtype)
+def _paley(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Paley's Hadamard matrix of this order, q + 1 or 2 (q + 1) for a prime q; [1] for an order of 1.
+
+    Source: Paley, On orthogonal matrices, J. Math. Phys. 12 (1933).
+    """
+    if order == 1:
+        return torch.ones(1, 1, dtype=dtype, device=device)
+    first = order - 1 in (11, 19, 43, 59)  # primes that are 3 modulo 4; of the others, order / 2 - 1 is 1 modulo 4
+    q = order - 1 if first else order // 2 - 1
+    numbers = torch.arange(q)
+    character = torch.full((q,), -1).index_fill_(0, numbers.square() % q, 1)
+    character[0] = 0
+    core = torch.ones(q + 1, q + 1, dtype=torch.long)
+    core[1:, 1:] = character[(numbers[:, None] - numbers) % q]
+    core[0, 0] = 0
+    unit = torch.eye(q + 1, dtype=torch.long)
+    if first:
+        core[1:, 0] = -1
+        return (core + unit).to(device, dtype)
+    signs = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
+    return (torch.kron(core, signs[0]) + torch.kron(unit, signs[1])).to(device, dtype)
 
 
 @cache
