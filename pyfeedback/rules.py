@@ -55,7 +55,7 @@ class Rule(Primitives):
         orthogonal: take the probes of consecutive estimates from one random orthogonal basis, and then from a new one.
             Each direction of the input is probed equally often, so that the same noise takes many times fewer probes.
             By default, probes are independent random signs.
-        every: make an estimate from probes in one of ``every`` steps. Layers take turns. 0: 20 times in ``tau`` steps.
+        every: make an estimate from probes in one of ``every`` steps. 0: 20 times in ``tau`` steps.
         name: the name shown in reports.
         fixed: the coefficients in the form that the ops take, or None if they depend on the batch.
     """

@@ -20,17 +20,20 @@ class ProbeCount(NamedTuple):
 
 
 def basis_size(inputs: int) -> int:
-    """The order of the smallest Hadamard matrix for d inputs that is Paley's, Sylvester's, or a product of both."""
-    return min(order << max(0, -(-inputs // order) - 1).bit_length() for order in (1, *PALEY))
+    """The order of the smallest Hadamard matrix for d inputs that is Sylvester's, or its product with Paley's."""
+    return min(_size(inputs, order) for order in (1, *PALEY))
 
 
 def basis_factors(size: int) -> tuple[int, int]:
     """The order of Paley's factor of a Hadamard matrix, 1 if it has none, and the power of two of Sylvester's."""
-    return next(
-        (order, (size // order).bit_length() - 1)
-        for order in (1, *PALEY)
-        if size % order == 0 and (size // order).bit_count() == 1
-    )
+    order = next(order for order in (1, *PALEY) if _size(size, order) == size)
+    return order, (size // order).bit_length() - 1
+
+
+def _size(inputs: int, order: int) -> int:
+    """``order`` times the least power of two that suffices; at least 32 with Paley's factor."""
+    power = max(0, -(-inputs // order) - 1).bit_length()
+    return order << (power if order == 1 else max(5, power))
 
 
 def count_probes(
@@ -66,7 +69,7 @@ def count_probes(
         return ProbeCount(count, wanted, math.sqrt(inputs * share / (2 * count)))
     size = basis_size(inputs)
     sweep = -(-size // min(count, size))
-    return ProbeCount(-(-size // sweep), min(wanted, size), _sweep_noise(sweep, share), sweep)
+    return ProbeCount(-(-size // sweep), min(wanted, size), _sweep_noise(sweep, share, inputs), sweep)
 
 
 def _least(floor: float, inputs: int, share: float, orthogonal: bool) -> int:
@@ -74,23 +77,24 @@ def _least(floor: float, inputs: int, share: float, orthogonal: bool) -> int:
     if not orthogonal:
         return max(1, math.ceil(inputs * share / (2 * floor**2)))
     size = basis_size(inputs)
-    sweep = min(math.floor(_longest_sweep(floor) / share) if share else size, size)
-    while sweep > 1 and _sweep_noise(sweep, share) > floor:
+    sweep = min(math.floor(_longest_sweep(floor * math.sqrt(size / inputs)) / share) if share else size, size)
+    while sweep > 1 and _sweep_noise(sweep, share, inputs) > floor:
         sweep -= 1
     return -(-size // max(1, sweep))
 
 
-def _sweep_noise(sweep: int, share: float) -> float:
+def _sweep_noise(sweep: int, share: float, inputs: int) -> float:
     """The noise of the angle in radians, as a root mean square over the steps.
 
     The estimate of j steps ago has a weight of (1 - share)^j. Each direction has one of these weights in every sweep,
     and none yet, perhaps, in the current one. Sweeps are independent. The noise is the standard deviation of the sum of
-    a direction's weights, relative to the mean.
+    a direction's weights, relative to the mean. The part d / n of it is in the d columns of the basis that are used.
     """
     if sweep == 1 or not share:
         return 0.0
     kept, length = 1 - share, sweep * share
-    return math.sqrt(max(0.0, length / (1 + kept) - 1 + 2 * kept * (1 - kept**sweep) / (length * (1 + kept))))
+    variance = length / (1 + kept) - 1 + 2 * kept * (1 - kept**sweep) / (length * (1 + kept))
+    return math.sqrt(max(0.0, variance) * inputs / basis_size(inputs))
 
 
 @cache

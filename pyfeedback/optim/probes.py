@@ -65,7 +65,7 @@ def _draw(
     """
     seed, step, every, index = key
     sweep = probes.sweep
-    draw, part = divmod((step + index) // every, sweep) if sweep else (step, 0)
+    draw, part = divmod(step // every, sweep) if sweep else (step, 0)
     generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + index) % 2**63)
     if not sweep:
         return current_implementation("random_signs", like.device.type)(probes.probes, inputs, like, generator)

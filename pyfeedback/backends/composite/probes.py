@@ -69,12 +69,11 @@ def orthogonal_probes(inputs: int, start: int, stop: int, like: Tensor, generato
     order, power = basis_factors(size)
     signs = random_signs(1, size, like, generator)
     rows = torch.randperm(size, generator=generator, device=like.device)[start:stop]
-    found = _paley(order, dtype, like.device)[rows % order]
-    rows = rows // order
+    found = _paley(order, dtype, like.device)[rows >> power]
     while power:
         bits = min(power, 6)
         factor = _sylvester(bits, dtype, like.device)[rows % 2**bits]
-        found = (factor.unsqueeze(2) * found.unsqueeze(1)).flatten(1)
+        found = (found.unsqueeze(2) * factor.unsqueeze(1)).flatten(1)
         rows, power = rows >> bits, power - bits
     return found[:, :inputs] * signs[:, :inputs]
 
