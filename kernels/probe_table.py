@@ -180,9 +180,10 @@ def choose_tile(dtype: str, tf32: bool, sparse: bool, capability: int) -> ProbeT
 def launches(plan: Plan, tile: ProbeTile) -> list[Launch]:
     """The launches of a plan; those without programs are left out."""
     constants = {"PROBLEMS": len(plan.table), "T": T, "TILE": tile}
-    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+    response = constants | {"USE_FEEDBACK": any(layer.rule.sparse for _, layer in plan.outputs)}
     gradient = constants | {"HAS_NULL": plan.tiles[1] > 0}
-    kernels = ((response_kernel, constants), (moment_kernel, constants), (gradient_kernel, gradient))
+    kernels = ((response_kernel, response), (moment_kernel, constants), (gradient_kernel, gradient))
     return [
         Launch(kernel, programs, values, options)
         for (kernel, values), programs in zip(kernels, plan.tiles, strict=True)

@@ -44,21 +44,45 @@ def load_size(p_problem, COLUMN: tl.constexpr):
 
 
 @triton.jit
+def load_stride(p_problem, COLUMN: tl.constexpr):
+    """The stride of a part of the workspace as int32, a multiple of 16."""
+    return load_size(p_problem, COLUMN) // 16 * 16
+
+
+@triton.jit
+def work_pointer(p_problem, p_work, COLUMN: tl.constexpr):
+    """A part of the workspace, which begins at a multiple of 16 elements."""
+    return p_work + tl.load(p_problem + COLUMN) // 16 * 16
+
+
+@triton.jit
 def load_number(p_problem, COLUMN: tl.constexpr):
     """A float32 of the problem, stored as the lower bits of an int64."""
     return tl.load(p_problem + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def draw_signs(o_probe, i_chunk, index, seed_low, seed_high, step, DTYPE: tl.constexpr):
-    """The signs of 128 elements of each probe: [len(o_probe), 128]."""
+def draw_words(o_probe, i_chunk, index, seed_low, seed_high, step):
+    """The bits of 128 elements of each probe, as four words."""
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
     zero = o_probe * 0
     i_chunk, index, step = (zero + i_chunk).to(tl.uint32), (zero + index).to(tl.uint32), (zero + step).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_probe.to(tl.uint32), i_chunk, index, step)
+    return tl.philox(seed, o_probe.to(tl.uint32), i_chunk, index, step)
+
+
+@triton.jit
+def to_signs(b_bits, DTYPE: tl.constexpr):
+    """1 where the lowest bit is set, -1 elsewhere."""
+    return tl.where((b_bits & 1) != 0, 1.0, -1.0).to(DTYPE)
+
+
+@triton.jit
+def draw_signs(o_probe, i_chunk, index, seed_low, seed_high, step, DTYPE: tl.constexpr):
+    """The signs of 128 elements of each probe: [len(o_probe), 128]."""
+    w0, w1, w2, w3 = draw_words(o_probe, i_chunk, index, seed_low, seed_high, step)
     b_words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(o_probe.shape[0], 4)
-    b_bits = (b_words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
-    return tl.where(b_bits.reshape(o_probe.shape[0], 128) != 0, 1.0, -1.0).to(DTYPE)
+    b_bits = b_words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]
+    return to_signs(b_bits.reshape(o_probe.shape[0], 128), DTYPE)
 
 
 @triton.jit
@@ -83,18 +107,17 @@ def kernel_pointer(p_problem, COLUMN: tl.constexpr, ELEMENT: tl.constexpr, ALIGN
 @triton.jit
 def kernel_offsets(p_problem, STRIDES: tl.constexpr, o_r, o_e, rows, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
     """The offsets of rows o_r and columns o_e in a weight [G, rows, d] by its strides."""
-    group = tl.load(p_problem + STRIDES)
-    row = tl.load(p_problem + STRIDES + 1)
+    group, row = load_size(p_problem, STRIDES), load_size(p_problem, STRIDES + 1)
     if ALIGNED:
         o_row = (o_r // rows * (group // VECTOR) + o_r % rows * (row // VECTOR)) * VECTOR
         return o_row[:, None] + o_e[None, :]
     o_row = o_r // rows * group + o_r % rows * row
-    return o_row[:, None] + (o_e * tl.load(p_problem + STRIDES + 2))[None, :]
+    return o_row[:, None] + (o_e * load_size(p_problem, STRIDES + 2))[None, :]
 
 
 @triton.jit
 def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
-                  T: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                  USE_FEEDBACK: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """A tile of x (u_feedback B - u_weight W)', or, in the second half of a sparse problem with null, of x W'."""
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth if ALIGNED else 1
     probes, rows = load_size(p_problem, T.probes), load_size(p_problem, T.rows)
@@ -109,21 +132,26 @@ def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT:
     p_w = kernel_pointer(p_problem, T.weight, ELEMENT, ALIGNED)
     p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
     b_rows = tl.where(u_feedback != 0, rows, 0)  # a weight whose coefficient is 0 is not read
-    index = tl.load(p_problem + T.index)
+    index = load_size(p_problem, T.index)
     b_sum = tl.full([TILE.BR, TILE.BM], 0.0, dtype=tl.float32)
     for i_chunk in range(tl.cdiv(inputs, 128)):
-        o_e = i_chunk * 128 + tl.arange(0, 128)
-        m_e = (o_e < inputs)[None, :]
-        o_w = kernel_offsets(p_problem, T.w_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
-        o_b = kernel_offsets(p_problem, T.b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
-        b_w = tl.load(p_w + o_w, mask=(o_r < rows)[:, None] & m_e, other=0.0).to(tl.float32)
-        b_b = tl.load(p_b + o_b, mask=(o_r < b_rows)[:, None] & m_e, other=0.0).to(tl.float32)
-        # Exact if both coefficients are equal and B is close to W.
-        b_a = u_feedback * (b_b - b_w) + (u_feedback - u_weight) * b_w
-        b_x = draw_signs(o_m, i_chunk, index, seed_low, seed_high, step, TILE.SIGNS)
-        b_sum = dot_signs(b_a, tl.trans(b_x), b_sum, TILE.W_PARTS)
-    p_u = p_work + tl.where(of_weight, tl.load(p_problem + T.y), tl.load(p_problem + T.u))
-    o_u = o_m[None, :] * tl.load(p_problem + T.y_stride) + o_r[:, None]
+        words = draw_words(o_m, i_chunk, index, seed_low, seed_high, step)
+        for i_word in tl.static_range(4):
+            o_e = i_chunk * 128 + i_word * 32 + tl.arange(0, 32)
+            m_e = (o_e < inputs)[None, :]
+            o_w = kernel_offsets(p_problem, T.w_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+            b_a = tl.load(p_w + o_w, mask=(o_r < rows)[:, None] & m_e, other=0.0).to(tl.float32)
+            if USE_FEEDBACK:
+                o_b = kernel_offsets(p_problem, T.b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+                b_b = tl.load(p_b + o_b, mask=(o_r < b_rows)[:, None] & m_e, other=0.0).to(tl.float32)
+                # Exact if both coefficients are equal and B is close to W.
+                b_a = u_feedback * (b_b - b_a) + (u_feedback - u_weight) * b_a
+            b_bits = words[i_word][None, :] >> tl.arange(0, 32).to(tl.uint32)[:, None]
+            b_sum = dot_signs(b_a, to_signs(b_bits, TILE.SIGNS), b_sum, TILE.W_PARTS)
+    p_u = work_pointer(p_problem, p_work, T.u)
+    if of_weight:
+        p_u = work_pointer(p_problem, p_work, T.y)
+    o_u = o_m[None, :] * load_stride(p_problem, T.y_stride) + o_r[:, None]
     tl.store(p_u + o_u, b_sum, mask=(o_r < rows)[:, None] & (o_m < probes)[None, :])
 
 
@@ -135,6 +163,7 @@ def response_kernel(
     seed_low,  # halves of the 64-bit seed, as signed 32-bit numbers
     seed_high,
     step,
+    USE_FEEDBACK: tl.constexpr,  # whether a response reads B
     PROBLEMS: tl.constexpr,
     T: tl.constexpr,
     TILE: tl.constexpr,
@@ -142,9 +171,9 @@ def response_kernel(
     ELEMENT: tl.constexpr = p_out.dtype.element_ty
     p_problem, i_tile = find_problem(p_table, tl.program_id(0), T.first_response, T, PROBLEMS)
     if tl.load(p_problem + T.aligned) != 0:
-        response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT, True, T, TILE)
+        response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT, True, USE_FEEDBACK, T, TILE)
     else:
-        response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT, False, T, TILE)
+        response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT, False, USE_FEEDBACK, T, TILE)
 
 
 @triton.jit
@@ -168,7 +197,7 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
     power, square = tl.full([], 0.0, dtype=tl.float32), tl.full([], 0.0, dtype=tl.float32)
     # One group has a symmetric matrix in aligned blocks: those above the diagonal are mirrored.
     if (i_column <= i_row) | (one_group == 0):
-        p_y, y_stride = p_work + tl.load(p_problem + T.y), tl.load(p_problem + T.y_stride)
+        p_y, y_stride = work_pointer(p_problem, p_work, T.y), load_stride(p_problem, T.y_stride)
         b_gram = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
         for i in range(tl.cdiv(probes, TILE.BI)):
             o_m = i * TILE.BI + tl.arange(0, TILE.BI)
@@ -192,7 +221,7 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
                 b_feedback = tl.dot(b_r, tl.trans(b_c), b_feedback, input_precision=TILE.PRECISION)
             power = tl.sum(b_gram * b_feedback) * tl.where(one_group & (i_column < i_row), 2.0, 1.0)
             square = tl.sum(tl.where(m_group & (o_r[:, None] == o_c[None, :]), b_feedback, 0.0))
-        p_moment, stride = p_work + tl.load(p_problem + T.moment), tl.load(p_problem + T.moment_stride)
+        p_moment, stride = work_pointer(p_problem, p_work, T.moment), load_stride(p_problem, T.moment_stride)
         tl.store(p_moment + o_r[:, None] * stride + (o_c % group_rows)[None, :], b_gram, mask=m_group)
         if one_group & (i_column < i_row):
             tl.store(p_moment + o_c[None, :] * stride + o_r[:, None], b_gram, mask=m_group)
@@ -209,7 +238,7 @@ def projection_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: t
     o_m = i_tile // column_tiles * TILE.BS + tl.arange(0, TILE.BS)
     o_e = i_tile % column_tiles * TILE.BS + tl.arange(0, TILE.BS)
     m_m, m_e = o_m < probes, o_e < inputs
-    p_y, y_stride = p_work + tl.load(p_problem + T.y), tl.load(p_problem + T.y_stride)
+    p_y, y_stride = work_pointer(p_problem, p_work, T.y), load_stride(p_problem, T.y_stride)
     p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
     b_z = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
     b_square = tl.full([TILE.BI, TILE.BS], 0.0, dtype=tl.float32)
@@ -222,8 +251,8 @@ def projection_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: t
         b_b = tl.load(p_b + o_b, mask=m_r[:, None] & m_e[None, :], other=0.0).to(tl.float32)
         b_z = tl.dot(b_y, b_b, b_z, input_precision=TILE.PRECISION)
         b_square += b_b * b_b
-    p_z = p_work + tl.load(p_problem + T.moment) + o_m[:, None] * tl.load(p_problem + T.moment_stride)
-    tl.store(p_z + o_e[None, :], b_z, mask=m_m[:, None] & m_e[None, :])
+    o_z = o_m[:, None] * load_stride(p_problem, T.moment_stride) + o_e[None, :]
+    tl.store(work_pointer(p_problem, p_work, T.moment) + o_z, b_z, mask=m_m[:, None] & m_e[None, :])
     return tl.sum(b_z * b_z), tl.where(i_tile < column_tiles, tl.sum(b_square), 0.0)
 
 
@@ -279,7 +308,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth if ALIGNED else 1
     probes, rows = load_size(p_problem, T.probes), load_size(p_problem, T.rows)
     group_rows, inputs = load_size(p_problem, T.group_rows), load_size(p_problem, T.inputs) // VECTOR * VECTOR
-    y_stride, index = tl.load(p_problem + T.y_stride), tl.load(p_problem + T.index)
+    y_stride, index = load_stride(p_problem, T.y_stride), load_size(p_problem, T.index)
     row_tiles = tl.cdiv(rows, TILE.BR)
     i_row, i_chunk = i_tile % row_tiles, i_tile // row_tiles
     o_r = i_row * TILE.BR + tl.arange(0, TILE.BR)
@@ -289,7 +318,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
 
     b_f = tl.full([TILE.BR, 128], 0.0, dtype=tl.float32)
     u_scale = load_number(p_problem, T.u_scale)
-    p_u = p_work + tl.load(p_problem + T.u)
+    p_u = work_pointer(p_problem, p_work, T.u)
     for i in range(tl.where(u_scale != 0, tl.cdiv(probes, TILE.BP), 0)):
         o_m = i * TILE.BP + tl.arange(0, TILE.BP)
         m_u = m_r[:, None] & (o_m < probes)[None, :]
@@ -305,9 +334,10 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
         first = tl.where(projects, 0, i_row * TILE.BR // group_rows * group_rows)
         last = tl.minimum(((i_row + 1) * TILE.BR - 1) // group_rows * group_rows + group_rows, rows)
         last = tl.where(scale != 0, tl.where(projects, probes, last), first)
-        stride = tl.load(p_problem + T.moment_stride)
-        p_moment = p_work + tl.load(p_problem + T.moment)
-        p_left = tl.where(projects, p_work + tl.load(p_problem + T.y), p_moment)
+        stride, p_moment = load_stride(p_problem, T.moment_stride), work_pointer(p_problem, p_work, T.moment)
+        p_left = p_moment
+        if projects:
+            p_left = work_pointer(p_problem, p_work, T.y)
         left_stride = tl.where(projects, y_stride, stride)
         group_terms = tl.where(projects, probes, group_rows)  # terms of the sum that belong to one group
         # Each of B and z has a mask of its own, and that of the other is false: one of both is read.
