@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from .launch import DTYPES, MOST_POSITIONS, architecture
+from .launch import DTYPES
 from .probes import gradient_kernel, moment_kernel, response_kernel
 
 NAMES = {getattr(torch, name): name for name in DTYPES}
 NEVER = 2**62  # the first tile of a row without a problem
+MOST_ELEMENTS = 2**30  # of one tensor: offsets are int32, and the last block may extend past them
 ALIGNMENT = 16  # elements: every part of the workspace and every gradient begins at a multiple of it
 _INTERPRETED = not isinstance(response_kernel, JITFunction)
 
@@ -114,38 +115,45 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def supports(weight: Tensor, feedback: Tensor) -> bool:
+def supports(weight: Tensor, feedback: Tensor, probes: int) -> bool:
     """Whether the kernels compute the gradient of these matrices [G, K, d]: 16-bit or float32, on a GPU."""
     on_gpu = weight.device.type == "cuda" or (_INTERPRETED and weight.device.type == "cpu")
     same = weight.dtype == feedback.dtype and weight.device == feedback.device
-    return on_gpu and same and weight.dtype in NAMES and 0 < weight.numel() < MOST_POSITIONS
+    if not (on_gpu and same and weight.dtype in NAMES and weight.numel()):
+        return False
+    groups, rows, inputs = weight.shape
+    last = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (weight, feedback)]
+    sizes = (probes * padded(groups * rows), probes * padded(inputs), groups * rows * padded(rows), *last)
+    return max(sizes) < MOST_ELEMENTS
 
 
 def probe_gradients(problems, seed: int, step: int) -> list[Tensor]:
     """The gradient of each problem, [G, K, d] in the dtype of its feedback; see probes.py.
 
     Args:
-        problems: named tuples with weight and feedback [G, K, d], probes, rule and index; all on one device.
+        problems: named tuples with weight and feedback [G, K, d], probes, rule and index. Those of one device and dtype
+            share their launches.
         seed, step: with the index of a problem, they determine its signs.
     """
+    together: dict[tuple, list[int]] = {}
+    for i, problem in enumerate(problems):
+        together.setdefault((problem.weight.device, problem.weight.dtype), []).append(i)
     found: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(p.feedback.dtype for p in problems):
-        places = [i for i, p in enumerate(problems) if p.feedback.dtype == dtype]
-        gradients = _gradients([problems[i] for i in places], dtype, seed, step)
+    for (device, dtype), places in together.items():
+        gradients = _launch([problems[i] for i in places], device, dtype, seed, step)
         found |= dict(zip(places, gradients, strict=True))
     return [found[i] for i in range(len(problems))]
 
 
-def _gradients(problems, dtype: torch.dtype, seed: int, step: int) -> list[Tensor]:
-    """Gradients of problems of one dtype."""
-    device = problems[0].weight.device
+def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step: int) -> list[Tensor]:
+    """The gradients of problems of one device and dtype."""
     layers = tuple(
         Layer(w.data_ptr(), b.data_ptr(), tuple(w.shape), w.stride(), b.stride(), p.probes, p.rule, p.index)
         for p in problems
         for w, b in [p[:2]]
     )
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tile = choose_tile(NAMES[dtype], tf32, any(p.rule.sparse for p in problems), architecture(device)[0])
+    tile = choose_tile(NAMES[dtype], tf32, any(p.rule.sparse for p in problems))
     plan, table = _table(layers, dtype.itemsize, tile, device)
     work = torch.empty(plan.work, dtype=torch.float32, device=device)
     out = torch.empty(plan.out, dtype=dtype, device=device)
@@ -167,14 +175,16 @@ def _table(layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile, device: to
     return plan, table
 
 
-def choose_tile(dtype: str, tf32: bool, sparse: bool, capability: int) -> ProbeTile:
+def choose_tile(dtype: str, tf32: bool, sparse: bool) -> ProbeTile:
     """The tile for weights of this dtype; ``sparse`` if a response is that of a difference of weights."""
     wide = dtype == "float32"
     exact = 2 if tf32 else 3  # 16 bits are more than TF32 has
     parts = exact if wide else 2 if sparse or dtype == "float16" else 1
     precision = "ieee" if wide and not tf32 else "tf32"
     signs = tl.float32 if _INTERPRETED else tl.bfloat16
-    return ProbeTile(64, 128, 32, 64, 32, parts, exact if wide else 2, precision, signs)
+    # With more probes, or longer steps of sums without signs, float32 spills on sm_80.
+    probes, step = (64, 16) if wide else (128, 32)
+    return ProbeTile(64, probes, 32, 64, step, parts, exact if wide else 2, precision, signs)
 
 
 def launches(plan: Plan, tile: ProbeTile) -> list[Launch]:

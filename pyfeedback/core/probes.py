@@ -3,9 +3,30 @@
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
+from pyfeedback.core.coefficients import Coefficients
+
 NOISE_FLOOR = 0.1  # radians: the wanted noise of the angle between B and its target
 MOST_NOISE = 0.3  # radians: what is accepted to save cost
 MOST_COST = 0.02  # of the multiply-adds of a training step of the layer
+
+
+class ProbeProblem(NamedTuple):
+    """One estimate of a layer: the gradient of its feedback weight under a rule that reads probes.
+
+    Attributes:
+        weight, feedback: [G, K, d], the kernels of each group as matrices.
+        probes: the number of probes.
+        rule: ``center`` and ``samples`` have no effect.
+        index: of the layer in its model; determines the noise with the seed and the step.
+    """
+
+    weight: Tensor
+    feedback: Tensor
+    probes: int
+    rule: Coefficients
+    index: int
 
 
 class ProbeCount(NamedTuple):

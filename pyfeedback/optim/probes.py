@@ -8,8 +8,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from pyfeedback.backends.dispatch import current_implementation
-from pyfeedback.core.probes import ProbeCount, count_probes
+from pyfeedback.backends import dispatch
+from pyfeedback.core.probes import ProbeCount, ProbeProblem, count_probes
 from pyfeedback.nn import FeedbackLayer
 
 LOUD = 0.5  # radians: more noise than this in the angle is reported
@@ -30,8 +30,8 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
     Raises:
         RuntimeError: the weight is sharded.
     """
-    generators: dict[torch.device, torch.Generator] = {}
-    found, noisy = {}, {}
+    problems: dict[int, dict[nn.Parameter, ProbeProblem]] = {}  # by step
+    noisy = {}
     for b, (layer, name, (step, index)) in due.items():
         w = layer.weight.detach()
         if hasattr(w, "to_local"):
@@ -41,12 +41,13 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
         if probes.noise_floor > LOUD and not layer.rule.growth and layer not in _warned:
             noisy[name] = probes
             _warned.add(layer)
-        generator = generators.setdefault(w.device, torch.Generator(w.device))
-        generator.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + index) % 2**63)
-        draw, compute = (current_implementation(op, w.device.type) for op in ("random_signs", "probe_gradient"))
-        signs = draw(probes.probes, weight.shape[-1], w, generator)
-        gradient = compute(weight, feedback, signs, layer.rule.probe_coefficients())
-        found[b] = layer.from_matrices(gradient).to(b.dtype)
+        problem = ProbeProblem(weight, feedback, probes.probes, layer.rule.probe_coefficients(), index)
+        problems.setdefault(step, {})[b] = problem
+    found = {}
+    for step, of_step in problems.items():
+        gradients = dispatch.probe_gradients(list(of_step.values()), seed, step)
+        for b, gradient in zip(of_step, gradients, strict=True):
+            found[b] = due[b][0].from_matrices(gradient).to(b.dtype)
     if noisy:
         described = ", ".join(f"{name} {math.degrees(probes.noise_floor):.0f}" for name, probes in noisy.items())
         _log.warning(

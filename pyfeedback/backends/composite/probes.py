@@ -1,5 +1,6 @@
 """The gradient of a rule that reads white noise instead of data, composed of PyTorch's own kernels."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -7,7 +8,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.probes import ProbeProblem
 from pyfeedback.core.tensors import acc_dtype, blend
+
+
+def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> list[Tensor]:
+    """The gradient of each problem, in float32 or wider; its noise is that of a generator of its device."""
+    generators: dict[torch.device, torch.Generator] = {}
+    found = []
+    for weight, feedback, count, rule, index in problems:
+        generator = generators.setdefault(weight.device, torch.Generator(weight.device))
+        generator.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + index) % 2**63)
+        noise = random_signs(count, weight.shape[-1], weight, generator)
+        found.append(probe_gradient(weight, feedback, noise, rule))
+    return found
 
 
 def probe_gradient(weight: Tensor, feedback: Tensor, noise: Tensor, rule: Coefficients) -> Tensor:
