@@ -162,7 +162,8 @@ def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step:
         for launch in launches(plan, tile):
             arguments = {name: value for name, value in numbers.items() if name in launch.kernel.arg_names}
             launch.kernel[(launch.programs,)](table, work, out, **arguments, **launch.constants, **launch.options)
-    return [out.as_strided(layer.shape, layer.strides, offset) for offset, layer in plan.outputs]
+    start = out.storage_offset()
+    return [out.as_strided(layer.shape, layer.strides, start + offset) for offset, layer in plan.outputs]
 
 
 @lru_cache(maxsize=8)

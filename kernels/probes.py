@@ -24,6 +24,22 @@ import triton
 import triton.language as tl
 
 
+# Functions of Triton's library that are written in Triton itself, such as tl.cdiv and tl.sum, cannot be interpreted if
+# TRITON_INTERPRET was set after the import of Triton.
+
+
+@triton.jit
+def ceil_div(size, BLOCK: tl.constexpr):
+    """The number of blocks that cover a size."""
+    return (size + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def sum_all(b):
+    """The sum of all elements of a block."""
+    return tl.reduce(b, None, tl.standard._sum_combine)
+
+
 @triton.jit
 def find_problem(p_table, i_tile, FIRST: tl.constexpr, T: tl.constexpr, PROBLEMS: tl.constexpr):
     """The row of the table for a tile of the whole launch, and the index of the tile in that problem.
@@ -32,7 +48,7 @@ def find_problem(p_table, i_tile, FIRST: tl.constexpr, T: tl.constexpr, PROBLEMS
         p_table: [PROBLEMS, T.COLUMNS] int64; the first tiles in column FIRST do not decrease.
     """
     b_first = tl.load(p_table + tl.arange(0, PROBLEMS) * T.COLUMNS + FIRST)
-    i_problem = tl.sum((b_first <= i_tile).to(tl.int32)) - 1
+    i_problem = sum_all((b_first <= i_tile).to(tl.int32)) - 1
     p_problem = p_table + i_problem * T.COLUMNS
     return p_problem, (i_tile - tl.load(p_problem + FIRST)).to(tl.int32)
 
@@ -63,11 +79,19 @@ def load_number(p_problem, COLUMN: tl.constexpr):
 
 @triton.jit
 def draw_words(o_probe, i_chunk, index, seed_low, seed_high, step):
-    """The bits of 128 elements of each probe, as four words."""
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+    """The bits of 128 elements of each probe, as four words: Philox4x32-10, as in csrc/philox.h."""
     zero = o_probe * 0
-    i_chunk, index, step = (zero + i_chunk).to(tl.uint32), (zero + index).to(tl.uint32), (zero + step).to(tl.uint32)
-    return tl.philox(seed, o_probe.to(tl.uint32), i_chunk, index, step)
+    c0, c1 = o_probe.to(tl.uint32), (zero + i_chunk).to(tl.uint32)
+    c2, c3 = (zero + index).to(tl.uint32), (zero + step).to(tl.uint32)
+    key0, key1 = (zero + seed_low).to(tl.uint32), (zero + seed_high).to(tl.uint32)
+    factor0, factor1 = (zero - 0x2DAEE0AD).to(tl.uint32), (zero - 0x326172A9).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(factor0, c0), factor0 * c0
+        high1, low1 = tl.umulhi(factor1, c2), factor1 * c2
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -122,7 +146,7 @@ def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT:
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth if ALIGNED else 1
     probes, rows = load_size(p_problem, T.probes), load_size(p_problem, T.rows)
     group_rows, inputs = load_size(p_problem, T.group_rows), load_size(p_problem, T.inputs) // VECTOR * VECTOR
-    row_tiles, probe_tiles = tl.cdiv(rows, TILE.BR), tl.cdiv(probes, TILE.BM)
+    row_tiles, probe_tiles = ceil_div(rows, TILE.BR), ceil_div(probes, TILE.BM)
     of_weight = i_tile >= row_tiles * probe_tiles
     i_tile = i_tile % (row_tiles * probe_tiles)
     o_r = i_tile % row_tiles * TILE.BR + tl.arange(0, TILE.BR)
@@ -134,7 +158,7 @@ def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT:
     b_rows = tl.where(u_feedback != 0, rows, 0)  # a weight whose coefficient is 0 is not read
     index = load_size(p_problem, T.index)
     b_sum = tl.full([TILE.BR, TILE.BM], 0.0, dtype=tl.float32)
-    for i_chunk in range(tl.cdiv(inputs, 128)):
+    for i_chunk in range(ceil_div(inputs, 128)):
         words = draw_words(o_m, i_chunk, index, seed_low, seed_high, step)
         for i_word in tl.static_range(4):
             o_e = i_chunk * 128 + i_word * 32 + tl.arange(0, 32)
@@ -199,7 +223,7 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
     if (i_column <= i_row) | (one_group == 0):
         p_y, y_stride = work_pointer(p_problem, p_work, T.y), load_stride(p_problem, T.y_stride)
         b_gram = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
-        for i in range(tl.cdiv(probes, TILE.BI)):
+        for i in range(ceil_div(probes, TILE.BI)):
             o_m = i * TILE.BI + tl.arange(0, TILE.BI)
             m_m = o_m < probes
             p_rows = p_y + o_m[None, :] * y_stride + o_r[:, None]
@@ -211,7 +235,7 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
         if load_size(p_problem, T.normalize) != 0:
             p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
             b_feedback = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
-            for i in range(tl.cdiv(inputs, TILE.BI)):
+            for i in range(ceil_div(inputs, TILE.BI)):
                 o_e = i * TILE.BI + tl.arange(0, TILE.BI)
                 m_e = (o_e < inputs)[None, :]
                 o_rows = kernel_offsets(p_problem, T.b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
@@ -219,8 +243,8 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
                 b_r = tl.load(p_b + o_rows, mask=m_r[:, None] & m_e, other=0.0).to(tl.float32)
                 b_c = tl.load(p_b + o_columns, mask=m_c[:, None] & m_e, other=0.0).to(tl.float32)
                 b_feedback = tl.dot(b_r, tl.trans(b_c), b_feedback, input_precision=TILE.PRECISION)
-            power = tl.sum(b_gram * b_feedback) * tl.where(one_group & (i_column < i_row), 2.0, 1.0)
-            square = tl.sum(tl.where(m_group & (o_r[:, None] == o_c[None, :]), b_feedback, 0.0))
+            power = sum_all(b_gram * b_feedback) * tl.where(one_group & (i_column < i_row), 2.0, 1.0)
+            square = sum_all(tl.where(m_group & (o_r[:, None] == o_c[None, :]), b_feedback, 0.0))
         p_moment, stride = work_pointer(p_problem, p_work, T.moment), load_stride(p_problem, T.moment_stride)
         tl.store(p_moment + o_r[:, None] * stride + (o_c % group_rows)[None, :], b_gram, mask=m_group)
         if one_group & (i_column < i_row):
@@ -242,7 +266,7 @@ def projection_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: t
     p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
     b_z = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
     b_square = tl.full([TILE.BI, TILE.BS], 0.0, dtype=tl.float32)
-    for i in range(tl.cdiv(rows, TILE.BI)):
+    for i in range(ceil_div(rows, TILE.BI)):
         o_r = i * TILE.BI + tl.arange(0, TILE.BI)
         m_r = o_r < rows
         o_y = o_m[:, None] * y_stride + o_r[None, :]
@@ -253,7 +277,7 @@ def projection_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: t
         b_square += b_b * b_b
     o_z = o_m[:, None] * load_stride(p_problem, T.moment_stride) + o_e[None, :]
     tl.store(work_pointer(p_problem, p_work, T.moment) + o_z, b_z, mask=m_m[:, None] & m_e[None, :])
-    return tl.sum(b_z * b_z), tl.where(i_tile < column_tiles, tl.sum(b_square), 0.0)
+    return sum_all(b_z * b_z), tl.where(i_tile < column_tiles, sum_all(b_square), 0.0)
 
 
 @triton.jit
@@ -291,12 +315,12 @@ def null_scale(p_problem, p_work, T: tl.constexpr):
         tiles = load_size(p_problem, T.moment_tiles)
         p_partial = p_work + tl.load(p_problem + T.partials)
         b_power, b_square = tl.full([1024], 0.0, dtype=tl.float32), tl.full([1024], 0.0, dtype=tl.float32)
-        for i in range(tl.cdiv(tiles, 1024)):
+        for i in range(ceil_div(tiles, 1024)):
             o = i * 1024 + tl.arange(0, 1024)
             b_power += tl.load(p_partial + o, mask=o < tiles, other=0.0)
             b_square += tl.load(p_partial + tiles + o, mask=o < tiles, other=0.0)
-        power = tl.sum(b_power)
-        scale *= tl.where(power > 0, tl.sum(b_square) / tl.where(power > 0, power, 1.0), 0.0)
+        power = sum_all(b_power)
+        scale *= tl.where(power > 0, sum_all(b_square) / tl.where(power > 0, power, 1.0), 0.0)
     return scale
 
 
@@ -309,7 +333,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
     probes, rows = load_size(p_problem, T.probes), load_size(p_problem, T.rows)
     group_rows, inputs = load_size(p_problem, T.group_rows), load_size(p_problem, T.inputs) // VECTOR * VECTOR
     y_stride, index = load_stride(p_problem, T.y_stride), load_size(p_problem, T.index)
-    row_tiles = tl.cdiv(rows, TILE.BR)
+    row_tiles = ceil_div(rows, TILE.BR)
     i_row, i_chunk = i_tile % row_tiles, i_tile // row_tiles
     o_r = i_row * TILE.BR + tl.arange(0, TILE.BR)
     o_e = i_chunk * 128 + tl.arange(0, 128)
@@ -319,7 +343,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
     b_f = tl.full([TILE.BR, 128], 0.0, dtype=tl.float32)
     u_scale = load_number(p_problem, T.u_scale)
     p_u = work_pointer(p_problem, p_work, T.u)
-    for i in range(tl.where(u_scale != 0, tl.cdiv(probes, TILE.BP), 0)):
+    for i in range(tl.where(u_scale != 0, ceil_div(probes, TILE.BP), 0)):
         o_m = i * TILE.BP + tl.arange(0, TILE.BP)
         m_u = m_r[:, None] & (o_m < probes)[None, :]
         b_u = tl.load(p_u + o_m[None, :] * y_stride + o_r[:, None], mask=m_u, other=0.0)
@@ -342,7 +366,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
         group_terms = tl.where(projects, probes, group_rows)  # terms of the sum that belong to one group
         # Each of B and z has a mask of its own, and that of the other is false: one of both is read.
         last_row, last_probe = tl.where(projects, 0, last), tl.where(projects, last, 0)
-        for i in range(tl.cdiv(last - first, TILE.BI)):
+        for i in range(ceil_div(last - first, TILE.BI)):
             o_i = first + i * TILE.BI + tl.arange(0, TILE.BI)
             m_i = o_i < last
             m_left = (o_r // group_rows)[:, None] == (o_i // group_terms)[None, :]
