@@ -129,14 +129,20 @@ def kernel_pointer(p_problem, COLUMN: tl.constexpr, ELEMENT: tl.constexpr, ALIGN
 
 
 @triton.jit
-def kernel_offsets(p_problem, STRIDES: tl.constexpr, o_r, o_e, rows, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
-    """The offsets of rows o_r and columns o_e in a weight [G, rows, d] by its strides."""
-    group, row = load_size(p_problem, STRIDES), load_size(p_problem, STRIDES + 1)
+def load_strides(p_problem, COLUMN: tl.constexpr):
+    """The strides of a weight: of groups, rows and columns."""
+    return load_size(p_problem, COLUMN), load_size(p_problem, COLUMN + 1), load_size(p_problem, COLUMN + 2)
+
+
+@triton.jit
+def kernel_offsets(strides, o_r, o_e, rows, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
+    """The offsets of rows o_r and columns o_e in a weight [G, rows, d]."""
+    group, row, column = strides
     if ALIGNED:
         o_row = (o_r // rows * (group // VECTOR) + o_r % rows * (row // VECTOR)) * VECTOR
         return o_row[:, None] + o_e[None, :]
     o_row = o_r // rows * group + o_r % rows * row
-    return o_row[:, None] + (o_e * load_size(p_problem, STRIDES + 2))[None, :]
+    return o_row[:, None] + (o_e * column)[None, :]
 
 
 @triton.jit
@@ -157,16 +163,17 @@ def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT:
     p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
     b_rows = tl.where(u_feedback != 0, rows, 0)  # a weight whose coefficient is 0 is not read
     index = load_size(p_problem, T.index)
+    w_strides, b_strides = load_strides(p_problem, T.w_strides), load_strides(p_problem, T.b_strides)
     b_sum = tl.full([TILE.BR, TILE.BM], 0.0, dtype=tl.float32)
     for i_chunk in range(ceil_div(inputs, 128)):
         words = draw_words(o_m, i_chunk, index, seed_low, seed_high, step)
         for i_word in tl.static_range(4):
             o_e = i_chunk * 128 + i_word * 32 + tl.arange(0, 32)
             m_e = (o_e < inputs)[None, :]
-            o_w = kernel_offsets(p_problem, T.w_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+            o_w = kernel_offsets(w_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
             b_a = tl.load(p_w + o_w, mask=(o_r < rows)[:, None] & m_e, other=0.0).to(tl.float32)
             if USE_FEEDBACK:
-                o_b = kernel_offsets(p_problem, T.b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+                o_b = kernel_offsets(b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
                 b_b = tl.load(p_b + o_b, mask=(o_r < b_rows)[:, None] & m_e, other=0.0).to(tl.float32)
                 # Exact if both coefficients are equal and B is close to W.
                 b_a = u_feedback * (b_b - b_a) + (u_feedback - u_weight) * b_a
@@ -233,13 +240,13 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
             b_gram = tl.dot(b_r, b_c, b_gram, input_precision=TILE.PRECISION)
         b_gram = tl.where(m_group, b_gram, 0.0)
         if load_size(p_problem, T.normalize) != 0:
-            p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
+            p_b, b_strides = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED), load_strides(p_problem, T.b_strides)
             b_feedback = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
             for i in range(ceil_div(inputs, TILE.BI)):
                 o_e = i * TILE.BI + tl.arange(0, TILE.BI)
                 m_e = (o_e < inputs)[None, :]
-                o_rows = kernel_offsets(p_problem, T.b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
-                o_columns = kernel_offsets(p_problem, T.b_strides, o_c, o_e, group_rows, ALIGNED, VECTOR)
+                o_rows = kernel_offsets(b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+                o_columns = kernel_offsets(b_strides, o_c, o_e, group_rows, ALIGNED, VECTOR)
                 b_r = tl.load(p_b + o_rows, mask=m_r[:, None] & m_e, other=0.0).to(tl.float32)
                 b_c = tl.load(p_b + o_columns, mask=m_c[:, None] & m_e, other=0.0).to(tl.float32)
                 b_feedback = tl.dot(b_r, tl.trans(b_c), b_feedback, input_precision=TILE.PRECISION)
@@ -263,7 +270,7 @@ def projection_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: t
     o_e = i_tile % column_tiles * TILE.BS + tl.arange(0, TILE.BS)
     m_m, m_e = o_m < probes, o_e < inputs
     p_y, y_stride = work_pointer(p_problem, p_work, T.y), load_stride(p_problem, T.y_stride)
-    p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
+    p_b, b_strides = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED), load_strides(p_problem, T.b_strides)
     b_z = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
     b_square = tl.full([TILE.BI, TILE.BS], 0.0, dtype=tl.float32)
     for i in range(ceil_div(rows, TILE.BI)):
@@ -271,7 +278,7 @@ def projection_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: t
         m_r = o_r < rows
         o_y = o_m[:, None] * y_stride + o_r[None, :]
         b_y = tl.load(p_y + o_y, mask=m_m[:, None] & m_r[None, :], other=0.0)
-        o_b = kernel_offsets(p_problem, T.b_strides, o_r, o_e, rows, ALIGNED, VECTOR)
+        o_b = kernel_offsets(b_strides, o_r, o_e, rows, ALIGNED, VECTOR)
         b_b = tl.load(p_b + o_b, mask=m_r[:, None] & m_e[None, :], other=0.0).to(tl.float32)
         b_z = tl.dot(b_y, b_b, b_z, input_precision=TILE.PRECISION)
         b_square += b_b * b_b
@@ -338,7 +345,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
     o_r = i_row * TILE.BR + tl.arange(0, TILE.BR)
     o_e = i_chunk * 128 + tl.arange(0, 128)
     m_r, m_f = o_r < rows, (o_r < rows)[:, None] & (o_e < inputs)[None, :]
-    p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
+    p_b, b_strides = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED), load_strides(p_problem, T.b_strides)
 
     b_f = tl.full([TILE.BR, 128], 0.0, dtype=tl.float32)
     u_scale = load_number(p_problem, T.u_scale)
@@ -373,22 +380,22 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
             o_left = o_i[None, :] * left_stride + (o_r % group_rows)[:, None]
             b_left = tl.load(p_left + o_left, mask=m_left & m_r[:, None] & m_i[None, :], other=0.0)
             m_e = (o_e < inputs)[None, :]
-            o_b = kernel_offsets(p_problem, T.b_strides, o_i, o_e, group_rows, ALIGNED, VECTOR)
+            o_b = kernel_offsets(b_strides, o_i, o_e, group_rows, ALIGNED, VECTOR)
             b_right = tl.load(p_b + o_b, mask=(o_i < last_row)[:, None] & m_e, other=0.0).to(tl.float32)
             m_z = (o_i < last_probe)[:, None] & m_e
             b_right += tl.load(p_moment + o_i[:, None] * stride + o_e[None, :], mask=m_z, other=0.0)
             b_f = tl.dot(b_left * scale, b_right, b_f, input_precision=TILE.PRECISION)
 
     decay, self_ = load_number(p_problem, T.decay), load_number(p_problem, T.self_)
-    o_b = kernel_offsets(p_problem, T.b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
-    o_w = kernel_offsets(p_problem, T.w_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+    o_b = kernel_offsets(b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+    o_w = kernel_offsets(load_strides(p_problem, T.w_strides), o_r, o_e, group_rows, ALIGNED, VECTOR)
     m_e = (o_e < inputs)[None, :]
     m_b, m_w = (o_r < tl.where(decay != 0, rows, 0))[:, None] & m_e, (o_r < tl.where(self_ != 0, rows, 0))[:, None] & m_e
     b_b = tl.load(p_b + o_b, mask=m_b, other=0.0).to(tl.float32)
     p_w = kernel_pointer(p_problem, T.weight, ELEMENT, ALIGNED)
     b_w = tl.load(p_w + o_w, mask=m_w, other=0.0).to(tl.float32)
     b_f += decay * (b_b - b_w) + (decay - self_) * b_w
-    o_f = kernel_offsets(p_problem, T.o_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
+    o_f = kernel_offsets(load_strides(p_problem, T.o_strides), o_r, o_e, group_rows, ALIGNED, VECTOR)
     tl.store(p_out + tl.load(p_problem + T.out) // 16 * 16 + o_f, b_f.to(ELEMENT), mask=m_f)
 
 

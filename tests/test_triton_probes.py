@@ -28,7 +28,7 @@ RULES = {
     "all": {"amp": 0.7, "null": 0.3, "sparse": 0.5, "self_": 0.2, "decay": 0.1},
     "self": {"self_": 0.5, "decay": 1.0},
 }
-SMALL = {"BR": 16, "BM": 16, "BP": 16, "BS": 16, "BI": 16}
+SMALL = {"BR": 16, "BM": 32, "BP": 32, "BS": 16, "BI": 32}
 
 
 @pytest.fixture
@@ -140,13 +140,13 @@ def problem(shape, probes: int, terms: dict, index: int, dtype=torch.float32, **
 LAYERS = {  # shape [G, K, d], probes and layout
     "linear 7 -> 3": ((1, 3, 7), 5, {}),
     "3x3 of 5 channels": ((1, 6, 45), 37, {}),
-    "depthwise": ((40, 1, 9), 20, {}),
-    "grouped": ((3, 12, 36), 21, {}),
-    "transposed": ((1, 20, 5), 19, {"transposed": True}),
-    "grouped transposed": ((2, 18, 4), 3, {"transposed": True}),
-    "aligned": ((1, 24, 160), 33, {}),
-    "not aligned": ((1, 24, 16), 33, {"offset": 1}),
-    "more rows than probes": ((1, 70, 20), 4, {}),
+    "depthwise": ((20, 1, 9), 20, {}),
+    "grouped": ((3, 7, 36), 21, {}),
+    "transposed": ((1, 18, 5), 19, {"transposed": True}),
+    "grouped transposed": ((2, 10, 4), 3, {"transposed": True}),
+    "aligned": ((1, 18, 144), 33, {}),
+    "not aligned": ((1, 8, 16), 9, {"offset": 1}),
+    "more rows than probes": ((1, 35, 20), 4, {}),
     "one weight": ((1, 1, 1), 1, {}),
 }
 
@@ -163,24 +163,32 @@ def check(problems, dtype, seed=SEED, step=STEP):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalized"])
-@pytest.mark.parametrize("rule", RULES)
-def test_gradients_of_many_layers(rule, normalize, dtype, small_tiles):
+@pytest.mark.parametrize(
+    ("rule", "normalize"),
+    [("wm", False), ("ia", False), ("ia", True), ("oja", False), ("aa", False), ("all", True), ("self", False)],
+)
+def test_gradients_of_many_layers(rule, normalize, small_tiles):
     terms = {**RULES[rule], "normalize": normalize}
-    layers = LAYERS.values() if dtype == torch.float32 else list(LAYERS.values())[1::3]
+    check([problem(s, m, terms, i, **o) for i, (s, m, o) in enumerate(LAYERS.values())], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", ["wm", "all"])
+def test_gradients_of_16_bits(rule, dtype, small_tiles):
+    terms = {**RULES[rule], "normalize": True}
+    layers = [LAYERS[name] for name in ("3x3 of 5 channels", "grouped", "not aligned", "more rows than probes")]
     check([problem(s, m, terms, i, dtype, **o) for i, (s, m, o) in enumerate(layers)], dtype)
 
 
 def test_gradients_with_the_tiles_of_a_device():
     terms = {**RULES["all"], "normalize": True}
-    shapes = [((1, 70, 133), 70), ((2, 40, 20), 130), ((1, 66, 12), 3)]
+    shapes = [((1, 70, 133), 70), ((2, 40, 20), 66), ((1, 66, 12), 3)]
     check([problem(s, m, terms, i) for i, (s, m) in enumerate(shapes)], torch.float32)
 
 
 def test_every_layer_has_its_own_rule(small_tiles):
     terms = [{**RULES[rule], "normalize": normalize} for rule in RULES for normalize in (False, True)]
-    check([problem((1, 20, 20), 30, t, 5 * i) for i, t in enumerate(terms)], torch.float32)
+    check([problem((1, 5, 8), 7, t, 5 * i) for i, t in enumerate(terms)], torch.float32)
 
 
 def test_both_moments_are_used():
@@ -228,7 +236,7 @@ def test_dtypes_are_launched_apart(launched):
 @pytest.mark.parametrize("rule", ["wm", "ia"])
 def test_equal_calls_give_equal_bits_in_any_order_of_programs(rule, monkeypatch, small_tiles):
     terms = {**RULES[rule], "normalize": True}
-    problems = [problem(s, m, terms, i, **o) for i, (s, m, o) in enumerate(list(LAYERS.values())[1:4])]
+    problems = [problem(s, m, terms, i, **o) for i, (s, m, o) in enumerate(list(LAYERS.values())[2:4])]
     first = probe_table.probe_gradients(problems, SEED, STEP)
     torch.testing.assert_close(probe_table.probe_gradients(problems, SEED, STEP), first, rtol=0, atol=0)
     other = probe_table.probe_gradients(problems, SEED, STEP + 1)
@@ -320,7 +328,7 @@ def network():
 def test_an_optimizer_aligns_the_feedback(rule, interpreter, launched):
     model = pyfeedback.convert(network(), pyfeedback.rule(rule, probes=4.0, growth=0.0, nu=0.2, tau=4.0))
     optimizer = pyfeedback.optim.SGD(model, lr=0.0)
-    steps = 12
+    steps = 8
     with pyfeedback.backend("triton"):
         for _ in range(steps):
             optimizer.step()
