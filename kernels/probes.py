@@ -122,10 +122,8 @@ def dot_signs(b_a, b_x, b_sum, PARTS: tl.constexpr):
 @triton.jit
 def kernel_pointer(p_problem, COLUMN: tl.constexpr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
     """The address of a weight as a pointer."""
-    address = tl.load(p_problem + COLUMN)
-    if ALIGNED:
-        address = address // 16 * 16  # as the compiler cannot see otherwise
-    return address.to(tl.pointer_type(ELEMENT))
+    p_kernel = tl.load(p_problem + COLUMN).to(tl.pointer_type(ELEMENT))
+    return tl.multiple_of(p_kernel, 16) if ALIGNED else p_kernel
 
 
 @triton.jit
@@ -182,8 +180,10 @@ def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT:
     p_u = work_pointer(p_problem, p_work, T.u)
     if of_weight:
         p_u = work_pointer(p_problem, p_work, T.y)
-    o_u = o_m[None, :] * load_stride(p_problem, T.y_stride) + o_r[:, None]
-    tl.store(p_u + o_u, b_sum, mask=(o_r < rows)[:, None] & (o_m < probes)[None, :])
+    y_stride = load_stride(p_problem, T.y_stride)
+    # The padding behind the rows is 0, so that it may be read.
+    m_u = (o_r < y_stride)[:, None] & (o_m < probes)[None, :]
+    tl.store(p_u + o_m[None, :] * y_stride + o_r[:, None], b_sum, mask=m_u)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
@@ -235,8 +235,8 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
             m_m = o_m < probes
             p_rows = p_y + o_m[None, :] * y_stride + o_r[:, None]
             p_columns = p_y + o_m[:, None] * y_stride + o_c[None, :]
-            b_r = tl.load(p_rows, mask=m_r[:, None] & m_m[None, :], other=0.0)
-            b_c = tl.load(p_columns, mask=m_c[None, :] & m_m[:, None], other=0.0)
+            b_r = tl.load(p_rows, mask=(o_r < y_stride)[:, None] & m_m[None, :], other=0.0)
+            b_c = tl.load(p_columns, mask=(o_c < y_stride)[None, :] & m_m[:, None], other=0.0)
             b_gram = tl.dot(b_r, b_c, b_gram, input_precision=TILE.PRECISION)
         b_gram = tl.where(m_group, b_gram, 0.0)
         if load_size(p_problem, T.normalize) != 0:
@@ -277,13 +277,14 @@ def projection_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: t
         o_r = i * TILE.BI + tl.arange(0, TILE.BI)
         m_r = o_r < rows
         o_y = o_m[:, None] * y_stride + o_r[None, :]
-        b_y = tl.load(p_y + o_y, mask=m_m[:, None] & m_r[None, :], other=0.0)
+        b_y = tl.load(p_y + o_y, mask=m_m[:, None] & (o_r < y_stride)[None, :], other=0.0)
         o_b = kernel_offsets(b_strides, o_r, o_e, rows, ALIGNED, VECTOR)
         b_b = tl.load(p_b + o_b, mask=m_r[:, None] & m_e[None, :], other=0.0).to(tl.float32)
         b_z = tl.dot(b_y, b_b, b_z, input_precision=TILE.PRECISION)
         b_square += b_b * b_b
-    o_z = o_m[:, None] * load_stride(p_problem, T.moment_stride) + o_e[None, :]
-    tl.store(work_pointer(p_problem, p_work, T.moment) + o_z, b_z, mask=m_m[:, None] & m_e[None, :])
+    p_z, z_stride = work_pointer(p_problem, p_work, T.moment), load_stride(p_problem, T.moment_stride)
+    m_z = m_m[:, None] & (o_e < z_stride)[None, :]  # the padding is 0 here too
+    tl.store(p_z + o_m[:, None] * z_stride + o_e[None, :], b_z, mask=m_z)
     return sum_all(b_z * b_z), tl.where(i_tile < column_tiles, sum_all(b_square), 0.0)
 
 
@@ -352,7 +353,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
     p_u = work_pointer(p_problem, p_work, T.u)
     for i in range(tl.where(u_scale != 0, ceil_div(probes, TILE.BP), 0)):
         o_m = i * TILE.BP + tl.arange(0, TILE.BP)
-        m_u = m_r[:, None] & (o_m < probes)[None, :]
+        m_u = (o_r < y_stride)[:, None] & (o_m < probes)[None, :]
         b_u = tl.load(p_u + o_m[None, :] * y_stride + o_r[:, None], mask=m_u, other=0.0)
         b_x = draw_signs(o_m, i_chunk, index, seed_low, seed_high, step, TILE.SIGNS)
         b_f = dot_signs(b_u, b_x, b_f, TILE.Y_PARTS)
@@ -382,7 +383,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
             m_e = (o_e < inputs)[None, :]
             o_b = kernel_offsets(b_strides, o_i, o_e, group_rows, ALIGNED, VECTOR)
             b_right = tl.load(p_b + o_b, mask=(o_i < last_row)[:, None] & m_e, other=0.0).to(tl.float32)
-            m_z = (o_i < last_probe)[:, None] & m_e
+            m_z = (o_i < last_probe)[:, None] & (o_e < stride)[None, :]
             b_right += tl.load(p_moment + o_i[:, None] * stride + o_e[None, :], mask=m_z, other=0.0)
             b_f = tl.dot(b_left * scale, b_right, b_f, input_precision=TILE.PRECISION)
 
