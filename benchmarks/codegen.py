@@ -221,7 +221,7 @@ class ProbeLaunch(NamedTuple):
 def probes(job: Job) -> ProbeLaunch:
     """The launch of all layers with probes."""
     name, rule = PROBES[job.op]
-    tile = probe_table.choose_tile(target(job).dtype, job.dtype == "tf32", rule.sparse != 0)
+    tile = probe_table.choose_tile(target(job).dtype, job.dtype == "tf32", rule.sparse != 0, isinstance(job.capability, str))
     layer = probe_table.Layer(0, 0, (1, 64, 64), (4096, 64, 1), (4096, 64, 1), 32, rule, 0)
     launches = probe_table.launches(probe_table.make_plan((layer,) * 64, target(job).itemsize, tile), tile)
     found = next(launch for launch in launches if launch.kernel.__name__ == name)

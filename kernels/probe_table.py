@@ -74,6 +74,7 @@ class ProbeTile(NamedTuple):
     Y_PARTS: int  # and a response
     PRECISION: str
     SIGNS: Any  # the dtype of signs: the interpreter has no products of bfloat16
+    stages: int
 
 
 class Layer(NamedTuple):
@@ -153,7 +154,7 @@ def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step:
         for w, b in [p[:2]]
     )
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tile = choose_tile(NAMES[dtype], tf32, any(p.rule.sparse for p in problems))
+    tile = choose_tile(NAMES[dtype], tf32, any(p.rule.sparse for p in problems), torch.version.hip is not None)
     plan, table = _table(layers, dtype.itemsize, tile, device)
     work = torch.empty(plan.work, dtype=torch.float32, device=device)
     out = torch.empty(plan.out, dtype=dtype, device=device)
@@ -176,22 +177,23 @@ def _table(layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile, device: to
     return plan, table
 
 
-def choose_tile(dtype: str, tf32: bool, sparse: bool) -> ProbeTile:
+def choose_tile(dtype: str, tf32: bool, sparse: bool, amd: bool = False) -> ProbeTile:
     """The tile for weights of this dtype; ``sparse`` if a response is that of a difference of weights."""
     wide = dtype == "float32"
     exact = 2 if tf32 else 3  # 16 bits are more than TF32 has
     parts = exact if wide else 2 if sparse or dtype == "float16" else 1
-    precision = "ieee" if wide and not tf32 else "tf32"
+    precision = "ieee" if (wide and not tf32) or amd else "tf32"  # few AMD architectures have TF32
     signs = tl.float32 if _INTERPRETED else tl.bfloat16
     # With more probes, or longer steps of sums without signs, float32 spills on sm_80.
     probes, step = (64, 16) if wide else (128, 32)
-    return ProbeTile(64, probes, 32, 64, step, parts, exact if wide else 2, precision, signs)
+    # AMD processors have 64 KB of shared memory, which two stages of float32 exceed.
+    return ProbeTile(64, probes, 32, 64, step, parts, exact if wide else 2, precision, signs, 1 if amd else 2)
 
 
 def launches(plan: Plan, tile: ProbeTile) -> list[Launch]:
     """The launches of a plan; those without programs are left out."""
     constants = {"PROBLEMS": len(plan.table), "T": T, "TILE": tile}
-    options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+    options = {"num_warps": 8, "num_stages": tile.stages, "enable_fp_fusion": True}
     response = constants | {"USE_FEEDBACK": any(layer.rule.sparse for _, layer in plan.outputs)}
     gradient = constants | {"HAS_NULL": plan.tiles[1] > 0}
     kernels = ((response_kernel, response), (moment_kernel, constants), (gradient_kernel, gradient))

@@ -163,6 +163,7 @@ def check(problems, dtype, seed=SEED, step=STEP):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "normalize"),
     [("wm", False), ("ia", False), ("ia", True), ("oja", False), ("aa", False), ("all", True), ("self", False)],
@@ -180,6 +181,7 @@ def test_gradients_of_16_bits(rule, dtype, small_tiles):
     check([problem(s, m, terms, i, dtype, **o) for i, (s, m, o) in enumerate(layers)], dtype)
 
 
+@pytest.mark.slow
 def test_gradients_with_the_tiles_of_a_device():
     terms = {**RULES["all"], "normalize": True}
     shapes = [((1, 70, 133), 70), ((2, 40, 20), 66), ((1, 66, 12), 3)]
@@ -233,6 +235,7 @@ def test_dtypes_are_launched_apart(launched):
         torch.testing.assert_close(gradient, alone, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["wm", "ia"])
 def test_equal_calls_give_equal_bits_in_any_order_of_programs(rule, monkeypatch, small_tiles):
     terms = {**RULES[rule], "normalize": True}
@@ -280,6 +283,7 @@ def test_parts_of_a_factor():
     """Three bfloat16 numbers hold a float32, one a bfloat16; 16 bits are more than TF32 or float16 has."""
     tiles = [probe_table.choose_tile(*a) for a in (("float32", False, False), ("float32", True, False),
              ("bfloat16", False, False), ("bfloat16", False, True), ("float16", False, False))]  # fmt: skip
+    assert probe_table.choose_tile("bfloat16", False, False, amd=True).PRECISION == "ieee"
     assert [(t.W_PARTS, t.Y_PARTS, t.PRECISION) for t in tiles] == [
         (3, 3, "ieee"), (2, 2, "tf32"), (1, 2, "tf32"), (2, 2, "tf32"), (2, 2, "tf32"),
     ]  # fmt: skip
@@ -324,6 +328,7 @@ def network():
     return nn.Sequential(*layers).to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["wm-probes", "ia-probes"])
 def test_an_optimizer_aligns_the_feedback(rule, interpreter, launched):
     model = pyfeedback.convert(network(), pyfeedback.rule(rule, probes=4.0, growth=0.0, nu=0.2, tau=4.0))
