@@ -221,7 +221,9 @@ class ProbeLaunch(NamedTuple):
 def probes(job: Job) -> ProbeLaunch:
     """The launch of all layers with probes."""
     name, rule = PROBES[job.op]
-    tile = probe_table.choose_tile(target(job).dtype, job.dtype == "tf32", rule.sparse != 0, isinstance(job.capability, str))
+    tile = probe_table.choose_tile(
+        target(job).dtype, job.dtype == "tf32", rule.sparse != 0, isinstance(job.capability, str)
+    )
     layer = probe_table.Layer(0, 0, (1, 64, 64), (4096, 64, 1), (4096, 64, 1), 32, rule, 0)
     launches = probe_table.launches(probe_table.make_plan((layer,) * 64, target(job).itemsize, tile), tile)
     found = next(launch for launch in launches if launch.kernel.__name__ == name)
@@ -234,7 +236,9 @@ def compile_job(job: Job) -> Code:
     sources = {**dict.fromkeys(WGRADS, wgrad), **dict.fromkeys(DGRADS, dgrad), **dict.fromkeys(JOINT, joint)}
     sources |= dict.fromkeys(PROBES, probes)
     launch = sources.get(job.op, pointwise)(job)
-    element = {"p_semaphores": "i32", "p_table": "i64", **dict.fromkeys(FLOATS, "fp32")} | ({"p_f": "fp32"} if "gram" in job.op else {})
+    element = {"p_semaphores": "i32", "p_table": "i64", **dict.fromkeys(FLOATS, "fp32")} | (
+        {"p_f": "fp32"} if "gram" in job.op else {}
+    )
     signature, constants, aligned = {}, dict(launch.constants), {}
 
     def type_of(name: str, value: object, path: tuple[int, ...]) -> str:

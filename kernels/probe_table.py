@@ -1,4 +1,4 @@
-"""The launches of probes.py: the table of a set of layers, a pure function of their sizes and addresses, and its use."""
+"""The launches of probes.py: the table of a set of layers, a pure function of sizes and addresses, and its use."""
 
 import struct
 from contextlib import nullcontext
@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from .launch import DTYPES
+from .launch import DTYPES, architecture
 from .probes import gradient_kernel, moment_kernel, response_kernel
 
 NAMES = {getattr(torch, name): name for name in DTYPES}
 NEVER = 2**62  # the first tile of a row without a problem
+OLDEST = 80  # compute capability: older processors have no products of bfloat16
 MOST_ELEMENTS = 2**30  # of one tensor: offsets are int32, and the last block may extend past them
 ALIGNMENT = 16  # elements: every part of the workspace and every gradient begins at a multiple of it
 _INTERPRETED = not isinstance(response_kernel, JITFunction)
@@ -92,7 +93,7 @@ class Layer(NamedTuple):
     @property
     def strides(self) -> tuple[int, int, int]:
         """The strides of the gradient: as the feedback if its matrices are transposed, otherwise without gaps."""
-        groups, rows, columns = self.shape
+        _, rows, columns = self.shape
         transposed = (rows * columns, 1, rows)
         return transposed if columns > 1 and self.b_strides == transposed else (rows * columns, columns, 1)
 
@@ -122,6 +123,8 @@ def supports(weight: Tensor, feedback: Tensor, probes: int) -> bool:
     same = weight.dtype == feedback.dtype and weight.device == feedback.device
     if not (on_gpu and same and weight.dtype in NAMES and weight.numel()):
         return False
+    if architecture(weight.device)[0] < OLDEST:
+        return False
     groups, rows, inputs = weight.shape
     last = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (weight, feedback)]
     sizes = (probes * padded(groups * rows), probes * padded(inputs), groups * rows * padded(rows), *last)
@@ -132,9 +135,9 @@ def probe_gradients(problems, seed: int, step: int) -> list[Tensor]:
     """The gradient of each problem, [G, K, d] in the dtype of its feedback; see probes.py.
 
     Args:
-        problems: named tuples with weight and feedback [G, K, d], probes, rule and index. Those of one device and dtype
-            share their launches.
-        seed, step: with the index of a problem, they determine its signs.
+        problems: named tuples with weight and feedback [G, K, d], probes, rule and layer_index. Those of one device
+            and dtype share their launches.
+        seed, step: with the index of a layer, they determine its signs.
     """
     together: dict[tuple, list[int]] = {}
     for i, problem in enumerate(problems):
@@ -149,7 +152,7 @@ def probe_gradients(problems, seed: int, step: int) -> list[Tensor]:
 def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step: int) -> list[Tensor]:
     """The gradients of problems of one device and dtype."""
     layers = tuple(
-        Layer(w.data_ptr(), b.data_ptr(), tuple(w.shape), w.stride(), b.stride(), p.probes, p.rule, p.index)
+        Layer(w.data_ptr(), b.data_ptr(), tuple(w.shape), w.stride(), b.stride(), p.probes, p.rule, p.layer_index)
         for p in problems
         for w, b in [p[:2]]
     )
@@ -186,8 +189,10 @@ def choose_tile(dtype: str, tf32: bool, sparse: bool, amd: bool = False) -> Prob
     signs = tl.float32 if _INTERPRETED else tl.bfloat16
     # With more probes, or longer steps of sums without signs, float32 spills on sm_80.
     probes, step = (64, 16) if wide else (128, 32)
-    # AMD processors have 64 KB of shared memory, which two stages of float32 exceed.
-    return ProbeTile(64, probes, 32, 64, step, parts, exact if wide else 2, precision, signs, 1 if amd else 2)
+    # Two stages of float32 exceed the 64 KB of shared memory of AMD processors, and two stages of two weights the 99 KB
+    # of consumer GPUs.
+    stages = 1 if amd or (wide and sparse) else 2
+    return ProbeTile(64, probes, 32, 64, step, parts, exact if wide else 2, precision, signs, stages)
 
 
 def launches(plan: Plan, tile: ProbeTile) -> list[Launch]:
@@ -253,7 +258,11 @@ def _row(
         "decay": bits(rule.decay), "self_": bits(rule.self_),
     }  # fmt: skip
     row = {getattr(T, name): int(value) for name, value in values.items()}
-    for start, strides in ((T.w_strides, layer.w_strides), (T.b_strides, layer.b_strides), (T.o_strides, layer.strides)):
+    for start, strides in (
+        (T.w_strides, layer.w_strides),
+        (T.b_strides, layer.b_strides),
+        (T.o_strides, layer.strides),
+    ):
         row |= {start + i: stride for i, stride in enumerate(strides)}
     tiles = (response * (1 + both) if reads or rule.null else 0, moment_tiles, ceil(rows, tile.BR) * ceil(d, 128))
     return row, tiles, sum(sizes)

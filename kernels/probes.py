@@ -23,21 +23,7 @@ the total. Results are bitwise reproducible.
 import triton
 import triton.language as tl
 
-
-# Functions of Triton's library that are written in Triton itself, such as tl.cdiv and tl.sum, cannot be interpreted if
-# TRITON_INTERPRET was set after the import of Triton.
-
-
-@triton.jit
-def ceil_div(size, BLOCK: tl.constexpr):
-    """The number of blocks that cover a size."""
-    return (size + BLOCK - 1) // BLOCK
-
-
-@triton.jit
-def sum_all(b):
-    """The sum of all elements of a block."""
-    return tl.reduce(b, None, tl.standard._sum_combine)
+from .signs import ceil_div, dot_signs, draw_signs, draw_words, sum_all, to_signs
 
 
 @triton.jit
@@ -75,48 +61,6 @@ def work_pointer(p_problem, p_work, COLUMN: tl.constexpr):
 def load_number(p_problem, COLUMN: tl.constexpr):
     """A float32 of the problem, stored as the lower bits of an int64."""
     return tl.load(p_problem + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def draw_words(o_probe, i_chunk, index, seed_low, seed_high, step):
-    """The bits of 128 elements of each probe, as four words: Philox4x32-10, as in csrc/philox.h."""
-    zero = o_probe * 0
-    c0, c1 = o_probe.to(tl.uint32), (zero + i_chunk).to(tl.uint32)
-    c2, c3 = (zero + index).to(tl.uint32), (zero + step).to(tl.uint32)
-    key0, key1 = (zero + seed_low).to(tl.uint32), (zero + seed_high).to(tl.uint32)
-    factor0, factor1 = (zero - 0x2DAEE0AD).to(tl.uint32), (zero - 0x326172A9).to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(factor0, c0), factor0 * c0
-        high1, low1 = tl.umulhi(factor1, c2), factor1 * c2
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0 += 0x9E3779B9
-        key1 += 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def to_signs(b_bits, DTYPE: tl.constexpr):
-    """1 where the lowest bit is set, -1 elsewhere."""
-    return tl.where((b_bits & 1) != 0, 1.0, -1.0).to(DTYPE)
-
-
-@triton.jit
-def draw_signs(o_probe, i_chunk, index, seed_low, seed_high, step, DTYPE: tl.constexpr):
-    """The signs of 128 elements of each probe: [len(o_probe), 128]."""
-    w0, w1, w2, w3 = draw_words(o_probe, i_chunk, index, seed_low, seed_high, step)
-    b_words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(o_probe.shape[0], 4)
-    b_bits = b_words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]
-    return to_signs(b_bits.reshape(o_probe.shape[0], 128), DTYPE)
-
-
-@triton.jit
-def dot_signs(b_a, b_x, b_sum, PARTS: tl.constexpr):
-    """b_sum + b_a @ b_x for signs b_x, with the first 8 * PARTS bits of the float32 factor b_a."""
-    for _ in tl.static_range(PARTS):
-        b_part = (b_a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        b_sum = tl.dot(b_part.to(b_x.dtype), b_x, b_sum, input_precision="ieee")
-        b_a -= b_part
-    return b_sum
 
 
 @triton.jit
@@ -240,7 +184,10 @@ def gram_tile(p_problem, p_work, i_tile, ELEMENT: tl.constexpr, ALIGNED: tl.cons
             b_gram = tl.dot(b_r, b_c, b_gram, input_precision=TILE.PRECISION)
         b_gram = tl.where(m_group, b_gram, 0.0)
         if load_size(p_problem, T.normalize) != 0:
-            p_b, b_strides = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED), load_strides(p_problem, T.b_strides)
+            p_b, b_strides = (
+                kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED),
+                load_strides(p_problem, T.b_strides),
+            )
             b_feedback = tl.full([TILE.BS, TILE.BS], 0.0, dtype=tl.float32)
             for i in range(ceil_div(inputs, TILE.BI)):
                 o_e = i * TILE.BI + tl.arange(0, TILE.BI)
@@ -361,7 +308,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
 
     if HAS_NULL:
         scale = null_scale(p_problem, p_work, T)
-        # Sum over i: (y'y)[i, r] B[i, e] over the rows i of the groups of this tile, or y[i, r] z[i, e] over the probes.
+        # Over the rows i of the groups of this tile, the sum of (y'y)[i, r] B[i, e]; or over the probes, of y[i, r] z[i, e].
         projects = tl.load(p_problem + T.projects) != 0
         first = tl.where(projects, 0, i_row * TILE.BR // group_rows * group_rows)
         last = tl.minimum(((i_row + 1) * TILE.BR - 1) // group_rows * group_rows + group_rows, rows)
@@ -391,7 +338,10 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
     o_b = kernel_offsets(b_strides, o_r, o_e, group_rows, ALIGNED, VECTOR)
     o_w = kernel_offsets(load_strides(p_problem, T.w_strides), o_r, o_e, group_rows, ALIGNED, VECTOR)
     m_e = (o_e < inputs)[None, :]
-    m_b, m_w = (o_r < tl.where(decay != 0, rows, 0))[:, None] & m_e, (o_r < tl.where(self_ != 0, rows, 0))[:, None] & m_e
+    m_b, m_w = (
+        (o_r < tl.where(decay != 0, rows, 0))[:, None] & m_e,
+        (o_r < tl.where(self_ != 0, rows, 0))[:, None] & m_e,
+    )
     b_b = tl.load(p_b + o_b, mask=m_b, other=0.0).to(tl.float32)
     p_w = kernel_pointer(p_problem, T.weight, ELEMENT, ALIGNED)
     b_w = tl.load(p_w + o_w, mask=m_w, other=0.0).to(tl.float32)

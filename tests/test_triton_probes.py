@@ -15,7 +15,7 @@ from pyfeedback.backends.composite.probes import probe_gradient
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
 from pyfeedback.core.probes import ProbeProblem
 
-draw_signs, probe_table = triton_cases.probes.draw_signs, triton_cases.probe_table
+draw_signs, probe_table = triton_cases.signs.draw_signs, triton_cases.probe_table
 
 pytestmark = [*triton_cases.MARKS, pytest.mark.usefixtures("uninitialized_memory_is_nan")]
 
@@ -125,7 +125,7 @@ def test_signs_are_white_and_independent():
 
 
 def matrices(groups: int, rows: int, inputs: int, dtype, seed: int, transposed=False, offset=0) -> torch.Tensor:
-    """A weight [G, K, d]: dense, transposed as a transposed convolution has it, or at an address that is not aligned."""
+    """A weight [G, K, d]: dense, as of a transposed convolution, or at an address that is not aligned."""
     shape = (groups, inputs, rows) if transposed else (groups, rows, inputs)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
     found = triton_cases.surround(values, offset)
@@ -154,7 +154,7 @@ LAYERS = {  # shape [G, K, d], probes and layout
 def check(problems, dtype, seed=SEED, step=STEP):
     found = probe_table.probe_gradients(problems, seed, step)
     for p, gradient in zip(problems, found, strict=True):
-        x = expected_signs(p.probes, p.weight.shape[2], p.index, step, seed)
+        x = expected_signs(p.probes, p.weight.shape[2], p.layer_index, step, seed)
         oracle = probe_gradient(p.weight, p.feedback, x, p.rule)
         composed = probe_gradient(p.weight, p.feedback, x.float(), p.rule)
         assert gradient.dtype == dtype

@@ -4,9 +4,9 @@
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
 Under "auto", an op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
 faster than those after it. On a GPU, "measured-triton" is limited to the layers in the device's table
-(`kernels/measured.py`); no device has a table yet, so all layers are composed. The gradients of rules that read probes are an exception: "auto"
-computes them by "triton", because a launch for all layers replaces several for each. "depthwise" is limited to the layers for
-which `backends/extension/depthwise.is_faster` holds.
+(`kernels/measured.py`); no device has a table yet, so all layers are composed. The gradients of rules that read probes
+are an exception: "auto" computes them by "triton", because a launch for all layers replaces several for each.
+"depthwise" is limited to the layers for which `backends/extension/depthwise.is_faster` holds.
 """
 
 import os

@@ -19,14 +19,14 @@ class ProbeProblem(NamedTuple):
         weight, feedback: [G, K, d], the kernels of each group as matrices.
         probes: the number of probes.
         rule: ``center`` and ``samples`` have no effect.
-        index: of the layer in its model; determines the noise with the seed and the step.
+        layer_index: of the layer in its model; determines the noise with the seed and the step.
     """
 
     weight: Tensor
     feedback: Tensor
     probes: int
     rule: Coefficients
-    index: int
+    layer_index: int
 
 
 class ProbeCount(NamedTuple):
