@@ -308,7 +308,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
 
     if HAS_NULL:
         scale = null_scale(p_problem, p_work, T)
-        # Over the rows i of the groups of this tile, the sum of (y'y)[i, r] B[i, e]; or over the probes, of y[i, r] z[i, e].
+        # The sum of (y'y)[i, r] B[i, e] over the rows i of the groups of this tile, or of y[i, r] z[i, e] over probes.
         projects = tl.load(p_problem + T.projects) != 0
         first = tl.where(projects, 0, i_row * TILE.BR // group_rows * group_rows)
         last = tl.minimum(((i_row + 1) * TILE.BR - 1) // group_rows * group_rows + group_rows, rows)
