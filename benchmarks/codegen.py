@@ -16,12 +16,14 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.kernels import probe_table
 from pyfeedback.kernels.dgrad import dgrad_kernel, dgrad_launch
 from pyfeedback.kernels.geometry import Geometry, conv_geometry
 from pyfeedback.kernels.joint import joint_launch
@@ -110,8 +112,15 @@ POINTWISE = {  # the second word is the term
     "pointwise z centered": "y x_scale decay mean",
     "pointwise gram centered": "mean",
 }
-FLOATS = ("p_workspace", "p_mean", "p_unit")  # in float32 whatever the dtype
-INTEGERS = ("N", "used", "wgrad_tiles", "dgrad_tiles")
+PROBES = {  # the kernel and the rule; the layer is that of all launches, its sizes are in a table
+    "probes response": ("response_kernel", Coefficients(amp=1.0)),
+    "probes response of a difference": ("response_kernel", Coefficients(sparse=1.0, amp=1.0)),
+    "probes moment": ("moment_kernel", Coefficients(amp=1.0, null=1.0, normalize=True)),
+    "probes gradient": ("gradient_kernel", Coefficients(amp=1.0)),
+    "probes gradient with null": ("gradient_kernel", Coefficients(amp=1.0, null=1.0, normalize=True)),
+}
+FLOATS = ("p_workspace", "p_mean", "p_unit", "p_work")  # in float32 whatever the dtype
+INTEGERS = ("N", "used", "wgrad_tiles", "dgrad_tiles", "seed_low", "seed_high", "step")
 
 
 def jobs(architectures: list[int | str]) -> list[Job]:
@@ -132,6 +141,7 @@ def jobs(architectures: list[int | str]) -> list[Job]:
         for layer in POINTWISE_LAYERS:
             found += [job for op in POINTWISE if pointwise_tile(job := Job(op, layer, "bf16", capability))]
         found.append(Job("pointwise z centered", POINTWISE_LAYERS[0], "fp16", capability))
+        found += [Job(op, "all layers", dtype, capability) for op in PROBES for dtype in TYPES]
     return found
 
 
@@ -198,11 +208,37 @@ def pointwise(job: Job) -> Launch:
     return pointwise_launch(layer_geometry(job.layer), target(job), job.op.split()[1], used=17, **options)
 
 
+class ProbeLaunch(NamedTuple):
+    """A launch for 64 layers with probes; its arguments are tensors and numbers of any value."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    tile: probe_table.ProbeTile
+    arguments: dict[str, str]
+
+
+def probes(job: Job) -> ProbeLaunch:
+    """The launch of all layers with probes."""
+    name, rule = PROBES[job.op]
+    tile = probe_table.choose_tile(
+        target(job).dtype, job.dtype == "tf32", rule.sparse != 0, isinstance(job.capability, str)
+    )
+    layer = probe_table.Layer(0, 0, (1, 64, 64), (4096, 64, 1), (4096, 64, 1), 32, rule, 0)
+    launches = probe_table.launches(probe_table.make_plan((layer,) * 64, target(job).itemsize, tile), tile)
+    found = next(launch for launch in launches if launch.kernel.__name__ == name)
+    arguments = {parameter: parameter for parameter in found.kernel.arg_names if parameter not in found.constants}
+    return ProbeLaunch(found.kernel, found.constants, found.options, tile, arguments)
+
+
 def compile_job(job: Job) -> Code:
     """Compile as a launch with 16-byte aligned tensors would, and read the machine code."""
     sources = {**dict.fromkeys(WGRADS, wgrad), **dict.fromkeys(DGRADS, dgrad), **dict.fromkeys(JOINT, joint)}
+    sources |= dict.fromkeys(PROBES, probes)
     launch = sources.get(job.op, pointwise)(job)
-    element = {"p_semaphores": "i32", **dict.fromkeys(FLOATS, "fp32")} | ({"p_f": "fp32"} if "gram" in job.op else {})
+    element = {"p_semaphores": "i32", "p_table": "i64", **dict.fromkeys(FLOATS, "fp32")} | (
+        {"p_f": "fp32"} if "gram" in job.op else {}
+    )
     signature, constants, aligned = {}, dict(launch.constants), {}
 
     def type_of(name: str, value: object, path: tuple[int, ...]) -> str:
@@ -300,7 +336,9 @@ def faults(job: Job, code: Code) -> list[str]:
             found.append("serialized wgmma")
     # wgmma reads float32 operands K-major only: Triton transposes the others on their way, in copies of 4 bytes.
     transposed = job.dtype == "tf32" and job.capability >= 90
-    if code.loads[0] < 16 and not transposed:
+    # The kernels of probes have a branch for weights that are not aligned, with narrow loads.
+    width = code.loads[-1] if job.op in PROBES else code.loads[0]
+    if width < 16 and not transposed:
         found.append("narrow loads")
     return found
 

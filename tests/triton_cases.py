@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as _patch:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
     from pyfeedback.core.algorithm import Algorithm
     from pyfeedback.core.coefficients import Coefficients
-    from pyfeedback.kernels import backward, plan
+    from pyfeedback.kernels import backward, plan, probe_table, signs  # noqa: F401  # for the tests of probes
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
     from pyfeedback.kernels.launch import Launch, run
     from pyfeedback.kernels.tiles import PointwiseTile, Target

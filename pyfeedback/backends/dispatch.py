@@ -4,13 +4,13 @@
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
 Under "auto", an op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
 faster than those after it. On a GPU, "measured-triton" is limited to the layers in the device's table
-(`kernels/measured.py`); no device has a table yet, so all layers are composed. "depthwise" is limited to the layers for
-which `backends/extension/depthwise.is_faster` holds.
+(`kernels/measured.py`); no device has a table yet, so all layers are composed, and so are the gradients of rules that
+read probes. "depthwise" is limited to the layers for which `backends/extension/depthwise.is_faster` holds.
 """
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache, partial
@@ -28,6 +28,7 @@ from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
 from pyfeedback.core.deprecation import warn_renamed
 from pyfeedback.core.geometry import LINEAR, Geometry, Shape
+from pyfeedback.core.probes import ProbeProblem
 from pyfeedback.core.values import check_choice
 from pyfeedback.kernels import measured
 
@@ -62,9 +63,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "add_centered_": {"composite": center.add_centered_, "extension": ops.add_centered_},
     "alignment_products": {"composite": alignment.alignment_products, "extension": ops.alignment_products},
     "center": {"composite": center.center, "extension": ops.center},
-    "probe_gradient": {"composite": probes.probe_gradient},
-    "random_signs": {"composite": probes.random_signs},
-    "orthogonal_probes": {"composite": probes.orthogonal_probes},
+    "probe_gradients": {"composite": probes.probe_gradients, "triton": triton.probe_gradients},
     "feedback_step_": {"composite": steps.feedback_step_, "extension": ops.feedback_step_},
 }
 
@@ -93,6 +92,32 @@ def implementation(op: str, device_type: str, backend: str) -> Callable:
 def current_implementation(op: str, device_type: str) -> Callable:
     """The implementation of ``op`` on a device of this type, for the current backend."""
     return implementation(op, device_type, current_backend())
+
+
+def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> list[Tensor]:
+    """The gradient [G, K, d] of each problem, in the dtype of its feedback or wider.
+
+    The current backend computes all problems that it supports together, and PyTorch's own kernels the others.
+    """
+    chosen: dict[Callable, list[int]] = {}
+    for i, problem in enumerate(problems):
+        compute = current_implementation("probe_gradients", problem.weight.device.type)
+        if compute is triton.probe_gradients and not _supports_probes(problem):
+            compute = probes.probe_gradients
+        chosen.setdefault(compute, []).append(i)
+    found: dict[int, Tensor] = {}
+    for compute, places in chosen.items():
+        found |= dict(zip(places, compute([problems[i] for i in places], seed, step), strict=True))
+    return [found[i] for i in range(len(problems))]
+
+
+def _supports_probes(problem: ProbeProblem) -> bool:
+    """Whether the Triton kernels implement every coefficient of the rule, and these sizes."""
+    if problem.part is not None:  # orthogonal probes
+        return False
+    names = (*COEFFICIENTS, "normalize")
+    implemented = all(name in triton.PROBES_IMPLEMENTED for name in names if getattr(problem.rule, name))
+    return implemented and triton.supports_probes(problem)
 
 
 class Candidate(NamedTuple):
@@ -271,6 +296,8 @@ def _is_available(name: str, op: str, device_type: str) -> bool:
     if name in ("extension", "depthwise"):
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
         return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::extension_{op}", key)
+    if name == "triton" and op == "probe_gradients":
+        return find_spec("triton") is not None
     if name.startswith("measured"):
         return bool(measured.devices()) and find_spec("triton") is not None
     return True

@@ -1,7 +1,9 @@
-"""The backward of a layer by the Triton kernels.
+"""The backward of a layer, and the gradients of rules that read probes, by the Triton kernels.
 
-Triton is optional, and its import takes a second. The kernels are therefore imported when the first layer is planned.
+Triton is optional, and its import takes a second. The kernels are therefore imported when they are first needed.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -9,9 +11,11 @@ from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.call import Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution, Geometry
+from pyfeedback.core.probes import ProbeProblem
 from pyfeedback.kernels import measured
 
 IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients
+PROBES_IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "normalize"})
 
 
 def supports(geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm) -> bool:
@@ -52,3 +56,17 @@ def layer_backward(
         convolution=geometry[:3] if isinstance(geometry, Convolution) else None,
         algorithm=call.algorithm.value, center=call.chosen.center, fused=fused,
     )  # fmt: skip
+
+
+def supports_probes(problem: ProbeProblem) -> bool:
+    """Whether the kernels compute the gradient of these sizes and this dtype."""
+    from pyfeedback.kernels import probe_table
+
+    return probe_table.supports(problem.weight, problem.feedback, problem.probes)
+
+
+def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> list[Tensor]:
+    """The gradient of each problem that :func:`supports_probes` accepts, in the dtype of its feedback."""
+    from pyfeedback.kernels import probe_table
+
+    return probe_table.probe_gradients(problems, seed, step)

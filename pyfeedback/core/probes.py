@@ -4,10 +4,47 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+from torch import Tensor
+
+from pyfeedback.core.coefficients import Coefficients
+
 NOISE_FLOOR = 0.1  # radians: the wanted noise of the angle between B and its target
 MOST_NOISE = 0.3  # radians: what is accepted to save cost
 MOST_COST = 0.02  # of the multiply-adds of a training step of the layer
 PALEY = (12, 20, 28, 36, 44, 60)  # orders of Hadamard matrices from squares modulo a prime
+
+
+class Part(NamedTuple):
+    """Orthogonal probes for one estimate: ``start`` to ``stop`` of a basis that the estimates of a sweep share.
+
+    Attributes:
+        draw: the number of the sweep.
+        scale: of the probes. Parts may differ by one probe; with it, all probes have the same weight in a sweep.
+    """
+
+    draw: int
+    start: int
+    stop: int
+    scale: float
+
+
+class ProbeProblem(NamedTuple):
+    """One estimate of a layer: the gradient of its feedback weight under a rule that reads probes.
+
+    Attributes:
+        weight, feedback: [G, K, d], the kernels of each group as matrices.
+        probes: the number of probes.
+        rule: ``center`` and ``samples`` have no effect.
+        layer_index: of the layer in its model; determines the noise with the seed and the step.
+        part: which of a basis the probes are; None if they are independent.
+    """
+
+    weight: Tensor
+    feedback: Tensor
+    probes: int
+    rule: Coefficients
+    layer_index: int
+    part: Part | None = None
 
 
 class ProbeCount(NamedTuple):
@@ -17,6 +54,16 @@ class ProbeCount(NamedTuple):
     wanted: int  # without the limit of the cost
     noise_floor: float  # radians; 0 if tau is not known
     sweep: int = 0  # the estimates in which orthogonal probes go through their basis once
+
+
+def part_of(count: ProbeCount, inputs: int, estimate: int) -> Part | None:
+    """The probes of the estimate with this number, counted from 0; None if they are independent."""
+    if not count.sweep:
+        return None
+    size = basis_size(inputs)
+    draw, place = divmod(estimate, count.sweep)
+    start, stop = size * place // count.sweep, size * (place + 1) // count.sweep
+    return Part(draw, start, stop, math.sqrt((stop - start) * count.sweep / size))
 
 
 def basis_size(inputs: int) -> int:

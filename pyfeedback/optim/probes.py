@@ -8,8 +8,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from pyfeedback.backends.dispatch import current_implementation
-from pyfeedback.core.probes import ProbeCount, basis_size, count_probes
+from pyfeedback.backends import dispatch
+from pyfeedback.core.probes import ProbeCount, ProbeProblem, count_probes, part_of
 from pyfeedback.nn import FeedbackLayer
 
 LOUD = 0.5  # radians: more noise than this in the angle is reported
@@ -30,8 +30,8 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
     Raises:
         RuntimeError: the weight is sharded.
     """
-    generators: dict[torch.device, torch.Generator] = {}
-    found, noisy = {}, {}
+    problems: dict[int, dict[nn.Parameter, ProbeProblem]] = {}  # by step
+    noisy = {}
     for b, (layer, name, (step, index)) in due.items():
         w = layer.weight.detach()
         if hasattr(w, "to_local"):
@@ -41,11 +41,14 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
         if probes.noise_floor > LOUD and not layer.rule.growth and layer not in _warned:
             noisy[name] = probes
             _warned.add(layer)
-        generator = generators.setdefault(w.device, torch.Generator(w.device))
-        noise = _draw(probes, weight.shape[-1], w, generator, (seed, step, layer.rule.every_at(step), index))
-        compute = current_implementation("probe_gradient", w.device.type)
-        gradient = compute(weight, feedback, noise, layer.rule.probe_coefficients())
-        found[b] = layer.from_matrices(gradient).to(b.dtype)
+        part = part_of(probes, weight.shape[-1], step // layer.rule.every_at(step))
+        problem = ProbeProblem(weight, feedback, probes.probes, layer.rule.probe_coefficients(), index, part)
+        problems.setdefault(step, {})[b] = problem
+    found = {}
+    for step, of_step in problems.items():
+        gradients = dispatch.probe_gradients(list(of_step.values()), seed, step)
+        for b, gradient in zip(of_step, gradients, strict=True):
+            found[b] = due[b][0].from_matrices(gradient).to(b.dtype)
     if noisy:
         described = ", ".join(f"{name} {math.degrees(probes.noise_floor):.0f}" for name, probes in noisy.items())
         _log.warning(
@@ -53,26 +56,6 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
             "give the rule a larger tau or more probes", described,
         )  # fmt: skip
     return found
-
-
-def _draw(
-    probes: ProbeCount, inputs: int, like: Tensor, generator: torch.Generator, key: tuple[int, int, int, int]
-) -> Tensor:
-    """The probes [n, d] of a layer for one estimate, determined by the seed, the step, ``every`` and the layer's index.
-
-    Orthogonal probes are a part of a basis that the estimates of a sweep share. Parts may differ by one probe; all
-    probes have the same weight nevertheless.
-    """
-    seed, step, every, index = key
-    sweep = probes.sweep
-    draw, part = divmod(step // every, sweep) if sweep else (step, 0)
-    generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + index) % 2**63)
-    if not sweep:
-        return current_implementation("random_signs", like.device.type)(probes.probes, inputs, like, generator)
-    size = basis_size(inputs)
-    start, stop = size * part // sweep, size * (part + 1) // sweep
-    noise = current_implementation("orthogonal_probes", like.device.type)(inputs, start, stop, like, generator)
-    return noise.mul_(math.sqrt((stop - start) * sweep / size)) if size % sweep else noise
 
 
 def layer_probes(layer: FeedbackLayer, step: int) -> ProbeCount:

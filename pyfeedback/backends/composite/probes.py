@@ -1,5 +1,6 @@
 """The gradient of a rule that reads white noise instead of data, composed of PyTorch's own kernels."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -7,8 +8,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.probes import basis_factors, basis_size
+from pyfeedback.core.probes import ProbeProblem, basis_factors, basis_size
 from pyfeedback.core.tensors import acc_dtype, blend
+
+
+def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> list[Tensor]:
+    """The gradient of each problem, in float32 or wider; its noise is that of a generator of its device."""
+    generators: dict[torch.device, torch.Generator] = {}
+    found = []
+    for weight, feedback, count, rule, index, part in problems:
+        generator = generators.setdefault(weight.device, torch.Generator(weight.device))
+        draw, inputs = part.draw if part else step, weight.shape[-1]
+        generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + index) % 2**63)
+        if part is None:
+            noise = random_signs(count, inputs, weight, generator)
+        else:
+            noise = orthogonal_probes(inputs, part.start, part.stop, weight, generator)
+            noise = noise if part.scale == 1 else noise.mul_(part.scale)
+        found.append(probe_gradient(weight, feedback, noise, rule))
+    return found
 
 
 def probe_gradient(weight: Tensor, feedback: Tensor, noise: Tensor, rule: Coefficients) -> Tensor:
