@@ -42,7 +42,7 @@ from pathlib import Path
 import depth_study_report
 import image_data
 from depth_study_runs import Job, Runs, Setting
-from two_routes import Parser
+from two_routes import Parser, positive
 
 WEIGHT_DECAYS = (0.001, 0.002, 0.004, 0.008)
 TAUS = (4.0, 8.0, 15.0, 30.0)
@@ -161,11 +161,6 @@ def study(scale: Scale, runs: Runs, out: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    def count(text: str) -> int:
-        if not text.isdigit() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-        return int(text)
-
     def minutes(text: str) -> float:
         try:
             value = float(text)
@@ -179,7 +174,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few seeds, networks, images and epochs")
     parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of the finished runs")
     parser.add_argument(
-        "--workers", type=count, default=2, help="number of single-threaded processes; default %(default)s"
+        "--workers", type=positive, default=2, help="number of single-threaded processes; default %(default)s"
     )
     parser.add_argument(
         "--minutes", type=minutes, default=math.inf, help="start no run after this time; default: no limit"

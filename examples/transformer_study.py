@@ -1,0 +1,106 @@
+"""Beyond images from convolutions: five rules train a character GPT and a Vision Transformer, with AdamW.
+
+    python examples/transformer_study.py --root data    # train what is missing: half an hour on one core in all
+    python examples/transformer_study.py --report       # tables and figure of the runs that are done
+    python examples/transformer_study.py --quick        # short runs in less than two minutes: they show that it runs
+
+Models: those of transformer_models.py, with 3 blocks, width 64 and 4 heads. All projections have the rule: queries, keys
+and values, the output of attention, both layers of each MLP, and the head. Embeddings, biases and layer norms have no
+feedback weight, and neither has the layer of the patches, which has no layer below it.
+
+Data: the GPT learns the part of Python's language reference that each installation has for ``help()``, and is tested on
+the last tenth of it. The Vision Transformer learns Fashion-MNIST, with patches of 4x4 pixels, and is tested on 2,000
+test images (see image_data.py for the command that downloads them to the folder ``--root``). Both read each training
+sample about as often as they are large: the GPT draws its contexts at random, and each image is seen once.
+
+Training: 1,200 steps of 16 contexts or images, AdamW with a learning rate of 0.002, betas of 0.9 and 0.99, a weight
+decay of 0.1, a linear warm-up of 100 steps and a cosine schedule. The optimizer is pyfeedback.optim.AdamW, under
+backprop torch.optim.AdamW. A seed gives the same initial weights and the same batches under every rule.
+
+Rules: one setting each for both models, fixed in advance: sa with a tau of 20 steps, kp with 2 % of the run, and the
+preset ia-probes. No setting was chosen by the test data. Each finished run is appended to runs.jsonl in the folder
+``--out`` with all its settings. Runs that are there are not repeated.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import image_data
+import transformer_report
+from transformer_runs import TASKS, Job, Runs
+from two_routes import Parser, positive
+
+TAUS = {"bp": 0.0, "fa": 0.0, "sa": 20.0, "kp": 24.0, "ia-probes": 0.0}  # 0: none, or that of the preset
+FOLDER = Path(__file__).parent.parent / "docs" / "transformers"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of a study."""
+
+    seeds: int = 3
+    steps: int = 1200
+    images: str = "fashion-mnist"
+
+    def jobs(self) -> list[Job]:
+        """The runs, seed by seed."""
+        return [
+            Job(model, rule, seed, tau, self.images if model == "vit" else "text", steps=self.steps)
+            for seed in range(self.seeds)
+            for model in TASKS
+            for rule, tau in TAUS.items()
+        ]
+
+
+QUICK = Scale(seeds=1, steps=120, images="digits")
+
+
+def study(scale: Scale, runs: Runs, out: Path) -> None:
+    """Do the runs that are missing, and write tables and figure of those that are done."""
+    jobs = scale.jobs()
+    runs.do("train", jobs)
+    results: dict = {(job.model, job.rule): {} for job in jobs}
+    for job in jobs:
+        if (outcome := runs[job]) is not None:
+            results[job.model, job.rule][job] = outcome
+    transformer_report.write(results, out)
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, short runs, and images that need no download")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and figure of the finished runs")
+    parser.add_argument(
+        "--workers", type=positive, default=1, help="number of single-threaded processes; default %(default)s"
+    )
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the images; default ./%(default)s")
+    parser.add_argument("--out", type=Path, help="output folder; default docs/transformers, ./transformers if --quick")
+    options = parser.parse_args()
+    if options.out is None:
+        options.out = Path("transformers") if options.quick else FOLDER
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.quick and not options.report:
+            image_data.load("fashion-mnist", 10, 10, root=options.root)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    except ValueError as error:
+        parser.error(f"argument --root: {error}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    path, start = options.out / "runs.jsonl", time.perf_counter()
+    try:
+        with Runs(path, 0 if options.report else options.workers, options.root) as runs:
+            study(QUICK if options.quick else Scale(), runs, options.out)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted: {path} keeps what is done, start again to go on") from None
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes; tables and figure are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
