@@ -38,14 +38,19 @@ class Job:
     tau: float = 0.0  # 0: that of the preset, if any
     data: str = "text"  # or "fashion-mnist" or "digits"
     validation: bool = False
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 16  # contexts or images
     lr: float = 2e-3
     weight_decay: float = 0.1
     warm_up: int = 100  # steps
     width: int = 64
     depth: int = 3  # blocks
-    measurements: int = 20  # of the test data in a run
+    measurements: int = 10  # of the test data in a run
+
+    @property
+    def label(self) -> str:
+        """The rule, and the time constant that was chosen for it."""
+        return f"{self.rule}, tau {self.tau:g}" if self.tau else self.rule
 
     @property
     def key(self) -> str:
@@ -165,7 +170,7 @@ def train(job: Job, root: Path) -> Outcome:
         optimizer = torch.optim.AdamW(task.model.parameters(), **options)
     else:
         convert(task.model, job)
-        optimizer = pyfeedback.optim.AdamW(task.model, **options, total_steps=job.steps)
+        optimizer = pyfeedback.optim.AdamW(task.model, **options)
         optimizer.probe_seed = job.seed
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, job.steps, job.warm_up))
 
