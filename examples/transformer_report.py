@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from depth_study_report import markdown
@@ -14,6 +15,7 @@ from two_routes import TITLES
 
 MODELS = {"gpt": "Character GPT", "vit": "Vision Transformer"}
 LOSSES = {"gpt": "test loss (nats per character)", "vit": "test loss (nats per image)"}
+DOTTED = (0, (1, 1))
 NAMES = {  # of the layers, by the end of their path
     "attention": "queries, keys, values", "out_proj": "attention output", "mlp.0": "MLP, first", "mlp.2": "MLP, second",
     "head": "head",
@@ -22,14 +24,20 @@ NAMES = {  # of the layers, by the end of their path
 Results = Mapping[Job, Outcome]
 
 
-def write(searched: Results, results: Results, out: Path) -> None:
-    """Write results.md and, if there is a finished test run, loss.png and loss.svg."""
-    (out / "results.md").write_text(page(searched, results))
+def write(results: Results, searched: Results, small: Results, out: Path) -> None:
+    """Write results.md and, if there is a finished test run, loss.png and loss.svg.
+
+    Args:
+        results: the test runs.
+        searched: the validation runs of kp.
+        small: the test runs with small initial weights.
+    """
+    (out / "results.md").write_text(page(results, searched, small))
     if results:
         draw(results, out)
 
 
-def page(searched: Results, results: Results) -> str:
+def page(results: Results, searched: Results, small: Results) -> str:
     """All tables in Markdown."""
     parts = ["# Results of the transformers\n", "Made by `python examples/transformer_study.py --report`.\n"]
     for model, heading in MODELS.items():
@@ -37,6 +45,8 @@ def page(searched: Results, results: Results) -> str:
             parts += [f"## {heading}\n", table(results, model), "Angle by layer, in degrees:\n", angles(results, model)]
     if searched:
         parts += ["## Validation loss of kp by time constant\n", search(searched)]
+    if small:
+        parts += ["## Test loss with small initial weights (seed 0)\n", starts(results, small)]
     return "\n".join(parts)
 
 
@@ -86,6 +96,24 @@ def search(searched: Results) -> str:
     return markdown(lines)
 
 
+def starts(results: Results, small: Results) -> str:
+    """The losses with usual and with small initial weights, and the mean angle."""
+    lines = [["rule", "initial weights", *(f"{heading}, angle" for heading in MODELS.values())], ["---"] * 4]
+    usual = {replace(job, start=1.0) for job in small}
+    for label in dict.fromkeys(job.label for job in small):
+        for runs, start in ((results, "usual"), (small, "a tenth")):
+            found = {job.model: runs[job] for job in runs if job.label == label and replace(job, start=1.0) in usual}
+            lines.append([label, start, *(_cell(found.get(model)) for model in MODELS)])
+    return markdown(lines)
+
+
+def _cell(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    angle = f", {statistics.fmean(outcome.angles.values()):.1f}°" if outcome.angles else ""
+    return f"{outcome.loss[-1]:.3f}{angle}"
+
+
 def angles(results: Results, model: str) -> str:
     """The mean angle of each kind of layer, over blocks and seeds."""
     lines = [["rule", *NAMES.values()], ["---"] * (1 + len(NAMES))]
@@ -108,33 +136,35 @@ def spread(values: Sequence[float], digits: int) -> str:
 def draw(results: Results, out: Path) -> None:
     """Write the test loss against the step, with a panel for each model, as PNG and SVG."""
     jobs = {job.label: job for job in results}
+    largest = {job.rule: max(other.tau for other in results if other.rule == job.rule) for job in results}
+    lines = {label: _line(job, compared=job.tau < largest[job.rule]) for label, job in jobs.items()}
     with plt.rc_context(LOOK | {"svg.hashsalt": "pyfeedback"}):
         figure, panels = plt.subplots(1, len(MODELS), figsize=(7.2, 3.8), layout="constrained")
         for axes, (model, heading) in zip(panels, MODELS.items(), strict=True):
             runs = by_label(results, model)
             if runs:
-                _panel(axes, runs, baseline(results, model))
+                _panel(axes, runs, lines, baseline(results, model))
             axes.set(xlabel="step", ylabel=LOSSES[model])
             axes.set_title(heading, loc="left", fontsize=9)
-        handles = [plt.Line2D([], [], label=_name(job), **_line(job)) for job in jobs.values()]
+        handles = [plt.Line2D([], [], label=_name(job), **lines[label]) for label, job in jobs.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
         for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
             figure.savefig(out / f"loss{suffix}", metadata=metadata)
         plt.close(figure)
 
 
-def _panel(axes: Axes, runs: Mapping[str, Mapping[Job, Outcome]], no_input: float) -> None:
+def _panel(axes: Axes, runs: Mapping[str, Mapping[Job, Outcome]], lines: Mapping[str, dict], no_input: float) -> None:
     """A line for each rule, the mean over the seeds, with a band of one standard deviation."""
     last = 0
-    for found in runs.values():
+    for label, found in runs.items():
         job, last = next(iter(found)), max(last, *(job.steps for job in found))
         curves = list(zip(*(outcome.loss for outcome in found.values()), strict=False))
         at = [job.steps // job.measurements * i for i in range(len(curves))]
         means = [statistics.fmean(values) for values in curves]
         halves = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in curves]
         low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-        axes.plot(at, means, **_line(job))
-        axes.fill_between(at, low, high, color=_line(job)["color"], alpha=0.2, linewidth=0)
+        axes.plot(at, means, **lines[label])
+        axes.fill_between(at, low, high, color=lines[label]["color"], alpha=0.2, linewidth=0)
     axes.axhline(no_input, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.text(last, 1.01 * no_input, "no input", color="#808080", ha="right", va="bottom", fontsize=8)
     axes.set(xlim=(0, last), ylim=(None, 1.12 * no_input))
@@ -145,7 +175,7 @@ def _name(job: Job) -> str:
     return f"{job.rule}  {TITLES[job.rule.partition('-')[0]]}{tau}"
 
 
-def _line(job: Job) -> dict:
-    """The color and the dash of a rule. A second time constant of kp has a solid line."""
+def _line(job: Job, compared: bool) -> dict:
+    """The color and the dash of a rule; dotted with the smaller one of two time constants."""
     color, dash = STYLES[job.rule.partition("-")[0]]
-    return {"color": color, "linestyle": dash}
+    return {"color": color, "linestyle": DOTTED if compared else dash}

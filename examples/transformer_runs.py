@@ -46,6 +46,7 @@ class Job:
     width: int = 64
     depth: int = 3  # blocks
     measurements: int = 10  # of the test data in a run
+    start: float = 1.0  # factor of the initial weights of the projections, and thereby of the feedback weights
 
     @property
     def label(self) -> str:
@@ -160,10 +161,21 @@ def convert(model: nn.Module, job: Job) -> None:
     pyfeedback.convert(model, {**KEEP_BP, "*": rule})
 
 
+@torch.no_grad()
+def start_small(model: nn.Module, factor: float) -> None:
+    """Multiply the weights of the projections by ``factor``."""
+    for module in (*model.blocks.modules(), model.head):
+        if isinstance(module, nn.MultiheadAttention):
+            module.in_proj_weight.mul_(factor)
+        elif isinstance(module, nn.Linear):
+            module.weight.mul_(factor)
+
+
 def train(job: Job, root: Path) -> Outcome:
     """Train a new model by one rule. This function shows all that is needed to use the package."""
     torch.manual_seed(job.seed)
     task, began = TASKS[job.model](job, root), time.process_time()
+    start_small(task.model, job.start)
     options = {"lr": job.lr, "betas": BETAS, "weight_decay": job.weight_decay}
     optimizer: torch.optim.Optimizer
     if job.rule == "bp":

@@ -137,6 +137,20 @@ def test_a_few_steps_lower_the_loss(runs, model, rule, tmp_path):
     assert len(outcome.angles) == (0 if rule == "bp" else 5)
 
 
+def test_a_small_start_scales_all_projections(models, runs):
+    for name in runs.TASKS:
+        model, _ = build(models, name)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        runs.start_small(model, 0.5)
+        scaled = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
+        weights = [
+            f"blocks.{i}.{layer}"
+            for i in range(2)
+            for layer in ("attention.in_proj_", *(f"{e}." for e in IN_A_BLOCK[1:]))
+        ]
+        assert scaled == {*(f"{layer}weight" for layer in weights), "head.weight"}
+
+
 # The study
 
 
@@ -171,7 +185,7 @@ def test_a_study_keeps_its_runs(study, runs, monkeypatch, tmp_path):
     for _ in range(2):
         with runs.Runs(tmp_path / "runs.jsonl", workers=1) as found:
             study.study(replace(study.Scale(), seeds=2), found, tmp_path)
-    assert len(trained) == len(set(trained)) == 8 + 2 * 2 * 5
+    assert len(trained) == len(set(trained)) == 8 + 2 * 2 * 5 + 4
     assert "| sa, tau 20 | 22.000 ± 0.000 | 20.000 ± 0.000 | 50.0 ± 0.0 |" in (tmp_path / "results.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "results.md", "loss.png", "loss.svg"}
 
@@ -184,7 +198,7 @@ def test_the_committed_tables_are_those_of_the_committed_runs(study, runs, monke
     text = (tmp_path / "results.md").read_text()
     assert text == (RESULTS / "results.md").read_text()
     tables = [part for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 5
+    assert len(tables) == 6
     assert all(table.strip() in (DOCS / "transformers.md").read_text() for table in tables)
 
 
