@@ -34,7 +34,8 @@ QUICK_LAYERS = {
 }
 
 FRACTION = 1 / 8
-RULES: dict[str, Rule] = {name: as_rule(name) for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp")} | {
+PROBES = ("wm-probes", "ia-probes")  # they cost something only in the step of an optimizer
+RULES: dict[str, Rule] = {name: as_rule(name) for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp", *PROBES)} | {
     f"{name}/8": as_rule(name, samples=FRACTION) for name in ("wm", "ia", "aa")
 }
 

@@ -21,6 +21,8 @@ def report(records: list[Record], per_layer: bool = False) -> list[str]:
         if per_layer:
             lines += _layer_table(dtype, of_dtype)
     lines += _network_steps([r for r in records if r["kind"] == "network"])
+    for network in NETWORKS:
+        lines += _probe_steps(network, [r for r in records if r["kind"] == "probes"])
     lines += _peers([r for r in records if r["kind"] == "peer"])
     lines += _updates([r for r in records if r["kind"] == "update"])
     lines += _optimizers([r for r in records if r["kind"] == "optimizer"])
@@ -108,6 +110,33 @@ def _network_steps(records: list[Record]) -> list[str]:
                 lines.append(f"  {f'memory to {TITLES[other]}':24}{_cells(peaks, 7)}")
         lines.append("")
     return lines
+
+
+def _probe_steps(network: str, records: list[Record]) -> list[str]:
+    """Training steps of all layers of a network, by count, relative to backprop, at several ages of a run.
+
+    Estimates are not made in every step; the times of steps with and without one are weighted by their frequency.
+    """
+    counts = {shape.name: shape.repeats for shape in NETWORKS[network]}
+    here = [r for r in records if r["layer"] in counts]
+    if not here:
+        return []
+    ages, measured = here[0]["every"], len({r["layer"] for r in here})
+    lines = [
+        f"{network}, {measured} of its {len(counts)} distinct layers by count, batch {here[0]['batch']}: "
+        "steps with the optimizer, relative to backprop",
+        f"  {'rule':12}{'no estimate':>13}" + "".join(f"{name:>13}" for name in ages),
+    ]
+    for rule in _distinct(r["rule"] for r in here):
+        totals = dict.fromkeys([SUBJECT, *ages, "plain"], 0.0)
+        for record in here:
+            if record["rule"] == rule:
+                count, seconds = counts[record["layer"]], record["seconds"]
+                for name in totals:
+                    share = 1 / ages.get(name, 1)
+                    totals[name] += count * (share * seconds[name] + (1 - share) * seconds[SUBJECT])
+        lines.append(f"  {rule:12}" + _cells((totals[name] / totals["plain"] for name in (SUBJECT, *ages)), 13))
+    return [*lines, ""]
 
 
 def _peers(records: list[Record]) -> list[str]:

@@ -17,8 +17,9 @@ a network has feedback weights; the stem does not need them. The optimizer is py
 torch.optim.SGD. A seed gives the same initial weights and the same order of images under every rule.
 
 Rules: backprop (bp), feedback alignment (fa), and the rules without units (docs/rules.md): sa, kp and aa, which
-estimate the weight, and the local rules wm and ia. These read white noise of one receptive field ("probes", 2 for each
-input of the layer). For comparison they also read activations ("data"), with the same numbers and in two networks.
+estimate the weight, and the local rules wm and ia. aa reads centered activations. wm and ia read white noise of one
+receptive field ("probes", 2 for each input of the layer). For comparison they also read activations ("data"), with the
+same numbers and in two networks.
 
 Selection: one setting of each rule for all networks and data, by the accuracy of ResNet-8 on validation images of the
 cluttered digits, one sixth of the training digits (mean of two seeds). Every rule has four candidates. Those of bp and
@@ -45,8 +46,12 @@ from depth_study_runs import Job, Runs, Setting
 from two_routes import Parser, positive
 
 WEIGHT_DECAYS = (0.001, 0.002, 0.004, 0.008)
-TAUS = (4.0, 8.0, 15.0, 30.0)
-KP_TAUS = (50.0, 100.0, 200.0, 400.0)
+TAUS = {  # of the rules with one number
+    "sa": (2.0, 4.0, 8.0, 16.0),
+    "kp": (50.0, 100.0, 200.0, 400.0),
+    "aa": (1.0, 1.5, 2.0, 4.0),
+    "wm-probes": (4.0, 8.0, 15.0, 30.0),
+}
 IA = ((8.0, 1.0), (15.0, 1.0), (8.0, 0.5), (15.0, 0.5))  # tau, nu
 RULES = ("bp", "fa", "sa", "kp", "aa", "ia-probes", "wm-probes")
 DATA_RULES = ("ia-data", "wm-data")  # with the settings of the same rules with probes
@@ -106,7 +111,7 @@ def candidates(name: str, weight_decay: float) -> list[Setting]:
         return [Setting(name, decay) for decay in WEIGHT_DECAYS]
     if name == "ia-probes":
         return [Setting(name, weight_decay, tau, nu) for tau, nu in IA]
-    return [Setting(name, weight_decay, tau) for tau in (KP_TAUS if name == "kp" else TAUS)]
+    return [Setting(name, weight_decay, tau) for tau in TAUS[name]]
 
 
 def choose(scale: Scale, runs: Runs, tried: Sequence[Setting]) -> Setting | None:

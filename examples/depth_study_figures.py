@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from demo_figure import STYLES
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
-from picture import STYLES
 from study_figures import ACCURACY, ANGLE, BEHIND, LOOK, MARKERS
 from two_routes import TITLES
 

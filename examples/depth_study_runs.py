@@ -44,6 +44,8 @@ class Setting:
         options: dict = {"tau": self.tau} if self.tau else {}
         if self.nu:
             options["nu"] = self.nu
+        if name == "aa":
+            options["center"] = True
         if source == "probes":
             options |= {"source": "probes", "probes": PROBES}
         return pyfeedback.rule(name, **options)

@@ -9,8 +9,9 @@
 (d) Samples: accuracy and angle when the feedback learns from a part of each batch, and the cost of each rule.
 
 The search of (a) chooses the settings on digits held out from the training digits. Everything else is measured on the
-test digits. The data, network, presets and training loop are those of two_routes.py. Each finished run is appended to
-runs.jsonl, so an interrupted study resumes when it is started again. Source: Kunin et al., ICML 2020.
+test digits. The data, network and training loop are those of two_routes.py; the rules have the coefficients of the
+paper, which have units. Each finished run is appended to runs.jsonl, so an interrupted study resumes when it is started
+again. Source: Kunin et al., ICML 2020.
 """
 
 import argparse
@@ -27,8 +28,8 @@ import study_figures
 import torch
 from study_runs import Job, Runs, build
 from torch.nn import functional as F
-from tuned import LR, MOMENTUM, SETTINGS, Setting
-from two_routes import BATCH, EPOCHS, Parser
+from tuned import LR, MOMENTUM, WITH_UNITS, Setting
+from two_routes import BATCH, Parser
 
 import pyfeedback
 
@@ -64,7 +65,7 @@ class Scale:
     noise: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     samples: tuple[int, ...] = (2, 4, 8)
     demo_seeds: int = 5
-    demo_epochs: int = EPOCHS["cluttered"]
+    demo_epochs: int = 12
     timed_steps: int = 40
     train_size: int = 6000
     test_size: int = 2000
@@ -103,10 +104,10 @@ def search(scale: Scale, runs: Runs, out: Path) -> Settings:
     def mean(setting: Setting) -> float:
         return statistics.fmean(runs[job].accuracy for job in scale.jobs(setting, shallow, validation=True))
 
-    decays = [replace(SETTINGS["bp"], weight_decay=decay) for decay in WEIGHT_DECAYS]
+    decays = [replace(WITH_UNITS["bp"], weight_decay=decay) for decay in WEIGHT_DECAYS]
     runs.do("weight decay", [job for bp in decays for job in scale.jobs(bp, shallow, validation=True)])
     bp = max(decays, key=mean)
-    fa = replace(SETTINGS["fa"], weight_decay=bp.weight_decay)
+    fa = replace(WITH_UNITS["fa"], weight_decay=bp.weight_decay)
     counts = {name: scale.search // 2 if name in ESTIMATION else scale.search for name in BOXES}
     tried = {
         name: [scale.job(s, 0, shallow, validation=True) for s in candidates(name, count, bp.weight_decay)]
@@ -126,8 +127,8 @@ def search(scale: Scale, runs: Runs, out: Path) -> Settings:
 
 
 def candidates(name: str, count: int, weight_decay: float) -> list[Setting]:
-    """The preset of two_routes.py with coefficients drawn from the ranges of the rule by a Sobol sequence."""
-    preset, box = SETTINGS[name], BOXES[name]
+    """The setting of tuned.py with coefficients drawn from the ranges of the rule by a Sobol sequence."""
+    preset, box = WITH_UNITS[name], BOXES[name]
     found = []
     for point in torch.quasirandom.SobolEngine(len(box), scramble=True, seed=0).draw(count).tolist():
         drawn = {c: low * (high / low) ** u for (c, (low, high)), u in zip(box.items(), point, strict=True)}
@@ -164,7 +165,7 @@ def _described(name: str, setting: Setting) -> dict:
 
 
 def demo(scale: Scale, runs: Runs, settings: Settings, out: Path) -> None:
-    """Weight estimation against backprop, with the network and the number of epochs of two_routes.py."""
+    """Weight estimation against backprop, with the network of two_routes.py."""
     jobs = {
         name: [
             Job(settings[name][0], seed, 16, 1, scale.demo_epochs, scale.train_size, scale.test_size)

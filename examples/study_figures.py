@@ -1,13 +1,13 @@
-"""The figures of study.py. A rule has its color and dash from picture.py, and a marker for print in gray."""
+"""The figures of study.py. A rule has its color and dash from demo_figure.py, and a marker for print in gray."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from demo_figure import STYLES
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, NullLocator
-from picture import STYLES
 from two_routes import TITLES
 
 MARKERS = {"bp": "o", "fa": "X", "wm": "v", "ia": "^", "oja": "<", "sa": "s", "aa": "D", "kp": "P"}

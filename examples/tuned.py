@@ -1,4 +1,4 @@
-"""The network of the demo, and the coefficients of each rule for it."""
+"""The network of the demo, and the setting of each rule for it."""
 
 from dataclasses import dataclass
 
@@ -27,6 +27,28 @@ DATA = {"reduction": "mean", "center": True}
 SETTINGS = {
     "bp": Setting(pyfeedback.rule("bp")),
     "fa": Setting(pyfeedback.rule("fa")),
+    # Without units (docs/rules.md). The local rules are the presets; they read white noise and need no number.
+    "wm": Setting(pyfeedback.rule("wm-probes")),
+    "ia": Setting(pyfeedback.rule("ia-probes")),
+    # Time constants chosen on validation digits. tau = 1 would copy W to B.
+    "sa": Setting(pyfeedback.rule("sa", tau=5.0)),
+    # A small B forgets its first value sooner in the directions in which the input hardly varies.
+    "aa": Setting(pyfeedback.rule("aa", tau=1.0, center=True), init=pyfeedback.Init(scale=0.3)),
+    "kp": Setting(pyfeedback.rule("kp", tau=100.0)),
+}
+PAPER = tuple(SETTINGS)  # the rules of Kunin et al., 2020
+SETTINGS |= {
+    "oja": Setting(pyfeedback.rule("oja", amp=1.0, null=1.0, **DATA), lr=0.005, momentum=0.9),
+    "usf": Setting(pyfeedback.rule("usf")),
+    "frsf": Setting(pyfeedback.rule("frsf")),
+    "brsf": Setting(pyfeedback.rule("brsf")),
+    "pfa": Setting(pyfeedback.rule("pfa", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
+    # The best of the scales 0.01, 0.03, 0.1 and 10 after eight epochs.
+    "dfa": Setting(pyfeedback.rule("dfa"), init=pyfeedback.Init(scale=0.1)),
+}
+
+# The same rules with the coefficients of the paper, for study.py and the training program.
+WITH_UNITS = SETTINGS | {
     # Only the decay bounds B, so amp must be small: at ten times this value B diverges. The best of about 30.
     "wm": Setting(pyfeedback.rule("wm", amp=0.01, decay=0.012, **DATA), lr=0.005, momentum=0.9),
     # amp = null is Oja's subspace rule, which bounds B; the decay only stabilizes the weakest directions. A third of
@@ -38,16 +60,6 @@ SETTINGS = {
     "aa": Setting(pyfeedback.rule("aa", amp=2.0, sparse=2.0, **DATA), lr=0.02, momentum=0.9),
     # B and W have the same steps and decay: W - B decays with a time of 1 / (lr / (1 - momentum) * decay) = 400 steps.
     "kp": Setting(pyfeedback.rule("kp", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
-}
-PAPER = tuple(SETTINGS)  # the rules of Kunin et al., 2020
-SETTINGS |= {
-    "oja": Setting(pyfeedback.rule("oja", amp=1.0, null=1.0, **DATA), lr=0.005, momentum=0.9),
-    "usf": Setting(pyfeedback.rule("usf")),
-    "frsf": Setting(pyfeedback.rule("frsf")),
-    "brsf": Setting(pyfeedback.rule("brsf")),
-    "pfa": Setting(pyfeedback.rule("pfa", decay=0.005), lr=LR, momentum=MOMENTUM, cosine=True, weight_decay=0.005),
-    # The best of the scales 0.01, 0.03, 0.1 and 10 after eight epochs.
-    "dfa": Setting(pyfeedback.rule("dfa"), init=pyfeedback.Init(scale=0.1)),
 }
 
 

@@ -1,40 +1,44 @@
 """Two routes to credit assignment without weight transport: seven rules train the same convolutional network.
 
-    python examples/two_routes.py                                  # all rules, cluttered digits, a few minutes
+    python examples/two_routes.py                                  # cluttered digits, three seeds, a few minutes
     python examples/two_routes.py --rule bp fa oja usf frsf brsf pfa dfa
     python examples/two_routes.py --sweep                          # wm and ia over one grid of coefficients
 
 Writes two_routes.png (accuracy and alignment by epoch) and two_routes.json (settings, curves, versions) to --out. If
-interrupted, it keeps the finished rules. The two routes are those of Kunin et al., ICML 2020. Local rules (wm, ia) read
-only the input and the response of a layer. Weight estimation (sa, aa, kp) moves the feedback towards the forward weight
-by comparing the two weights, their responses or their updates.
+interrupted, it keeps the finished runs. The two routes are those of Kunin et al., ICML 2020. Local rules (wm, ia) read
+only an input and the response of a layer to it; here, the input is white noise. Weight estimation (sa, aa, kp) moves
+the feedback towards the forward weight by comparing the two weights, their responses or their updates. The settings are
+in tuned.py. They have no units, and were chosen on validation digits.
 """
 
 import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import cluttered_digits
-import picture
+import demo_figure
 import sklearn
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
-from tuned import LR, MOMENTUM, PAPER, SETTINGS, Setting, network
+from tuned import LR, MOMENTUM, PAPER, SETTINGS, WITH_UNITS, Setting, network
 
 import pyfeedback
 
 BATCH = 64
-EPOCHS = {"cluttered": 12, "digits": 30}
+EPOCHS = {"cluttered": 8, "digits": 30}
 TITLES = {
     "bp": "backprop",
     "fa": "feedback alignment",
@@ -54,7 +58,7 @@ TITLES = {
 
 @dataclass
 class Result:
-    """The run of one rule. Curves start before the first epoch; ``angles`` has one number per layer for each epoch."""
+    """One run of a rule. Curves start before the first epoch; ``angles`` has one number per layer for each epoch."""
 
     setting: Setting
     accuracy: list[float] = field(default_factory=list)
@@ -134,43 +138,82 @@ def observe(result: Result, model: nn.Module, test) -> None:
     result.angles.append([layer.angle for layer in pyfeedback.alignment(model).values() if layer.norm_ratio > 0])
 
 
-def run(names: list[str], data, epochs: int, seed: int) -> dict[str, Result]:
-    """Train by each rule in turn, with a progress bar. Ctrl-C returns the finished rules."""
-    results: dict[str, Result] = {}
-    steps = len(data[0].images) // BATCH
-    with tqdm(total=len(names) * epochs * steps, unit="step", dynamic_ncols=True) as bar:
+def run(names: list[str], options: argparse.Namespace) -> dict[str, list[Result]]:
+    """Train by each rule with each seed, in single-threaded processes. Ctrl-C returns the finished runs."""
+    jobs = [(name, options.seed + i) for i in range(options.seeds) for name in names]
+    finished: dict[tuple[str, int], Result] = {}
+    task = partial(_train, data=options.data, device=options.device, epochs=options.epochs)
+    with (
+        tqdm(total=len(jobs), unit="run", dynamic_ncols=True) as bar,
+        multiprocessing.get_context("spawn").Pool(options.workers, _prepare) as pool,
+    ):
         try:
-            for name in names:
-                bar.set_description(f"{name} epoch 1/{epochs}")
-
-                def after_epoch(result, name=name):
-                    bar.set_description(f"{name} epoch {min(len(result.loss) + 1, epochs)}/{epochs}")
-                    bar.set_postfix_str(f"test {result.accuracy[-1]:.1f} %")
-                    if result.diverged:
-                        bar.update(steps * (epochs - len(result.loss)))
-
-                results[name] = train(SETTINGS[name], data, epochs, seed, bar.update, after_epoch)
+            for job, result in pool.imap_unordered(task, jobs):
+                finished[job] = result
+                bar.update()
+                bar.set_postfix_str(f"{job[0]}, seed {job[1]}: {result.accuracy[-1]:.1f} %")
         except KeyboardInterrupt:
-            bar.set_description(f"interrupted during {name}")
-    return results
+            bar.set_description("interrupted")
+    by_name = {name: [finished[job] for job in jobs if job[0] == name and job in finished] for name in names}
+    return {name: results for name, results in by_name.items() if results}
 
 
-def table(results: dict[str, Result]) -> str:
-    """The last epoch of each rule. Time is relative to bp, in seconds per epoch."""
-    lines = ["rule  test %  behind bp  time  angle  of each layer, first to last"]
-    bp = results.get("bp")
-    for name, result in results.items():
-        behind = f"{bp.accuracy[-1] - result.accuracy[-1]:.1f}" if bp else "-"
-        slower = f"{statistics.median(result.seconds) / statistics.median(bp.seconds):.2f}" if bp else "-"
-        angle = f"{result.mean_angles[-1]:.0f}" if result.mean_angles else "-"
-        layers = " ".join(f"{a:3.0f}" for a in result.angles[-1]) or "  - (no feedback weight)"
-        note = f"  diverged in epoch {len(result.loss)}" if result.diverged else ""
-        lines.append(f"{name:4}  {result.accuracy[-1]:6.1f}  {behind:>9}  {slower:>4}  {angle:>5}  {layers}{note}")
+def _prepare() -> None:
+    """Prepare a process of the pool. Ctrl-C is handled by its parent."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@cache
+def _load(data: str, device: str):
+    """The training set and the test set on the device."""
+    return [
+        side._replace(images=side.images.to(device), labels=side.labels.to(device))
+        for side in cluttered_digits.load(data)
+    ]
+
+
+def _train(job: tuple[str, int], data: str, device: str, epochs: int) -> tuple[tuple[str, int], Result]:
+    name, seed = job
+    return job, train(SETTINGS[name], _load(data, device), epochs, seed, build=_channels_last)
+
+
+def _channels_last(size: int) -> nn.Module:
+    """The network in the memory format that is faster."""
+    return network(size).to(memory_format=torch.channels_last)
+
+
+def table(results: dict[str, list[Result]]) -> str:
+    """The last epoch of each rule: means over the seeds, and the standard deviation of the accuracy.
+
+    The distance to bp is that of equal seeds. Time is relative to bp, in seconds per epoch. Angles are in degrees.
+    """
+    lines = ["rule  seeds  test %  std  behind bp  time  angle  of each layer, first to last"]
+    for name, runs in results.items():
+        reached, bp = [result.accuracy[-1] for result in runs], results.get("bp", [])
+        std = f"{statistics.stdev(reached):.1f}" if len(runs) > 1 else "-"
+        behind = slower = "-"
+        if bp:
+            behind = f"{statistics.fmean(b.accuracy[-1] - r.accuracy[-1] for b, r in zip(bp, runs, strict=False)):.1f}"
+            slower = f"{_epoch_seconds(runs) / _epoch_seconds(bp):.2f}"
+        layers = [statistics.fmean(layer) for layer in zip(*(result.angles[-1] for result in runs), strict=True)]
+        angle = f"{statistics.fmean(layers):.0f}" if layers else "-"
+        each = " ".join(f"{a:3.0f}" for a in layers) or "  - (no feedback weight)"
+        failed = sum(result.diverged for result in runs)
+        note = f"  {failed} diverged" if failed else ""
+        mean = f"{statistics.fmean(reached):.1f}"
+        lines.append(
+            f"{name:4}  {len(runs):5}  {mean:>6}  {std:>3}  {behind:>9}  {slower:>4}  {angle:>5}  {each}{note}"
+        )
     return "\n".join(lines)
 
 
+def _epoch_seconds(runs: list[Result]) -> float:
+    return statistics.median(itertools.chain(*(result.seconds for result in runs)))
+
+
 def sweep(data, epochs: int, seed: int) -> dict:
-    """Train wm and ia (null = amp) on a grid of two decades of amp by one of decay; fa is the baseline."""
+    """Train wm and ia with units (null = amp) on a grid of two decades of amp by one of decay; fa is the baseline."""
 
     def end(setting):
         return train(setting, data, epochs, seed).accuracy[-1]
@@ -179,8 +222,8 @@ def sweep(data, epochs: int, seed: int) -> dict:
     grid = list(itertools.product((0.01, 0.03, 0.1, 0.3, 1.0), (0.01, 0.03, 0.1)))
     for name in ("wm", "ia"):
         for amp, decay in tqdm(grid, desc=f"{name} grid", unit="setting", dynamic_ncols=True):
-            rule = replace(SETTINGS[name].rule, amp=amp, null=amp if name == "ia" else 0.0, decay=decay)
-            accuracy = end(replace(SETTINGS[name], rule=rule))
+            rule = replace(WITH_UNITS[name].rule, amp=amp, null=amp if name == "ia" else 0.0, decay=decay)
+            accuracy = end(replace(WITH_UNITS[name], rule=rule))
             found[name].append({"amp": amp, "null": rule.null, "decay": decay, "accuracy": accuracy})
         reached = [each["accuracy"] for each in found[name]]
         above, failed = sum(a > found["fa"] for a in reached), sum(a < 20 for a in reached)
@@ -241,7 +284,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=positive, help="default 12 for cluttered, 30 for digits, a third of it in a sweep"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, feedback and order; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="first seed of weights and order; default %(default)s")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds; default %(default)s")
+    parser.add_argument("--workers", type=positive, default=2, help="number of processes; default %(default)s")
     parser.add_argument("--device", type=device, default="cpu", help="default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("."), help="output folder; default: the current folder")
     parser.add_argument("--sweep", action="store_true", help="train wm and ia on a grid of coefficients")
@@ -257,25 +302,22 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    data = [
-        side._replace(images=side.images.to(options.device), labels=side.labels.to(options.device))
-        for side in cluttered_digits.load(options.data)
-    ]
     if options.sweep:
         try:
-            found = sweep(data, options.epochs, options.seed)
+            found = sweep(_load(options.data, options.device), options.epochs, options.seed)
         except KeyboardInterrupt:
             raise SystemExit("interrupted: nothing written") from None
         write_json(options.out / "two_routes_sweep.json", options, found)
         return
-    results = run(list(dict.fromkeys(options.rule)), data, options.epochs, options.seed)
+    results = run(list(dict.fromkeys(options.rule)), options)
     if not results:
-        raise SystemExit("interrupted before the first rule finished: nothing written")
+        raise SystemExit("interrupted before the first run finished: nothing written")
     print(table(results))
-    write_json(options.out / "two_routes.json", options, {"results": {name: asdict(r) for name, r in results.items()}})
-    accuracy = {name: result.accuracy for name, result in results.items()}
-    angles = {name: result.mean_angles for name, result in results.items()}
-    picture.draw(accuracy, angles, TITLES, options.out / "two_routes.png")
+    found = {name: [asdict(result) for result in runs] for name, runs in results.items()}
+    write_json(options.out / "two_routes.json", options, {"results": found})
+    accuracy = {name: [result.accuracy for result in runs] for name, runs in results.items()}
+    angles = {name: [result.mean_angles for result in runs] for name, runs in results.items()}
+    demo_figure.draw(accuracy, angles, TITLES, options.out / "two_routes.png")
     print(f"wrote {options.out / 'two_routes.png'} and {options.out / 'two_routes.json'}")
 
 

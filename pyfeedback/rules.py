@@ -50,10 +50,12 @@ class Rule(Primitives):
             drawn for each layer in the optimizer's step. Nothing is saved in the forward pass, and the cost depends on
             neither the batch nor the size of the images.
         probes: the number of probes for each estimate; as a float, relative to the number of inputs d of the layer. 0
-            chooses it by d and ``tau``:
-            d / (2 tau 0.1^2) for a noise of 0.1 radians in the angle of B to its target, but no more than cost
-            2 % of the layer's training step, unless the noise then exceeds 0.3 radians.
-        every: make an estimate from probes in one of ``every`` steps.
+            chooses it by d and ``tau`` for a noise of 0.1 radians in the angle of B to its target, but no more than
+            cost 2 % of the layer's training step, unless the noise then exceeds 0.3 radians.
+        orthogonal: take the probes of consecutive estimates from one random orthogonal basis, and then from a new one.
+            Each direction of the input is probed equally often, so that the same noise takes many times fewer probes.
+            By default, probes are independent random signs.
+        every: make an estimate from probes in one of ``every`` steps. Layers take turns. 0: 20 times in ``tau`` steps.
         name: the name shown in reports.
         fixed: the coefficients in the form that the ops take, or None if they depend on the batch.
     """
@@ -71,6 +73,7 @@ class Rule(Primitives):
     nu: float = 1.0
     source: str = "data"
     probes: int | float = 0
+    orthogonal: bool = False
     every: int = 1
     name: str = field(default="custom", compare=False)
 
@@ -96,7 +99,7 @@ class Rule(Primitives):
         for name in ("samples", "expansion"):
             if is_int(getattr(self, name)):
                 object.__setattr__(self, name, int(getattr(self, name)))
-        for name in ("center", "transport"):
+        for name in ("center", "transport", "orthogonal"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {describe(getattr(self, name))}, expected True or False")
         if not isinstance(self.name, str):
@@ -156,6 +159,10 @@ class Rule(Primitives):
         """The time constant in this step, counted from 0; 0 if the rule has units."""
         return max(self.tau, self.growth * step)
 
+    def every_at(self, step: int) -> int:
+        """The number of steps for each estimate from probes, in this step."""
+        return self.every or max(1, int(self.tau_at(step) / 20))
+
     def probe_coefficients(self) -> Coefficients:
         """The coefficients of a rule that reads probes."""
         values = {name: getattr(self, name) for name in COEFFICIENTS}
@@ -169,7 +176,7 @@ class Rule(Primitives):
         return 0 if self.samples >= batch else self.samples
 
     def _check_probes(self) -> None:
-        for name, least in (("probes", 0), ("every", 1)):
+        for name, least in (("probes", 0), ("every", 0 if self.tau else 1)):
             value = getattr(self, name)
             if name != "probes" or not isinstance(value, float):
                 check_int(name, value, least)
@@ -181,8 +188,8 @@ class Rule(Primitives):
             object.__setattr__(self, "center", False)  # the mean of white noise is 0
         if self.growth and not self.tau:
             raise ValueError(f"growth is {self.growth} in {self}, expected 0 without a tau")
-        if self.source == "data" and (self.probes or self.every != 1):
-            raise ValueError(f"probes is {self.probes} and every {self.every} in {self}, expected source='probes'")
+        if self.source == "data" and (self.probes or self.orthogonal or self.every != 1):
+            raise ValueError(f"probes, orthogonal or every is set in {self}, expected source='probes'")
 
     def _remove_units(self) -> None:
         """Replace the coefficients by those that ``tau``, ``ratio`` and ``nu`` stand for."""
@@ -222,8 +229,10 @@ PRESETS = {
     "sa": Rule(self_=2e-3, decay=2e-3, name="sa"),
     "aa": Rule(amp=2e-3, sparse=2e-3, name="aa"),
     "kp": Rule(tie=1.0, decay=2e-3, name="kp"),
-    "wm-probes": Rule(amp=1.0, source="probes", tau=5.0, growth=0.02, name="wm-probes"),
-    "ia-probes": Rule(amp=1.0, null=1.0, source="probes", tau=5.0, growth=0.02, name="ia-probes"),
+    "wm-probes": Rule(amp=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, name="wm-probes"),
+    "ia-probes": Rule(
+        amp=1.0, null=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, name="ia-probes"
+    ),
     "oja": Rule(amp=2e-3, null=2e-3, center=True, name="oja"),
     "usf": Rule(signs="uniform", name="usf"),
     "frsf": Rule(signs="fixed", name="frsf"),

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ("test_alignment", "test_call_overhead", "test_feedback_step", "test_layer_steps", "test_optimizers")
+FILES = (
+    "test_alignment",
+    "test_call_overhead",
+    "test_feedback_step",
+    "test_layer_steps",
+    "test_optimizers",
+    "test_probe_steps",
+)
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_every_rule_has_four_different_candidates(study):
         ("fa", {"learns": False}),
         ("sa", {"tau": 8.0, "reads_data": False}),
         ("kp", {"tau": 8.0, "tie": 1.0}),
-        ("aa", {"tau": 8.0, "reads_data": True, "center": False}),
+        ("aa", {"tau": 8.0, "reads_data": True, "center": True}),
         ("ia-probes", {"tau": 8.0, "nu": 0.5, "source": "probes", "probes": 2.0}),
         ("wm-probes", {"tau": 8.0, "source": "probes", "probes": 2.0}),
         ("ia-data", {"tau": 8.0, "nu": 0.5, "source": "data"}),

@@ -41,25 +41,47 @@ def test_the_quickstart_learns_the_digits_and_aligns_every_layer():
 def test_a_short_run_writes_table_json_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    options = ["--rule", "bp", "ia", "--data", "digits", "--epochs", "1", "--out", tmp_path]
+    options = ["--rule", "bp", "ia", "--data", "digits", "--epochs", "1", "--seeds", "2", "--out", tmp_path]
     done = subprocess.run([sys.executable, EXAMPLES / "two_routes.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert re.search(r"bp +\d+\.\d +0\.0 +1\.00", rows["bp"])
+    assert re.search(r"bp +2 +\d+\.\d +\d+\.\d +0\.0 +1\.00", rows["bp"])
     assert len(re.findall(r"\d+", rows["ia"].split(".")[-1])) >= 7
-    assert "epoch 1/1" in done.stderr
+    assert "4/4" in done.stderr
 
     report = json.loads((tmp_path / "two_routes.json").read_text())
     assert set(report["results"]) == {"bp", "ia"}
-    ia = report["results"]["ia"]
-    assert len(ia["accuracy"]) == len(ia["angles"]) == 2  # before training, after the epoch
-    assert len(ia["angles"][0]) == 6
-    assert ia["setting"]["rule"]["null"] > 0
+    first, second = report["results"]["ia"]
+    assert len(first["accuracy"]) == len(first["angles"]) == 2  # before training, after the epoch
+    assert len(first["angles"][0]) == 6
+    assert first["setting"]["rule"]["source"] == "probes"
+    assert first["loss"] != second["loss"]  # another seed
     assert report["versions"]["torch"] == torch.__version__
 
     picture = (tmp_path / "two_routes.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
+
+
+def test_the_table_pairs_seeds_and_counts_divergence(example):
+    two_routes = example("two_routes")
+
+    def ran(accuracy, angles, loss=1.0):
+        return two_routes.Result(two_routes.SETTINGS["fa"], [10.0, accuracy], [loss], [[90.0, 90.0], angles], [2.0])
+
+    results = {
+        "bp": [ran(90.0, []), ran(80.0, [])],
+        "fa": [ran(70.0, [30.0, 50.0]), ran(75.0, [50.0, 70.0], float("nan"))],
+    }
+    bp, fa = two_routes.table(results).splitlines()[1:]
+    assert bp.split() == ["bp", "2", "85.0", "7.1", "0.0", "1.00", "-", "-", "(no", "feedback", "weight)"]
+    assert fa.split() == ["fa", "2", "72.5", "3.5", "12.5", "1.00", "50", "40", "60", "1", "diverged"]
+
+
+def test_the_band_of_the_figure_is_the_range_of_the_seeds(example):
+    pytest.importorskip("matplotlib")
+    spread = example("demo_figure")._spread
+    assert spread([[1.0, 5.0, float("nan")], [3.0]]) == [(1.0, 2.0, 3.0), (5.0, 5.0, 5.0)]
 
 
 @pytest.mark.parametrize(
@@ -68,10 +90,11 @@ def test_a_short_run_writes_table_json_and_picture(tmp_path):
         (("--rule", "backpropagation"), "backpropagation"),
         (("--data", "mnist"), "mnist"),
         (("--epochs", "0"), "epochs"),
+        (("--seeds", "none"), "seeds"),
         (("--device", "abacus"), "abacus"),
         (("--out", __file__), "--out"),
     ],
-    ids=["rule", "data", "epochs", "device", "out"],
+    ids=["rule", "data", "epochs", "seeds", "device", "out"],
 )
 def test_a_bad_argument_is_one_line(example, monkeypatch, capsys, arguments, named):
     pytest.importorskip("matplotlib")

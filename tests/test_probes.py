@@ -9,9 +9,9 @@ from torch import nn
 
 import pyfeedback
 from pyfeedback import reference
-from pyfeedback.backends.composite.probes import probe_gradient, random_signs
+from pyfeedback.backends.composite.probes import orthogonal_probes, probe_gradient, random_signs
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.probes import count_probes
+from pyfeedback.core.probes import basis_size, count_probes
 
 RULES = {
     "wm": {"amp": 1.0, "decay": 1.0},
@@ -75,6 +75,29 @@ def test_random_signs(dtype):
     assert not torch.equal(random_signs(4001, 23, like, generator(1)), signs)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "size"), [(1, 1), (3, 3), (9, 9), (63, 63), (64, 64), (65, 66), (147, 148), (576, 576), (1000, 1008)]
+)
+def test_orthogonal_probes(inputs, size):
+    assert basis_size(inputs) == size
+    like = torch.empty(0, dtype=torch.float64)
+    probes = orthogonal_probes(inputs, 0, size, like, generator())
+    torch.testing.assert_close(probes.t() @ probes / size, torch.eye(inputs, dtype=torch.float64))
+    parts = [orthogonal_probes(inputs, a, b, like, generator()) for a, b in ((0, size // 3), (size // 3, size))]
+    torch.testing.assert_close(torch.cat(parts), probes, rtol=0, atol=0)
+    if inputs > 3:
+        assert not torch.allclose(orthogonal_probes(inputs, 0, size, like, generator(1)), probes)
+    assert orthogonal_probes(inputs, 0, 1, like.bfloat16(), generator()).dtype == torch.float32
+
+
+def test_orthogonal_probes_are_white():
+    """Over many draws, one probe has mean 0, and its second moment is the identity."""
+    like = torch.empty(0, dtype=torch.float64)
+    drawn = torch.cat([orthogonal_probes(12, 2, 3, like, generator(seed)) for seed in range(3000)])
+    assert drawn.mean(0).abs().max() < 5 / 3000**0.5
+    assert (drawn.t() @ drawn / 3000 - torch.eye(12)).abs().max() < 5 * 2**0.5 / 3000**0.5
+
+
 # The number of probes
 
 
@@ -98,6 +121,63 @@ def test_number_of_probes(arguments, expected):
     found = count_probes(*arguments)
     assert found[:2] == expected[:2]
     assert found.noise_floor == pytest.approx(expected[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((30, 100, 0.05, 1, True, 10), (25, 30, 4)),  # given; a basis of 100 in four parts
+        ((2.0, 100, 0.05, 1, True, 10), (100, 100, 1)),  # a whole basis has no noise, and more are never needed
+        ((0, 100, 0.05, 1, False, 10**6), (20, 20, 5)),  # 0.1 radians: a sweep is 0.253 tau
+        ((0, 100, 0.05, 2, False, 10**6), (50, 50, 2)),
+        ((0, 100, 0.005, 1, False, 10**6), (2, 2, 50)),
+        ((0, 100, 0.05, 1, True, 10), (7, 20, 15)),  # 0.3 radians: a sweep of 0.808 tau takes 7 probes
+        ((0, 100, 0.05, 1, False, 500), (15, 20, 7)),  # 2 * 15 of 3 * 500 is 2 %
+        ((0, 100, 0.0, 1, True, 10), (1, 1, 100)),  # a rule with units has no time constant
+    ],
+)
+def test_number_of_orthogonal_probes(arguments, expected):
+    found = count_probes(*arguments, orthogonal=True)
+    assert (found.probes, found.wanted, found.sweep) == expected
+    if found.sweep == 1:
+        assert found.noise_floor == 0
+    if not arguments[0]:
+        assert found.noise_floor <= 0.3
+
+
+@pytest.mark.parametrize(("inputs", "tau", "probes"), [(72, 20, 10), (64, 8, 20), (100, 40, 3), (30, 5, 30)])
+def test_the_noise_of_orthogonal_probes_is_as_predicted(inputs, tau, probes):
+    """The tangent of the angle is averaged over steps and seeds; independent probes have several times more noise."""
+    torch.manual_seed(0)
+    rule = pyfeedback.rule("wm", source="probes", orthogonal=True, tau=tau, probes=probes)
+    model = pyfeedback.convert(nn.Linear(inputs, 40, bias=False), rule)
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    found = []
+    for step in range(20 * tau + 200):
+        optimizer.step()
+        if step >= 12 * tau:
+            found.append(math.tan(math.radians(angles(model).item())) ** 2)
+    predicted = optimizer.probe_counts()[""].noise_floor
+    assert sum(found) / len(found) == pytest.approx(predicted**2, rel=0.15, abs=1e-6)
+    assert predicted < 0.6 * (inputs / (2 * tau * probes)) ** 0.5
+
+
+def test_a_sweep_of_orthogonal_probes_sums_to_w():
+    """Its parts may have different sizes; each probe counts the same."""
+    torch.manual_seed(0)
+    model = pyfeedback.convert(
+        nn.Conv2d(3, 4, 3).double(), pyfeedback.rule("wm", source="probes", orthogonal=True, tau=4.0, probes=8, every=2)
+    )
+    optimizer = pyfeedback.optim.SGD(model, lr=0.0)
+    assert optimizer.probe_counts()[""].sweep == 4  # 27 inputs
+    b, moved = model.feedback.detach().clone(), torch.zeros_like(model.feedback)
+    for step in range(8):
+        optimizer.step()
+        after = model.feedback.detach().clone()
+        # B <- (1 - every / tau) B + every / tau (estimate), and the mean estimate of a sweep is W
+        moved += (after - (1 - (step % 2 == 0) / 2) * b) / 0.5 * (step % 2 == 0)
+        b = after
+    torch.testing.assert_close(moved / 4, model.weight.detach())
 
 
 def test_the_number_of_probes_of_a_model_follows_its_batch():
@@ -148,6 +228,17 @@ LAYERS = {
 
 def angles(model):
     return torch.tensor([found.angle for found in pyfeedback.alignment(model).values()])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_finds_its_weight_by_a_whole_basis(name):
+    build, shape = LAYERS[name]
+    torch.manual_seed(0)
+    model = pyfeedback.convert(build(), pyfeedback.rule("wm", source="probes", orthogonal=True, tau=1.0, probes=1.0))
+    model(torch.randn(shape)).sum().backward()
+    pyfeedback.optim.FeedbackSGD(model, lr=1.0).step()
+    for _, layer in pyfeedback.feedback_layers(model):
+        torch.testing.assert_close(layer.feedback, layer.weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -289,17 +380,40 @@ def test_an_estimate_of_every_few_steps_counts_as_much(every):
     pyfeedback.optim.FeedbackSGD(once, lr=1.0).step()
     twice = converted(every=every, tau=9.0)
     pyfeedback.optim.FeedbackSGD(twice, lr=1.0).step()
-    torch.testing.assert_close(feedback_of(once), feedback_of(twice))
+    torch.testing.assert_close(once[0].feedback, twice[0].feedback)  # the second layer makes its estimate later
 
 
+def test_estimates_become_rarer_as_tau_grows_and_layers_take_turns():
+    model = converted(name="wm", every=0, tau=5.0, growth=0.02, probes=0, orthogonal=True)
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    assert [model[0].rule.every_at(step) for step in (0, 1999, 2000, 3000, 10**5)] == [1, 1, 2, 3, 100]
+    optimizer.param_groups[0]["feedback_step"] = 3999  # tau is 80 from step 4000 on: one of four steps
+    previous, moved = feedback_of(model), []
+    for _ in range(8):
+        optimizer.step()
+        moved.append([not torch.equal(*pair) for pair in zip(previous, feedback_of(model), strict=True)])
+        previous = feedback_of(model)
+    first, second = zip(*moved, strict=True)
+    assert first == (True, False, False, False) * 2
+    assert second == (False, False, False, True) * 2
+    assert optimizer.probe_counts()["0"].sweep == 5  # a sweep of 27 inputs in 5 * 4 of 80 steps
+
+
+def test_the_frequency_of_estimates_needs_a_time_constant():
+    with pytest.raises(ValueError, match="every is 0, expected 1 or more"):
+        pyfeedback.rule("wm", source="probes", every=0)
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("build", [sgd, lambda model: pyfeedback.optim.AdamW(model, lr=1e-3)], ids=["SGD", "AdamW"])
-def test_a_resumed_run_is_the_same(build):
-    model = converted()
+def test_a_resumed_run_is_the_same(build, orthogonal):
+    options = {"orthogonal": orthogonal, "probes": 0.4}
+    model = converted(**options)
     optimizer = build(model)
     train(model, optimizer, range(3))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, range(3, 6))
-    resumed = converted()
+    resumed = converted(**options)
     again = build(resumed)
     resumed.load_state_dict(saved[0])
     again.load_state_dict(saved[1])

@@ -65,20 +65,23 @@ def of_biotorch() -> Iterator[tuple[str, Configuration]]:
 
 
 def of_demo() -> Iterator[tuple[str, Configuration]]:
-    """The recipe of two_routes.py. If the feedback uses the options of the weights, one optimizer updates both."""
+    """The demo's network and data under the coefficients of the paper, tuned for them.
+
+    If the feedback uses the options of the weights, one optimizer updates both.
+    """
     demo = Settings(
         model="demo", batch=64, lr=tuned.LR, momentum=tuned.MOMENTUM, nesterov=False, warmup=0, milestones=(),
         cosine=True, every=20,
     )  # fmt: skip
     for data, epochs in (("digits", 30), ("cluttered", 12)):
-        for name, tune in tuned.SETTINGS.items():
+        for name, tune in tuned.WITH_UNITS.items():
             found = replace(
                 demo, data=data, epochs=epochs, rule=tune.rule, weight_decay=tune.weight_decay, noise=tune.noise,
                 feedback_scale=tune.init.scale if tune.init else 1.0,
             )  # fmt: skip
             if tune.rule.learns and not tune.cosine:
                 found = replace(found, feedback_lr=tune.lr, feedback_momentum=tune.momentum)
-            yield f"{data}-{name}", Configuration(found, "examples/two_routes.py")
+            yield f"{data}-{name}", Configuration(found, "examples/tuned.py")
 
 
 CONFIGURATIONS = {"cifar10": HE, **dict(of_paper()), **dict(of_biotorch()), **dict(of_demo())}

@@ -64,6 +64,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "center": {"composite": center.center, "extension": ops.center},
     "probe_gradient": {"composite": probes.probe_gradient},
     "random_signs": {"composite": probes.random_signs},
+    "orthogonal_probes": {"composite": probes.orthogonal_probes},
     "feedback_step_": {"composite": steps.feedback_step_, "extension": ops.feedback_step_},
 }
 

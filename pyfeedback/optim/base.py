@@ -170,7 +170,7 @@ class RowOptimizer(torch.optim.Optimizer):
         for index, (b, layer) in enumerate(self._layers.items()):
             if layer.rule.reads_probes and b in places and b not in uncalled:
                 step = places[b][0]["feedback_step"]
-                if step % layer.rule.every == 0:
+                if (step + index) % layer.rule.every_at(step) == 0:
                     due[b] = (layer, self._names[b], (step, index))
         return probe_gradients(due, self.probe_seed) if due else {}
 

@@ -78,7 +78,7 @@ def feedback_row(
     rule, w = layer.rule, layer.weight
     step_size = 1 / rule.tau_at(step) if rule.tau and not is_tied(rule) else None
     if rule.reads_probes:
-        step_size = None if step_size is None else min(1.0, step_size * rule.every)
+        step_size = None if step_size is None else min(1.0, step_size * rule.every_at(step))
         return None if estimate is None else Row(b, b, estimate, 0.0, 0.0, 1.0, step_size=step_size)
     if rule.reads_data or by_autograd:
         grad, terms = b.grad, (0.0, 0.0, 1.0)  # the gradient includes every term, decay too

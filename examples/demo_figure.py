@@ -1,8 +1,11 @@
 """The figure of two_routes.py: test accuracy and alignment by epoch, side by side."""
 
 from collections.abc import Sequence
-from math import isfinite
+from itertools import zip_longest
+from math import isfinite, nan
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import matplotlib
 
@@ -30,12 +33,15 @@ ROUTES = {REFERENCE: "reference", LOCAL: "local rules", ESTIMATION: "weight esti
 
 
 def draw(
-    accuracy: dict[str, Sequence[float]],
-    angles: dict[str, Sequence[float]],
+    accuracy: dict[str, Sequence[Sequence[float]]],
+    angles: dict[str, Sequence[Sequence[float]]],
     titles: dict[str, str],
     path: Path,
 ) -> None:
-    """Draw a curve for each rule; the first point is before training. bp has no feedback weight and no angles."""
+    """Draw the curves of each rule, one for each seed: a line for their mean, and a band for their range.
+
+    The first point of a curve is before training. bp has no feedback weight and no angles.
+    """
     look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200}
     with plt.rc_context(look):
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 4.0), layout="constrained")
@@ -55,25 +61,43 @@ def draw(
         plt.close(figure)
 
 
-def _curves(axes, curves: dict[str, Sequence[float]]) -> None:
-    """One line for each rule, labeled at its end. Labels that would overlap are moved apart."""
-    curves = {name: [value for value in curve if isfinite(value)] for name, curve in curves.items()}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    for name, curve in curves.items():
+def _curves(axes, curves: dict[str, Sequence[Sequence[float]]]) -> None:
+    """A line and a band for each rule, labeled at the end of the line. Labels that would overlap are moved apart."""
+    spreads = {name: spread for name, runs in curves.items() if (spread := _spread(runs))}
+    for name, spread in spreads.items():
         color, dash = STYLES[name]
-        axes.plot(range(len(curve)), curve, color=color, linestyle=dash, linewidth=1.7)
-    last = max((len(curve) - 1 for curve in curves.values()), default=1)
+        low, mean, high = zip(*spread, strict=True)
+        axes.plot(range(len(mean)), mean, color=color, linestyle=dash, linewidth=1.7)
+        axes.fill_between(range(len(mean)), low, high, color=color, alpha=0.15, linewidth=0)
+    last = max((len(spread) - 1 for spread in spreads.values()), default=1)
     axes.set_xlim(0, last)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    ends = sorted((curve[-1], name) for name, curve in curves.items())
+    ends = sorted((spread[-1].mean, name) for name, spread in spreads.items())
     for (value, name), height in zip(ends, _apart([value for value, _ in ends]), strict=True):
-        at = len(curves[name]) - 1
+        at = len(spreads[name]) - 1
         color = STYLES[name][0]
         axes.annotate(
             name, (at, value), (at + 0.05 * last, height), color=color, va="center", fontsize=8.5,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
+
+
+class Spread(NamedTuple):
+    """The values of all seeds after one epoch."""
+
+    low: float
+    mean: float
+    high: float
+
+
+def _spread(runs: Sequence[Sequence[float]]) -> list[Spread]:
+    """By epoch, over the runs that reached it with a finite value."""
+    found = []
+    for values in zip_longest(*runs, fillvalue=nan):
+        if known := [value for value in values if isfinite(value)]:
+            found.append(Spread(min(known), fmean(known), max(known)))
+    return found
 
 
 def _apart(heights: list[float], gap: float = 4.8, top: float = 107.0) -> list[float]:
