@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from demo_figure import STYLES
 from depth_study_report import markdown
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from picture import STYLES
 from study_figures import LOOK
 from transformer_runs import Job, Outcome
 from two_routes import TITLES
