@@ -10,8 +10,8 @@ feedback weight, and neither has the layer of the patches, which has no layer be
 
 Data: the GPT learns the part of Python's language reference that each installation has for ``help()``, and is tested on
 the last tenth of it. The Vision Transformer learns Fashion-MNIST, with patches of 4x4 pixels, and is tested on 2,000
-test images (see image_data.py for the command that downloads them to the folder ``--root``). Both read each training
-sample about as often as they are large: the GPT draws its contexts at random, and each image is seen once.
+test images (see image_data.py for the command that downloads them to the folder ``--root``). The GPT draws its contexts
+at random, and each image is seen once.
 
 Training: 1,000 steps of 16 contexts or images, AdamW with a learning rate of 0.002, betas of 0.9 and 0.99, a weight
 decay of 0.1, a linear warm-up of 100 steps and a cosine schedule. The optimizer is pyfeedback.optim.AdamW, under
