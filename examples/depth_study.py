@@ -44,7 +44,7 @@ from pathlib import Path
 import depth_study_report
 import image_data
 from depth_study_runs import Job, Outcome, Runs, Setting
-from two_routes import Parser
+from two_routes import Parser, positive
 
 WEIGHT_DECAYS = (0.001, 0.002, 0.004, 0.008)
 TAUS = {  # of the rules with one number
@@ -191,11 +191,6 @@ def results(
 
 
 def parse() -> argparse.Namespace:
-    def count(text: str) -> int:
-        if not text.isdigit() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-        return int(text)
-
     def minutes(text: str) -> float:
         try:
             value = float(text)
@@ -209,7 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few seeds, networks, images and epochs")
     parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of the finished runs")
     parser.add_argument(
-        "--workers", type=count, default=2, help="number of single-threaded processes; default %(default)s"
+        "--workers", type=positive, default=2, help="number of single-threaded processes; default %(default)s"
     )
     parser.add_argument(
         "--minutes", type=minutes, default=math.inf, help="start no run after this time; default: no limit"

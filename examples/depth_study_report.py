@@ -112,7 +112,7 @@ def table(found: Sequence[dict], column: str, digits: int) -> str:
         line = [cells.get((name, *case), "") for case in cases]
         if any(line):
             lines.append([name, *line])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _place(case: tuple[str, str]) -> tuple:
@@ -140,11 +140,12 @@ def page(search: Sequence[dict], found: Sequence[dict], figures: Sequence[str]) 
             parts.append(f"## {heading}\n\n{table(found, column, digits)}")
     if search:
         lines = [list(search[0]), ["---"] * len(search[0]), *([str(cell) for cell in row.values()] for row in search)]
-        parts.append(f"## Selection on validation images\n\n{_markdown(lines)}")
+        parts.append(f"## Selection on validation images\n\n{markdown(lines)}")
     return "\n".join(parts)
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the second line separates the header."""
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

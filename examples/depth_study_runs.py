@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -95,15 +95,17 @@ class Outcome:
     seconds: float
 
 
-def read(path: Path) -> dict[str, Outcome]:
-    """The finished jobs of a file, by key. An incomplete last line, of a job that was killed, is skipped."""
+def read(path: Path, outcome: type = Outcome) -> dict:
+    """The ``outcome`` of each finished job of a file, by key. An incomplete last line, of a killed job, is skipped."""
     text = path.read_text() if path.exists() else ""
     runs = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return {json.dumps(run["job"], sort_keys=True): Outcome(**run["outcome"]) for run in runs}
+    return {json.dumps(run["job"], sort_keys=True): outcome(**run["outcome"]) for run in runs}
 
 
 class Runs:
     """The finished jobs, in memory and as lines of the file ``path``. Equal jobs are trained once.
+
+    A study with other jobs, dataclasses with a ``key``, overrides ``outcome`` and ``submit``.
 
     Args:
         path: the file; if it is missing, no job is done.
@@ -112,9 +114,11 @@ class Runs:
         minutes: no job is started after this time.
     """
 
+    outcome: type = Outcome
+
     def __init__(self, path: Path, workers: int = 0, root: Path = Path("data"), minutes: float = math.inf):
         self.path, self.workers, self.root = path, workers, root
-        self.outcomes = read(path)
+        self.outcomes = read(path, self.outcome)
         self.end = time.monotonic() + 60 * minutes
         self.pool: ProcessPoolExecutor | None = None
         if workers:
@@ -136,6 +140,11 @@ class Runs:
         """The outcomes of the jobs that are done."""
         return [outcome for job in jobs if (outcome := self[job]) is not None]
 
+    def submit(self, job: Job) -> Future:
+        """Start to train a job in a process of the pool."""
+        assert self.pool is not None
+        return self.pool.submit(train, job, self.root)
+
     def do(self, title: str, jobs: Iterable[Job]) -> None:
         """Train the jobs that are not done yet, in their order, until the time is over."""
         if self.pool is None:
@@ -152,7 +161,7 @@ class Runs:
                     job = next(waiting, None)
                     if job is None:
                         break
-                    running[self.pool.submit(train, job, self.root)] = job
+                    running[self.submit(job)] = job
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -262,12 +262,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse() -> argparse.Namespace:
-    def positive(text):
-        if not text.isdigit() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-        return int(text)
+def positive(text: str) -> int:
+    """The whole number above 0 of a command-line argument."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
+
+def parse() -> argparse.Namespace:
     def device(text):
         try:
             torch.empty(0, device=text)

@@ -258,6 +258,8 @@ def test_time_constants_of_a_model():
         (pyfeedback.rule("sa", tau=20.0), 1000, False),
         (pyfeedback.rule("sa", tau=31.0), 1000, True),
         (pyfeedback.rule("sa", tau=31.0), None, False),
+        (pyfeedback.rule("kp", tau=200.0), 1000, False),
+        (pyfeedback.rule("kp", tau=1001.0), 1000, True),
         (pyfeedback.rule("wm", decay=0.0), None, True),
         (pyfeedback.rule("oja"), 1000, False),
         (pyfeedback.rule("fa"), 1000, False),

@@ -19,7 +19,7 @@ from pyfeedback.optim.probes import layer_probes, probe_gradients
 from pyfeedback.optim.rows import LossScale, Row, is_computed, is_tied, without_loss_scale
 from pyfeedback.rules import Rule
 
-SLOW = 0.03  # of a run: a B with a longer time constant does not find W
+SLOW = 0.03  # of a run: a B with a longer time constant does not find W, unless its rule is Kolen-Pollack
 
 _log = logging.getLogger("pyfeedback")
 
@@ -102,11 +102,14 @@ class RowOptimizer(torch.optim.Optimizer):
         """Warn of each B that cannot find W in a run of so many steps; with None, of those that never forget."""
         if total_steps is not None:
             check_int("total_steps", total_steps, least=1)
-        limit = math.inf if total_steps is None else SLOW * total_steps
-        slow = {name: tau for name, tau in self.time_constants().items() if tau > limit or tau == math.inf}
+        # Under Kolen-Pollack, W forgets as fast as W - B: a tau of a few per cent of a run leaves nothing to learn.
+        tied = {self._names[b] for b, layer in self._layers.items() if is_tied(layer.rule)}
+        steps = math.inf if total_steps is None else total_steps
+        limits = {name: steps * (1.0 if name in tied else SLOW) for name in self._names.values()}
+        slow = {name: tau for name, tau in self.time_constants().items() if tau > limits[name] or tau == math.inf}
         if slow:
             described = ", ".join(f"{name} {tau:.0f}" for name, tau in slow.items())
-            run = "" if total_steps is None else f", more than {SLOW:.0%} of {total_steps}"
+            run = "" if total_steps is None else f" for a run of {total_steps}"
             _log.warning(
                 "the feedback weights will not find W: they move to their targets in too many steps (%s)%s; give the "
                 "rule a smaller tau, or a larger decay or learning rate", described, run,
