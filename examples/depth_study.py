@@ -42,9 +42,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import depth_study_report
-import image_data
+import study_options
 from depth_study_runs import Job, Outcome, Runs, Setting
-from two_routes import Parser, positive
+from two_routes import Parser
 
 WEIGHT_DECAYS = (0.001, 0.002, 0.004, 0.008)
 TAUS = {  # of the rules with one number
@@ -202,10 +202,6 @@ def parse() -> argparse.Namespace:
 
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few seeds, networks, images and epochs")
-    parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of the finished runs")
-    parser.add_argument(
-        "--workers", type=positive, default=2, help="number of single-threaded processes; default %(default)s"
-    )
     parser.add_argument(
         "--minutes", type=minutes, default=math.inf, help="start no run after this time; default: no limit"
     )
@@ -219,20 +215,7 @@ def parse() -> argparse.Namespace:
             f"--{name}", nargs="+", choices=known, default=[], metavar=name.upper(),
             help=f"test only these: {', '.join(known)}",
         )  # fmt: skip
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the images; default ./%(default)s")
-    parser.add_argument("--out", type=Path, help="output folder; default docs/depth_study, or ./depth_study if --quick")
-    options = parser.parse_args()
-    if options.out is None:
-        options.out = Path("depth_study") if options.quick else FOLDER
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if not options.quick and not options.report:
-            image_data.load("fashion-mnist", 10, 10, root=options.root)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    except ValueError as error:
-        parser.error(f"argument --root: {error}")
-    return options
+    return study_options.parse(parser, FOLDER, workers=2)
 
 
 def main() -> None:

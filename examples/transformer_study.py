@@ -33,10 +33,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import image_data
+import study_options
 import transformer_report
 from transformer_runs import TASKS, Job, Runs
-from two_routes import Parser, positive
+from two_routes import Parser
 
 RULES = ("bp", "fa", "sa", "kp", "ia-probes")
 TAUS = {"sa": 0.02, "kp": 0.02}  # of the run
@@ -104,24 +104,7 @@ def study(scale: Scale, runs: Runs, out: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, short runs, and images that need no download")
-    parser.add_argument("--report", action="store_true", help="train nothing: tables and figure of the finished runs")
-    parser.add_argument(
-        "--workers", type=positive, default=1, help="number of single-threaded processes; default %(default)s"
-    )
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the images; default ./%(default)s")
-    parser.add_argument("--out", type=Path, help="output folder; default docs/transformers, ./transformers if --quick")
-    options = parser.parse_args()
-    if options.out is None:
-        options.out = Path("transformers") if options.quick else FOLDER
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if not options.quick and not options.report:
-            image_data.load("fashion-mnist", 10, 10, root=options.root)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    except ValueError as error:
-        parser.error(f"argument --root: {error}")
-    return options
+    return study_options.parse(parser, FOLDER, workers=1)
 
 
 def main() -> None:
