@@ -131,6 +131,7 @@ def test_number_of_probes(arguments, expected):
         ((0, 256, 0.01, 1, False, 10**6), (11, 11, 24)),
         ((0, 256, 0.05, 1, True, 10), (18, 52, 15)),  # 0.3 radians
         ((0, 256, 0.05, 1, False, 1000), (29, 52, 9)),  # 2 * 30 of 3 * 1000 is 2 %
+        ((30, 256, 0.5, 8, True, 10), (29, 30, 9)),  # B moves all the way in each estimate
         ((0, 256, 0.0, 1, True, 10), (1, 1, 256)),  # a rule with units has no time constant
     ],
 )
@@ -141,3 +142,5 @@ def test_number_of_orthogonal_probes(arguments, expected):
         assert found.noise_floor == 0
     if not arguments[0]:
         assert found.noise_floor <= 0.3
+    if arguments[2] * arguments[3] > 1:
+        assert found.noise_floor == pytest.approx(8**0.5)  # of nine directions, only one has been probed

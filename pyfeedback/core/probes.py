@@ -104,7 +104,7 @@ def count_probes(
             known.
         orthogonal: whether the probes of consecutive estimates are orthogonal.
     """
-    share = every * step_size  # of the way to an estimate
+    share = min(1.0, every * step_size)  # of the way to an estimate
     if probes:
         count = wanted = probes if isinstance(probes, int) else max(1, round(probes * inputs))
     else:
