@@ -282,7 +282,7 @@ def parse() -> argparse.Namespace:
                         help=f"one or several of {', '.join(SETTINGS)} (default {' '.join(PAPER)})")  # fmt: skip
     parser.add_argument("--data", choices=cluttered_digits.NAMES, default="cluttered", help="default %(default)s")
     parser.add_argument(
-        "--epochs", type=positive, help="default 8 for cluttered, 30 for digits, a third of it in a sweep"
+        "--epochs", type=positive, help="default 8 for cluttered, 30 for digits, half of it in a sweep"
     )
     parser.add_argument("--seed", type=int, default=0, help="first seed of weights and order; default %(default)s")
     parser.add_argument("--seeds", type=positive, default=3, help="number of seeds; default %(default)s")
@@ -292,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="train wm and ia on a grid of coefficients")
     options = parser.parse_args()
     if options.epochs is None:
-        options.epochs = EPOCHS[options.data] // (3 if options.sweep else 1)
+        options.epochs = EPOCHS[options.data] // (2 if options.sweep else 1)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
