@@ -281,9 +281,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rule", nargs="+", choices=SETTINGS, default=list(PAPER), metavar="RULE",
                         help=f"one or several of {', '.join(SETTINGS)} (default {' '.join(PAPER)})")  # fmt: skip
     parser.add_argument("--data", choices=cluttered_digits.NAMES, default="cluttered", help="default %(default)s")
-    parser.add_argument(
-        "--epochs", type=positive, help="default 8 for cluttered, 30 for digits, half of it in a sweep"
-    )
+    parser.add_argument("--epochs", type=positive, help="default 8 for cluttered, 30 for digits, half of it in a sweep")
     parser.add_argument("--seed", type=int, default=0, help="first seed of weights and order; default %(default)s")
     parser.add_argument("--seeds", type=positive, default=3, help="number of seeds; default %(default)s")
     parser.add_argument("--workers", type=positive, default=2, help="number of processes; default %(default)s")

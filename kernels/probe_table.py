@@ -1,5 +1,7 @@
 """The launches of probes.py: the table of a set of layers, a pure function of sizes and addresses, and its use."""
 
+import itertools
+import random
 import struct
 from contextlib import nullcontext
 from functools import lru_cache
@@ -55,7 +57,15 @@ class Columns(NamedTuple):
     null: int = 34
     decay: int = 35
     self_: int = 36
-    COLUMNS: int = 37
+    power: int = (
+        37  # of the basis of orthogonal probes, or -1; and their draw, the first of them, the order of its rows
+    )
+    draw: int = 38
+    start: int = 39
+    factor: int = 40
+    shift: int = 41
+    paley: int = 42  # the offset of the rows of its other factor
+    COLUMNS: int = 43
 
 
 T = Columns()
@@ -89,6 +99,8 @@ class Layer(NamedTuple):
     probes: int
     rule: Any
     index: int
+    part: Any = None  # of a basis, if the probes are orthogonal
+    order: tuple[int, int] = (1, 0)  # of its rows: a factor and a shift
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -102,6 +114,7 @@ class Plan(NamedTuple):
     """The table of a set of problems, and the sizes of the launches."""
 
     table: list[list[int]]
+    paley: tuple[int, ...]  # behind the table: rows of Paley's matrices
     outputs: tuple[tuple[int, Layer], ...]  # the offset of each gradient, in the order of the problems
     tiles: tuple[int, int, int]  # of the three launches
     work: int  # elements of the workspace
@@ -151,11 +164,7 @@ def probe_gradients(problems, seed: int, step: int) -> list[Tensor]:
 
 def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step: int) -> list[Tensor]:
     """The gradients of problems of one device and dtype."""
-    layers = tuple(
-        Layer(w.data_ptr(), b.data_ptr(), tuple(w.shape), w.stride(), b.stride(), p.probes, p.rule, p.layer_index)
-        for p in problems
-        for w, b in [p[:2]]
-    )
+    layers = tuple(_layer(problem, seed) for problem in problems)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     tile = choose_tile(NAMES[dtype], tf32, any(p.rule.sparse for p in problems), torch.version.hip is not None)
     plan, table = _table(layers, dtype.itemsize, tile, device)
@@ -170,11 +179,25 @@ def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step:
     return [out.as_strided(layer.shape, layer.strides, start + offset) for offset, layer in plan.outputs]
 
 
+def _layer(problem, seed: int) -> Layer:
+    w, b, part = problem.weight, problem.feedback, problem.part
+    count = problem.probes if part is None else part.stop - part.start
+    order = (1, 0) if part is None else row_order(seed, problem.layer_index, part.draw)
+    found = w.data_ptr(), b.data_ptr(), tuple(w.shape), w.stride(), b.stride(), count, problem.rule
+    return Layer(*found, problem.layer_index, part, order)
+
+
+def row_order(seed: int, index: int, draw: int) -> tuple[int, int]:
+    """A random odd factor and a shift below 2^16: i -> factor i + shift permutes the numbers below a power of two."""
+    generator = random.Random(f"{seed} {index} {draw}")
+    return 2 * generator.getrandbits(15) + 1, generator.getrandbits(16)
+
+
 @lru_cache(maxsize=8)
 def _table(layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile, device: torch.device) -> tuple[Plan, Tensor]:
     """The plan of these layers, and its table on the device."""
     plan = make_plan(layers, itemsize, tile)
-    table = torch.tensor(plan.table, dtype=torch.int64)
+    table = torch.tensor([*itertools.chain(*plan.table), *plan.paley], dtype=torch.int64)
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     return plan, table
@@ -192,7 +215,7 @@ def choose_tile(dtype: str, tf32: bool, sparse: bool, amd: bool = False) -> Prob
     # Two stages of float32 exceed the 64 KB of shared memory of AMD processors, and two stages of two weights the 99 KB
     # of consumer GPUs.
     stages = 1 if amd or (wide and sparse) else 2
-    return ProbeTile(64, probes, 32, 64, step, parts, exact if wide else 2, precision, signs, stages)
+    return ProbeTile(64, probes, 16 if wide else 32, 64, step, parts, exact if wide else 2, precision, signs, stages)
 
 
 def launches(plan: Plan, tile: ProbeTile) -> list[Launch]:
@@ -227,8 +250,13 @@ def make_plan(layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile) -> Plan
         work, out = work + size, out + padded(groups * rows * columns)
     rest = (1 << (len(layers) - 1).bit_length()) - len(layers)
     table += [[NEVER if column in FIRST else 0 for column in range(T.COLUMNS)]] * rest
+    bases = {layer.part.paley: None for layer in layers if layer.part}
+    behind = dict(zip(bases, itertools.accumulate(map(len, bases), initial=T.COLUMNS * len(table)), strict=False))
+    for place, i in enumerate(order):
+        if (part := layers[i].part) is not None:
+            table[place][T.paley] = behind[part.paley] - place * T.COLUMNS
     outputs = tuple((offsets[i], layer) for i, layer in enumerate(layers))
-    return Plan(table, outputs, tuple(first), work, out)
+    return Plan(table, tuple(itertools.chain(*bases)), outputs, tuple(first), work, out)
 
 
 def _row(
@@ -236,7 +264,8 @@ def _row(
 ) -> tuple[dict[int, int], tuple[int, int, int], int]:
     """One row of the table by column, without the first tiles; the tiles of each launch, and the workspace it takes."""
     (groups, k, d), m, rule = layer.shape, layer.probes, layer.rule
-    rows = groups * k
+    rows, part = groups * k, layer.part
+    weight = 1 / m if part is None else part.scale**2 / m  # of a probe
     reads, both = bool(rule.amp or rule.sparse), bool(rule.sparse and rule.null)
     projects = bool(rule.null) and groups == 1 and projection_is_cheaper(m, k, d)
     response = ceil(m, tile.BM) * ceil(rows, tile.BR)
@@ -253,9 +282,11 @@ def _row(
         "moment": moment, "moment_stride": moment_stride, "moment_columns": moment_columns,
         "moment_tiles": moment_tiles, "partials": partials, "projects": projects, "normalize": rule.normalize,
         "u_feedback": bits(rule.sparse), "u_weight": bits(rule.amp if rule.sparse else -1.0),
-        "u_scale": bits((1.0 if rule.sparse else -rule.amp) / m),
-        "null": bits(rule.null if rule.normalize else rule.null / m),
+        "u_scale": bits((1.0 if rule.sparse else -rule.amp) * weight),
+        "null": bits(rule.null if rule.normalize else rule.null * weight),
         "decay": bits(rule.decay), "self_": bits(rule.self_),
+        "power": part.power if part else -1, "draw": part.draw if part else 0, "start": part.start if part else 0,
+        "factor": layer.order[0], "shift": layer.order[1], "paley": 0,
     }  # fmt: skip
     row = {getattr(T, name): int(value) for name, value in values.items()}
     for start, strides in (

@@ -13,8 +13,12 @@ of u'x in registers. y is stored instead: it is small, [M, R].
 
 x is never stored. Its signs are bits of Philox4x32-10: bit e % 32 of word e // 32 % 4 of the draw with the key ``seed``
 and the counter (probe, e // 128, index of the layer, step) is the sign of element e. A tile draws the signs that it
-reads. Signs are exact in bfloat16, so a float32 factor is split into three bfloat16 parts, whose products with signs
-are exact and use tensor cores. Products of two weights or responses are float32, or TF32 where torch allows it.
+reads. For orthogonal probes, such a draw has the signs of the columns of a Hadamard matrix, Paley's factor times
+Sylvester's. The rows of the first are behind the table; element e of row s of the second is the parity of s & e. The
+rows i of a basis are in the order s = factor i + shift, modulo the order of Sylvester's factor.
+
+Signs are exact in bfloat16, so a float32 factor is split into three bfloat16 parts, whose products with signs are exact
+and use tensor cores. Products of two weights or responses are float32, or TF32 where torch allows it.
 
 All sums have a fixed order: partial sums of <B, y'y B> are stored for each tile and added by every program that needs
 the total. Results are bitwise reproducible.
@@ -23,7 +27,7 @@ the total. Results are bitwise reproducible.
 import triton
 import triton.language as tl
 
-from .signs import ceil_div, dot_signs, draw_signs, draw_words, sum_all, to_signs
+from .signs import ceil_div, dot_signs, draw_words, flip_by_basis, sum_all, to_signs, word_signs
 
 
 @triton.jit
@@ -88,6 +92,28 @@ def kernel_offsets(strides, o_r, o_e, rows, ALIGNED: tl.constexpr, VECTOR: tl.co
 
 
 @triton.jit
+def load_words(p_problem, o_m, i_chunk, seed_low, seed_high, step, T: tl.constexpr):
+    """The bits of 128 elements of the probes o_m, as four words."""
+    power, index = load_size(p_problem, T.power), load_size(p_problem, T.index)
+    has_basis = power >= 0
+    # The signs of the columns of a basis are those of a probe that does not exist.
+    o_drawn, draw = tl.where(has_basis, -1, o_m), tl.where(has_basis, load_size(p_problem, T.draw), step)
+    w0, w1, w2, w3 = draw_words(o_drawn, i_chunk, index, seed_low, seed_high, draw)
+    if has_basis:
+        o_row = o_m + load_size(p_problem, T.start)
+        mask = (1 << power) - 1
+        b_row = ((o_row & mask) * load_size(p_problem, T.factor) + load_size(p_problem, T.shift)) & mask
+        b_row = b_row.to(tl.uint32)
+        m_row = o_m < load_size(p_problem, T.probes)
+        b_paley = tl.load(p_problem + load_size(p_problem, T.paley) + (o_row >> power), mask=m_row, other=0)
+        w0 = flip_by_basis(w0, b_row, b_paley, 4 * i_chunk, power)
+        w1 = flip_by_basis(w1, b_row, b_paley, 4 * i_chunk + 1, power)
+        w2 = flip_by_basis(w2, b_row, b_paley, 4 * i_chunk + 2, power)
+        w3 = flip_by_basis(w3, b_row, b_paley, 4 * i_chunk + 3, power)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr,
                   USE_FEEDBACK: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """A tile of x (u_feedback B - u_weight W)', or, in the second half of a sparse problem with null, of x W'."""
@@ -104,11 +130,10 @@ def response_tile(p_problem, p_work, i_tile, seed_low, seed_high, step, ELEMENT:
     p_w = kernel_pointer(p_problem, T.weight, ELEMENT, ALIGNED)
     p_b = kernel_pointer(p_problem, T.feedback, ELEMENT, ALIGNED)
     b_rows = tl.where(u_feedback != 0, rows, 0)  # a weight whose coefficient is 0 is not read
-    index = load_size(p_problem, T.index)
     w_strides, b_strides = load_strides(p_problem, T.w_strides), load_strides(p_problem, T.b_strides)
     b_sum = tl.full([TILE.BR, TILE.BM], 0.0, dtype=tl.float32)
     for i_chunk in range(ceil_div(inputs, 128)):
-        words = draw_words(o_m, i_chunk, index, seed_low, seed_high, step)
+        words = load_words(p_problem, o_m, i_chunk, seed_low, seed_high, step, T)
         for i_word in tl.static_range(4):
             o_e = i_chunk * 128 + i_word * 32 + tl.arange(0, 32)
             m_e = (o_e < inputs)[None, :]
@@ -287,7 +312,7 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth if ALIGNED else 1
     probes, rows = load_size(p_problem, T.probes), load_size(p_problem, T.rows)
     group_rows, inputs = load_size(p_problem, T.group_rows), load_size(p_problem, T.inputs) // VECTOR * VECTOR
-    y_stride, index = load_stride(p_problem, T.y_stride), load_size(p_problem, T.index)
+    y_stride = load_stride(p_problem, T.y_stride)
     row_tiles = ceil_div(rows, TILE.BR)
     i_row, i_chunk = i_tile % row_tiles, i_tile // row_tiles
     o_r = i_row * TILE.BR + tl.arange(0, TILE.BR)
@@ -302,7 +327,8 @@ def gradient_tile(p_problem, p_work, p_out, i_tile, seed_low, seed_high, step, A
         o_m = i * TILE.BP + tl.arange(0, TILE.BP)
         m_u = (o_r < y_stride)[:, None] & (o_m < probes)[None, :]
         b_u = tl.load(p_u + o_m[None, :] * y_stride + o_r[:, None], mask=m_u, other=0.0)
-        b_x = draw_signs(o_m, i_chunk, index, seed_low, seed_high, step, TILE.SIGNS)
+        words = load_words(p_problem, o_m, i_chunk, seed_low, seed_high, step, T)
+        b_x = word_signs(words, TILE.BP, TILE.SIGNS)
         b_f = dot_signs(b_u, b_x, b_f, TILE.Y_PARTS)
     b_f *= u_scale
 

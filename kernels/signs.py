@@ -44,12 +44,48 @@ def to_signs(b_bits, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def draw_signs(o_probe, i_chunk, index, seed_low, seed_high, step, DTYPE: tl.constexpr):
-    """The signs of 128 elements of each probe: [len(o_probe), 128]."""
-    w0, w1, w2, w3 = draw_words(o_probe, i_chunk, index, seed_low, seed_high, step)
-    b_words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(o_probe.shape[0], 4)
+def word_signs(words, PROBES: tl.constexpr, DTYPE: tl.constexpr):
+    """The signs of 128 elements of each probe: [PROBES, 128]."""
+    w0, w1, w2, w3 = words
+    b_words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(PROBES, 4)
     b_bits = b_words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]
-    return to_signs(b_bits.reshape(o_probe.shape[0], 128), DTYPE)
+    return to_signs(b_bits.reshape(PROBES, 128), DTYPE)
+
+
+@triton.jit
+def bit_mask(b_row, BIT: tl.constexpr, MASK: tl.constexpr):
+    """MASK where a bit of the row is set."""
+    return tl.where(((b_row >> BIT) & 1) != 0, MASK, 0).to(tl.uint32)
+
+
+@triton.jit
+def sylvester_word(b_row):
+    """The bits of the first 32 elements of rows of Sylvester's matrix: element e of row r is the parity of r & e."""
+    b_low = bit_mask(b_row, 0, 0xAAAAAAAA) ^ bit_mask(b_row, 1, 0xCCCCCCCC) ^ bit_mask(b_row, 2, 0xF0F0F0F0)
+    return b_low ^ bit_mask(b_row, 3, 0xFF00FF00) ^ bit_mask(b_row, 4, 0xFFFF0000)
+
+
+@triton.jit
+def parity(b_bits):
+    """1 where the number of bits that are set is odd."""
+    for i in tl.static_range(5):
+        b_bits ^= b_bits >> (16 >> i)
+    return b_bits & 1
+
+
+@triton.jit
+def flip_by_basis(b_word, b_row, b_paley, i_word, power):
+    """Multiply the signs of a word by those of rows of a Hadamard matrix, Paley's factor times Sylvester's.
+
+    Args:
+        b_row, b_paley: the row of Sylvester's factor, and the bits of that of Paley's.
+        i_word: the index of the 32 elements, which share an element of Paley's factor.
+        power: of two, the order of Sylvester's factor.
+    """
+    first = i_word * 32
+    b_flip = parity(b_row & (first & ((1 << power) - 1)).to(tl.uint32))
+    b_flip ^= ((b_paley >> tl.minimum(first >> power, 63)) & 1).to(tl.uint32)
+    return b_word ^ sylvester_word(b_row) ^ (0 - b_flip)
 
 
 @triton.jit

@@ -6,7 +6,8 @@ import torch
 from pyfeedback import reference
 from pyfeedback.backends.composite.probes import orthogonal_probes, probe_gradient, random_signs
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.probes import basis_size, count_probes
+from pyfeedback.core.hadamard import basis_size
+from pyfeedback.core.probes import count_probes
 
 RULES = {
     "wm": {"amp": 1.0, "decay": 1.0},

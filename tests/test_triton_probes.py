@@ -13,9 +13,10 @@ import pyfeedback
 from pyfeedback.backends import dispatch
 from pyfeedback.backends.composite.probes import probe_gradient
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
-from pyfeedback.core.probes import Part, ProbeProblem
+from pyfeedback.core.probes import Part, ProbeCount, ProbeProblem, part_of
 
-draw_signs, probe_table = triton_cases.signs.draw_signs, triton_cases.probe_table
+draw_words, word_signs = triton_cases.signs.draw_words, triton_cases.signs.word_signs
+probe_table = triton_cases.probe_table
 
 pytestmark = [*triton_cases.MARKS, pytest.mark.usefixtures("uninitialized_memory_is_nan")]
 
@@ -70,17 +71,17 @@ def philox(counter, key: int) -> np.ndarray:
     return np.stack(c, -1)
 
 
-def expected_signs(probes: int, inputs: int, index: int, step=STEP, seed=SEED) -> torch.Tensor:
+def expected_signs(probes: int, inputs: int, index: int, step=STEP, seed=SEED, first=0) -> torch.Tensor:
     """The signs x [M, d] that the kernels draw, in float64."""
     chunks = np.arange(-(-inputs // 128))
-    words = philox((np.arange(probes)[:, None], chunks[None], index, step % 2**32), seed % 2**64)
+    words = philox((first + np.arange(probes)[:, None], chunks[None], index, step % 2**32), seed % 2**64)
     bits = words[..., None] >> np.arange(32, dtype=np.uint64) & np.uint64(1)
     return torch.from_numpy(bits.reshape(probes, -1)[:, :inputs].astype(np.float64) * 2 - 1).to(DEVICE)
 
 
 def signs_kernel(p_x, i_chunk, index, seed_low, seed_high, step, M: tl.constexpr):
     o_m = tl.arange(0, M)
-    b_x = draw_signs(o_m, i_chunk, index, seed_low, seed_high, step, tl.float32)
+    b_x = word_signs(draw_words(o_m, i_chunk, index, seed_low, seed_high, step), M, tl.float32)
     tl.store(p_x + o_m[:, None] * 128 + tl.arange(0, 128)[None, :], b_x)
 
 
@@ -121,6 +122,27 @@ def test_signs_are_white_and_independent():
         assert abs(value) < 5 / 4096**0.5
 
 
+def basis_rows(part: Part, inputs: int, index: int, seed=SEED) -> torch.Tensor:
+    """The probes of a part of a basis [M, d] that the kernels draw, in float64."""
+    columns = expected_signs(1, inputs, index, part.draw, seed, first=2**32 - 1)
+    factor, shift = probe_table.row_order(seed, index, part.draw)
+    rows, mask = np.arange(part.start, part.stop)[:, None], 2**part.power - 1
+    e = np.arange(inputs)
+    bits = (rows * factor + shift) & mask & e
+    for i in (16, 8, 4, 2, 1):
+        bits = bits ^ bits >> i
+    paley = np.array(part.paley)[rows >> part.power] >> (e >> part.power)
+    return part.scale * columns * torch.from_numpy(1.0 - 2 * ((bits ^ paley) & 1)).to(DEVICE)
+
+
+@pytest.mark.parametrize("inputs", [3, 32, 40, 200, 370, 500])
+def test_the_rows_of_a_basis_are_orthogonal(inputs):
+    count = ProbeCount(0, 0, 0.0, sweep=3)
+    parts = [basis_rows(part_of(count, inputs, 3 + i), inputs, 5) for i in range(3)]
+    moment = sum(x.t() @ x / len(x) for x in parts) / 3
+    torch.testing.assert_close(moment, torch.eye(inputs, dtype=torch.float64, device=DEVICE))
+
+
 # The gradients
 
 
@@ -154,7 +176,11 @@ LAYERS = {  # shape [G, K, d], probes and layout
 def check(problems, dtype, seed=SEED, step=STEP):
     found = probe_table.probe_gradients(problems, seed, step)
     for p, gradient in zip(problems, found, strict=True):
-        x = expected_signs(p.probes, p.weight.shape[2], p.layer_index, step, seed)
+        inputs = p.weight.shape[2]
+        if p.part is None:
+            x = expected_signs(p.probes, inputs, p.layer_index, step, seed)
+        else:
+            x = basis_rows(p.part, inputs, p.layer_index, seed)
         oracle = probe_gradient(p.weight, p.feedback, x, p.rule)
         composed = probe_gradient(p.weight, p.feedback, x.float(), p.rule)
         assert gradient.dtype == dtype
@@ -171,6 +197,28 @@ def check(problems, dtype, seed=SEED, step=STEP):
 def test_gradients_of_many_layers(rule, normalize, small_tiles):
     terms = {**RULES[rule], "normalize": normalize}
     check([problem(s, m, terms, i, **o) for i, (s, m, o) in enumerate(LAYERS.values())], torch.float32)
+
+
+@pytest.mark.parametrize("rule", ["wm", "ia", "all"])
+def test_gradients_of_orthogonal_probes(rule, small_tiles):
+    """Beside independent ones; bases without Paley's factor, and with those of orders 12 and 20."""
+    layers = [problem((1, 5, 6), 4, RULES[rule], 0)]
+    for index, (inputs, sweep) in enumerate([(3, 1), (3, 2), (40, 3), (370, 11), (600, 29)], 1):
+        part = part_of(ProbeCount(0, 0, 0.0, sweep), inputs, 7)
+        groups = 3 if index == 3 else 1
+        layers.append(problem((groups, 5, inputs), 1, RULES[rule], index)._replace(part=part))
+    assert {len(p.part.paley) for p in layers[1:]} == {1, 12, 20}
+    check(layers, torch.float32)
+
+
+def test_the_optimizer_uses_a_whole_basis(interpreter, launched):
+    """One estimate of the weight mirror is then exact."""
+    model = pyfeedback.convert(network(), pyfeedback.rule("wm", source="probes", orthogonal=True, tau=1.0, probes=2.0))
+    with pyfeedback.backend("triton"):
+        pyfeedback.optim.SGD(model, lr=0.0).step()
+    assert len(launched) == 2
+    for _, layer in pyfeedback.feedback_layers(model):
+        torch.testing.assert_close(layer.feedback, layer.weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -315,14 +363,6 @@ def test_what_the_kernels_do_not_implement_is_composed(interpreter, launched, mo
     with pyfeedback.backend("composite"):
         dispatch.probe_gradients([given], SEED, STEP)
     assert len(launched) == 4
-
-
-def test_orthogonal_probes_are_composed(interpreter, launched):
-    given = problem((1, 4, 6), 8, RULES["wm"], 0)._replace(part=Part(draw=1, start=0, stop=8, scale=1.0))
-    with pyfeedback.backend("triton"):
-        found = dispatch.probe_gradients([given], SEED, STEP)
-    torch.testing.assert_close(found, dispatch.probes.probe_gradients([given], SEED, STEP), rtol=0, atol=0)
-    assert not launched
 
 
 def test_nothing_unmeasured_is_chosen_automatically():

@@ -113,8 +113,6 @@ def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> l
 
 def _supports_probes(problem: ProbeProblem) -> bool:
     """Whether the Triton kernels implement every coefficient of the rule, and these sizes."""
-    if problem.part is not None:  # orthogonal probes
-        return False
     names = (*COEFFICIENTS, "normalize")
     implemented = all(name in triton.PROBES_IMPLEMENTED for name in names if getattr(problem.rule, name))
     return implemented and triton.supports_probes(problem)

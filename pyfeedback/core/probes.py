@@ -7,11 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.hadamard import basis_factors, basis_size, paley_rows
 
 NOISE_FLOOR = 0.1  # radians: the wanted noise of the angle between B and its target
 MOST_NOISE = 0.3  # radians: what is accepted to save cost
 MOST_COST = 0.02  # of the multiply-adds of a training step of the layer
-PALEY = (12, 20, 28, 36, 44, 60)  # orders of Hadamard matrices from squares modulo a prime
 
 
 class Part(NamedTuple):
@@ -20,12 +20,16 @@ class Part(NamedTuple):
     Attributes:
         draw: the number of the sweep.
         scale: of the probes. Parts may differ by one probe; with it, all probes have the same weight in a sweep.
+        power: of two, the order of Sylvester's factor of the basis.
+        paley: the rows of the other factor, as :func:`pyfeedback.core.hadamard.paley_rows` returns them.
     """
 
     draw: int
     start: int
     stop: int
     scale: float
+    power: int
+    paley: tuple[int, ...]
 
 
 class ProbeProblem(NamedTuple):
@@ -63,24 +67,8 @@ def part_of(count: ProbeCount, inputs: int, estimate: int) -> Part | None:
     size = basis_size(inputs)
     draw, place = divmod(estimate, count.sweep)
     start, stop = size * place // count.sweep, size * (place + 1) // count.sweep
-    return Part(draw, start, stop, math.sqrt((stop - start) * count.sweep / size))
-
-
-def basis_size(inputs: int) -> int:
-    """The order of the smallest Hadamard matrix for d inputs that is Sylvester's, or its product with Paley's."""
-    return min(_size(inputs, order) for order in (1, *PALEY))
-
-
-def basis_factors(size: int) -> tuple[int, int]:
-    """The order of Paley's factor of a Hadamard matrix, 1 if it has none, and the power of two of Sylvester's."""
-    order = next(order for order in (1, *PALEY) if _size(size, order) == size)
-    return order, (size // order).bit_length() - 1
-
-
-def _size(inputs: int, order: int) -> int:
-    """``order`` times the least power of two that suffices; at least 32 with Paley's factor."""
-    power = max(0, -(-inputs // order) - 1).bit_length()
-    return order << (power if order == 1 else max(5, power))
+    order, power = basis_factors(size)
+    return Part(draw, start, stop, math.sqrt((stop - start) * count.sweep / size), power, paley_rows(order))
 
 
 def count_probes(

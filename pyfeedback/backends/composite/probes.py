@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.probes import ProbeProblem, basis_factors, basis_size
+from pyfeedback.core.hadamard import basis_factors, basis_size, paley_rows
+from pyfeedback.core.probes import ProbeProblem
 from pyfeedback.core.tensors import acc_dtype, blend
 
 
@@ -81,7 +82,7 @@ def orthogonal_probes(inputs: int, start: int, stop: int, like: Tensor, generato
     """Probes ``start`` to ``stop`` of a random orthogonal basis: signs [stop - start, inputs], in float32 or wider.
 
     The basis is a Hadamard matrix with random signs of the columns and its rows in random order, without the columns
-    behind d. All of it has x'x = n I, with n = :func:`pyfeedback.core.probes.basis_size` of d.
+    behind d. All of it has x'x = n I, with n = :func:`pyfeedback.core.hadamard.basis_size` of d.
     """
     size, dtype = basis_size(inputs), acc_dtype(like.dtype)
     order, power = basis_factors(size)
@@ -107,26 +108,9 @@ def _sylvester(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache
 def _paley(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Paley's Hadamard matrix of this order, q + 1 or 2 (q + 1) for a prime q; [1] for an order of 1.
-
-    Source: Paley, On orthogonal matrices, J. Math. Phys. 12 (1933).
-    """
-    if order == 1:
-        return torch.ones(1, 1, dtype=dtype, device=device)
-    first = order - 1 in (11, 19, 43, 59)  # primes that are 3 modulo 4; of the others, order / 2 - 1 is 1 modulo 4
-    q = order - 1 if first else order // 2 - 1
-    numbers = torch.arange(q)
-    character = torch.full((q,), -1).index_fill_(0, numbers.square() % q, 1)
-    character[0] = 0
-    core = torch.ones(q + 1, q + 1, dtype=torch.long)
-    core[1:, 1:] = character[(numbers[:, None] - numbers) % q]
-    core[0, 0] = 0
-    unit = torch.eye(q + 1, dtype=torch.long)
-    if first:
-        core[1:, 0] = -1
-        return (core + unit).to(device, dtype)
-    signs = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
-    return (torch.kron(core, signs[0]) + torch.kron(unit, signs[1])).to(device, dtype)
+    """Paley's Hadamard matrix of this order."""
+    bits = torch.tensor(paley_rows(order))[:, None] >> torch.arange(order) & 1
+    return (1 - 2 * bits).to(device, dtype)
 
 
 @cache
