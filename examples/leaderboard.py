@@ -51,8 +51,7 @@ INTRODUCTION = """# Leaderboard
 Test accuracy by network, data and rule, made from the committed runs by `python examples/leaderboard.py`. The number
 after ± is half of the 95 % interval (Student's t) over seeds. Distances to backprop are taken seed by seed. Time is
 processor time relative to backprop with the same seed, the median over the seeds, and includes the evaluation. It was
-measured on a shared machine and varies by a tenth; runs are so short that tau, and with it the number of probes, hardly
-grows. [study](study.md) describes networks, training and selection.
+measured on a busy machine, so it is no more than a hint. [study](study.md) describes networks, training and selection.
 """
 
 

@@ -54,6 +54,7 @@ class Rule(Primitives):
             cost 2 % of the layer's training step, unless the noise then exceeds 0.3 radians.
         orthogonal: take the probes of consecutive estimates from one random orthogonal basis, and then from a new one.
             Each direction of the input is probed equally often, so that the same noise takes many times fewer probes.
+            A whole basis has no noise, and no estimate takes more.
             By default, probes are independent random signs.
         every: make an estimate from probes in one of ``every`` steps. 0: 20 times in ``tau`` steps.
         name: the name shown in reports.
