@@ -34,7 +34,7 @@ QUICK_LAYERS = {
 }
 
 FRACTION = 1 / 8
-PROBES = ("wm-probes", "ia-probes")  # they cost something only in the step of an optimizer
+PROBES = ("wm-probes", "ia-probes", "aa-probes")  # they cost something only in the step of an optimizer
 RULES: dict[str, Rule] = {name: as_rule(name) for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp", *PROBES)} | {
     f"{name}/8": as_rule(name, samples=FRACTION) for name in ("wm", "ia", "aa")
 }

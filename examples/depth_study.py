@@ -18,9 +18,9 @@ a network has feedback weights; the stem does not need them. The optimizer is py
 torch.optim.SGD. A seed gives the same initial weights and the same order of images under every rule.
 
 Rules: backprop (bp), feedback alignment (fa), and the rules without units (docs/rules.md): sa, kp and aa, which
-estimate the weight, and the local rules wm and ia. aa reads centered activations. wm and ia read white noise of one
-receptive field ("probes", 2 for each input of the layer). For comparison they also read activations ("data"), with the
-same numbers and in two networks.
+estimate the weight, and the local rules wm and ia. aa reads centered activations. wm and ia are the presets wm-probes
+and ia-probes, which read white noise of one receptive field, as does the preset aa-probes. For comparison, wm and ia
+also read activations ("data"), with the same numbers and in two networks.
 
 Selection: one setting of each rule for all networks and data, by the accuracy of ResNet-8 on validation images of the
 cluttered digits, one sixth of the training digits (mean of two seeds). Every rule has four candidates. Those of bp and
@@ -46,15 +46,20 @@ import study_options
 from depth_study_runs import Job, Outcome, Runs, Setting
 from two_routes import Parser
 
+import pyfeedback
+
 WEIGHT_DECAYS = (0.001, 0.002, 0.004, 0.008)
 TAUS = {  # of the rules with one number
     "sa": (2.0, 4.0, 8.0, 16.0),
     "kp": (50.0, 100.0, 200.0, 400.0),
     "aa": (1.0, 1.5, 2.0, 4.0),
-    "wm-probes": (4.0, 8.0, 15.0, 30.0),
 }
-IA = ((8.0, 1.0), (15.0, 1.0), (8.0, 0.5), (15.0, 0.5))  # tau, nu
-RULES = ("bp", "fa", "sa", "kp", "aa", "ia-probes", "wm-probes")
+PROBES = {  # nu and growth of the presets that read probes
+    "wm-probes": ((0.0, 0.01), (0.0, 0.02), (0.0, 0.04), (0.0, 0.08)),
+    "aa-probes": ((0.0, 0.01), (0.0, 0.02), (0.0, 0.04), (0.0, 0.08)),
+    "ia-probes": ((1.0, 0.02), (1.0, 0.04), (0.5, 0.02), (0.5, 0.04)),
+}
+RULES = ("bp", "fa", "sa", "kp", "aa", "ia-probes", "wm-probes", "aa-probes")
 DATA_RULES = ("ia-data", "wm-data")  # with the settings of the same rules with probes
 FOLDER = Path(__file__).parent.parent / "docs" / "depth_study"
 
@@ -110,8 +115,9 @@ def candidates(name: str, weight_decay: float) -> list[Setting]:
     """The four settings of a rule to choose from; ``weight_decay`` is the choice of bp."""
     if name in ("bp", "fa"):
         return [Setting(name, decay) for decay in WEIGHT_DECAYS]
-    if name == "ia-probes":
-        return [Setting(name, weight_decay, tau, nu) for tau, nu in IA]
+    if name in PROBES:
+        tau = pyfeedback.rule(name).tau
+        return [Setting(name, weight_decay, tau, nu, growth) for nu, growth in PROBES[name]]
     return [Setting(name, weight_decay, tau) for tau in TAUS[name]]
 
 

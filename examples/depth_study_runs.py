@@ -22,32 +22,27 @@ from tqdm import tqdm
 
 import pyfeedback
 
-PROBES = 2.0  # for each input of a layer
-
 
 @dataclass(frozen=True)
 class Setting:
     """A rule with the numbers that are chosen for it. ``name`` is a rule, or a rule and what it reads: "ia-probes".
 
-    ``tau`` and ``nu`` are 0 where the rule has no such number. ``weight_decay`` is that of all forward parameters, but
-    under kp, ``tau`` determines that of the weights with a feedback weight.
+    ``tau``, ``nu`` and ``growth`` are 0 where the rule has no such number. ``weight_decay`` is that of all forward
+    parameters, but under kp, ``tau`` determines that of the weights with a feedback weight.
     """
 
     name: str
     weight_decay: float
     tau: float = 0.0
     nu: float = 0.0
+    growth: float = 0.0
 
     @property
     def rule(self) -> pyfeedback.Rule:
-        name, _, source = self.name.partition("-")
-        options: dict = {"tau": self.tau} if self.tau else {}
-        if self.nu:
-            options["nu"] = self.nu
+        name = self.name.removesuffix("-data")
+        options = {key: value for key in ("tau", "nu", "growth") if (value := getattr(self, key))}
         if name == "aa":
-            options["center"] = True
-        if source == "probes":
-            options |= {"source": "probes", "probes": PROBES}
+            return pyfeedback.rule(name, **options, center=True)
         return pyfeedback.rule(name, **options)
 
 

@@ -27,16 +27,15 @@ DATA = {"reduction": "mean", "center": True}
 SETTINGS = {
     "bp": Setting(pyfeedback.rule("bp")),
     "fa": Setting(pyfeedback.rule("fa")),
-    # Without units (docs/rules.md). The local rules are the presets; they read white noise and need no number.
+    # Without units (docs/rules.md). wm, ia and aa are the presets that read white noise; they need no number.
     "wm": Setting(pyfeedback.rule("wm-probes")),
     "ia": Setting(pyfeedback.rule("ia-probes")),
-    # Time constants chosen on validation digits. tau = 1 would copy W to B.
+    "aa": Setting(pyfeedback.rule("aa-probes")),
+    # Time constants chosen on validation digits. With tau = 1, sa would copy W to B.
     "sa": Setting(pyfeedback.rule("sa", tau=5.0)),
-    # A small B forgets its first value sooner in the directions in which the input hardly varies.
-    "aa": Setting(pyfeedback.rule("aa", tau=1.0, center=True), init=pyfeedback.Init(scale=0.3)),
     "kp": Setting(pyfeedback.rule("kp", tau=100.0)),
 }
-PAPER = tuple(SETTINGS)  # the rules of Kunin et al., 2020
+PAPER = ("bp", "fa", "wm", "ia", "sa", "aa", "kp")  # the rules of Kunin et al., 2020
 SETTINGS |= {
     "oja": Setting(pyfeedback.rule("oja", amp=1.0, null=1.0, **DATA), lr=0.005, momentum=0.9),
     "usf": Setting(pyfeedback.rule("usf")),

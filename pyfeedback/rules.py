@@ -51,7 +51,8 @@ class Rule(Primitives):
             neither the batch nor the size of the images.
         probes: the number of probes for each estimate; as a float, relative to the number of inputs d of the layer. 0
             chooses it by d and ``tau`` for a noise of 0.1 radians in the angle of B to its target, but no more than
-            cost 2 % of the layer's training step, unless the noise then exceeds 0.3 radians.
+            cost 2 % of the layer's training step, unless the noise then exceeds 0.3 radians. With sparse (aa), B has
+            no noise, and 0 chooses d in ``tau`` steps; with fewer, B relaxes as fast as they allow.
         orthogonal: take the probes of consecutive estimates from one random orthogonal basis, and then from a new one.
             Each direction of the input is probed equally often, so that the same noise takes many times fewer probes.
             A whole basis has no noise, and no estimate takes more.
@@ -234,6 +235,9 @@ PRESETS = {
     "ia-probes": Rule(
         amp=1.0, null=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, nu=0.5, name="ia-probes"
     ),
+    "aa-probes": Rule(
+        amp=1.0, sparse=1.0, source="probes", orthogonal=True, every=0, tau=5.0, growth=0.02, name="aa-probes"
+    ),
     "oja": Rule(amp=2e-3, null=2e-3, center=True, name="oja"),
     "usf": Rule(signs="uniform", name="usf"),
     "frsf": Rule(signs="fixed", name="frsf"),
@@ -258,6 +262,7 @@ def rule(name: str | Rule, **overrides) -> Rule:
     kp   Kolen-Pollack          tie, decay                       1, 2e-3; W must decay at the same rate
     wm-probes, ia-probes        wm and ia that read white        ours, without units
                                 noise instead of the data; local
+    aa-probes                   aa that reads white noise        ours, without units
     oja  Oja's rule             amp, null, equal; local          ours: those of ia without decay
     usf  uniform sign-          none: B has the sign of W, and
          concordant feedback    one magnitude

@@ -72,16 +72,17 @@ def test_every_rule_has_four_different_candidates(study):
         ("sa", {"tau": 8.0, "reads_data": False}),
         ("kp", {"tau": 8.0, "tie": 1.0}),
         ("aa", {"tau": 8.0, "reads_data": True, "center": True}),
-        ("ia-probes", {"tau": 8.0, "nu": 0.5, "source": "probes", "probes": 2.0}),
-        ("wm-probes", {"tau": 8.0, "source": "probes", "probes": 2.0}),
-        ("ia-data", {"tau": 8.0, "nu": 0.5, "source": "data"}),
-        ("wm-data", {"tau": 8.0, "source": "data"}),
+        ("ia-probes", {"tau": 8.0, "nu": 0.5, "growth": 0.04, "source": "probes", "orthogonal": True}),
+        ("wm-probes", {"tau": 8.0, "growth": 0.04, "source": "probes", "orthogonal": True}),
+        ("aa-probes", {"tau": 8.0, "growth": 0.04, "source": "probes", "orthogonal": True}),
+        ("ia-data", {"tau": 8.0, "nu": 0.5, "growth": 0.04, "source": "data"}),
+        ("wm-data", {"tau": 8.0, "growth": 0.04, "source": "data"}),
     ],
 )
 def test_a_setting_gives_its_rule(runs, name, expected):
     tau, nu = 0.0 if name in ("bp", "fa") else 8.0, 0.5 if name.startswith("ia") else 0.0
-    rule = runs.Setting(name, 0.004, tau, nu).rule
-    assert rule.name == name.partition("-")[0]
+    rule = runs.Setting(name, 0.004, tau, nu, growth=0.04 if "-" in name else 0.0).rule
+    assert rule.name == name.removesuffix("-data")
     assert {key: getattr(rule, key) for key in expected} == expected
 
 
@@ -91,7 +92,7 @@ def test_keys_are_unique_and_survive_a_file(study, runs):
     for name in study.RULES:
         jobs += [job for setting in study.candidates(name, 0.004) for job in scale.search_jobs(setting)]
     keys = [job.key for job in jobs]
-    assert len(set(keys)) == len(keys) == 5 * (2 * 9 + 5 * 7) + 7 * 4 * 2
+    assert len(set(keys)) == len(keys) == 5 * (2 * 10 + 5 * 8) + 8 * 4 * 2
     for job in jobs:
         read = json.loads(job.key)
         assert runs.Job(**read | {"setting": runs.Setting(**read["setting"])}) == job
@@ -105,7 +106,7 @@ def test_test_runs_go_seed_by_seed(study):
         ("resnet8", "cluttered"), ("resnet20", "cluttered"), ("resnet14", "cluttered"), ("resnet32", "cluttered"),
         ("resnet20", "fashion-mnist"), ("plain7", "cluttered"), ("plain13", "cluttered"),
     ]  # fmt: skip
-    assert [job.setting.name for job in first[:9]] == [*study.RULES, *study.DATA_RULES]
+    assert [job.setting.name for job in first[:10]] == [*study.RULES, *study.DATA_RULES]
     assert not any(job.validation for job in jobs)
 
 
@@ -154,7 +155,9 @@ def test_the_learning_rate_rises_linearly_and_falls_to_zero(runs):
     assert 0 < rates[-1] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["bp", "fa", "sa", "kp", "aa", "ia-probes", "wm-probes", "ia-data", "wm-data"])
+@pytest.mark.parametrize(
+    "name", ["bp", "fa", "sa", "kp", "aa", "ia-probes", "wm-probes", "aa-probes", "ia-data", "wm-data"]
+)
 def test_a_run_reports_accuracy_and_alignment(study, runs, name, tmp_path):
     job = small(study, epochs=2).job(chosen_of(study)[name], study.Case("resnet8"), seed=0)
     outcome = runs.train(job, tmp_path)
@@ -214,7 +217,7 @@ def test_a_study_resumes_and_repeats_no_run(study, runs, trained, tmp_path):
     scale, path = small(study), tmp_path / "runs.jsonl"
     with runs.Runs(path, workers=1) as all_runs:
         study.study(scale, all_runs, tmp_path)
-    assert len(set(trained)) == len(trained) == 7 + 2 * 6
+    assert len(set(trained)) == len(trained) == 8 + 2 * 6
     tables = {name: (tmp_path / name).read_bytes() for name in ("results.csv", "results.md", "search.csv")}
 
     lines = path.read_text().splitlines(keepends=True)
@@ -245,7 +248,7 @@ def test_a_report_trains_nothing_and_leaves_the_file_as_it_is(study, runs, train
         study.study(small(study), found, tmp_path)
     assert not trained
     assert path.read_text() == text
-    assert "| bp | 0.001 |  |  | 1 | 80.0 | yes |" in (tmp_path / "results.md").read_text()
+    assert "| bp | 0.001 |  |  |  | 1 | 80.0 | yes |" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.slow
@@ -253,7 +256,7 @@ def test_a_small_study_trains_in_processes(study, runs, tmp_path):
     scale = small(study)
     with runs.Runs(tmp_path / "runs.jsonl", workers=2) as found:
         study.study(scale, found, tmp_path)
-    assert len(runs.read(tmp_path / "runs.jsonl")) == 7 + 2 * 6
+    assert len(runs.read(tmp_path / "runs.jsonl")) == 8 + 2 * 6
     assert {path.name for path in tmp_path.glob("*.[ps][nv]g")} == {
         f"{name}.{kind}" for name in ("accuracy", "behind_bp", "angle") for kind in ("png", "svg")
     }
@@ -345,7 +348,7 @@ def test_a_report_of_one_run_is_complete(runs, tmp_path):
     results = {("resnet8", "cluttered", "bp"): [made_up(runs, 90.0), None]}
     example("depth_study_report").write({setting: []}, {"bp": setting}, results, tmp_path)
     assert "| bp | 90.0 (1) |" in (tmp_path / "results.md").read_text()
-    assert "| bp | 0.004 |  |  | 0 |  | yes |" in (tmp_path / "results.md").read_text()
+    assert "| bp | 0.004 |  |  |  | 0 |  | yes |" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize(

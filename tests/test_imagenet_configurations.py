@@ -16,7 +16,7 @@ import pyfeedback
 
 pytestmark = pytest.mark.usefixtures("example_folder")
 
-RULES = ("wm", "ia", "aa", "wm-probes", "ia-probes")
+RULES = ("wm", "ia", "aa", "wm-probes", "ia-probes", "aa-probes")
 
 
 class Block(nn.Module):

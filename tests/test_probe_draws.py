@@ -145,3 +145,24 @@ def test_number_of_orthogonal_probes(arguments, expected):
         assert found.noise_floor <= 0.3
     if arguments[2] * arguments[3] > 1:
         assert found.noise_floor == pytest.approx(8**0.5)  # of nine directions, only one has been probed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "orthogonal", "expected"),
+    [
+        ((0, 256, 0.05, 1, False, 10), True, (13, 13, 20, 1.0)),  # along every direction once in tau steps
+        ((0, 256, 0.05, 4, False, 10), True, (52, 52, 5, 1.0)),
+        ((0, 256, 0.05, 30, False, 10), True, (256, 256, 1, 1.0)),
+        ((8, 256, 0.05, 1, False, 10), True, (8, 8, 32, 20 / 32)),  # too few: B needs 32 steps
+        ((2.0, 256, 0.05, 1, False, 10), True, (256, 256, 1, 1.0)),
+        ((0, 256, 0.0, 1, False, 10), True, (1, 1, 256, 1.0)),  # a rule with units has no time constant
+        ((0, 100, 0.05, 1, False, 10), False, (5, 5, 0, 20 / 21)),
+        ((300, 100, 0.05, 1, False, 10), False, (300, 300, 0, 1.0)),
+        ((1, 99, 0.1, 1, False, 10), False, (1, 1, 0, 0.1)),
+    ],
+)
+def test_number_of_probes_that_compare_responses(arguments, orthogonal, expected):
+    found = count_probes(*arguments, orthogonal=orthogonal, has_sparse=True)
+    assert (found.probes, found.wanted, found.sweep) == expected[:3]
+    assert found.reach == pytest.approx(expected[3])
+    assert found.noise_floor == 0

@@ -54,6 +54,45 @@ def test_a_sweep_of_orthogonal_probes_sums_to_w():
     torch.testing.assert_close(moved / 4, model.weight.detach())
 
 
+@pytest.mark.parametrize(("inputs", "exact"), [(64, True), (60, False)])
+def test_aa_copies_each_direction_once_in_tau_steps(inputs, exact):
+    """W - B loses what a basis of 64 spans in its 16 parts. Without the last columns, they are not quite orthogonal."""
+    torch.manual_seed(0)
+    rule = pyfeedback.rule("aa", source="probes", orthogonal=True, tau=16.0)
+    model = pyfeedback.convert(nn.Linear(inputs, 40, bias=False).double(), rule)
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    assert optimizer.probe_counts()[""][:2] == (4, 4)
+    start, lost = (model.weight - model.feedback).detach(), []
+    for _ in range(16):
+        before = (model.weight - model.feedback).detach()
+        optimizer.step()
+        after = (model.weight - model.feedback).detach()
+        lost.append(1 - (after.square().sum() / before.square().sum()).item())
+        if exact:  # a projection
+            torch.testing.assert_close((before - after).square().sum(), before.square().sum() - after.square().sum())
+    assert torch.allclose(after, torch.zeros_like(after), atol=1e-12) == exact
+    assert after.norm() < 0.1 * start.norm()
+    assert min(lost) > 0
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("probes", [0, 1, 7])
+def test_aa_is_stable_with_any_number_of_probes(probes, orthogonal):
+    """Its time constant is that of the rule, or as long as its probes need."""
+    torch.manual_seed(0)
+    rule = pyfeedback.rule("aa", source="probes", orthogonal=orthogonal, tau=10.0, probes=probes)
+    model = pyfeedback.convert(nn.Linear(128, 40, bias=False), rule)
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    tau = optimizer.time_constants()[""]
+    assert tau == pytest.approx({0: 10 if orthogonal else 11, 7: 19, 1: 129 - orthogonal}[probes], rel=0.05)
+    error = []
+    for _ in range(round(3 * tau)):
+        error.append((model.weight - model.feedback).norm().item())
+        optimizer.step()
+    assert error[-1] / error[0] < math.exp(-3 / 2) + 0.01  # of independent ones, the mean square shrinks with tau
+    assert max(error) == error[0]
+
+
 def test_the_number_of_probes_of_a_model_follows_its_batch():
     model = pyfeedback.convert(nn.Conv2d(8, 4, 3, padding=1), pyfeedback.rule("wm", source="probes", tau=20))
     optimizer = pyfeedback.optim.SGD(model, lr=0.1)

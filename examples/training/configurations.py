@@ -37,8 +37,8 @@ PER_POSITION = {
 
 
 def of_paper() -> Iterator[tuple[str, Configuration]]:
-    """ResNet-18 on ImageNet under each rule, and under the local rules that read white noise."""
-    for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp", "wm-probes", "ia-probes"):
+    """ResNet-18 on ImageNet under each rule, and under the rules that read white noise."""
+    for name in ("bp", "fa", "wm", "ia", "sa", "aa", "kp", "wm-probes", "ia-probes", "aa-probes"):
         source = "Kunin et al. 2020, the authors' coefficients"
         rule = pyfeedback.rule(name)
         if name == "kp":  # both weights decay at the same rate

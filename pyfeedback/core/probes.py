@@ -52,12 +52,21 @@ class ProbeProblem(NamedTuple):
 
 
 class ProbeCount(NamedTuple):
-    """The number of probes of a layer, and what it means for the angle between B and its target."""
+    """The number of probes of a layer, and what it means for the angle between B and its target.
+
+    Attributes:
+        probes: of one estimate.
+        wanted: the number without the limit of the cost.
+        noise_floor: of the angle, in radians; 0 if tau is not known.
+        sweep: the estimates in which orthogonal probes go through their basis once; 0 if they are independent.
+        reach: the part of the step to the target that a rule with sparse makes, 1 unless the probes are too few for it.
+    """
 
     probes: int
-    wanted: int  # without the limit of the cost
-    noise_floor: float  # radians; 0 if tau is not known
-    sweep: int = 0  # the estimates in which orthogonal probes go through their basis once
+    wanted: int
+    noise_floor: float
+    sweep: int = 0
+    reach: float = 1.0
 
 
 def part_of(count: ProbeCount, inputs: int, estimate: int) -> Part | None:
@@ -79,8 +88,12 @@ def count_probes(
     has_null: bool,
     positions: int,
     orthogonal: bool = False,
+    has_sparse: bool = False,
 ) -> ProbeCount:
     """The number of probes for one estimate of a layer.
+
+    With sparse, B is compared with W along the probes, and has no noise. The number is such that the step along each of
+    them is a whole one: B is copied from W along every direction once in tau steps.
 
     Args:
         probes: the number itself; as a float, the number relative to ``inputs``; or 0, to choose it.
@@ -91,8 +104,11 @@ def count_probes(
         positions: output positions of the batch, by which a pass of the layer is more expensive than a probe; 0 if not
             known.
         orthogonal: whether the probes of consecutive estimates are orthogonal.
+        has_sparse: whether the rule compares the responses of B and W, as aa does.
     """
     share = min(1.0, every * step_size)  # of the way to an estimate
+    if has_sparse:
+        return _count_compared(probes, inputs, share, orthogonal)
     if probes:
         count = wanted = probes if isinstance(probes, int) else max(1, round(probes * inputs))
     else:
@@ -105,6 +121,24 @@ def count_probes(
     size = basis_size(inputs)
     sweep = -(-size // min(count, size))
     return ProbeCount(-(-size // sweep), min(wanted, size), _sweep_noise(sweep, share, inputs), sweep)
+
+
+def _count_compared(probes: int | float, inputs: int, share: float, orthogonal: bool) -> ProbeCount:
+    """The number of probes for a rule that compares the responses of B and W.
+
+    A step is limited to the one that reduces the mean square of W - B most: M / n with orthogonal probes, where it is
+    exact along each of them, and M / (M + d) with independent ones.
+    """
+    size = basis_size(inputs) if orthogonal else inputs
+    count = wanted = max(1, math.ceil(size * share))
+    if probes:
+        count = wanted = probes if isinstance(probes, int) else max(1, round(probes * inputs))
+    sweep = 0
+    if orthogonal:
+        sweep = -(-size // min(count, size))
+        count, wanted = -(-size // sweep), min(wanted, size)
+    longest = 1 / sweep if sweep else count / (count + inputs)
+    return ProbeCount(count, wanted, 0.0, sweep, min(1.0, longest / share) if share else 1.0)
 
 
 def _least(floor: float, inputs: int, share: float, orthogonal: bool) -> int:

@@ -73,13 +73,14 @@ class RowOptimizer(torch.optim.Optimizer):
     def time_constants(self) -> dict[str, float]:
         """Return the number of steps in which each B moves to its target, by layer.
 
-        A B that learns needs a run of many time constants to find W. The constant is the rule's ``tau``, or, with SGD,
-        (1 - momentum) / (lr * decay). It is infinite if the rule has no decay and no other term that makes B forget,
-        and nan if it depends on the data or on Adam's estimates.
+        A B that learns needs a run of many time constants to find W. It is the rule's ``tau``, or longer if aa
+        has too few probes for it. Without a ``tau``, it is (1 - momentum) / (lr * decay) with SGD. It is infinite if
+        the rule has no decay and no other term that makes B forget, and nan if it depends on the data or on Adam's
+        estimates.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
         learning = {b: layer for b, layer in self._layers.items() if layer.rule.learns and b in groups}
-        return {self._names[b]: self._time_constant(layer.rule, groups[b]) for b, layer in learning.items()}
+        return {self._names[b]: self._time_constant(layer, groups[b]) for b, layer in learning.items()}
 
     def probe_counts(self) -> dict[str, ProbeCount]:
         """Return the number of probes of each layer whose rule reads them, and the noise that it leaves in the angle.
@@ -90,9 +91,11 @@ class RowOptimizer(torch.optim.Optimizer):
         reading = {b: layer for b, layer in self._layers.items() if layer.rule.reads_probes and b in groups}
         return {self._names[b]: layer_probes(layer, groups[b].get("feedback_step", 0)) for b, layer in reading.items()}
 
-    def _time_constant(self, rule: Rule, group: dict[str, Any]) -> float:
+    def _time_constant(self, layer: FeedbackLayer, group: dict[str, Any]) -> float:
+        rule = layer.rule
         if rule.tau:
-            return rule.tau_at(group.get("feedback_step", 0))
+            step = group.get("feedback_step", 0)
+            return rule.tau_at(step) / (layer_probes(layer, step).reach if rule.reads_probes else 1.0)
         if rule.null or rule.sparse or "momentum" not in group:
             return math.nan
         rate = float(group.get("initial_lr", group["lr"])) / (1 - group["momentum"])

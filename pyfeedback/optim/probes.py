@@ -42,7 +42,9 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
             noisy[name] = probes
             _warned.add(layer)
         part = part_of(probes, weight.shape[-1], step // layer.rule.every_at(step))
-        problem = ProbeProblem(weight, feedback, probes.probes, layer.rule.probe_coefficients(), index, part)
+        rule = layer.rule.probe_coefficients()
+        rule = rule._replace(amp=rule.amp * probes.reach, sparse=rule.sparse * probes.reach)
+        problem = ProbeProblem(weight, feedback, probes.probes, rule, index, part)
         problems.setdefault(step, {})[b] = problem
     found = {}
     for step, of_step in problems.items():
@@ -63,5 +65,6 @@ def layer_probes(layer: FeedbackLayer, step: int) -> ProbeCount:
     rule = layer.rule
     size, step_size = layer.as_matrices(layer.weight.detach()).shape[-1], 1 / rule.tau_at(step) if rule.tau else 0.0
     return count_probes(
-        rule.probes, size, step_size, rule.every_at(step), rule.null != 0, layer.positions(), rule.orthogonal
-    )
+        rule.probes, size, step_size, rule.every_at(step), rule.null != 0, layer.positions(), rule.orthogonal,
+        has_sparse=rule.sparse != 0,
+    )  # fmt: skip
