@@ -8,7 +8,7 @@
 `test_layer_steps.py`   forward and backward of one layer: plain backprop, pyfeedback, the reference (the paper's
                         regularizers by autograd), the composition of PyTorch's calls; --compile adds the compiled
                         reference
-`test_probe_steps.py`   the same with the optimizer, for rules that read probes, at several ages of a run
+`test_probe_steps.py`   layers and networks with their optimizer, for rules that read probes, at several ages of a run
 `test_network_steps.py` a whole training step of a network with its optimizer, and its peak memory
 `test_feedback_step.py` the multi-tensor update of all feedback weights
 `test_optimizers.py`    the whole-model optimizers against torch.optim with a separate update of the feedback
@@ -97,9 +97,8 @@ def pytest_generate_tests(metafunc):
     if "dtype_name" in metafunc.fixturenames:
         metafunc.parametrize("dtype_name", selection.dtypes)
     if "rule_name" in metafunc.fixturenames:
-        file = metafunc.definition.path.stem
-        wanted = {"test_probe_steps": (True,), "test_network_steps": (True, False)}.get(file, (False,))
-        metafunc.parametrize("rule_name", [name for name in selection.rules if (name in PROBES) in wanted])
+        probes = metafunc.definition.path.stem == "test_probe_steps"
+        metafunc.parametrize("rule_name", [name for name in selection.rules if (name in PROBES) == probes])
     if "layer" in metafunc.fixturenames:
         metafunc.parametrize("layer", selection.layers(), ids=lambda shape: shape.name)
 

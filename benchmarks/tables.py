@@ -1,10 +1,14 @@
 """The summary of a run: tables of ratios from the benchmark records."""
 
+import math
 import statistics
 from collections.abc import Iterable
 
+import numpy as np
 from implementations import BASELINES, SUBJECT
-from selection import NETWORKS
+from selection import NETWORKS, RULES, WHOLE_NETWORKS
+
+from pyfeedback import Rule
 
 Record = dict
 TITLES = {name: name for name in BASELINES} | {"plain": "backprop"}
@@ -21,8 +25,13 @@ def report(records: list[Record], per_layer: bool = False) -> list[str]:
         if per_layer:
             lines += _layer_table(dtype, of_dtype)
     lines += _network_steps([r for r in records if r["kind"] == "network"])
-    for network in NETWORKS:
-        lines += _probe_steps(network, [r for r in records if r["kind"] == "probes"])
+    probes = [r for r in records if r["kind"] == "probes"]
+    for network, shapes in NETWORKS.items():
+        measured = len({r["layer"] for r in probes} & {shape.name for shape in shapes})
+        title = f"{network}, {measured} of its {len(shapes)} distinct layers by count"
+        lines += _probe_steps(title, {shape.name: shape.repeats for shape in shapes}, probes)
+    for network in WHOLE_NETWORKS:
+        lines += _probe_steps(f"all of {network}", {network: 1}, probes)
     lines += _peers([r for r in records if r["kind"] == "peer"])
     lines += _updates([r for r in records if r["kind"] == "update"])
     lines += _optimizers([r for r in records if r["kind"] == "optimizer"])
@@ -112,31 +121,46 @@ def _network_steps(records: list[Record]) -> list[str]:
     return lines
 
 
-def _probe_steps(network: str, records: list[Record]) -> list[str]:
-    """Training steps of all layers of a network, by count, relative to backprop, at several ages of a run.
+def _probe_steps(title: str, counts: dict[str, int], records: list[Record]) -> list[str]:
+    """Training steps of all layers by count, or of a network, relative to backprop, at several ages of a run.
 
-    Estimates are not made in every step; the times of steps with and without one are weighted by their frequency.
+    Estimates are not made in every step. The times of steps with and without one are weighted by their frequency.
     """
-    counts = {shape.name: shape.repeats for shape in NETWORKS[network]}
     here = [r for r in records if r["layer"] in counts]
     if not here:
         return []
-    ages, measured = here[0]["every"], len({r["layer"] for r in here})
+    ages = here[0]["ages"]
+    means = [age for age in ages if age >= 10_000]
     lines = [
-        f"{network}, {measured} of its {len(counts)} distinct layers by count, batch {here[0]['batch']}: "
-        "steps with the optimizer, relative to backprop",
-        f"  {'rule':12}{'no estimate':>13}" + "".join(f"{name:>13}" for name in ages),
+        f"{title}, batch {here[0]['batch']}: steps with the optimizer, relative to backprop",
+        f"  {'rule':12}{'no estimate':>13}"
+        + "".join(f"{f'step {age:,}':>14}" for age in ages)
+        + "".join(f"{f'mean to {age:,}':>17}" for age in means),
     ]
     for rule in _distinct(r["rule"] for r in here):
-        totals = dict.fromkeys([SUBJECT, *ages, "plain"], 0.0)
+        totals = dict.fromkeys([SUBJECT, *map(str, ages), "plain"], 0.0)
         for record in here:
             if record["rule"] == rule:
-                count, seconds = counts[record["layer"]], record["seconds"]
                 for name in totals:
-                    share = 1 / ages.get(name, 1)
-                    totals[name] += count * (share * seconds[name] + (1 - share) * seconds[SUBJECT])
-        lines.append(f"  {rule:12}" + _cells((totals[name] / totals["plain"] for name in (SUBJECT, *ages)), 13))
+                    totals[name] += counts[record["layer"]] * record["seconds"][name]
+        without, plain = totals[SUBJECT], totals["plain"]
+        estimates = {age: totals[str(age)] - without for age in ages}
+        at_ages = [(without + estimates[age] / RULES[rule].every_at(age)) / plain for age in ages]
+        run = [(without + _mean_estimate(RULES[rule], estimates, age)) / plain for age in means]
+        lines.append(f"  {rule:12}" + _cells([without / plain], 13) + _cells(at_ages, 14) + _cells(run, 17))
     return [*lines, ""]
+
+
+def _mean_estimate(rule: Rule, seconds: dict[int, float], steps: int) -> float:
+    """The mean time that a step of a run takes for estimates.
+
+    Args:
+        seconds: the time of an estimate at some ages. In between, its logarithm is linear in that of the age.
+    """
+    ages = sorted(seconds)
+    logarithms = [math.log(max(seconds[age], 1e-9)) for age in ages]
+    due = [step for step in range(steps) if step % rule.every_at(step) == 0]
+    return np.exp(np.interp(np.log(np.maximum(due, 1)), np.log(ages), logarithms)).sum() / steps
 
 
 def _peers(records: list[Record]) -> list[str]:

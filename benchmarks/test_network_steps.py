@@ -1,4 +1,4 @@
-"""Time and peak memory of a whole training step: forward, backward, and the update of W and B.
+"""Time and peak memory of a whole training step: forward, backward, and the update of W and B; without probes.
 
 `plain` is the unconverted model with torch's fused SGD. `reference` is the converted model with the layers of the
 reference: the paper's regularizers by autograd. --compile compares torch.compile of both models.

@@ -1,4 +1,4 @@
-"""A training step of one layer whose rule reads probes, with its optimizer, at several ages of a run.
+"""A training step with rules that read probes, with its optimizer, at several ages of a run: layers and whole networks.
 
 In the presets, tau grows with the number of steps, so estimates become rarer and need fewer probes. A step with an
 estimate is timed at each age, as is one without (`no estimate`). The tables weight them by their frequency. `plain` is
@@ -10,13 +10,16 @@ import copy
 import pytest
 import torch
 from implementations import SUBJECT
+from networks import MODELS
+from test_network_steps import SIZES
 from timing import Step
 from torch import nn
+from torch.nn import functional as F
 
 import pyfeedback
 from pyfeedback.testing import conv_inputs
 
-AGES = (100, 1_000, 10_000, 100_000)  # steps
+AGES = (250, 1_000, 10_000, 100_000)  # steps; in the presets, tau grows from step 250 on
 UPDATE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}  # small: the steps of a benchmark change nothing
 
 
@@ -26,25 +29,45 @@ def test_probe_step(race, selection, layer, rule_name):
     inputs = conv_inputs(layer, selection.batch, torch.float32, selection.device)
     plain = convolution(layer).to(selection.device, memory_format=torch.channels_last)
     check(copy.deepcopy(plain), rule_name)
+
+    def backward(model):
+        torch.autograd.backward(model(inputs.input), inputs.grad_output)
+        inputs.input.grad = None
+
+    compare(race, plain, rule_name, backward, layer=layer.name, batch=selection.batch)
+
+
+@pytest.mark.parametrize("network", list(MODELS))
+def test_probe_network_step(race, selection, network, rule_name):
+    if network not in selection.networks:
+        pytest.skip("not among the networks of this run")
+    batch, image = SIZES[network][1 if selection.quick else 2 if selection.device.type == "cuda" else 0]
+    batch = batch if selection.timed else 2
+    torch.manual_seed(0)
+    plain = MODELS[network]().to(selection.device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, image, image, device=selection.device).to(memory_format=torch.channels_last)
+    labels = torch.arange(batch, device=selection.device) % 10
+
+    def backward(model):
+        F.cross_entropy(model(images), labels).backward()
+
+    compare(race, plain, rule_name, backward, layer=network, batch=f"{batch} of {image}x{image}")
+
+
+def compare(race, plain, rule_name, backward, **info):
+    """Time the steps of a model and of its conversion."""
     ours = pyfeedback.convert(copy.deepcopy(plain), rule_name)
     optimizer = pyfeedback.optim.SGD(ours, **UPDATE)
-    rule = ours.rule
+    rule = pyfeedback.rule(rule_name)
     every = [rule.every_at(age) for age in AGES]
     # `feedback_step` is that of the step before; an estimate is due in multiples of `every`.
-    starts = {f"step {age}": age - age % count - 1 for age, count in zip(AGES, every, strict=True)}
-    steps = {name: training_step(ours, optimizer, inputs, start) for name, start in starts.items()}
-    steps[SUBJECT] = training_step(ours, optimizer, inputs, AGES[-1])
-    steps["plain"] = training_step(plain, torch.optim.SGD(plain.parameters(), fused=True, **UPDATE), inputs)
+    starts = {str(age): age - age % count - 1 for age, count in zip(AGES, every, strict=True)}
+    steps = {name: training_step(ours, optimizer, backward, start) for name, start in starts.items()}
+    steps[SUBJECT] = training_step(ours, optimizer, backward, AGES[-1])
+    steps["plain"] = training_step(plain, torch.optim.SGD(plain.parameters(), fused=True, **UPDATE), backward)
     assert every[-1] > 1, "the last step must have no estimate"
-    race(
-        "probes",
-        steps,
-        group=f"{rule_name} {layer.name}",
-        layer=layer.name,
-        rule=rule_name,
-        batch=selection.batch,
-        every=dict(zip(starts, every, strict=True)),
-    )
+    group = f"{rule_name} {info['layer']}"
+    race("probes", steps, group=group, rule=rule_name, ages=list(AGES), **info)
 
 
 def convolution(layer):
@@ -52,7 +75,7 @@ def convolution(layer):
     return nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel, *layer.window, bias=False)
 
 
-def training_step(model, optimizer, inputs, start=None):
+def training_step(model, optimizer, backward, start=None):
     """The step of a training loop, from step number ``start``."""
 
     def prepare():
@@ -60,9 +83,8 @@ def training_step(model, optimizer, inputs, start=None):
             group["feedback_step"] = start
 
     def run():
-        torch.autograd.backward(model(inputs.input), inputs.grad_output)
+        backward(model)
         optimizer.step()
-        inputs.input.grad = None
         for parameter in model.parameters():
             parameter.grad = None
 

@@ -22,7 +22,8 @@ FILES = (
 @pytest.mark.slow
 def test_the_benchmarks_run(tmp_path):
     """benchmarks/test_network_steps.py takes too long."""
-    options = ["--benchmark-only", "--quick", "--batch", "1", "--rule", "ia", "--budget", "0.001"]
+    options = ["--benchmark-only", "--quick", "--batch", "1", "--budget", "0.001"]
+    options += ["--network", "resnet20", "--rule", "ia", "--rule", "ia-probes"]
     files = [str(ROOT / "benchmarks" / f"{file}.py") for file in FILES]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
