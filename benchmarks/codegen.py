@@ -5,7 +5,7 @@
 Prints registers, spilled accesses, shared memory, tensor-core instructions, waits for wgmma, and the bytes of
 each load of a block. Exits with 1 on a spill, on a 16-bit tile of sm_90 without wgmma or with wgmma serialized, on
 loads narrower than 16 bytes, and on too much shared memory. No GPU is needed, none is timed. gfx942 is compiled with
-the tiles of sm_80, which were not made for it, and is held to nothing but compiling.
+the tiles of sm_80, which were not made for it, for one layer of each kernel, and is held to nothing but compiling.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def jobs(architectures: list[int | str]) -> list[Job]:
             found += [job for op in POINTWISE if pointwise_tile(job := Job(op, layer, "bf16", capability))]
         found.append(Job("pointwise z centered", POINTWISE_LAYERS[0], "fp16", capability))
         found += [Job(op, "all layers", dtype, capability) for op in PROBES for dtype in TYPES]
-    return found
+    of_amd = {(job.capability, job.op, job.dtype): job for job in found if isinstance(job.capability, str)}
+    return [job for job in found if isinstance(job.capability, int)] + list(of_amd.values())
 
 
 def layer_geometry(name: str) -> Geometry:

@@ -1,6 +1,5 @@
 """The training runs of depth_study.py. Each run is a job with all its settings, and is saved when it ends."""
 
-import itertools
 import json
 import math
 import multiprocessing
@@ -193,7 +192,7 @@ def train(job: Job, root: Path) -> Outcome:
     # A seventh faster. With a width of 4, the projections corrupt the heap: torch 2.13 (CPU), in the backward of
     # Conv2d(4, 8, 1, stride=2) in channels_last.
     model = image_networks.build(job.network, job.width, stride=2).to(memory_format=torch.channels_last)
-    start_small(model, job.start)
+    pyfeedback.start_small(model, job.start)
     setting, rule = job.setting, job.setting.rule
     # The stem has no layer below it to send an error to, so the feedback path starts after it. B is drawn with the
     # standard deviation of W, and starts small as well.
@@ -226,15 +225,6 @@ def train(job: Job, root: Path) -> Outcome:
     layers = pyfeedback.alignment(model).values()
     angle, ratio = mean([layer.angle for layer in layers]), mean([layer.norm_ratio for layer in layers])
     return Outcome(accuracy, angle, ratio, diverged, round(time.process_time() - began, 2))
-
-
-@torch.no_grad()
-def start_small(model: nn.Module, factor: float) -> None:
-    """Multiply the weights that a batch norm follows by ``factor``. The function of the network remains the same."""
-    modules = list(model.modules())  # in all networks here, a convolution is followed by its batch norm
-    for module, following in itertools.pairwise(modules):
-        if isinstance(module, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
-            module.weight.mul_(factor)
 
 
 def rate(step: int, steps: int, warm_up: int) -> float:

@@ -20,6 +20,7 @@ from pyfeedback.conversion import (
 from pyfeedback.init import Init
 from pyfeedback.metrics import LayerAlignment, Monitor, alignment
 from pyfeedback.rules import Rule, rule
+from pyfeedback.small_start import start_small
 
 __version__ = build_info().version
 
@@ -45,5 +46,6 @@ __all__ = [
     "rule",
     "schedules",
     "set_backend",
+    "start_small",
     "unconvert",
 ]

@@ -2,7 +2,6 @@
 
     schedule = Schedule(model, amp=linear(0, 1, 1000))       # factors of the coefficients, by step
     alternation = Alternation(model, every=4)                # the feedback learns in every fourth step
-    mirror = Mirror(model)                                   # learn from noise instead of data
     growth = GrowthControl(model)                            # keep the size of B: growth.step() after rule.step()
 
     for x, target in data:
@@ -24,11 +23,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyfeedback.conversion import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.core.coefficients import COEFFICIENTS
-from pyfeedback.core.deprecation import renamed_attribute, renamed_keyword
 from pyfeedback.core.values import (
     check_callable,
     check_int,
@@ -39,7 +37,6 @@ from pyfeedback.core.values import (
     is_int,
     is_number,
 )
-from pyfeedback.nn import FeedbackLayer
 from pyfeedback.rules import UNITLESS
 
 Curve = Callable[[int], float]
@@ -201,64 +198,6 @@ def alignment_only(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-class Mirror:
-    """Mirror mode: compute the rule's gradient from noise, fed to each layer separately, instead of from the data.
-
-    Until :meth:`close`, the backward pass of the data computes no feedback gradients for rules that read activations.
-    Each layer receives noise of the shape of its last input, so run the model once before the first :meth:`step`. A
-    step adds to ``feedback.grad`` and changes no other gradient. With white noise, the estimate of the weight mirror is
-    W itself rather than W times the covariance of the inputs.
-
-    Args:
-        model: a model with feedback layers; layers whose rule reads no activations are not affected.
-        noise_fn: a function that returns the noise, with the signature of torch.randn.
-        amplitude: a factor applied to the noise.
-
-    Source: Akrout et al., NeurIPS 2019 (arXiv 1904.05391), mirror mode.
-    """
-
-    law = renamed_attribute("law", "noise_fn")
-
-    @renamed_keyword("law", "noise_fn")
-    def __init__(self, model: nn.Module, noise_fn: Callable[..., Tensor] = torch.randn, amplitude: float = 1.0):
-        check_callable("noise_fn", noise_fn, "a function that makes noise, like torch.randn")
-        check_number("amplitude", amplitude)
-        check_model(model)
-        self.noise_fn, self.amplitude = noise_fn, amplitude
-        self._layers = [layer for _, layer in feedback_layers(model) if layer.rule.reads_data]
-        self._inputs: dict[FeedbackLayer, Tensor] = {}
-        self._hooks = [layer.register_forward_pre_hook(self._remember) for layer in self._layers]
-        self._learn(False)
-
-    def close(self) -> None:
-        """Learn from the data again."""
-        self._learn(True)
-        for hook in self._hooks:
-            hook.remove()
-
-    def step(self) -> None:
-        """Compute one estimate for every layer that has run."""
-        self._learn(True)
-        for layer, like in self._inputs.items():
-            feedback = layer.feedback
-            assert feedback is not None
-            before, feedback.grad = feedback.grad, None  # avoids the layer's warning about gradients that keep growing
-            noise = self.amplitude * self.noise_fn(like.shape, dtype=like.dtype, device=like.device)
-            output = layer.forward_without_hooks(noise)
-            torch.autograd.backward(output, torch.zeros_like(output), inputs=[feedback])
-            if before is not None:
-                feedback.grad = before if feedback.grad is None else before.add_(feedback.grad)
-        self._learn(False)
-
-    def _learn(self, wanted: bool) -> None:
-        for layer in self._layers:
-            if layer.feedback is not None:
-                layer.feedback.requires_grad_(wanted)
-
-    def _remember(self, layer: FeedbackLayer, inputs: tuple[Tensor, ...]) -> None:
-        self._inputs[layer] = inputs[0].new_empty(()).expand(inputs[0].shape)
 
 
 class GrowthControl:

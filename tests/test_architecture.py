@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "pyfeedback.core", "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn",
     },
     "pyfeedback.conversion": {"pyfeedback.core", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn"},
+    "pyfeedback.small_start": {"pyfeedback.core"},
     "pyfeedback.schedules": {"pyfeedback.core", "pyfeedback.conversion", "pyfeedback.nn", "pyfeedback.rules"},
     "pyfeedback.metrics": {"pyfeedback.core", DISPATCH, "pyfeedback.nn", "pyfeedback.metrics"},
     "pyfeedback.optim": {

@@ -181,18 +181,6 @@ def test_no_warning_for_a_frozen_weight_or_evaluation(caplog):
     assert not caplog.records
 
 
-def test_no_warning_for_accumulated_mirror_steps(caplog):
-    model = pyfeedback.convert(perceptron(4, 4, 4), "wm")
-    mirror = pyfeedback.schedules.Mirror(model)
-    model(torch.randn(2, 4))
-    grads = []
-    for _ in range(3):
-        mirror.step()
-        grads.append(model[0].feedback.grad.clone())
-    assert not torch.equal(grads[0], grads[1])
-    assert not caplog.records
-
-
 def test_a_parametrized_weight_has_no_gradient_of_its_own_to_compare(caplog):
     layer = pyfeedback.convert(nn.Linear(4, 4), "ia")
     nn.utils.parametrizations.weight_norm(layer)

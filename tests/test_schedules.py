@@ -1,4 +1,4 @@
-"""Rules over time: curves, schedules, alternation, warm-up and mirror mode."""
+"""Rules over time: curves, schedules, alternation and warm-up."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from small_networks import convnet
 
 import pyfeedback
 from pyfeedback import schedules
-from pyfeedback.schedules import Alternation, Mirror, Schedule, alignment_only
+from pyfeedback.schedules import Alternation, Schedule, alignment_only
 
 
 def network(rule="ia", **options):
@@ -137,37 +137,6 @@ def test_warm_up_updates_only_the_feedback():
     assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
     assert angles[-1] < 0.8 * angles[0]
     assert [p.requires_grad for p in parameters] == [True] * (len(parameters) - 1) + [False]
-
-
-def test_mirror_mode_estimates_from_noise_and_changes_nothing_else():
-    model = network("wm", amp=1.0, decay=0.0, center=False)
-    mirror = Mirror(model, amplitude=2.0)
-    backward(model)
-    grads = [p.grad.clone() for p in pyfeedback.forward_parameters(model)]
-    assert all(p.grad is None for p in pyfeedback.feedback_parameters(model))
-    torch.manual_seed(1)
-    for _ in range(1200):
-        mirror.step()
-    for p, grad in zip(pyfeedback.forward_parameters(model), grads, strict=True):
-        assert torch.equal(p.grad, grad)
-    for _, layer in pyfeedback.feedback_layers(model):  # white noise gives a gradient along -W
-        assert pyfeedback.metrics.angle(layer.feedback.grad, -layer.weight) < 12
-    mirror.close()
-    backward(model)
-    assert all(p.grad is not None for p in pyfeedback.feedback_parameters(model))
-    assert not model[0]._forward_pre_hooks
-
-
-def test_mirror_noise_may_have_any_distribution():
-    model = network("wm", amp=1.0, decay=0.5, center=False)
-    mirror = Mirror(model, noise_fn=torch.zeros)
-    backward(model)
-    mirror.step()
-    for feedback in pyfeedback.feedback_parameters(model):
-        assert largest_error([feedback.grad], [0.5 * feedback.detach()]) < 1e-6
-    with pytest.warns(DeprecationWarning, match="^law is now noise_fn; the old name") as warned:
-        assert Mirror(model, law=torch.zeros).law is torch.zeros
-    assert [warning.filename for warning in warned] == 2 * [__file__]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -109,10 +109,6 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
             return output.squeeze(0), weights if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def forward_without_hooks(self, input: Tensor) -> Tensor:
-        """Compute the three projections of an input, without the attention."""
-        return torch.cat(self._project(input, input, input), -1)
-
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Compute queries, keys and values, batch first; in one product if all three inputs are the same tensor.
 

@@ -160,10 +160,6 @@ class FeedbackLayer(torch.nn.Module):
             magnitudes = feedback * torch.randn_like(feedback)
         return torch.copysign(magnitudes, self.weight.detach())
 
-    def forward_without_hooks(self, input: Tensor) -> Tensor:
-        """Compute the output without calling the layer's hooks."""
-        return type(self).forward(self, input)
-
     def as_matrices(self, kernel: Tensor) -> Tensor:
         """Return a weight or feedback weight as one matrix [outputs, inputs] for each group: [G, K/G, d]."""
         groups = getattr(self, "groups", 1)
