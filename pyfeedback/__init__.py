@@ -21,6 +21,7 @@ from pyfeedback.init import Init
 from pyfeedback.metrics import LayerAlignment, Monitor, alignment
 from pyfeedback.rules import Rule, rule
 from pyfeedback.small_start import start_small
+from pyfeedback.tuning import tune
 
 __version__ = build_info().version
 
@@ -47,5 +48,6 @@ __all__ = [
     "schedules",
     "set_backend",
     "start_small",
+    "tune",
     "unconvert",
 ]

@@ -40,7 +40,7 @@ def start_small(model: nn.Module, factor: float = 0.1) -> list[str]:
     for p in {p for layer in found for p in layer.parameters(recurse=False)}:
         p.mul_(factor)
     for norm in norms:
-        if getattr(norm, "running_mean", None) is not None:
+        if isinstance(norm, _NormBase) and norm.running_mean is not None and norm.running_var is not None:
             norm.running_mean.mul_(factor)
             norm.running_var.mul_(factor**2)
     return [name for name, module in model.named_modules() if module in found]
@@ -65,7 +65,7 @@ def _normalized(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
         if node.op == "call_module":
             users = [modules[user.target] if user.op == "call_module" else None for user in node.users]
             readers.setdefault(modules[node.target], []).extend(users)
-    found = {
+    found: dict[nn.Module, list[nn.Module]] = {
         layer: [user for user in users if isinstance(user, NORMALIZATIONS)]
         for layer, users in readers.items()
         if isinstance(layer, (_ConvNd, nn.Linear)) and isinstance(layer.weight, nn.Parameter)

@@ -1,10 +1,5 @@
 """Backends that are forced, and what "auto" takes: every random layer by the Triton kernels, on the interpreter."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import triton_cases
@@ -14,11 +9,10 @@ from triton_cases import DEVICE, assert_near, fill_memory_with_nan, names, recor
 import pyfeedback
 from pyfeedback import functional
 from pyfeedback.backends import dispatch
-from pyfeedback.core.algorithm import Algorithm, Sizes, choose_algorithm
+from pyfeedback.core.algorithm import Algorithm, choose_algorithm
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution
 from pyfeedback.kernels import backward as kernels
-from pyfeedback.kernels import measured
 
 pytestmark = triton_cases.MARKS
 
@@ -125,12 +119,6 @@ def test_compiled_without_a_graph_break(compiler):
 # What "auto" takes
 
 
-def test_no_device_is_known_until_it_was_measured():
-    """Whoever commits a device's table takes its name in here."""
-    assert measured.devices() == []
-    assert measured.load("a device nobody has") == {}
-
-
 def test_fused_and_unfused_launches_agree(monkeypatch):
     """What backend("triton") computes in one launch, backend("triton-unfused") computes in several."""
     launched = record_launches(monkeypatch)
@@ -145,56 +133,6 @@ def test_fused_and_unfused_launches_agree(monkeypatch):
     launched.clear()
     backward("triton", case, tensors, RULES["wm"])
     assert {*names(launched)} & {"joint", "pointwise"}
-
-
-def test_only_measured_layers_are_taken(monkeypatch, tmp_path):
-    monkeypatch.setattr(measured, "FOLDER", tmp_path)
-    measured.load.cache_clear()
-    x = torch.randn(2, 16, 3, 3, device=DEVICE)
-    w = torch.randn(16, 16, 1, 1, device=DEVICE)
-    problem = Sizes(18, 16, 16)
-    algorithm = choose_algorithm(problem, Coefficients(amp=1.0), False)
-    layers = {measured.key(problem, algorithm.value, torch.float32): "unfused"}
-    (tmp_path / f"{measured.device_name(x.device)}.json").write_text(json.dumps(layers))
-    monkeypatch.setitem(dispatch._FASTEST, ("layer", DEVICE), dispatch._FASTEST["layer", "cuda"])
-    dispatch.set_backend("auto")  # forgets what was chosen before
-    chosen = {}
-    for batch in (1, 2):
-        for amp in (0.0, 1.0):
-            call = dispatch.plan(Convolution(), x[:batch], w, Coefficients(amp=amp), (True,) * 4, False)
-            chosen[batch, amp] = call.chosen.backward
-    unfused = dispatch._LAYER_BACKENDS["triton-unfused"].backward
-    assert chosen.pop((2, 1.0)) is unfused
-    assert {*chosen.values()} == {dispatch._LAYER_BACKENDS["composite"].backward}
-    measured.load.cache_clear()
-    monkeypatch.undo()
-    dispatch.set_backend("auto")
-
-
-def test_a_devices_table_is_written_from_its_results(tmp_path):
-    def record(layer, fused, unfused):
-        ratios = {"ratio_to_triton": fused, "ratio_to_triton-unfused": unfused}
-        return {"extra_info": {"layer": layer, "rule": "wm", "batch": 4, "dtype": "bfloat16", **ratios}}
-
-    results = {
-        "machine_info": {"pyfeedback": {"gpu": "A GPU"}},
-        "benchmarks": [
-            record("64-64-1x1s1@56", 1.4, 1.2),
-            record("256-64-1x1s1@56", 1.1, 1.2),
-            record("64-64-3x3s1@56", 0.9, 0.8),
-            {"extra_info": {}},
-        ],
-    }
-    (tmp_path / "layers.json").write_text(json.dumps(results))
-    script = Path(__file__).parents[1] / "benchmarks" / "choose_kernels.py"
-    subprocess.run([sys.executable, script, tmp_path / "layers.json", tmp_path], check=True)
-
-    def key(channels):
-        problem = Sizes(4 * 56 * 56, channels, 64)
-        algorithm = choose_algorithm(problem, Coefficients(amp=1.0, decay=1.0), True)
-        return measured.key(problem, algorithm.value, torch.bfloat16)
-
-    assert json.loads((tmp_path / "A GPU.json").read_text()) == {key(64): "fused", key(256): "unfused"}
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

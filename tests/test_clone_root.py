@@ -30,7 +30,7 @@ for module in [name for name in sys.modules if name.startswith("__editable__")]:
 sys.path.insert(1, sys.argv[1])  # after the current folder
 site.addsitedir(sys.argv[1])
 import torch, pyfeedback
-import pyfeedback.kernels.measured
+import pyfeedback.kernels.tiles
 print(pyfeedback.__file__)
 print(torch.ops.pyfeedback.fa_conv2d)
 print(pyfeedback.build_info())
@@ -130,7 +130,7 @@ def test_an_editable_installation_works_in_its_clone_and_in_other_folders(clone,
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(str(clone))
         assert "cpu=True" in result.stdout
-    alone = run(tmp_path, "-c", PROGRAM.replace("pyfeedback.kernels.measured", "kernels"), site)
+    alone = run(tmp_path, "-c", PROGRAM.replace("pyfeedback.kernels.tiles", "kernels"), site)
     assert "No module named 'kernels'" in alone.stderr
 
 

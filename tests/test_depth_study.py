@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+import pyfeedback
+
 for needed in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
 pytestmark = pytest.mark.usefixtures("example_folder")
@@ -136,7 +138,7 @@ def test_a_small_start_keeps_the_function(runs, name):
     network = example("image_networks").build(name, 4, stride=2).train()
     x, before = torch.randn(8, 1, 32, 32), {key: value.clone() for key, value in network.state_dict().items()}
     expected = network.double()(x.double())
-    runs.start_small(network, 0.1)
+    pyfeedback.start_small(network, 0.1)
     torch.testing.assert_close(network(x.double()), expected, rtol=0.05, atol=0.01)  # eps of the batch norms
     ratios = {
         key: (value.norm() / before[key].norm()).item()

@@ -2,10 +2,10 @@
 
 "composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
-Under "auto", an op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
-faster than those after it. On a GPU, "measured-triton" is limited to the layers in the device's table
-(`kernels/measured.py`); no device has a table yet, so all layers are composed, and so are the gradients of rules that
-read probes. "depthwise" is limited to the layers for which `backends/extension/depthwise.is_faster` holds.
+Under "auto", a layer that :func:`pyfeedback.tune` has measured on this device uses what was fastest (`choices.py`).
+Every other op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
+faster than those after it. On a GPU, all layers are composed, and so are the gradients of rules that read probes.
+"depthwise" is limited to the layers for which `backends/extension/depthwise.is_faster` holds.
 """
 
 import os
@@ -20,17 +20,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfeedback.backends import triton
+from pyfeedback.backends import choices, triton
+from pyfeedback.backends.choices import Choice, tables
 from pyfeedback.backends.composite import alignment, center, layer, probes, steps
 from pyfeedback.backends.extension import depthwise, loading, ops
-from pyfeedback.core.algorithm import Algorithm, choose_algorithm, needs_response
+from pyfeedback.core.algorithm import Algorithm, algorithms, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
 from pyfeedback.core.deprecation import warn_renamed
 from pyfeedback.core.geometry import LINEAR, Geometry, Shape
 from pyfeedback.core.probes import ProbeProblem
 from pyfeedback.core.values import check_choice
-from pyfeedback.kernels import measured
 
 BACKENDS = ("auto", "composite", "extension", "triton", "triton-unfused")
 _RENAMED = {"aten": "composite", "native": "extension", "triton-apart": "triton-unfused"}
@@ -52,9 +52,7 @@ _LAYER_BACKENDS = {
 }
 for _name, _fused in (("triton", True), ("triton-unfused", False)):
     _backward = partial(triton.layer_backward, fused=_fused)
-    _is_faster = partial(triton.is_faster, path="fused" if _fused else "unfused")
     _LAYER_BACKENDS[_name] = LayerBackend(_backward, triton.IMPLEMENTED, triton.supports)
-    _LAYER_BACKENDS[f"measured-{_name}"] = LayerBackend(_backward, triton.IMPLEMENTED, _is_faster)
 
 # Each of these is an op of its name and one with the prefix extension_. adamw_step_ and alignment_products are only the
 # latter, because users do not call them.
@@ -71,12 +69,13 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
 _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
     **{(op, "cpu"): ("extension", "composite") for op in _IMPLEMENTATIONS},
     ("grouped layer", "cpu"): ("depthwise", "composite"),
-    ("layer", "cuda"): ("measured-triton", "measured-triton-unfused", "composite"),
 }
 _LAYERS = {  # the implementations of each kind of layer
     "grouped layer": ("composite", "extension", "depthwise"),
-    "layer": ("composite", "triton", "triton-unfused", "measured-triton", "measured-triton-unfused"),
+    "layer": ("composite", "triton", "triton-unfused"),
 }
+
+_NO_TERMS = Coefficients()
 
 _default = "auto"  # set by set_backend
 _innermost: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
@@ -134,6 +133,7 @@ def plan(
     mask: Mask,
     response_saved: bool,
     backend: str | None = None,
+    use_measured: bool = True,
 ) -> LayerCall:
     """Choose the algorithm and the kernels of a layer's backward.
 
@@ -141,6 +141,7 @@ def plan(
         mask: which gradients are needed: of input, weight, feedback and bias.
         response_saved: False if the backward would have to compute the response again.
         backend: the current one by default.
+        use_measured: whether "auto" uses what was measured for this layer.
 
     Raises:
         NotImplementedError: no backend for this layer implements one of the coefficients.
@@ -154,6 +155,11 @@ def plan(
             algorithm, reads_response = _cached_algorithm(geometry, input.shape, weight.shape, rule, response_saved)
         except TypeError:  # symbolic sizes have no hash
             algorithm, reads_response = _algorithm(geometry, input.shape, weight.shape, rule, response_saved)
+    if backend == "auto" and use_measured and tables[input.device]:
+        choice = choices.find(geometry, input, weight, rule, mask, response_saved)
+        call = choice and _call(choice, geometry, input, weight, rule, mask)
+        if call is not None:
+            return call
     for found, chosen, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
         if missing and any(map(rule.__getattribute__, missing)):
             continue
@@ -166,11 +172,65 @@ def plan(
     raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
 
 
+def layer_calls(
+    geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, mask: Mask, response_saved: bool
+) -> dict[Choice, LayerCall]:
+    """Every way to compute a layer's backward under "auto". The first is that of a layer that was not measured.
+
+    Triton's interpreter, which runs its kernels on a CPU for tests, is not one of them.
+    """
+    planned = plan(geometry, input, weight, rule, mask, response_saved, "auto", use_measured=False)
+    found: dict[Choice, LayerCall] = {}
+    costs = {Algorithm.NONE: 0}
+    if mask[2] and input.shape[0]:
+        costs = algorithms(geometry.sizes(input.shape, weight.shape, rule.samples), rule, response_saved)
+    for name in _LAYERS[_kind(geometry)]:
+        if name.startswith("triton") and input.is_cpu:
+            continue
+        for algorithm in costs:
+            choice = Choice(name, algorithm)
+            call = _call(choice, geometry, input, weight, rule, mask)
+            if call is not None and call not in found.values():
+                found[choice] = call
+    first = next(choice for choice, call in found.items() if call == planned)
+    return {first: found.pop(first), **found}
+
+
+def _call(
+    choice: Choice, geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, mask: Mask
+) -> LayerCall | None:
+    """The call of a layer by this backend and algorithm; None if the backend is missing or does not support it."""
+    name, algorithm = choice
+    device_type = input.device.type
+    if name not in _LAYERS[_kind(geometry)] or not _is_available(name, "depthwise_backward", device_type):
+        return None
+    found, chosen, missing = _candidate(name, device_type, "auto")
+    if any(getattr(rule, each) for each in missing):
+        return None
+    if found.supports is not None and not found.supports(geometry, input, weight, rule, algorithm):
+        return None
+    reads_response = mask[2] and needs_response(algorithm, rule)
+    if found.reads_response is not None:
+        reads_response = mask[2] and found.reads_response(rule, device_type)
+    return LayerCall(geometry, rule, mask, algorithm, chosen, reads_response)
+
+
+def _kind(geometry: Geometry) -> str:
+    return "grouped layer" if geometry is not LINEAR and geometry.groups > 1 else "layer"
+
+
 @lru_cache(maxsize=4096)
 def is_plain(geometry: Geometry, weight: Shape, device_type: str, backend: str) -> bool:
     """Whether the gradients of input and weight are those of PyTorch's own layer, with B in place of W."""
     preferred, *_ = _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1)
     return preferred.backend is _LAYER_BACKENDS["composite"] and not geometry.skips_positions(weight)
+
+
+def stays_plain(geometry: Geometry, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether no kernel was measured to be faster than PyTorch's own backward, for a layer of :func:`is_plain`."""
+    mask = (input.requires_grad, weight.requires_grad, False, bias is not None and bias.requires_grad)
+    choice = choices.find(geometry, input, weight, _NO_TERMS, mask, False)
+    return choice is None or choice.backend == "composite" or current_backend() != "auto"
 
 
 def _algorithm(
@@ -188,17 +248,20 @@ _cached_algorithm = lru_cache(maxsize=4096)(_algorithm)
 def _candidates(device_type: str, backend: str, grouped: bool) -> tuple[Candidate, ...]:
     """The implementations of a layer's backward, in order of preference."""
     kind = "grouped layer" if grouped else "layer"
-    center, add_centered_ = (implementation(op, device_type, backend) for op in ("center", "add_centered_"))
     return tuple(
-        Candidate(
-            found,
-            Implementations(found.backward, center, add_centered_),
-            tuple(name for name in (*COEFFICIENTS, "normalize") if name not in found.implemented),
-        )
+        _candidate(name, device_type, backend)
         for name in _preferred(kind, device_type, backend)
         if name in _LAYERS[kind] and _is_available(name, "depthwise_backward", device_type)
-        for found in [_LAYER_BACKENDS[name]]
     )
+
+
+@cache
+def _candidate(name: str, device_type: str, backend: str) -> Candidate:
+    """The implementation ``name`` of a layer's backward, with the functions of ``backend`` that it calls."""
+    found = _LAYER_BACKENDS[name]
+    center, add_centered_ = (implementation(op, device_type, backend) for op in ("center", "add_centered_"))
+    missing = tuple(each for each in (*COEFFICIENTS, "normalize") if each not in found.implemented)
+    return Candidate(found, Implementations(found.backward, center, add_centered_), missing)
 
 
 def current_backend() -> str:
@@ -233,6 +296,7 @@ def set_backend(name: str) -> None:
     _default = _available_backend(name, 3)
     implementation.cache_clear()
     _candidates.cache_clear()
+    _candidate.cache_clear()
     is_plain.cache_clear()
 
 
@@ -296,8 +360,6 @@ def _is_available(name: str, op: str, device_type: str) -> bool:
         return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::extension_{op}", key)
     if name == "triton" and op == "probe_gradients":
         return find_spec("triton") is not None
-    if name.startswith("measured"):
-        return bool(measured.devices()) and find_spec("triton") is not None
     return True
 
 

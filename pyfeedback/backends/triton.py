@@ -12,7 +12,6 @@ from pyfeedback.core.call import Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution, Geometry
 from pyfeedback.core.probes import ProbeProblem
-from pyfeedback.kernels import measured
 
 IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie"})  # coefficients
 PROBES_IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "normalize"})
@@ -24,17 +23,6 @@ def supports(geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficien
 
     conv2d_or_linear = not isinstance(geometry, Convolution) or geometry.is_conv2d
     return conv2d_or_linear and backward.supports(input, weight, geometry.groups)
-
-
-def is_faster(
-    geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, algorithm: Algorithm, *, path: str
-) -> bool:
-    """Whether ``path``, "fused" or "unfused", was measured to be the fastest for this layer on this device."""
-    table = measured.load(measured.device_name(input.device))
-    if not table or not supports(geometry, input, weight, rule, algorithm):
-        return False
-    sizes = geometry.sizes(input.shape, weight.shape, rule.samples)
-    return table.get(measured.key(sizes, algorithm.value, input.dtype)) == path
 
 
 def layer_backward(

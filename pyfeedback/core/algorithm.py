@@ -31,24 +31,27 @@ class Algorithm(enum.Enum):
     RESPONSE_GRAM = "response_gram"  # Y = y'y: null Y B - amp y'x
 
 
-def choose_algorithm(sizes: Sizes, rule: Coefficients, response_saved: bool) -> Algorithm:
-    """The algorithm with the fewest multiply-adds; among equals, the one that reads the response least.
+def algorithms(sizes: Sizes, rule: Coefficients, response_saved: bool) -> dict[Algorithm, int]:
+    """The multiply-adds of each algorithm that the layer may use, in order of preference among equals.
 
     Args:
         response_saved: if False, the response has to be computed again, which takes one more pass.
     """
     if not rule.reads_data:
-        return Algorithm.NONE
-    costs = {Algorithm.DIRECT: _direct_macs(sizes, rule, response_saved)}
+        return {Algorithm.NONE: 0}
+    costs = {}
     if sizes.pointwise and sizes.groups == 1:
         costs[Algorithm.INPUT_GRAM] = _input_gram_macs(sizes, rule)
-        if rule.null and not rule.sparse:
-            costs[Algorithm.RESPONSE_GRAM] = _response_gram_macs(sizes, rule, response_saved)
-    best = Algorithm.INPUT_GRAM if Algorithm.INPUT_GRAM in costs else Algorithm.DIRECT
-    for algorithm, macs in costs.items():
-        if macs < costs[best]:
-            best = algorithm
-    return best
+    costs[Algorithm.DIRECT] = _direct_macs(sizes, rule, response_saved)
+    if sizes.pointwise and sizes.groups == 1 and rule.null and not rule.sparse:
+        costs[Algorithm.RESPONSE_GRAM] = _response_gram_macs(sizes, rule, response_saved)
+    return costs
+
+
+def choose_algorithm(sizes: Sizes, rule: Coefficients, response_saved: bool) -> Algorithm:
+    """The algorithm with the fewest multiply-adds; among equals, the one that reads the response least."""
+    costs = algorithms(sizes, rule, response_saved)
+    return min(costs, key=costs.__getitem__)
 
 
 def needs_response(algorithm: Algorithm, rule: Coefficients) -> bool:

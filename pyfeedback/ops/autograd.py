@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.dispatch import current_backend, is_plain, plan, use_backend
+from pyfeedback.backends.dispatch import current_backend, is_plain, plan, stays_plain, tables, use_backend
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
@@ -83,6 +83,7 @@ def forward_with_feedback(
     """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible."""
     if (
         not is_plain(geometry, weight.shape, "cpu" if input.is_cpu else input.device.type, current_backend())
+        or (tables[input.device] and not stays_plain(geometry, input, weight, bias))
         or not _PLAIN.issuperset((type(input), type(weight), type(feedback)))
         or not ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
