@@ -1,14 +1,14 @@
 """Two routes to credit assignment without weight transport: seven rules train the same convolutional network.
 
-    python examples/two_routes.py                                  # cluttered digits, three seeds, a few minutes
+    python examples/two_routes.py                                  # cluttered digits, three seeds, four minutes
     python examples/two_routes.py --rule bp fa oja usf frsf brsf pfa dfa
     python examples/two_routes.py --sweep                          # wm and ia over one grid of coefficients
 
 Writes two_routes.png (accuracy and alignment by epoch) and two_routes.json (settings, curves, versions) to --out. If
 interrupted, it keeps the finished runs. The two routes are those of Kunin et al., ICML 2020. Local rules (wm, ia) read
-only an input and the response of a layer to it; here, the input is white noise. Weight estimation (sa, aa, kp) moves
-the feedback towards the forward weight by comparing the two weights, their responses or their updates. The settings are
-in tuned.py. They have no units, and were chosen on validation digits.
+only an input and the response of a layer to it. Weight estimation (sa, aa, kp) moves the feedback towards the forward
+weight by comparing the two weights, their responses or their updates. For wm, ia and aa, the input is white noise here.
+The settings are in tuned.py. They have no units, and were chosen on validation digits.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tuned import LR, MOMENTUM, PAPER, SETTINGS, WITH_UNITS, Setting, network
 import pyfeedback
 
 BATCH = 64
-EPOCHS = {"cluttered": 8, "digits": 30}
+EPOCHS = {"cluttered": 7, "digits": 30}
 TITLES = {
     "bp": "backprop",
     "fa": "feedback alignment",
@@ -281,7 +281,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rule", nargs="+", choices=SETTINGS, default=list(PAPER), metavar="RULE",
                         help=f"one or several of {', '.join(SETTINGS)} (default {' '.join(PAPER)})")  # fmt: skip
     parser.add_argument("--data", choices=cluttered_digits.NAMES, default="cluttered", help="default %(default)s")
-    parser.add_argument("--epochs", type=positive, help="default 8 for cluttered, 30 for digits, half of it in a sweep")
+    parser.add_argument("--epochs", type=positive, help="default 7 for cluttered, 30 for digits, half of it in a sweep")
     parser.add_argument("--seed", type=int, default=0, help="first seed of weights and order; default %(default)s")
     parser.add_argument("--seeds", type=positive, default=3, help="number of seeds; default %(default)s")
     parser.add_argument("--workers", type=positive, default=2, help="number of processes; default %(default)s")
@@ -290,7 +290,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="train wm and ia on a grid of coefficients")
     options = parser.parse_args()
     if options.epochs is None:
-        options.epochs = EPOCHS[options.data] // (2 if options.sweep else 1)
+        options.epochs = math.ceil(EPOCHS[options.data] / (2 if options.sweep else 1))
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
