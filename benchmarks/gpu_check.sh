@@ -3,8 +3,9 @@
 #
 # Requires a CUDA device, nvcc, and python3 (or $PYTHON) with torch, pytest and pytest-benchmark. Downloads nothing. Builds
 # the package, runs the GPU tests, checks memory accesses and races of the kernels, and measures. Each stage has a time
-# limit. A failed stage is listed in the final table and sets the exit code; the other stages still run. OUTDIR receives
-# stages.tsv, log.txt, table.txt, rates.json, layers.json, depthwise.json, update.json and networks.json.
+# limit, and what users feel comes first. A failed stage is listed in the final table and sets the exit code; the other
+# stages still run. OUTDIR receives stages.tsv, log.txt, table.txt, networks.json, tuned/, rates.json, layers.json,
+# depthwise.json and update.json. PYFEEDBACK_CACHE=OUTDIR/tuned uses the choices of the stage tune.
 #
 # STAND_IN=1 runs all stages on a CPU with tiny sizes, which tests this script.
 set -uo pipefail
@@ -25,6 +26,7 @@ if [[ -n "${STAND_IN:-}" ]]; then
   layers=(--network resnet20 --batch 2 --budget 0.01 --rule ia)
   depthwise=(--network mobilenet_v2 --batch 1 --budget 0.01 --rule fa --against extension)
   networks=(--network resnet20 --quick --rule ia)
+  checked=(--network resnet20 --batch 1 --dtype float32) tuned=(--network resnet20 --batch 1 --budget 0.5)
   export PYFEEDBACK_CUDA=0
 else
   architecture="$("$python" -c '
@@ -42,6 +44,8 @@ print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)" || {
     --against plain --against composed --against extension)
   networks=(--network resnet18 --network resnet20 --dtype bfloat16 --budget 0.3 --against plain)
   for rule in wm ia aa kp; do networks+=(--rule "$rule"); done
+  checked=(--network resnet50 --batch 4 --dtype bfloat16)
+  tuned=(--network resnet50 --batch 128 --dtype bfloat16 --rule ia --budget 45)
   export PYFEEDBACK_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}"
 fi
 export MAX_JOBS="${MAX_JOBS:-$(nproc)}" PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
@@ -91,8 +95,19 @@ stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-cac
 # The installed package must come before the source tree.
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
 
+measure networks 60 test_network_steps.py "${networks[@]}"
+
+stage check 60 "$python" -m pyfeedback check --device "$device" "${checked[@]}"
+stage tune 80 env PYFEEDBACK_CACHE="$out/tuned" "$python" -m pyfeedback tune --device "$device" "${tuned[@]}"
+
 stage tests 110 "$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider -q --maxfail=20 "${marked[@]}" \
   "$root/tests"
+
+stage rates 60 "$python" "$root/benchmarks/cudnn_rates.py" --device "$device" --out "$out/rates.json" \
+  --time-limit 45 "${rates[@]}"
+measure layers 80 test_layer_steps.py --backward-only "${layers[@]}"
+measure depthwise 40 test_layer_steps.py --backward-only "${depthwise[@]}"
+measure update 35 test_feedback_step.py --budget 0.1
 
 sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null)"
 watched=("$python" "$root/benchmarks/gpu_memcheck.py" --device "$device")
@@ -105,13 +120,6 @@ for tool in memcheck racecheck initcheck; do
     skip $tool "no compute-sanitizer"
   fi
 done
-
-stage rates 60 "$python" "$root/benchmarks/cudnn_rates.py" --device "$device" --out "$out/rates.json" \
-  --time-limit 45 "${rates[@]}"
-measure update 35 test_feedback_step.py --budget 0.1
-measure layers 115 test_layer_steps.py --backward-only "${layers[@]}"
-measure depthwise 40 test_layer_steps.py --backward-only "${depthwise[@]}"
-measure networks 40 test_network_steps.py "${networks[@]}"
 
 printf '\n'
 PYTHONPATH="$PYTHONPATH" "$python" "$root/benchmarks/gpu_table.py" "$out" | tee "$out/table.txt"

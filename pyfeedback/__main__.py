@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -46,18 +47,83 @@ def tune(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def check(options: argparse.Namespace, device: torch.device) -> int:
-    """Print the error of every candidate against float64; the exit status is 1 if one of them is wrong."""
-    print(f"{pyfeedback.build_info()}\n{'layer':64} {'candidate':28} {'error':>9}")
+    """Print the error of every kernel against float64; the exit status is 1 if one of them is wrong."""
+    print(f"{pyfeedback.build_info()}\n{'':64} {'implementation':28} {'error':>9}")
     wrong = 0
+    for what, implementation, error, refused in checks(options, device):
+        wrong += refused is not None
+        number = "" if error is None else f"{error:.1e}"
+        print(f"{what:64} {implementation:28} {number:>9}  {refused or ''}", flush=True)
+    print(f"{wrong} wrong" if wrong else "all are correct")
+    return 1 if wrong else 0
+
+
+Check = tuple[str, str, float | None, str | None]  # what, its implementation, its error, and why it is wrong
+
+
+def checks(options: argparse.Namespace, device: torch.device) -> Iterator[Check]:
+    """Compare the layers of a network under each rule, and the ops on all weights of a model, with float64."""
     for name in [options.dtype] if options.dtype else DTYPES:
         found = [s for rule in RULES for s in signatures(options.network, rule, options.batch, DTYPES[name], device)]
         for signature in dict.fromkeys(found):
             for candidate in tuning.candidates(signature, device):
-                wrong += candidate.refused is not None
-                error = "" if candidate.error is None else f"{candidate.error:9.1e}"
-                print(f"{tuning.shown(signature):64} {candidate.choice!s:28} {error:>9}  {candidate.refused or ''}")
-    print(f"{wrong} wrong" if wrong else "all are correct")
-    return 1 if wrong else 0
+                yield tuning.shown(signature), str(candidate.choice), candidate.error, candidate.refused
+        for what, run in OPS.items():
+            with pyfeedback.backend("composite"):
+                exact, default = run(torch.float64, device), run(DTYPES[name], device)
+            allowed = tuning.ERROR * relative(default, exact) + torch.finfo(DTYPES[name]).eps
+            for backend in ("composite", "extension") if pyfeedback.build_info().cpu else ("composite",):
+                with pyfeedback.backend(backend):
+                    error = relative(run(DTYPES[name], device), exact)
+                refused = None if error <= allowed else f"error {error:.1e}, expected at most {allowed:.1e}"
+                yield f"{what}, {name}", backend, error, refused
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The relative error in the norm."""
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def model_of(dtype: torch.dtype, device: torch.device, rule: str | pyfeedback.Rule) -> torch.nn.Module:
+    """A model of layers of several sizes with gradients, the same for each dtype but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3, 5), (17, 64), (64, 129), (256, 512)]
+    model = torch.nn.Sequential(*(torch.nn.Linear(c, k) for c, k in sizes))
+    pyfeedback.convert(model, rule).to(device, dtype)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator))
+        p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+    return model
+
+
+def stepped(optimizer: str, rule: pyfeedback.Rule, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All weights and feedback weights after three steps of an optimizer."""
+    model = model_of(dtype, device, rule)
+    step = getattr(pyfeedback.optim, optimizer)(model, lr=0.01, weight_decay=0.01).step
+    for _ in range(3):
+        step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def aligned(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The angles and ratios of norms of all layers."""
+    found = pyfeedback.alignment(model_of(dtype, device, "fa")).values()
+    return torch.tensor([(each.angle, each.norm_ratio) for each in found], dtype=torch.float64)
+
+
+def centered(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A batch with a mean of five standard deviations, minus its mean."""
+    batch = torch.randn(9, 7, 6, 5, generator=torch.Generator().manual_seed(0)) + 5
+    return torch.ops.pyfeedback.center(batch.to(device, dtype), 9)
+
+
+# Coefficients of 1: with those of the paper, the squares in AdamW's state are too small for float16.
+UPDATES = {"sa": pyfeedback.rule("sa", self_=1.0, decay=1.0), "kp": pyfeedback.rule("kp")}
+OPS: dict[str, Callable[[torch.dtype, torch.device], torch.Tensor]] = {
+    **{f"{o} under {name}": partial(stepped, o, rule) for o in ("SGD", "AdamW") for name, rule in UPDATES.items()},
+    "alignment": aligned,
+    "center": centered,
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -69,11 +135,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.set_defaults(run=run)
         command.add_argument("--network", choices=NETWORKS, default="resnet20", help="default %(default)s")
         command.add_argument("--batch", type=_positive, default=batch, help="default %(default)s")
-        command.add_argument("--device", help="default: cuda if available, else cpu")
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        command.add_argument("--device", type=_device, default=default, help="default here: %(default)s")
         every = "" if name == "check" else "float32"
         command.add_argument("--dtype", choices=DTYPES, default=every or None, help=f"default {every or 'all'}")
     commands.choices["tune"].add_argument("--rule", choices=RULES, default="ia", help="default %(default)s")
-    commands.choices["tune"].add_argument("--budget", type=float, default=60.0, help="seconds; default %(default)s")
+    commands.choices["tune"].add_argument("--budget", type=_seconds, default=60.0, help="seconds; default %(default)s")
     return parser.parse_args(arguments)
 
 
@@ -83,11 +150,27 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).splitlines()[0]}") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status."""
     options = parse(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return options.run(options, device)
+    return options.run(options, options.device)
 
 
 if __name__ == "__main__":

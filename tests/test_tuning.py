@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pyfeedback
+from pyfeedback import __main__ as program
 from pyfeedback import tuning
 from pyfeedback.backends import choices, dispatch
 from pyfeedback.backends.choices import Choice
@@ -403,11 +404,33 @@ def test_the_program_tunes_and_checks(folder):
     assert done.stdout.splitlines()[-1] == "all are correct"
 
 
-@pytest.mark.parametrize("arguments", [(), ("tune", "--batch", "0"), ("check", "--dtype", "int8")])
-def test_the_program_refuses_bad_arguments(arguments):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert "usage: python -m pyfeedback" in done.stderr
+BAD_ARGUMENTS = (
+    (),
+    ("tune", "--batch", "0"),
+    ("tune", "--budget", "-1"),
+    ("check", "--dtype", "int8"),
+    ("check", "--device", "tpu7"),
+)
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=" ".join)
+def test_the_program_refuses_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(list(arguments))
+    assert "usage: python -m pyfeedback" in capsys.readouterr().err
+
+
+def test_the_program_finds_a_wrong_kernel(monkeypatch, capsys):
+    def off(dtype, device):
+        return torch.full((4,), 1.0 if dtype == torch.float64 or pyfeedback.current_backend() == "composite" else 1.01)
+
+    monkeypatch.setattr(program, "OPS", {"an op": off})
+    monkeypatch.setitem(program.NETWORKS, "resnet20", ())
+    assert program.main(["check", "--dtype", "float32", "--device", "cpu"]) == int(pyfeedback.build_info().cpu)
+    printed = capsys.readouterr().out.splitlines()
+    if pyfeedback.build_info().cpu:
+        assert "error 1.0e-02, expected at most" in printed[-2]
+        assert printed[-1] == "1 wrong"
 
 
 def test_a_report_is_a_table():
