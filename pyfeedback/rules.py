@@ -60,6 +60,8 @@ class Rule(Primitives):
         every: make an estimate from probes in one of ``every`` steps. 0: 20 times in ``tau`` steps.
         name: the name shown in reports.
         fixed: the coefficients in the form that the ops take, or None if they depend on the batch.
+        needs_optimizer: whether only the optimizers of :mod:`pyfeedback.optim` can train B: it reads probes, or W must
+            decay as well (kp with a ``tau``).
     """
 
     center: bool = False
@@ -80,6 +82,7 @@ class Rule(Primitives):
     name: str = field(default="custom", compare=False)
 
     fixed: ClassVar[Coefficients | None] = None
+    needs_optimizer: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in COEFFICIENTS:
@@ -117,6 +120,7 @@ class Rule(Primitives):
         self._check_probes()
         if self.tau:
             self._remove_units()
+        object.__setattr__(self, "needs_optimizer", self.reads_probes or (self.tau > 0 and self.tie != 0))
         if self.samples == 0 and self.reduction == "batch":
             object.__setattr__(self, "fixed", self.coefficients(1, 1))
 

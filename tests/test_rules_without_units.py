@@ -307,3 +307,22 @@ def test_a_rule_with_a_time_constant_is_a_rule():
     assert pyfeedback.rule(rule, tau=10).tau == 10
     assert pyfeedback.rule(rule) == rule == Rule(amp=1.0, null=1.0, decay=1.0, center=True, tau=20, nu=0.5)
     assert "tau=20" in str(rule)
+
+
+def test_kp_without_an_optimizer_of_the_package_is_reported_once(caplog):
+    for tau, reported in ((20.0, 1), (0.0, 0)):
+        model = pyfeedback.convert(nn.Linear(4, 3), pyfeedback.rule("kp", tau=tau))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+        found = [r.message for r in caplog.records if "does not learn: its rule makes W and B decay" in r.message]
+        assert len(found) == reported
+        caplog.clear()
+    model = pyfeedback.convert(nn.Linear(4, 3), pyfeedback.rule("kp", tau=20.0))
+    optimizer = pyfeedback.optim.AdamW(model, lr=0.1)
+    for _ in range(3):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    assert not caplog.records

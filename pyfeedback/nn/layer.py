@@ -96,7 +96,7 @@ class FeedbackLayer(torch.nn.Module):
         if input.dim() == weight.dim() - 1:
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
         rule, scheduled = self.rule, self.scheduled
-        if rule.source == "probes" and not torch.compiler.is_compiling():
+        if rule.needs_optimizer and not torch.compiler.is_compiling():
             if self.last_call is not None and not self.has_optimizer and torch.is_grad_enabled() and self.training:
                 self._warn_of_no_optimizer()
             object.__setattr__(self, "last_call", (geometry, input.shape))
@@ -120,14 +120,15 @@ class FeedbackLayer(torch.nn.Module):
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
 
     def _warn_of_no_optimizer(self) -> None:
-        """Warn, once per layer, if nothing computes the estimates of a rule that reads probes."""
+        """Warn, once per layer, if no optimizer of this package trains a rule that needs one."""
         if self not in _warned:
             _warned.add(self)
             _log.warning(
-                "%s(%s): its feedback weight does not learn: its rule reads probes in the step of an optimizer of "
+                "%s(%s): its feedback weight does not learn: its rule %s in the step of an optimizer of "
                 "pyfeedback.optim, and none was built for this model",
                 type(self).__name__,
                 self.extra_repr().removeprefix(", "),
+                "reads probes" if self.rule.reads_probes else "makes W and B decay",
             )
 
     def _check_gradients_are_cleared(self) -> None:
