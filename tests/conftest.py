@@ -16,6 +16,9 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
     _cache = f"torchinductor_{getpass.getuser()}_{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _cache)))
 
+# What pyfeedback.tune has measured on this machine must not change what is tested.
+os.environ.setdefault("PYFEEDBACK_TUNE", "off")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

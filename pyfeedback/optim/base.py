@@ -73,10 +73,9 @@ class RowOptimizer(torch.optim.Optimizer):
     def time_constants(self) -> dict[str, float]:
         """Return the number of steps in which each B moves to its target, by layer.
 
-        A B that learns needs a run of many time constants to find W. It is the rule's ``tau``, or longer if aa
-        has too few probes for it. Without a ``tau``, it is (1 - momentum) / (lr * decay) with SGD. It is infinite if
-        the rule has no decay and no other term that makes B forget, and nan if it depends on the data or on Adam's
-        estimates.
+        A B that learns needs a run of many time constants to find W. It is the rule's ``tau``, or longer if aa has too
+        few probes for it. Without a ``tau``, it is (1 - momentum) / (lr * decay) with SGD. It is infinite if the rule
+        has no decay and no other term that makes B forget, and nan if it depends on the data or on Adam's estimates.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
         learning = {b: layer for b, layer in self._layers.items() if layer.rule.learns and b in groups}
