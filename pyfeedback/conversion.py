@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ def convert(
     rule: str | Rule | Mapping[str, str | Rule],
     *,
     init: Init | Callable[[Tensor], object] | None = None,
+    strict: bool = False,
     return_report: bool = False,
 ):
     """Give every convolution and linear layer of ``model`` a feedback path that learns by ``rule``, in place.
@@ -70,42 +73,86 @@ def convert(
         init: the initialization of the feedback weights: a :class:`pyfeedback.Init`, or a function of torch.nn.init. By
             default, a normal distribution with the standard deviation of the layer's weight. With a seed, each layer
             draws different values.
-        return_report: return ``(model, Conversion)``. The report is logged in any case, at level INFO.
+        strict: raise an error if a layer with weights cannot be converted, or matches no pattern.
+        return_report: return ``(model, Conversion)``. The report is logged in any case, at level INFO. A pattern that
+            matches no layer is logged at level WARNING.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError, TypeError: an argument is invalid; the model has not been changed.
+        ValueError, TypeError: an argument is invalid, or no layer would be converted and no report is returned; the
+            model has not been changed.
     """
     check_model(model)
+    check_flag("strict", strict)
     check_flag("return_report", return_report)
-    rules = _rules_by_pattern(rule)
-    init, unsupported = as_init(init), _unsupported(model)
-    report, direct = Conversion(rules), None
+    rules, init = _rules_by_pattern(rule), as_init(init)
+    chosen, left = _chosen_rules(model, rules)
+    if not chosen and not return_report:
+        raise ValueError(_nothing_to_convert(model, rules, left))
+    if strict and left:
+        described = "; ".join(f"{name or 'the model'}: {why}" for name, why in left.items())
+        raise ValueError(f"strict is True, but these layers are left: {described}")
+    report, direct = Conversion(rules, list(chosen), left), None
     _drop_direct_feedback(model)
-    for name, module in model.named_modules():
-        if module in unsupported:
-            report.left[name] = unsupported[module]
-        elif isinstance(module, FeedbackLayer) or type(module) in LAYERS:
-            chosen = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
-            if chosen is None:
-                report.left[name] = "no pattern of the rules matches its name"
-                continue
-            module.__class__ = LAYERS.get(type(module), type(module))
-            module.attach_feedback(chosen, init.of_layer(name))
-            module.reset_feedback(_normal_like(module.weight))
-            if chosen.direct != "no":
-                direct = direct or DirectFeedback(init, chosen.direct == "shared")
-                module.direct = DirectInput(name, direct)
-            report.changed.append(name)
-        elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
-            report.left[name] = f"{type(module).__name__} has weights, but there is no feedback layer for it"
+    for name, follows in chosen.items():
+        module: Any = model.get_submodule(name)
+        module.__class__ = LAYERS.get(type(module), type(module))
+        module.attach_feedback(follows, init.of_layer(name))
+        module.reset_feedback(_normal_like(module.weight))
+        if follows.direct != "no":
+            direct = direct or DirectFeedback(init, follows.direct == "shared")
+            module.direct = DirectInput(name, direct)
     if direct is not None:
         direct.attach(model)
     report.not_in_place = _preserve_responses(model)
     _log.info("%s", report)
+    for pattern in rules:
+        if not any(fnmatchcase(name, pattern) for name in chosen):
+            close = _close_names(pattern, list(chosen))
+            _log.warning(
+                "the pattern %r of rule matches no layer%s", pattern, f"; the model has {close}" if close else ""
+            )
     return (model, report) if return_report else model
+
+
+def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, Rule], dict[str, str]]:
+    """The rule of each layer that is converted, and the reason for each layer that is left, by name."""
+    unsupported = _unsupported(model)
+    chosen: dict[str, Rule] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if module in unsupported:
+            left[name] = unsupported[module]
+        elif isinstance(module, FeedbackLayer) or type(module) in LAYERS:
+            follows = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
+            if follows is None:
+                left[name] = "no pattern of the rules matches its name"
+            else:
+                chosen[name] = follows
+        elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
+            left[name] = f"{type(module).__name__} has weights, but there is no feedback layer for it"
+    return chosen, left
+
+
+def _nothing_to_convert(model: nn.Module, rules: dict[str, Rule], left: dict[str, str]) -> str:
+    """The message of the error if no layer would be converted."""
+    names = [name for name, why in left.items() if why.startswith("no pattern")]
+    if names:
+        close = dict.fromkeys(name for pattern in rules for name in _close_names(pattern, names).split(", ") if name)
+        what = f"the name of a layer, such as {', '.join(list(close or names)[:3])}"
+        return f"rule has the patterns {', '.join(map(repr, rules))}, none of which matches, expected {what}"
+    what = "a convolution, a linear layer or attention of torch.nn"
+    reasons = "; ".join(f"{name or 'the model'}: {why}" for name, why in list(left.items())[:3])
+    return f"model is a {type(model).__name__} without a layer to convert, expected {what}" + (
+        f" ({reasons})" if reasons else ""
+    )
+
+
+def _close_names(pattern: str, names: list[str]) -> str:
+    """Names that are like a pattern, separated by commas."""
+    return ", ".join(get_close_matches(pattern, names, n=3, cutoff=0.6))
 
 
 def unconvert(model: nn.Module) -> nn.Module:
