@@ -12,7 +12,7 @@ from two_routes import TITLES
 
 FIGURES = {"accuracy": ACCURACY, "behind bp": BEHIND, "angle": ANGLE}  # column of the rows: label of the axis
 PANELS = {"resnet": "residual networks", "plain": "plain networks"}
-READS_ACTIVATIONS = (0, (1, 1))  # the dash of a local rule that is drawn for comparison
+ON_DATA = (0, (1, 1))  # the dash of a rule that reads activations
 
 
 def draw(rows: Sequence[dict], out: Path) -> list[str]:
@@ -91,17 +91,22 @@ def _scale(axes: Axes, column: str) -> None:
 
 
 def _line(name: str) -> dict:
-    rule, _, source = name.partition("-")
+    rule, source = _source(name)
     color, dash = STYLES[rule]
-    compared = source == "data"
     return {
         "color": color,
-        "linestyle": READS_ACTIVATIONS if compared else dash,
+        "linestyle": ON_DATA if source == "data" else dash,
         "marker": MARKERS[rule],
-        "markerfacecolor": color if compared else "white",
+        "markerfacecolor": color if source == "data" else "white",
     }
 
 
 def _label(name: str) -> str:
-    rule, _, source = name.partition("-")
+    rule, source = _source(name)
     return f"{rule}  {TITLES[rule]}{f', {source}' if source else ''}"
+
+
+def _source(name: str) -> tuple[str, str]:
+    """The rule, and what it reads: "probes", "data", or "" if neither."""
+    rule, _, source = name.partition("-")
+    return rule, "data" if name == "aa" else source
