@@ -63,6 +63,8 @@ Check = tuple[str, str, float | None, str | None]  # what, its implementation, i
 
 def checks(options: argparse.Namespace, device: torch.device) -> Iterator[Check]:
     """Compare the layers of a network under each rule, and the ops on all weights of a model, with float64."""
+    info = pyfeedback.build_info()
+    compiled = info.cpu and (info.cuda or device.type == "cpu")
     for name in [options.dtype] if options.dtype else DTYPES:
         found = [s for rule in RULES for s in signatures(options.network, rule, options.batch, DTYPES[name], device)]
         for signature in dict.fromkeys(found):
@@ -72,7 +74,7 @@ def checks(options: argparse.Namespace, device: torch.device) -> Iterator[Check]
             with pyfeedback.backend("composite"):
                 exact, default = run(torch.float64, device), run(DTYPES[name], device)
             allowed = tuning.ERROR * relative(default, exact) + torch.finfo(DTYPES[name]).eps
-            for backend in ("composite", "extension") if pyfeedback.build_info().cpu else ("composite",):
+            for backend in ("composite", "extension") if compiled else ("composite",):
                 with pyfeedback.backend(backend):
                     error = relative(run(DTYPES[name], device), exact)
                 refused = None if error <= allowed else f"error {error:.1e}, expected at most {allowed:.1e}"

@@ -110,7 +110,7 @@ def convert(
     _log.info("%s", report)
     for pattern in rules:
         if not any(fnmatchcase(name, pattern) for name in chosen):
-            close = _close_names(pattern, list(chosen))
+            close = ", ".join(_close_names(pattern, list(chosen)))
             _log.warning(
                 "the pattern %r of rule matches no layer%s", pattern, f"; the model has {close}" if close else ""
             )
@@ -140,7 +140,7 @@ def _nothing_to_convert(model: nn.Module, rules: dict[str, Rule], left: dict[str
     """The message of the error if no layer would be converted."""
     names = [name for name, why in left.items() if why.startswith("no pattern")]
     if names:
-        close = dict.fromkeys(name for pattern in rules for name in _close_names(pattern, names).split(", ") if name)
+        close = dict.fromkeys(name for pattern in rules for name in _close_names(pattern, names))
         what = f"the name of a layer, such as {', '.join(list(close or names)[:3])}"
         return f"rule has the patterns {', '.join(map(repr, rules))}, none of which matches, expected {what}"
     what = "a convolution, a linear layer or attention of torch.nn"
@@ -150,9 +150,9 @@ def _nothing_to_convert(model: nn.Module, rules: dict[str, Rule], left: dict[str
     )
 
 
-def _close_names(pattern: str, names: list[str]) -> str:
-    """Names that are like a pattern, separated by commas."""
-    return ", ".join(get_close_matches(pattern, names, n=3, cutoff=0.6))
+def _close_names(pattern: str, names: list[str]) -> list[str]:
+    """Names that are like a pattern."""
+    return get_close_matches(pattern, names, n=3, cutoff=0.6)
 
 
 def unconvert(model: nn.Module) -> nn.Module:

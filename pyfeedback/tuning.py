@@ -132,7 +132,7 @@ def tune(
         A report of each layer; ``print(report)`` shows a table.
 
     Raises:
-        TypeError, ValueError: an argument is invalid.
+        TypeError, ValueError: an argument is invalid, or PYFEEDBACK_TUNE is off.
         RuntimeError: no layer with a feedback weight ran.
     """
     check_model(model)
@@ -184,6 +184,8 @@ def measure(
     signatures: Sequence[Signature], device: torch.device, budget: float, group: Any = None, progress: bool = False
 ) -> Report:
     """Race the candidates of each layer, agree with the other ranks, and store the choices."""
+    if choices.mode() == "off":
+        raise ValueError(f"{choices.VARIABLE} is off, expected cached: what is measured would not be used")
     rank, ranks = (torch.distributed.get_rank(group), torch.distributed.get_world_size(group)) if group else (0, 1)
     if group:
         gathered: list[Any] = [None] * ranks

@@ -332,7 +332,7 @@ def test_a_compiled_model_uses_the_choices():
         torch.testing.assert_close(*gradients)
 
 
-def test_bad_input():
+def test_bad_input(monkeypatch):
     model = pyfeedback.convert(nn.Linear(4, 4), "ia")
     with pytest.raises(TypeError, match="model is"):
         pyfeedback.tune("resnet", torch.randn(2, 4))
@@ -340,6 +340,9 @@ def test_bad_input():
         pyfeedback.tune(model, torch.randn(2, 4), budget=0)
     with pytest.raises(RuntimeError, match="no layer with a feedback weight ran"):
         pyfeedback.tune(nn.Linear(4, 4), torch.randn(2, 4), progress=False)
+    monkeypatch.setenv("PYFEEDBACK_TUNE", "off")
+    with pytest.raises(ValueError, match="PYFEEDBACK_TUNE is off, expected cached"):
+        pyfeedback.tune(model, torch.randn(2, 4), progress=False)
     with pyfeedback.backend("composite"), pytest.raises(ValueError, match="the backend is composite, expected auto"):
         pyfeedback.tune(model, torch.randn(2, 4), progress=False)
 
