@@ -42,7 +42,7 @@ def small(study, **changes):
         study.Case("plain4", rules=("bp", "sa")),
     )
     sizes = {"epochs": 1, "train_size": 64, "test_size": 20}
-    return study.Scale(cases=cases, search_seeds=1, candidates=1, seeds=2, **{**sizes, **changes})
+    return study.Scale(cases=cases, search_seeds=1, candidates=1, seeds=2, more_seeds=2, **{**sizes, **changes})
 
 
 def made_up(runs, accuracy, angle=None, diverged=False):
@@ -94,7 +94,7 @@ def test_keys_are_unique_and_survive_a_file(study, runs):
     for name in study.RULES:
         jobs += [job for setting in study.candidates(name, 0.004) for job in scale.search_jobs(setting)]
     keys = [job.key for job in jobs]
-    assert len(set(keys)) == len(keys) == 5 * (2 * 10 + 5 * 8) + 8 * 4 * 2
+    assert len(set(keys)) == len(keys) == 5 * (2 * 10 + 5 * 8) + 15 * 4 * 4 + 8 * 4 * 2
     for job in jobs:
         read = json.loads(job.key)
         assert runs.Job(**read | {"setting": runs.Setting(**read["setting"])}) == job
