@@ -17,8 +17,9 @@ from pyfeedback.conversion import (
     forward_parameters,
     unconvert,
 )
+from pyfeedback.guard import set_guard
 from pyfeedback.init import Init
-from pyfeedback.metrics import LayerAlignment, Monitor, alignment
+from pyfeedback.metrics import LayerAlignment, LayerStatus, Monitor, Status, alignment, status
 from pyfeedback.rules import Rule, rule
 from pyfeedback.small_start import start_small
 from pyfeedback.tuning import tune
@@ -29,8 +30,10 @@ __all__ = [
     "Conversion",
     "Init",
     "LayerAlignment",
+    "LayerStatus",
     "Monitor",
     "Rule",
+    "Status",
     "alignment",
     "backend",
     "build_info",
@@ -47,7 +50,9 @@ __all__ = [
     "rule",
     "schedules",
     "set_backend",
+    "set_guard",
     "start_small",
+    "status",
     "tune",
     "unconvert",
 ]

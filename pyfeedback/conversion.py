@@ -100,6 +100,7 @@ def convert(
         module: Any = model.get_submodule(name)
         module.__class__ = LAYERS.get(type(module), type(module))
         module.attach_feedback(follows, init.of_layer(name))
+        module.full_name = name
         module.reset_feedback(_normal_like(module.weight))
         if follows.direct != "no":
             direct = direct or DirectFeedback(init, follows.direct == "shared")

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -17,8 +17,12 @@ from pyfeedback.nn.direct import DirectInput
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
+OTHER_RULE = "the state dict has feedback weights of the rule"
+
 _log = logging.getLogger("pyfeedback")
 _warned: WeakSet[torch.nn.Module] = WeakSet()  # layers for which a warning was logged
+# Every layer with a rule, of all models, in the order of their conversion; for pyfeedback.guard.
+attached_layers: WeakKeyDictionary["FeedbackLayer", None] = WeakKeyDictionary()
 
 
 class FeedbackLayer(torch.nn.Module):
@@ -37,6 +41,8 @@ class FeedbackLayer(torch.nn.Module):
     called = False  # True from the first forward pass on; remains False if a model only reads the weight
     last_call: tuple[Geometry, torch.Size] | None = None  # of a layer that reads probes: how expensive a pass is
     has_optimizer = False  # whether an optimizer of pyfeedback.optim was built for the feedback weight
+    full_name = ""  # in the model that was converted, for messages
+    drawn_version = 0  # the version counter of the feedback weight before its first step
     scheduled: Tensor | None = None  # the coefficients under a schedule, an input of a compiled graph
     unscheduled: Rule | None = None  # the rule before the schedule changed it
 
@@ -45,7 +51,7 @@ class FeedbackLayer(torch.nn.Module):
         self.rule, self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
         self.called = self.has_optimizer = False
-        self.last_call = None
+        self.last_call, self.full_name, self.drawn_version = None, "", 0
         feedback, mixing, weight = None, None, self.weight
         if self.rule.expansion:
             rows = weight.shape[0] * self.rule.expansion
@@ -56,12 +62,19 @@ class FeedbackLayer(torch.nn.Module):
             feedback = torch.nn.Parameter(torch.empty_like(weight), requires_grad=by_autograd)
         self.register_parameter("feedback", feedback)
         self.register_buffer("mixing", mixing)
+        attached_layers[self] = None
         self.reset_feedback()
 
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
-        del self.called, self.has_optimizer, self.last_call
+        del self.called, self.has_optimizer, self.last_call, self.full_name, self.drawn_version
+        attached_layers.pop(self, None)
+
+    def __setstate__(self, state: dict) -> None:  # of a copy
+        super().__setstate__(state)
+        attached_layers[self] = None
+        self._remember_version()
 
     @renamed_keyword("law", "init_fn")
     def reset_feedback(self, init_fn: Callable[[Tensor], object] = default_init_) -> None:
@@ -76,6 +89,10 @@ class FeedbackLayer(torch.nn.Module):
         if self.rule.signs in ("uniform", "batch"):
             with torch.no_grad():
                 feedback.copy_(feedback.square().mean().sqrt().expand_as(feedback))
+        self._remember_version()
+
+    def _remember_version(self) -> None:
+        self.drawn_version = 0 if self.feedback is None else self.feedback._version
 
     def enter(self, input: Tensor) -> Tensor | None:
         """Begin a forward pass: check the input, mark the layer as called, and return :meth:`effective_feedback`."""
@@ -85,9 +102,6 @@ class FeedbackLayer(torch.nn.Module):
         feedback = self.feedback
         if feedback is None:
             return None
-        learns = feedback.requires_grad and feedback.is_leaf and not torch.compiler.is_compiling()
-        if learns and feedback.grad is not None:
-            self._check_gradients_are_cleared()
         rule = self.rule  # the first lines of effective_feedback, inlined to save most layers a call
         return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
 
@@ -97,8 +111,6 @@ class FeedbackLayer(torch.nn.Module):
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
         rule, scheduled = self.rule, self.scheduled
         if rule.needs_optimizer and not torch.compiler.is_compiling():
-            if self.last_call is not None and not self.has_optimizer and torch.is_grad_enabled() and self.training:
-                self._warn_of_no_optimizer()
             object.__setattr__(self, "last_call", (geometry, input.shape))
         coefficients = rule.fixed
         if scheduled is not None and not torch.compiler.is_compiling():
@@ -118,32 +130,6 @@ class FeedbackLayer(torch.nn.Module):
                 return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
             coefficients = rule.coefficients(input.shape[0], positions)
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
-
-    def _warn_of_no_optimizer(self) -> None:
-        """Warn, once per layer, if no optimizer of this package trains a rule that needs one."""
-        if self not in _warned:
-            _warned.add(self)
-            _log.warning(
-                "%s(%s): its feedback weight does not learn: its rule %s in the step of an optimizer of "
-                "pyfeedback.optim, and none was built for this model",
-                type(self).__name__,
-                self.extra_repr().removeprefix(", "),
-                "reads probes" if self.rule.reads_probes else "makes W and B decay",
-            )
-
-    def _check_gradients_are_cleared(self) -> None:
-        """Warn, once per layer, if the gradient of W was cleared and that of the feedback was not."""
-        weight = self.weight
-        learns = torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad
-        if learns and weight.grad is None and self not in _warned:
-            _warned.add(self)
-            _log.warning(
-                "%s(%s): feedback.grad keeps growing, since weight.grad was cleared and feedback.grad was not: an "
-                "optimizer that was built before convert does not have the feedback weights; build it afterwards, or "
-                "give pyfeedback.feedback_parameters(model) to one",
-                type(self).__name__,
-                self.extra_repr().removeprefix(", "),
-            )
 
     def effective_feedback(self, random: bool = True) -> Tensor | None:
         """Return the feedback weight that a pass uses: ``feedback`` as modified by the rule.
@@ -192,13 +178,32 @@ class FeedbackLayer(torch.nn.Module):
         if "feedback" in self._parameters:  # the constructor of torch.nn calls this before the feedback exists
             self.reset_feedback()
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *others) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """Save a checkpoint, with the name of the rule in its metadata."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["rule"] = self.rule.name
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         """Load a checkpoint; one of the torch.nn layer loads too, with a warning that the feedback is unchanged."""
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
+        saved = local_metadata.get("rule", self.rule.name)
+        if saved != self.rule.name and f"{prefix}feedback" in state_dict:
+            if not any(message.startswith(OTHER_RULE) for message in error_msgs):  # once, not for each layer
+                error_msgs.append(
+                    f"{OTHER_RULE} {saved}, but {prefix[:-1] or 'the layer'} follows {self.rule.name}: convert the "
+                    "model to the saved rule, or load dict(state_dict), which does not contain the rules"
+                )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         for name in ("feedback", "mixing"):
             if f"{prefix}{name}" in missing_keys:
                 missing_keys.remove(f"{prefix}{name}")
                 _log.warning("%s%s is not in the state dict: the feedback weight stays as it is", prefix, name)
+        self._remember_version()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"

@@ -16,7 +16,7 @@ from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.optim.probes import layer_probes, probe_gradients
-from pyfeedback.optim.rows import LossScale, Row, is_computed, is_tied, without_loss_scale
+from pyfeedback.optim.rows import LossScale, Row, has_hooks, is_computed, is_tied, without_loss_scale
 from pyfeedback.rules import Rule
 
 SLOW = 0.03  # of a run: a B with a longer time constant does not find W, unless its rule is Kolen-Pollack
@@ -207,8 +207,8 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
     if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with
         for feedback, layer in layers.items():
             rule = layer.unscheduled or layer.rule
-            by_autograd = rule.reads_data or (rule.learns and is_computed(layer) and not rule.reads_probes)
-            feedback.requires_grad_(by_autograd)
+            needs_autograd = is_computed(layer) or has_hooks(feedback)
+            feedback.requires_grad_(rule.reads_data or (rule.learns and needs_autograd and not rule.reads_probes))
     return layers, {feedback: name for feedback, (name, _) in named.items()}
 
 

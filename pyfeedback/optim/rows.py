@@ -37,6 +37,11 @@ class LossScale(NamedTuple):
         return cls(None if scale is None else 1 / float(scale))
 
 
+def has_hooks(p: Tensor) -> bool:
+    """Whether hooks are to read or change the gradient that autograd computes for ``p``."""
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+
+
 def is_tied(rule: Rule) -> bool:
     """Whether the rule is Kolen-Pollack: tie and decay, and nothing else."""
     return rule.tie != 0 and not rule.has_data_terms and not rule.self_
