@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "pyfeedback.small_start": {"pyfeedback.core"},
     "pyfeedback.tuning": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.backends.choices", DISPATCH},
     "pyfeedback.__main__": {
-        "pyfeedback", "pyfeedback.core", "pyfeedback.tuning", "pyfeedback.backends.choices", SHARED,
+        "pyfeedback", "pyfeedback.core", "pyfeedback.rules", "pyfeedback.tuning", "pyfeedback.backends.choices", SHARED,
     },
     "pyfeedback.schedules": {"pyfeedback.core", "pyfeedback.conversion", "pyfeedback.nn", "pyfeedback.rules"},
     "pyfeedback.metrics": {"pyfeedback.core", DISPATCH, "pyfeedback.nn", "pyfeedback.metrics"},
