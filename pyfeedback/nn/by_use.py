@@ -154,10 +154,12 @@ def weights_of(module: nn.Module) -> list[str]:
 
 def used_weights(module: nn.Module) -> dict[str, bool]:
     """Names of the own weights that a module's forward multiplies with its data, and whether it changes them before."""
-    names = [name for name, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1]
-    if not names or "forward" in vars(module):
+    matrices = {n: p for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1}
+    if not matrices or "forward" in vars(module):
         return {}
-    return weights_in_products(plain_class(module), names)
+    found = weights_in_products(plain_class(module), list(matrices))
+    scales = {name for name, p in matrices.items() if p.numel() == max(p.shape)}  # of a weight, such as a gain
+    return {name: is_computed for name, is_computed in found.items() if not (is_computed and name in scales)}
 
 
 def attach(module: nn.Module, name: str, is_computed: bool, rule: Rule, init: Init) -> UsedWeight:
