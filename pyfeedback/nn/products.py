@@ -69,8 +69,7 @@ class Products(TorchFunctionMode):
             if output is not None:
                 return output
         result = func(*args, **kwargs)
-        if torch.is_grad_enabled():
-            self.follow(func, args, kwargs, result)
+        self.follow(func, args, kwargs, result)
         return result
 
     def find(self, tensor: Any) -> Known | None:
@@ -127,10 +126,15 @@ class Products(TorchFunctionMode):
         """Find out what is known of the result of a function that is not a product."""
         tensors = [t for t in _tensors((*args, *kwargs.values())) if t.is_floating_point()]
         known = [self.find(t) for t in tensors]
-        made = [k for k in known if k is not None and k.layers]
-        if not made:
+        if known.count(None) == len(known):
             return
+        made = [k for k in known if k is not None and k.layers]
         outputs = [t for t in _tensors((result,)) if t.is_floating_point()]
+        depends_on_data = any(k is None and t.requires_grad for t, k in zip(tensors, known, strict=True))
+        if not made:
+            if not depends_on_data:
+                self._learn(outputs, Known)
+            return
         layers = tuple({layer: None for k in made for layer in k.layers})
         if func in VIEWS:
             first = next(iter(_tensors(args or tuple(kwargs.values()))))
@@ -147,7 +151,7 @@ class Products(TorchFunctionMode):
                 self._learn(outputs, lambda t: Known(t, layers, of_each[id(t)], computed))
             elif whole:
                 self._learn(outputs, lambda t: Known(t, layers))
-        elif all(k is not None or not t.requires_grad for t, k in zip(tensors, known, strict=True)):
+        elif not depends_on_data:
             whole = [k for k in made if k.feedback is not None]
             shape = whole[0].tensor.shape if len(whole) == 1 else None
             feedback = whole[0].feedback if len(whole) == 1 else None
