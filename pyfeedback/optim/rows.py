@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.rules import Rule
 
+WEIGHTS = ("weight", "in_proj_weight")  # the names of W in the layers of torch.nn
+
 
 class Row(NamedTuple):
     """The update of one parameter, along the gradient ``decay * param - self_ * weight + tie * grad``."""
@@ -47,7 +49,7 @@ def is_computed(layer: FeedbackLayer) -> bool:
 
     Such a weight has no ``.grad``, so autograd computes the rule's gradient and stores it in the feedback weight.
     """
-    return not isinstance(layer.weight, nn.Parameter)
+    return not any(name in layer._parameters for name in WEIGHTS)
 
 
 def forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | None:
@@ -130,3 +132,27 @@ def without_loss_scale(
         raise RuntimeError(f"{name}.weight has no gradient, expected one: {rule.name} reads the loss scale from it")
     assert factor is not None
     return row._replace(weight=layer.weight.grad, self_=rule.tie * (1 - factor))
+
+
+def weight_parameters(layer: FeedbackLayer) -> list[nn.Parameter]:
+    """Return the parameter W of a layer, or those that W is computed from."""
+    own = [p for name, p in layer._parameters.items() if name in WEIGHTS and p is not None]
+    if own:
+        return own
+    named = ((name.removeprefix("parametrizations."), p) for name, p in layer.named_parameters())
+    return [p for name, p in named if name.startswith(WEIGHTS)]  # weight_orig, weight.original0, ...
+
+
+def current_weight(layer: FeedbackLayer) -> Tensor:
+    """Return W, computed from the current values of its parameters, without changing the state of the computation."""
+    if not is_computed(layer):
+        return layer.weight.detach()
+    modes = {module: module.training for module in layer.modules()}
+    layer.eval()  # spectral_norm makes no power iteration
+    for hook in list(layer._forward_pre_hooks.values()):
+        if type(hook).__module__.startswith("torch.nn.utils."):  # computes the weight before each forward pass
+            hook(layer, ())
+    weight = layer.weight.detach()
+    for module, training in modes.items():
+        module.training = training
+    return weight
