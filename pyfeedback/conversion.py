@@ -21,6 +21,7 @@ from pyfeedback.rules import rule as as_rule
 
 _log = logging.getLogger("pyfeedback")
 _NOT_FOUND = "no product of it with the input was found in the forward"
+_followed_by: list[Callable[[torch.optim.Optimizer, nn.Module], object]] = []  # pyfeedback.optim.follow adds itself
 
 
 @dataclass
@@ -57,6 +58,7 @@ def convert(
     init: Init | Callable[[Tensor], object] | None = None,
     strict: bool = False,
     return_report: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ):
     """Give every convolution and linear layer of ``model`` a feedback path that learns by ``rule``, in place.
 
@@ -68,9 +70,9 @@ def convert(
     docs/pytorch.md says how such products are found.
 
     The modules remain the same objects and keep their weights, dtype, device, memory format, training mode, hooks and
-    sharing. Create the optimizer after the conversion, or add ``feedback_parameters(model)`` to it. Otherwise it does
-    not have the feedback weights: they never learn, while their gradients keep growing. A layer that already has a
-    feedback path gets the new rule and a newly drawn feedback weight.
+    sharing. Create the optimizer after the conversion, or pass it as ``optimizer``. Otherwise it does not have the
+    feedback weights: they never learn, while their gradients keep growing. A layer that already has a feedback path
+    gets the new rule and a newly drawn feedback weight.
 
     Args:
         model: any module, or a single layer.
@@ -83,6 +85,8 @@ def convert(
         strict: raise an error if a layer with weights cannot be converted, or matches no pattern.
         return_report: return ``(model, Conversion)``. The report is logged in any case, at level INFO. A pattern that
             matches no layer is logged at level WARNING.
+        optimizer: any optimizer of the model, built before or after the conversion. Its steps are to update the
+            feedback weights as well: :func:`pyfeedback.optim.follow` with its default options.
 
     Returns:
         ``model`` itself.
@@ -94,6 +98,8 @@ def convert(
     check_model(model)
     check_flag("strict", strict)
     check_flag("return_report", return_report)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is {describe(optimizer)}, expected a torch.optim.Optimizer")
     rules, init = _rules_by_pattern(rule), as_init(init)
     chosen, left = _chosen_rules(model, rules)
     if not chosen and not return_report:
@@ -123,6 +129,8 @@ def convert(
             _log.warning(
                 "the pattern %r of rule matches no layer%s", pattern, f"; the model has {close}" if close else ""
             )
+    if optimizer is not None:
+        _followed_by[0](optimizer, model)
     return (model, report) if return_report else model
 
 

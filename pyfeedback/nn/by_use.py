@@ -58,6 +58,9 @@ class UsedWeight(FeedbackLayer):
             return parameter
         return computed
 
+    def weight_owner(self) -> nn.Module:
+        return self.owner
+
     @property
     def bias(self) -> None:
         """None: what is added to the product is not part of it."""

@@ -67,6 +67,10 @@ class FeedbackLayer(torch.nn.Module):
         attached_layers[self] = None
         self.reset_feedback()
 
+    def weight_owner(self) -> torch.nn.Module:
+        """Return the module that has W as a parameter."""
+        return self
+
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
