@@ -1,7 +1,7 @@
 """Conversion of models: convolutions and linear layers get a feedback path, everything else is unchanged."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -16,12 +16,12 @@ from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
+from pyfeedback.optim.follow import follow
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
 _log = logging.getLogger("pyfeedback")
 _NOT_FOUND = "no product of it with the input was found in the forward"
-_followed_by: list[Callable[[torch.optim.Optimizer, nn.Module], object]] = []  # pyfeedback.optim.follow adds itself
 
 
 @dataclass
@@ -130,7 +130,7 @@ def convert(
                 "the pattern %r of rule matches no layer%s", pattern, f"; the model has {close}" if close else ""
             )
     if optimizer is not None:
-        _followed_by[0](optimizer, model)
+        follow(optimizer, model)
     return (model, report) if return_report else model
 
 
@@ -225,30 +225,6 @@ def unconvert(model: nn.Module) -> nn.Module:
         layer.detach_feedback()
         layer.__class__ = plain[type(layer)]
     return model
-
-
-def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
-    """Yield the name and module of each layer of ``model`` that has a feedback weight; shared layers appear once."""
-    check_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, FeedbackLayer) and module.feedback is not None:
-            yield name, module
-
-
-def feedback_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield each feedback weight of ``model`` once."""
-    seen = set()
-    for _, layer in feedback_layers(model):
-        if layer.feedback is not None and id(layer.feedback) not in seen:
-            seen.add(id(layer.feedback))
-            yield layer.feedback
-
-
-def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Return every parameter of ``model`` that is not a feedback weight, for the optimizer of the task."""
-    check_model(model)
-    feedback = {id(p) for p in feedback_parameters(model)}
-    return (p for p in model.parameters() if id(p) not in feedback)
 
 
 def _rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, Rule]:

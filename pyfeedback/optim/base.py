@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyfeedback import functional
-from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.core.probes import ProbeCount
 from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
+from pyfeedback.nn.model import feedback_layers, forward_parameters
 from pyfeedback.optim.probes import layer_probes, probe_gradients
 from pyfeedback.optim.rows import LossScale, Row, has_hooks, is_computed, is_tied, without_loss_scale
 from pyfeedback.rules import Rule

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from pyfeedback import conversion
 from pyfeedback.core.values import describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.optim.base import RowOptimizer, check_option, layers_of, local, set_gradients
@@ -393,6 +392,3 @@ def _warn_of_copies(optimizer: Optimizer) -> None:
         return type(optimizer).__reduce_ex__(optimizer, protocol)
 
     vars(optimizer)["__reduce_ex__"] = reduce
-
-
-conversion._followed_by.append(follow)  # convert(..., optimizer=...): conversion is below this module
