@@ -140,7 +140,7 @@ class FeedbackLayer(torch.nn.Module):
             _log.warning(
                 "%s(%s): feedback.grad keeps growing, since weight.grad was cleared and feedback.grad was not: an "
                 "optimizer that was built before convert does not have the feedback weights; build it afterwards, or "
-                "give pyfeedback.feedback_parameters(model) to one",
+                "call pyfeedback.optim.follow(optimizer, model)",
                 type(self).__name__,
                 self.extra_repr().removeprefix(", "),
             )

@@ -108,10 +108,7 @@ def follow(
 class Follower(FeedbackSGD):
     """Steps feedback weights before each step of another optimizer; made by :func:`follow`.
 
-    ``time_constants()`` and ``probe_counts()`` are those of :class:`FeedbackSGD`, and so is ``probe_seed``.
-
-    Attributes:
-        optimizer: the optimizer that is followed; None if it no longer exists.
+    ``time_constants()``, ``probe_counts()`` and ``probe_seed`` are those of :class:`FeedbackSGD`.
     """
 
     def __init__(
@@ -147,6 +144,7 @@ class Follower(FeedbackSGD):
 
     @property
     def optimizer(self) -> Optimizer | None:
+        """The optimizer that is followed; None if it no longer exists."""
         return self._optimizer()
 
     def release(self, *feedback: nn.Parameter) -> None:
