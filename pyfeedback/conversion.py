@@ -16,7 +16,7 @@ from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
-from pyfeedback.optim.follow import follow
+from pyfeedback.optim import follow
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 

@@ -6,7 +6,7 @@ read is loaded from memory once. :func:`follow` makes any other optimizer step t
 """
 
 from pyfeedback.optim.adamw import AdamW
-from pyfeedback.optim.follow import Follower, follow
+from pyfeedback.optim.following import Follower, follow
 from pyfeedback.optim.sgd import SGD, FeedbackSGD
 
 __all__ = ["SGD", "AdamW", "FeedbackSGD", "Follower", "follow"]

@@ -51,7 +51,7 @@ def follow(
     * Kolen-Pollack (tie and decay only) adds the change of W to B after the step, whatever the optimizer has done:
       ``B += tie * (dW + lr * weight_decay * W) - lr * decay * B``, where dW is the change of W and the term of
       ``weight_decay``, the option of W's group, removes W's own decay from it. If ``weight_decay`` equals the rule's
-      ``decay``, every step multiplies W - B by 1 - lr * decay; otherwise a warning is logged. With torch.optim.SGD,
+      ``decay``, every step multiplies W - B by 1 - lr * decay; otherwise :mod:`pyfeedback.guard` warns. With torch.optim.SGD,
       which adds the decay to the gradient, both terms of decay have its momentum. With a ``tau``, the step first
       multiplies W and B by 1 - lr / (initial_lr * tau), so that W - B vanishes in ``tau`` steps.
 
@@ -86,7 +86,7 @@ def follow(
     """
     optimizer = _with_hooks(optimizer)
     for name, value in {"lr": lr, "momentum": momentum, "noise": noise}.items():
-        if value is not None:
+        if value is not None or name == "noise":
             check_option(name, value)
     layers, names = layers_of(model)
     trained = {p for group in optimizer.param_groups for p in group["params"]}
@@ -97,15 +97,7 @@ def follow(
     for b in others:
         del layers[b]
     _check_rules(layers, names)
-    for b, layer in layers.items():
-        owner = _followers.get(layer, lambda: None)()
-        if owner is not None and owner.has(b):
-            if owner.optimizer is optimizer:
-                raise ValueError(
-                    f"optimizer already steps {names[b] or 'the layer'}.feedback, expected only one follow"
-                )
-            _log.warning("%s.feedback is stepped by another optimizer from now on", names[b])
-            owner.release(b)
+    _take_over(optimizer, layers, names)
     wrapped = isinstance(model, DistributedDataParallel) or bool(data_parallel(layers.values()))
     set_gradients(layers, wrapped)
     for b, layer in layers.items():
@@ -115,7 +107,6 @@ def follow(
     if others:
         described = ", ".join(names[b] for b in others)
         _log.warning("the optimizer has no weight of these layers, so it does not step their feedback: %s", described)
-    follower._warn_of_unequal_decay()
     follower._warn_of_slow_feedback(total_steps)
     return follower
 
@@ -123,10 +114,7 @@ def follow(
 class Follower(FeedbackSGD):
     """Steps feedback weights before each step of another optimizer; made by :func:`follow`.
 
-    ``time_constants()`` and ``probe_counts()`` are those of :class:`FeedbackSGD`, and so is ``probe_seed``.
-
-    Attributes:
-        optimizer: the optimizer that is followed; None if it no longer exists.
+    ``time_constants()``, ``probe_counts()`` and ``probe_seed`` are those of :class:`FeedbackSGD`.
     """
 
     def __init__(
@@ -162,18 +150,15 @@ class Follower(FeedbackSGD):
 
     @property
     def optimizer(self) -> Optimizer | None:
+        """The optimizer that is followed; None if it no longer exists."""
         return self._optimizer()
-
-    def has(self, feedback: nn.Parameter) -> bool:
-        """Whether this follower steps the feedback weight."""
-        return feedback in self._layers
 
     def release(self, *feedback: nn.Parameter) -> None:
         """Stop stepping these feedback weights; without arguments, all of them."""
         for b in feedback or tuple(self._layers):
             self._passes.remove(b)
             if self._layers.pop(b, None) is not None:
-                self.param_groups = [group for group in self.param_groups if b not in group["params"]]
+                self.param_groups = [group for group in self.param_groups if all(p is not b for p in group["params"])]
                 self.state.pop(b, None)
         if not self._layers:
             for handle in self._handles:
@@ -238,7 +223,7 @@ class Follower(FeedbackSGD):
 
     @torch.no_grad()
     def _step_feedback(self, optimizer: Optimizer) -> None:
-        self._release_old_feedback()
+        self._refuse_converted()
         self._taken, self._before = self._passes.take(), {}
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler and a fused optimizer, which skips this step
         if found_inf is None or not found_inf:
@@ -253,16 +238,18 @@ class Follower(FeedbackSGD):
         for b in self._layers:
             b.grad = None
 
-    def _release_old_feedback(self) -> None:
-        for b, layer in list(self._layers.items()):
-            now = getattr(layer, "feedback", None)
-            if now is None:  # unconverted, or bp
-                self.release(b)
-            elif now is not b:
+    def _refuse_converted(self) -> None:
+        """Release the feedback weights of layers that were unconverted; raise if they have others now."""
+        for b, layer in self._replaced():
+            if getattr(layer, "feedback", None) is not None:
                 raise RuntimeError(
                     f"{self._names[b]} was converted again, expected pyfeedback.convert(model, rule, optimizer=...) or "
                     "pyfeedback.optim.follow after it"
                 )
+            self.release(b)
+
+    def _replaced(self) -> list[tuple[nn.Parameter, FeedbackLayer]]:
+        return [(b, layer) for b, layer in self._layers.items() if getattr(layer, "feedback", None) is not b]
 
     def _read_options(self, optimizer: Optimizer) -> None:
         """Set the options of each feedback weight from the optimizer's group of W."""
@@ -332,27 +319,11 @@ class Follower(FeedbackSGD):
                     f"{self._names[b]} follows {rule.name}, whose steps differ, expected a step outside of a CUDA graph"
                 )
 
-    def _warn_of_unequal_decay(self) -> None:
-        """Warn of layers under Kolen-Pollack whose W and B decay at different rates, so that B does not reach W."""
-        groups = [(b, group) for group in self.param_groups for b in group["params"]]
-        tied = [(b, group) for b, group in groups if is_tied(self._layers[b].rule) and not self._layers[b].rule.tau]
-        unequal = [(b, group) for b, group in tied if group["weight_decay"] != self._layers[b].rule.decay]
-        if unequal:
-            b, group = unequal[0]
-            _log.warning(
-                "B does not reach W, which decays at another rate: weight_decay of the optimizer is %g, decay of the rule "
-                "%s is %g, for %s; expected the same, or a rule with a tau",
-                group["weight_decay"], self._layers[b].rule.name, self._layers[b].rule.decay,
-                ", ".join(self._names[b] for b, _ in unequal),
-            )  # fmt: skip
-
 
 def _with_hooks(optimizer: Any) -> Optimizer:
     """Return the optimizer, or the one that it wraps without hooks of its own, as that of Accelerate does."""
     if isinstance(optimizer, RowOptimizer):
-        raise ValueError(
-            f"optimizer is {describe(optimizer)}, which steps the feedback weights itself, expected another"
-        )
+        raise ValueError(f"optimizer is {describe(optimizer)}, which steps feedback weights itself, expected another")
     while isinstance(optimizer, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         optimizer = getattr(optimizer, "optimizer", None)
     if not isinstance(optimizer, Optimizer):
@@ -379,6 +350,23 @@ def _check_rules(layers: dict[nn.Parameter, FeedbackLayer], names: dict[nn.Param
             raise ValueError(
                 f"{name}.weight is computed from other parameters, expected a parameter: kp with a tau makes it decay"
             )
+
+
+def _take_over(optimizer: Optimizer, layers: dict[nn.Parameter, FeedbackLayer], names: dict[nn.Parameter, str]) -> None:
+    """Release these feedback weights from the optimizers that have stepped them until now."""
+    taken = []
+    for b, layer in layers.items():
+        owner = _followers.get(layer, lambda: None)()
+        if owner is not None:
+            for replaced, _ in owner._replaced():
+                owner.release(replaced)
+            if b in owner._layers:
+                if owner.optimizer is optimizer:
+                    raise ValueError(f"optimizer already steps {names[b] or 'model'}.feedback, expected one follow")
+                owner.release(b)
+                taken.append(names[b])
+    if taken:
+        _log.warning("another optimizer has stepped the feedback of these layers until now: %s", ", ".join(taken))
 
 
 def _warn_of_copies(optimizer: Optimizer) -> None:
