@@ -12,7 +12,7 @@ from triton_cases import DEVICE, Case, assert_near, inner, layer, names, record_
 import pyfeedback
 from pyfeedback.core.algorithm import Algorithm, Sizes, choose_algorithm
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.kernels import backward
+from pyfeedback.kernels import backward, handles
 from pyfeedback.testing import python_calls
 
 pytestmark = triton_cases.MARKS
@@ -167,9 +167,9 @@ def test_a_coefficient_that_the_kernels_do_not_implement_is_refused():
 def test_host_calls_of_a_layer(monkeypatch):
     """The plan is cached: a step prepares operands and launches kernels, in few calls of Python functions."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    real = backward.run
+    real = handles.start
     monkeypatch.setattr(
-        backward, "run", lambda launch, *rest: real(launch._replace(kernel={launch.grid: lambda **_: None}), *rest)
+        handles, "start", lambda launch, *rest: real(launch._replace(kernel={launch.grid: lambda **_: None}), *rest)
     )
     layer = pyfeedback.nn.Conv2d(16, 16, 3, padding=1, bias=False, rule="ia", device=DEVICE)
     x = torch.randn(4, 16, 5, 5, device=DEVICE, requires_grad=True)
@@ -179,6 +179,6 @@ def test_host_calls_of_a_layer(monkeypatch):
         forward = python_calls(lambda: outputs.append(layer(x)))
     gradient = torch.ones_like(outputs[0])
     calls = python_calls(lambda: outputs[0].backward(gradient))
-    assert calls.count("kernels/launch.py run") == 2
+    assert calls.count("kernels/launch.py start") == 2
     assert len(forward) <= 12, forward
     assert len(calls) <= 40, calls
