@@ -122,16 +122,14 @@ class Needs(NamedTuple):
 def needs(launches: Sequence[Launch]) -> Needs:
     """The needs of launches that share their operands, a workspace and semaphores."""
     operands = {
-        name: (shape, getattr(torch, dtype))
-        for launch in launches
-        for name, (shape, dtype) in launch.operands.items()
+        name: (shape, getattr(torch, dtype)) for launch in launches for name, (shape, dtype) in launch.operands.items()
     }
     workspace = max((launch.workspace for launch in launches), default=0)
     return Needs(operands, workspace, max((launch.semaphores for launch in launches), default=0))
 
 
-def prepare(needed: Needs, values: dict[str, Any], device: torch.device) -> None:
-    """Check the operands among ``values``, and add the workspace and the semaphores if they are needed.
+def check(needed: Needs, values: dict[str, Any]) -> None:
+    """Check the operands among ``values``.
 
     Raises:
         ValueError: an operand does not have the shape, dtype and layout that the kernels read.
@@ -144,9 +142,14 @@ def prepare(needed: Needs, values: dict[str, Any], device: torch.device) -> None
             raise ValueError(f"{name} is {t.dtype}, expected {dtype}")
         if not t.is_contiguous():
             raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
-    if needed.semaphores:
-        values["workspace"] = torch.empty(needed.workspace, dtype=torch.float32, device=device)
-        values["semaphores"] = semaphores(needed.semaphores, device)
+
+
+def workspace(needed: Needs, device: torch.device) -> dict[str, Tensor]:
+    """The tensors in which the split-K reductions of the launches keep partial sums and count arrivals."""
+    if not needed.semaphores:
+        return {}
+    partial_sums = torch.empty(needed.workspace, dtype=torch.float32, device=device)
+    return {"workspace": partial_sums, "semaphores": semaphores(needed.semaphores, device)}
 
 
 def start(launch: Launch, values: dict[str, Any]) -> Any:
@@ -162,10 +165,11 @@ def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
     """Run one launch on ``device``, which must be the current device.
 
     Raises:
-        ValueError: as :func:`prepare`.
+        ValueError: as :func:`check`.
     """
-    prepare(needs((launch,)), values, device)
-    start(launch, values)
+    needed = needs((launch,))
+    check(needed, values)
+    start(launch, values | workspace(needed, device))
 
 
 @cache

@@ -6,12 +6,9 @@ tensors, whose addresses are passed as they are.
 
 import ctypes
 import os
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SOURCE = Path(__file__).with_name("libcuda.c")
-FLAGS = "-shared -fPIC -O2 -std=gnu11 -Wall -Wextra -Werror -Wl,-soname,libcuda.so.1"
 STREAM = 0x5EED  # the current stream
 MOST_PARAMETERS = 128
 
@@ -82,13 +79,6 @@ class Function(NamedTuple):
     name: str
     registers: int  # of a thread
     local: int  # bytes of a thread: spilled registers
-
-
-def build(folder: Path) -> Path:
-    """Compile the stub; returns the library."""
-    library = folder / "libcuda.so.1"
-    subprocess.run([os.environ.get("CC", "gcc"), *FLAGS.split(), str(SOURCE), "-o", str(library)], check=True)
-    return library
 
 
 class Stub:

@@ -6,8 +6,10 @@ Prints a line for each launch, and ends with an error at the first fault. Nothin
 tensors, and the outputs stay as they were allocated.
 """
 
+import os
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any, NamedTuple
@@ -17,9 +19,11 @@ from driver import DEVICES, STREAM, Recorded, Stub
 STUB = Stub(Path(sys.argv[1]), DEVICES[int(sys.argv[2])])  # before anything else loads libcuda
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
+import pyfeedback  # noqa: E402
 from pyfeedback.core.coefficients import Coefficients  # noqa: E402
 from pyfeedback.core.probes import ProbeProblem  # noqa: E402
 from pyfeedback.kernels import backward, handles, probe_table  # noqa: E402
@@ -91,7 +95,7 @@ class Started(NamedTuple):
 
 
 STARTED: list[Started] = []
-run_jit, run_launches, prepare = JITFunction.run, handles.Launcher.run, handles.prepare
+run_jit, run_launches, workspace = JITFunction.run, handles.Launcher.run, handles.workspace
 
 
 def run_and_record(kernel: JITFunction, *args, grid, warmup, **named) -> Any:
@@ -105,9 +109,9 @@ def run_twice(launcher: handles.Launcher, values: dict[str, Any]) -> None:
     """In the place of Launcher.run: by the JIT and by handles, which must launch the same."""
     run_launches(launcher, values)
     by_jit = check_started(STUB.take())
-    handles.prepare = lambda *_: None  # the same workspace again
+    handles.workspace = lambda *_: {}  # the same again
     run_launches(launcher, values)
-    handles.prepare = prepare
+    handles.workspace = workspace
     assert not STARTED, "a handle was not used"
     assert STUB.take() == by_jit, "a handle launches something else than the JIT"
 
@@ -159,16 +163,21 @@ def flat(value: Any, kind: Any, path: tuple[int, ...], attributes: dict) -> list
     return [] if kind == "constexpr" else [(value, kind, bool(attributes.get(path)))]
 
 
-def layer_backward(case: Case) -> None:
-    """The backward pass of a case."""
+def tensors(case: Case) -> list[Tensor]:
+    """The gradient of the output, the input, both weights and the response, with channels innermost."""
     input, weight, convolution = case.layer
     output = (*input[:-1], weight[0]) if convolution is None else (input[0], weight[0], *input[2:])
     layout = torch.contiguous_format if convolution is None else torch.channels_last
     shapes = (output, input, weight, weight, output)
-    tensors = [torch.zeros(s, dtype=case.dtype).contiguous(memory_format=layout) for s in shapes]
+    return [torch.zeros(s, dtype=case.dtype).contiguous(memory_format=layout) for s in shapes]
+
+
+def layer_backward(case: Case, operands: list[Tensor] | None = None) -> None:
+    """The backward pass of a case."""
     backward.layer_backward(
-        *tensors, convolution=convolution, rule=Coefficients(**case.rule), mask=(True, True, bool(case.rule), False),
-        algorithm=case.algorithm, center=torch.ops.pyfeedback.center.default,
+        *(operands or tensors(case)), convolution=case.layer.convolution, rule=Coefficients(**case.rule),
+        mask=(True, True, bool(case.rule), False), algorithm=case.algorithm,
+        center=torch.ops.pyfeedback.center.default,
     )  # fmt: skip
 
 
@@ -179,6 +188,72 @@ def probe_gradients(rule: Coefficients) -> None:
     ]
     probe_table.probe_gradients(problems, 2**40 + 3, 5)
     check_started(STUB.take())
+
+
+def check_falling_back(case: Case) -> None:
+    """Handles start nothing with other tensors than their kernels were compiled for, and if a hook has to be called."""
+    calls: list[tuple[handles.Launcher, dict[str, Any]]] = []
+    handles.Launcher.run = lambda launcher, values: (calls.append((launcher, values)), run_launches(launcher, values))
+    layer_backward(case)
+    handles.Launcher.run = run_launches
+    (launcher, values), *_ = calls
+    STUB.take()
+    STARTED.clear()
+    assert launcher.bound.run(values)
+    assert len(STUB.take()) == 1
+    others = {
+        "alignment": {"dW": torch.zeros(values["dW"].numel() + 1, dtype=BF16)[1:]},
+        "dtype": {"dW": values["dW"].float()},
+        "shape": {"y": values["y"][1:]},
+        "strides": {"x": values["x"].transpose(0, 1)},
+    }
+    for name, other in others.items():
+        assert not launcher.bound.run(values | other), name
+    assert STUB.take() == []
+    for wrong in ("shape", "strides"):
+        with suppress(ValueError):
+            launcher.run(values | others[wrong])
+            raise AssertionError(f"{wrong}: the operand is not refused")
+    seen: list[str] = []
+    chain = triton.knobs.runtime.launch_enter_hook
+    chain.add(lambda metadata: seen.append(metadata.get()["name"]))
+    launcher.run(values)
+    chain.calls.clear()
+    launcher.run(values)
+    assert seen == ["pointwise_kernel"]
+    assert len(STARTED) == 1  # by the JIT
+    assert len(STUB.take()) == 2
+
+
+def check_refusals(kernel: Any) -> None:
+    """The stub refuses what the device would."""
+    warps, ctas, shared = kernel.packed_metadata
+    limit = STUB.device.shared_per_block
+    for grid, metadata, message in (
+        ((1, 65536, 1), kernel.packed_metadata, "grid y is 65536, expected at most 65535"),
+        ((1, 1, 1), (2 * warps, ctas, shared), f"threads of a block is {64 * warps}, expected at most {32 * warps}"),
+        ((1, 1, 1), (warps, ctas, limit + 1), f"shared memory is {limit + 1}, expected at most {limit}"),
+    ):
+        try:
+            kernel.run(*grid, 0, kernel.function, metadata, None, None, None, *[0] * len(kernel.src.fn.arg_names))
+        except RuntimeError as error:
+            assert str(error) == f"Triton Error [CUDA]: {message}", error
+        else:
+            raise AssertionError(f"{message}: the launch is not refused")
+    assert STUB.take() == []
+
+
+def check_layer() -> None:
+    """A layer in a program, from the public interface to the launch."""
+    # Tensors of the CPU are accepted, as by the interpreter.
+    backward._INTERPRETED = True
+    os.environ["TRITON_INTERPRET"] = "1"
+    layer = pyfeedback.nn.Conv2d(64, 64, 3, padding=1, bias=False, rule=pyfeedback.Rule(**WM), dtype=BF16)
+    layer = layer.to(memory_format=torch.channels_last)
+    x = tensors(CASES["wm, small"])[1].requires_grad_()
+    with pyfeedback.backend("triton"):
+        for _ in range(2):
+            layer(x).sum().backward()
 
 
 def answer_as_the_device() -> None:
@@ -197,6 +272,13 @@ def main() -> None:
         launched.clear()
         run()
         assert launched == kernels.split(), f"{name} launches {launched}, expected {kernels.split()}"
+    JITFunction.run, handles.Launcher.run = run_and_record, run_launches
+    check_falling_back(CASES["wm, pointwise"])
+    check_refusals(STARTED[-1].compiled)
+    STARTED.clear()
+    check_layer()
+    assert [STUB.function(r.function).name for r in STUB.take()] == 2 * ["joint_kernel"]
+    assert len(STARTED) <= 1  # the second by a handle
     used = sum(getrusage(who).ru_utime for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
     print(f"{len(layers | probes)} cases on sm_{STUB.device.capability}, {used:.0f} s of CPU time")
 
