@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
 SOURCES := pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
-LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu)
+LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu tests/*/*.c)
 
 # One thread per worker: with more threads than cores, the tests take twice as long.
 ONE_THREAD := OMP_NUM_THREADS=1

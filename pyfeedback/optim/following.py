@@ -51,9 +51,9 @@ def follow(
     * Kolen-Pollack (tie and decay only) adds the change of W to B after the step, whatever the optimizer has done:
       ``B += tie * (dW + lr * weight_decay * W) - lr * decay * B``, where dW is the change of W and the term of
       ``weight_decay``, the option of W's group, removes W's own decay from it. If ``weight_decay`` equals the rule's
-      ``decay``, every step multiplies W - B by 1 - lr * decay; otherwise :mod:`pyfeedback.guard` warns. With torch.optim.SGD,
-      which adds the decay to the gradient, both terms of decay have its momentum. With a ``tau``, the step first
-      multiplies W and B by 1 - lr / (initial_lr * tau), so that W - B vanishes in ``tau`` steps.
+      ``decay``, every step multiplies W - B by 1 - lr * decay; otherwise :mod:`pyfeedback.guard` warns. With
+      torch.optim.SGD, which adds the decay to the gradient, both terms of decay have its momentum. With a ``tau``, the
+      step first multiplies W and B by 1 - lr / (initial_lr * tau), so that W - B vanishes in ``tau`` steps.
 
     The gradients of B are taken out of ``.grad`` when a backward pass has computed them. The optimizer, GradScaler,
     weight decay and ``clip_grad_norm_(model.parameters())`` do not see them. If gradients are accumulated over several
