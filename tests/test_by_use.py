@@ -76,9 +76,7 @@ def test_the_gradient_of_the_feedback_is_that_of_the_rule(name, rule):
     samples = x if x.dim() > 1 else x.unsqueeze(0)
     feedback = layer.feedback.detach().clone().requires_grad_()
     terms = {term: getattr(RULES[rule], term) for term in ("decay", "amp", "null", "sparse", "self_", "center")}
-    reference.regularizer(
-        samples, conv(samples, weight), weight, feedback, conv, conv_transposed, **terms
-    ).backward()
+    reference.regularizer(samples, conv(samples, weight), weight, feedback, conv, conv_transposed, **terms).backward()
     expected = feedback.grad + RULES[rule].tie * model.get_parameter(key).grad
     torch.testing.assert_close(layer.feedback.grad, expected)
 
@@ -155,7 +153,9 @@ def test_the_feedback_belongs_to_the_weight_that_is_computed(name, rule):
         return
     at = x.detach()
     terms = {term: getattr(RULES[rule], term) for term in ("decay", "amp", "sparse", "self_")}
-    reference.regularizer(at, product(at, weight.detach()), weight.detach(), feedback, product, None, **terms).backward()
+    reference.regularizer(
+        at, product(at, weight.detach()), weight.detach(), feedback, product, None, **terms
+    ).backward()
     tied = torch.autograd.grad(product(at, weight), weight, layer_cases.output_gradient(y))[0]
     torch.testing.assert_close(layer.feedback.grad, feedback.grad + RULES[rule].tie * tied)
 

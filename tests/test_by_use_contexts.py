@@ -113,7 +113,9 @@ def test_isinstance_and_the_name_of_the_class_stay():
 def test_activation_checkpoint_gives_equal_gradients(name, reentrant):
     model, _, x = converted(name)
     expected = gradients(model, x)
-    layer_cases.assert_same(gradients(model, x, forward=lambda x: checkpoint(model, x, use_reentrant=reentrant)), expected)
+    layer_cases.assert_same(
+        gradients(model, x, forward=lambda x: checkpoint(model, x, use_reentrant=reentrant)), expected
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -330,7 +332,9 @@ def test_optimizers_compare_with_the_weight_that_is_computed(rule):
 
 
 @pytest.mark.parametrize("rule", ["wm-probes", "ia-probes", "aa-probes"])
-@pytest.mark.parametrize("name", ["conv1d", "own", "matmul", "left", "einsum", "bmm", "indexed", "padded", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["conv1d", "own", "matmul", "left", "einsum", "bmm", "indexed", "padded", "transposed"]
+)
 def test_probes_are_inputs_of_the_product(name, rule):
     """B comes near W only if the probes have the layout of the product's input."""
     model, _, x = converted(name, pyfeedback.rule(rule, growth=0.0, tau=10.0, nu=0.0 if rule != "ia-probes" else 0.1))

@@ -408,7 +408,10 @@ def test_an_unconverted_model_is_exported_without_the_package():
 def test_a_model_without_a_layer_to_convert_is_refused():
     for model, what in (
         (nn.ReLU(), "model is a ReLU without a layer to convert, expected a convolution"),
-        (nn.Sequential(nn.Bilinear(2, 2, 3)), r"expected .* \(0: Bilinear has weights, but no product of it with the input"),
+        (
+            nn.Sequential(nn.Bilinear(2, 2, 3)),
+            r"expected .* \(0: Bilinear has weights, but no product of it with the input",
+        ),
     ):
         with pytest.raises(ValueError, match=what):
             pyfeedback.convert(model, "ia")

@@ -125,7 +125,9 @@ def test_gradients_are_the_reference(kind, rule):
     for name, inputs in (("weight_ih_l0", x.transpose(0, 1)), ("weight_hh_l0", hidden.detach())):
         weight = plain.get_parameter(name)
         torch.testing.assert_close(model.get_parameter(name).grad, weight.grad)
-        torch.testing.assert_close(model.get_parameter("bias" + name[6:]).grad, plain.get_parameter("bias" + name[6:]).grad)
+        torch.testing.assert_close(
+            model.get_parameter("bias" + name[6:]).grad, plain.get_parameter("bias" + name[6:]).grad
+        )
         samples = {"samples": int(rule.samples * N)} if rule.samples else {}
         _, penalty = reference.linear(
             inputs, weight.detach(), feedback[name], decay=rule.decay, amp=rule.amp * scale, null=rule.null * scale,
@@ -151,7 +153,9 @@ def test_cells(kind):
     ours, theirs = ([t.clone().requires_grad_() for t in (x, *state)] for _ in range(2))
     found = flat(model(ours[0], tuple(ours[1:]) if kind == "lstm" else ours[1]))
     products = [
-        reference.linear(t, getattr(plain, f"weight_{n}"), layers[f"weight_{n}"].feedback, getattr(plain, f"bias_{n}"))[0]
+        reference.linear(t, getattr(plain, f"weight_{n}"), layers[f"weight_{n}"].feedback, getattr(plain, f"bias_{n}"))[
+            0
+        ]
         for t, n in zip(theirs, ("ih", "hh"), strict=False)
     ]
     expected = step(kind, *products, tuple(theirs[1:]))

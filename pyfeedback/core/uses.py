@@ -230,7 +230,9 @@ class _Reader:
                     self.bind(loop.target, self.value(loop.iter))
                 return self.value(element)
             case _:
-                return _joined([self.value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)])
+                return _joined(
+                    [self.value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+                )
 
     def called(self, node: ast.Call) -> Value:
         arguments = [self.value(a) for a in (*node.args, *(k.value for k in node.keywords))]

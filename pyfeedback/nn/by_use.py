@@ -146,20 +146,21 @@ def plain_class(module: nn.Module) -> type:
     return type(module).plain if isinstance(module, ByUse) else type(module)
 
 
-def weights_of(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module itself that may be weights of products."""
-    named = module.named_parameters(recurse=False)
-    return [name for name, p in named if is_lazy(p) or (p.dim() > 1 and p.is_floating_point())]
+def used_weights(module: nn.Module) -> tuple[dict[str, bool], list[str]]:
+    """Names of the own weights that a module's forward multiplies with its data, and of its other matrices.
 
-
-def used_weights(module: nn.Module) -> dict[str, bool]:
-    """Names of the own weights that a module's forward multiplies with its data, and whether it changes them before."""
-    matrices = {n: p for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1}
-    if not matrices or "forward" in vars(module):
-        return {}
-    found = weights_in_products(plain_class(module), list(matrices))
-    scales = {name for name, p in matrices.items() if p.numel() == max(p.shape)}  # of a weight, such as a gain
-    return {name: is_computed for name, is_computed in found.items() if not (is_computed and name in scales)}
+    For each of the former, the dict has whether the forward changes the values before the product. What such a change
+    reads besides, as a gain for each output, is neither.
+    """
+    named = {n: p for n, p in module.named_parameters(recurse=False) if is_lazy(p) or p.dim() > 1}
+    matrices = [name for name, p in named.items() if not is_lazy(p)]
+    found = {}
+    if matrices and "forward" not in vars(module):
+        found = weights_in_products(plain_class(module), matrices)
+    gains = {
+        name for name, is_computed in found.items() if is_computed and named[name].numel() == max(named[name].shape)
+    }
+    return {name: found[name] for name in found if name not in gains}, [name for name in named if name not in found]
 
 
 def attach(module: nn.Module, name: str, is_computed: bool, rule: Rule, init: Init) -> UsedWeight:

@@ -74,7 +74,11 @@ class Products(TorchFunctionMode):
 
     def find(self, tensor: Any) -> Known | None:
         """What is known of a tensor; None for data and for anything else."""
-        key = id(tensor)
+        if torch.compiler.is_compiling():  # the id of an input would be a guard, and so a new graph for each input
+            pairs = ((key, w) for known in (self.layers, self.known) for key, (w, *_) in known.items())
+            key = next((key for key, w in pairs if w is tensor), 0)
+        else:
+            key = id(tensor)
         if key in self.layers:  # the feedback may be computed, so it is not before it is needed
             weight, layer = self.layers.pop(key)
             self.known[key] = Known(weight, (layer,), weight if layer.direct else layer.effective_feedback())
@@ -156,7 +160,9 @@ class Products(TorchFunctionMode):
             shape = whole[0].tensor.shape if len(whole) == 1 else None
             feedback = whole[0].feedback if len(whole) == 1 else None
             self._learn(outputs, lambda t: Known(t, layers, feedback if t.shape == shape else None, True))
-        elif func not in LOOKUPS and any(t.requires_grad for t in outputs) and any(k.feedback is not None for k in made):
+        elif (
+            func not in LOOKUPS and any(t.requires_grad for t in outputs) and any(k.feedback is not None for k in made)
+        ):
             warn_of_lost(layers, getattr(func, "__name__", str(func)))
 
     def _learn(self, outputs: list[Tensor], known_of: Callable[[Tensor], Known]) -> None:
@@ -374,8 +380,8 @@ def _recurrent(run: Callable[..., Any]):
 def _of_step(products: Products, input: Tensor, weight: Tensor, bias: Tensor | None, steps: int = 1) -> Tensor:
     """F.linear in one of several steps that use the same weight."""
     found = products.weight_of(weight)
-    return F.linear(input, weight, bias) if found is None else products.run(
-        found, LINEAR, _same, input, bias, steps=steps
+    return (
+        F.linear(input, weight, bias) if found is None else products.run(found, LINEAR, _same, input, bias, steps=steps)
     )
 
 
