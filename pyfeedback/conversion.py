@@ -150,14 +150,15 @@ def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, R
         if isinstance(module, by_use.UsedWeight):  # of an earlier conversion
             continue
         if isinstance(module, FeedbackLayer) or type(module) in LAYERS:
-            used, others = {"weight": False}, []
+            has_path, others = True, list[str]()
         else:
             used, others = by_use.used_weights(module)
+            has_path = bool(used)
         follows = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
-        if used and follows is not None:
+        if has_path and follows is not None:
             chosen[name] = follows
             left |= {f"{name}.{weight}" if name else weight: _NOT_FOUND for weight in others}
-        elif used:
+        elif has_path:
             left[name] = "no pattern of the rules matches its name"
         elif others:
             left[name] = f"{type(module).__name__} has weights, but {_NOT_FOUND}"
