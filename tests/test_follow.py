@@ -321,6 +321,20 @@ def test_layers_that_share_a_weight_have_separate_feedback(rule):
     assert error(*(dict(net.named_parameters()) for net in nets)) < 1e-12
 
 
+@pytest.mark.parametrize("rule", ["kp", "ia"])
+def test_skip_nonfinite_keeps_the_feedback(rule):
+    model = network(rule)
+    task = torch.optim.SGD(model.parameters(), lr=0.1)
+    follow(task, model, skip_nonfinite=True)
+    before = [b.detach().clone() for (b,) in pairs(model)]
+    x, _ = classification(0, 6, 3)
+    (model(x.double() * (torch.nan if rule == "ia" else 1.0)) * torch.inf).sum().backward()
+    task.step()
+    assert not model[4].weight.isfinite().all()
+    found = [b.detach() for (b,) in pairs(model)]
+    assert all(b.isfinite().all() and (b - a).norm() < 0.02 * a.norm() for a, b in zip(before, found, strict=True))
+
+
 def test_a_copy_of_the_model_is_independent():
     model = network("ia")
     task = torch.optim.SGD(model.parameters(), lr=0.1)

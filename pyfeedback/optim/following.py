@@ -212,11 +212,14 @@ class Follower(FeedbackSGD):
                     f"{type(optimizer).__name__} changed {self._names[b]}.feedback, which had no gradient, expected an "
                     "optimizer of pyfeedback.forward_parameters(model)"
                 )
-        for b, before in self._before.items():
-            layer = self._layers[b]
-            (change, own) = local([current_weight(layer) - before, b])
-            own.add_(change if layer.mixing is None else layer.factor_gradient(change), alpha=layer.rule.tie)
+        changes = [(b, current_weight(self._layers[b]) - before) for b, before in self._before.items()]
         self._before = {}
+        if self.defaults["skip_nonfinite"] and not all(change.isfinite().all() for _, change in changes):
+            changes = []
+        for b, change in changes:
+            layer = self._layers[b]
+            own, added = local([b, change if layer.mixing is None else layer.factor_gradient(change)])
+            own.add_(added, alpha=layer.rule.tie)
         self._passes.take()
 
     def _on_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -241,6 +244,7 @@ class Follower(FeedbackSGD):
             for b, (total, _) in self._taken.items():
                 b.grad = total
             self.step()
+        self._taken = {}
         held = {p for group in optimizer.param_groups for p in group["params"]}
         self._held = {b: b._version for b in self._layers if b in held}
         for b in self._layers:
