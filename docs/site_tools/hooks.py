@@ -1,0 +1,64 @@
+"""Pages of the site that are files of the repository, and links between files as links between pages.
+
+A link in a Markdown file is relative to the file, as GitHub expects. On the site, README.md is the home page, the files
+of docs/ are at the root, and CONTRIBUTING.md is divided into pages by its sections. A link to a file that is not a page
+leads to a copy of the file.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[2]
+DOCS = "docs/"
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/quickstart.py": "quickstart.md",
+}
+# Pages made of sections of CONTRIBUTING.md: the title and the sections. Other sections remain on its own page.
+SECTIONS = {
+    "architecture.md": ("Architecture", ["A call, from the layer to the kernel"]),
+    "adding_a_rule.md": ("Adding a rule or a layer", ["A new rule", "A new layer"]),
+    "adding_a_kernel.md": ("Adding a kernel", ["A new kernel", "Compiled code", "CUDA without a GPU"]),
+}
+LINK = re.compile(r"(\]\()([^)#\s]+)([^)\s]*\))")
+
+
+def on_files(files, config):
+    found = {page: (ROOT / source).read_text() for source, page in PAGES.items() if source.endswith(".md")}
+    found["contributing.md"], sections = divided(found["contributing.md"])
+    for page, (title, names) in SECTIONS.items():
+        found[page] = f"# {title}\n\n" + "\n".join(sections.pop(name) for name in names)
+    for page, content in found.items():
+        files.append(File.generated(config, page, content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    generated = {of: source for source, of in PAGES.items()} | dict.fromkeys(SECTIONS, "CONTRIBUTING.md")
+    generated["quickstart.md"] = "docs/quickstart.md"
+    here = posixpath.dirname(generated.get(page.file.src_uri, DOCS + page.file.src_uri))
+
+    def replaced(match):
+        if re.match(r"\w+:", match[2]):
+            return match[0]
+        target = posixpath.normpath(posixpath.join(here, match[2]))
+        uri = PAGES.get(target, target.removeprefix(DOCS))
+        if files.get_file_from_path(uri) is None and (ROOT / target).is_file():
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / target)))
+        return match[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".") + match[3]
+
+    return LINK.sub(replaced, markdown)
+
+
+def divided(text):
+    """The text without the sections that have pages of their own, and these sections by name."""
+    wanted = {name for _, names in SECTIONS.values() for name in names}
+    start, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    sections = {part.partition("\n")[0]: f"## {part}" for part in parts}
+    rest = [section for name, section in sections.items() if name not in wanted]
+    return start + "".join(rest), {name: sections[name] for name in wanted}
