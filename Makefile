@@ -26,7 +26,7 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conve
 FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz mutants asan tsan bench lint
+.PHONY: help demo test test-fast fuzz mutants asan tsan bench lint docs
 
 help:
 	@echo "make demo       train by every rule and compare: examples/two_routes.py"
@@ -38,6 +38,7 @@ help:
 	@echo "make tsan       the compiled ops under ThreadSanitizer"
 	@echo "make bench      the benchmarks"
 	@echo "make lint       ruff, mypy and clang-format"
+	@echo "make docs       the documentation as a site, in site/"
 	@echo
 	@echo "The environment is $(VENV). If it has no torch, TORCH=$(TORCH) is installed; TORCH may be any pip requirement."
 	@echo "WORKERS=$(WORKERS) tests run in parallel."
@@ -49,6 +50,12 @@ $(BIN)/python:
 $(VENV)/.pyfeedback-%: $(SOURCES) | $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install --editable ".[$*]"
+	@touch $@
+
+# The packages of the extra alone: the site is made from the sources, without torch and without an installation.
+$(VENV)/.pyfeedback-docs: pyproject.toml | $(BIN)/python
+	grep '^docs = ' pyproject.toml | tr '"' '\n' | grep '[=<>]=' > $@.txt
+	$(BIN)/python -m pip install --requirement $@.txt
 	@touch $@
 
 demo: $(VENV)/.pyfeedback-examples
@@ -79,3 +86,7 @@ lint: $(VENV)/.pyfeedback-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(LINTED)
+
+# A warning, such as a link without a target, is an error.
+docs: $(VENV)/.pyfeedback-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
