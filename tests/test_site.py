@@ -51,7 +51,8 @@ def test_the_reference_has_the_schema_of_every_op():
 
 
 def links():
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.*")]
+    pages = [page for page in pages if page.suffix in (".md", ".ipynb")]
     for page in sorted(pages):
         for target in re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", page.read_text()):
             if not re.match(r"\w+:", target):
@@ -66,6 +67,7 @@ def test_links_between_files_lead_to_files():
 
 def test_every_page_is_in_the_navigation():
     nav = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.*")]
+    pages = {str(path.with_suffix(".md")) for path in pages if path.suffix in (".md", ".ipynb")}
     made = {"index.md", "changelog.md", "contributing.md", "architecture.md", "adding_a_rule.md", "adding_a_kernel.md"}
     assert sorted(nav) == sorted(pages | made)

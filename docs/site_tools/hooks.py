@@ -2,9 +2,10 @@
 
 A link in a Markdown file is relative to the file, as GitHub expects. On the site, README.md is the home page, the files
 of docs/ are at the root, and CONTRIBUTING.md is divided into pages by its sections. A link to a file that is not a page
-leads to a copy of the file.
+leads to a copy of the file. A notebook is a page of its text, its code and the output that is stored in it.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -33,6 +34,10 @@ def on_files(files, config):
     found["contributing.md"], sections = divided(found["contributing.md"])
     for page, (title, names) in SECTIONS.items():
         found[page] = f"# {title}\n\n" + "\n".join(sections.pop(name) for name in names)
+    for path in sorted((ROOT / DOCS).rglob("*.ipynb")):
+        uri = path.relative_to(ROOT / DOCS).with_suffix(".md").as_posix()
+        files.remove(files.get_file_from_path(path.relative_to(ROOT / DOCS).as_posix()))
+        found[uri] = "\n\n".join(cell for cells in json.loads(path.read_text())["cells"] for cell in shown(cells))
     for page, content in found.items():
         files.append(File.generated(config, page, content=content))
     return files
@@ -47,12 +52,23 @@ def on_page_markdown(markdown, page, config, files):
         if re.match(r"\w+:", match[2]):
             return match[0]
         target = posixpath.normpath(posixpath.join(here, match[2]))
-        uri = PAGES.get(target, target.removeprefix(DOCS))
+        uri = PAGES.get(target, target.removeprefix(DOCS)).replace(".ipynb", ".md")
         if files.get_file_from_path(uri) is None and (ROOT / target).is_file():
             files.append(File.generated(config, uri, abs_src_path=str(ROOT / target)))
         return match[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".") + match[3]
 
     return LINK.sub(replaced, markdown)
+
+
+def shown(cell):
+    """The Markdown of a cell of a notebook, and of each of its outputs."""
+    source = "".join(cell["source"])
+    yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+    for output in cell.get("outputs", []):
+        if output["output_type"] == "stream":
+            yield f"```text\n{''.join(output['text'])}```"
+        elif "image/png" in output.get("data", {}):
+            yield f"![figure](data:image/png;base64,{''.join(output['data']['image/png']).strip()})"
 
 
 def divided(text):
