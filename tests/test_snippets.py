@@ -66,7 +66,7 @@ def cells(notebook):
     for cell in json.loads(notebook.read_text())["cells"]:
         if cell["cell_type"] == "code":
             yield "python", "".join(cell["source"])
-            yield from (("text", "".join(each["text"])) for each in cell["outputs"] if each["output_type"] == "stream")
+            yield "text", "".join(line for output in cell["outputs"] for line in output.get("text", []))
 
 
 def is_run(page, text):

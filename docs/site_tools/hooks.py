@@ -14,23 +14,23 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 DOCS = "docs/"
-PAGES = {
-    "README.md": "index.md",
-    "CHANGELOG.md": "changelog.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "examples/quickstart.py": "quickstart.md",
-}
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Pages made of sections of CONTRIBUTING.md: the title and the sections. Other sections remain on its own page.
 SECTIONS = {
     "architecture.md": ("Architecture", ["A call, from the layer to the kernel"]),
     "adding_a_rule.md": ("Adding a rule or a layer", ["A new rule", "A new layer"]),
     "adding_a_kernel.md": ("Adding a kernel", ["A new kernel", "Compiled code", "CUDA without a GPU"]),
 }
+ANCHORS = {
+    f"#{re.sub(r'[^a-z0-9 -]', '', name.lower()).replace(' ', '-')})": page
+    for page, (_, names) in SECTIONS.items()
+    for name in names
+}
 LINK = re.compile(r"(\]\()([^)#\s]+)([^)\s]*\))")
 
 
 def on_files(files, config):
-    found = {page: (ROOT / source).read_text() for source, page in PAGES.items() if source.endswith(".md")}
+    found = {page: (ROOT / source).read_text() for source, page in PAGES.items()}
     found["contributing.md"], sections = divided(found["contributing.md"])
     for page, (title, names) in SECTIONS.items():
         found[page] = f"# {title}\n\n" + "\n".join(sections.pop(name) for name in names)
@@ -45,14 +45,14 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     generated = {of: source for source, of in PAGES.items()} | dict.fromkeys(SECTIONS, "CONTRIBUTING.md")
-    generated["quickstart.md"] = "docs/quickstart.md"
     here = posixpath.dirname(generated.get(page.file.src_uri, DOCS + page.file.src_uri))
 
     def replaced(match):
         if re.match(r"\w+:", match[2]):
             return match[0]
         target = posixpath.normpath(posixpath.join(here, match[2]))
-        uri = PAGES.get(target, target.removeprefix(DOCS)).replace(".ipynb", ".md")
+        page_of_section = ANCHORS.get(match[3]) if target == "CONTRIBUTING.md" else None
+        uri = page_of_section or PAGES.get(target) or re.sub(r"\.ipynb$", ".md", target.removeprefix(DOCS))
         if files.get_file_from_path(uri) is None and (ROOT / target).is_file():
             files.append(File.generated(config, uri, abs_src_path=str(ROOT / target)))
         return match[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".") + match[3]
@@ -61,13 +61,15 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def shown(cell):
-    """The Markdown of a cell of a notebook, and of each of its outputs."""
+    """The Markdown of a cell of a notebook, of what it prints and of its figures."""
     source = "".join(cell["source"])
     yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
-    for output in cell.get("outputs", []):
-        if output["output_type"] == "stream":
-            yield f"```text\n{''.join(output['text'])}```"
-        elif "image/png" in output.get("data", {}):
+    outputs = cell.get("outputs", [])
+    printed = "".join(line for output in outputs for line in output.get("text", [])).strip()
+    if printed:
+        yield f"```text\n{printed}\n```"
+    for output in outputs:
+        if "image/png" in output.get("data", {}):
             yield f"![figure](data:image/png;base64,{''.join(output['data']['image/png']).strip()})"
 
 
