@@ -1,12 +1,10 @@
-"""``layer.called``, and the warning about a feedback gradient that is never cleared."""
+"""``layer.called``, and the warning about layers that are never called."""
 
 import copy
-import logging
 import pickle
 
 import pytest
 import torch
-from small_networks import perceptron
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -22,15 +20,15 @@ LAYERS = {
 }
 
 
-class ReadsTheWeight(nn.Module):
-    """Like the attention of torchvision's Swin and of timm's BEiT."""
+class HidesTheWeight(nn.Module):
+    """Reads the weight of a layer in a way that convert does not find."""
 
     def __init__(self):
         super().__init__()
         self.qkv, self.out = nn.Linear(4, 12), nn.Linear(12, 4)
 
     def forward(self, x):
-        return self.out(F.linear(x, self.qkv.weight, self.qkv.bias))
+        return self.out(F.linear(x, next(self.qkv.parameters()), self.qkv.bias))
 
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "ia"])
@@ -58,8 +56,8 @@ def test_attention_is_called_with_its_projections(rule):
     assert attention.out_proj.called is (rule != "bp")  # the forward pass of torch.nn reads the weight
 
 
-def test_a_layer_whose_weight_is_read_was_not_called():
-    model = pyfeedback.convert(ReadsTheWeight(), "ia")
+def test_a_layer_whose_weight_is_read_in_hiding_was_not_called():
+    model = pyfeedback.convert(HidesTheWeight(), "ia")
     model(torch.randn(2, 4)).sum().backward()
     assert (model.qkv.called, model.out.called) == (False, True)
 
@@ -104,7 +102,7 @@ def test_symbolic_tracing_with_feedback_layers_as_leaves():
 
 
 def test_alignment_warns_once_about_a_layer_that_was_not_called(caplog):
-    model = pyfeedback.convert(ReadsTheWeight(), "ia")
+    model = pyfeedback.convert(HidesTheWeight(), "ia")
     pyfeedback.alignment(model)
     assert not caplog.messages  # nothing has run yet
     model(torch.randn(2, 4)).sum().backward()
@@ -112,78 +110,5 @@ def test_alignment_warns_once_about_a_layer_that_was_not_called(caplog):
     monitor.step()
     (message,) = caplog.messages
     assert "qkv" in message
-    assert "weight is read" in message
+    assert "neither called nor used in a product" in message
     assert "out" not in message.replace("without", "")
-
-
-# A feedback gradient that is never cleared
-
-
-def train(model, optimizer, steps=3):
-    x = torch.randn(4, 4)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-
-
-def test_an_optimizer_built_before_convert_gives_a_warning(caplog):
-    model = perceptron(4, 4, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    pyfeedback.convert(model, "ia")
-    train(model, optimizer)
-    assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2  # one per layer
-    assert all("feedback.grad" in message and "optimizer" in message for message in caplog.messages)
-    train(model, optimizer)
-    assert len(caplog.records) == 2
-
-
-@pytest.mark.parametrize("layer", [nn.Conv2d(1, 1, 1), nn.ConvTranspose1d(4, 4, 1), nn.Conv1d(4, 4, 1)], ids=str)
-def test_convolutions_warn_too(layer, caplog):
-    pyfeedback.convert(layer, "ia")
-    for _ in range(2):
-        layer.weight.grad = None
-        layer(torch.randn(2, *([1] if layer.weight.dim() == 4 else []), 4, 4)).sum().backward()
-    assert len(caplog.records) == 1
-
-
-def test_attention_warns_too(caplog):
-    attention = nn.MultiheadAttention(4, 2)
-    optimizer = torch.optim.SGD(attention.parameters(), lr=0.01)
-    pyfeedback.convert(attention, "ia")
-    x = torch.randn(3, 2, 4)
-    for _ in range(3):
-        optimizer.zero_grad()
-        attention(x, x, x)[0].sum().backward()
-        optimizer.step()
-    assert len(caplog.records) == 2  # the input projections and the output projection
-
-
-@pytest.mark.parametrize("rule", ["fa", "ia", "kp", "pfa"])
-def test_no_warning_if_both_gradients_are_cleared_or_accumulated(rule, caplog):
-    model = pyfeedback.convert(perceptron(4, 4, 4), rule)
-    train(model, torch.optim.SGD(model.parameters(), lr=0.01))
-    train(model, pyfeedback.optim.SGD(model, lr=0.01))
-    for _ in range(3):
-        model(torch.randn(2, 4)).sum().backward()
-    model.zero_grad()
-    model(torch.randn(2, 4))
-    assert not caplog.records
-
-
-def test_no_warning_for_a_frozen_weight_or_evaluation(caplog):
-    model = pyfeedback.convert(perceptron(4, 4, 4), "ia")
-    with pyfeedback.schedules.alignment_only(model):
-        for _ in range(2):
-            model(torch.randn(2, 4)).sum().backward()
-    with torch.no_grad():
-        model(torch.randn(2, 4))
-    assert not caplog.records
-
-
-def test_a_parametrized_weight_has_no_gradient_of_its_own_to_compare(caplog):
-    layer = pyfeedback.convert(nn.Linear(4, 4), "ia")
-    nn.utils.parametrizations.weight_norm(layer)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
-    train(layer, optimizer)
-    assert not caplog.records

@@ -1,6 +1,7 @@
-"""How well feedback weights align with forward weights: a single reading, and readings over time."""
+"""How well feedback weights align with forward weights: a reading, readings over time, and the status of each layer."""
 
 from pyfeedback.metrics.alignment import LayerAlignment, alignment, angle, weight_transport
 from pyfeedback.metrics.monitor import Monitor
+from pyfeedback.metrics.status import LayerStatus, Status, status
 
-__all__ = ["LayerAlignment", "Monitor", "alignment", "angle", "weight_transport"]
+__all__ = ["LayerAlignment", "LayerStatus", "Monitor", "Status", "alignment", "angle", "status", "weight_transport"]

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -17,8 +17,12 @@ from pyfeedback.nn.direct import DirectInput
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
+OTHER_RULE = "the state dict has feedback weights of the rule"
+
 _log = logging.getLogger("pyfeedback")
 _warned: WeakSet[torch.nn.Module] = WeakSet()  # layers for which a warning was logged
+# Every layer with a rule, of all models, in the order of their conversion; for pyfeedback.guard.
+attached_layers: WeakKeyDictionary["FeedbackLayer", None] = WeakKeyDictionary()
 
 
 class FeedbackLayer(torch.nn.Module):
@@ -34,9 +38,13 @@ class FeedbackLayer(torch.nn.Module):
     feedback_init: Init
     mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product (pfa)
     direct: DirectInput | None = None  # only under dfa, where the error comes directly from the model's output
-    called = False  # True from the first forward pass on; remains False if a model only reads the weight
-    last_call: tuple[Geometry, torch.Size] | None = None  # of a layer that reads probes: how expensive a pass is
+    weight_name = "weight"  # of the parameter that ``weight`` is
+    called = False  # True from the first forward pass on that uses the layer
+    # Of a layer that reads probes: the geometry, input and weight of a pass, and so its cost.
+    last_call: tuple[Geometry, torch.Size, torch.Size] | None = None
     has_optimizer = False  # whether an optimizer of pyfeedback.optim was built for the feedback weight
+    full_name = ""  # in the model that was converted, for messages
+    drawn_version = 0  # the version counter of the feedback weight before its first step
     scheduled: Tensor | None = None  # the coefficients under a schedule, an input of a compiled graph
     unscheduled: Rule | None = None  # the rule before the schedule changed it
 
@@ -45,7 +53,7 @@ class FeedbackLayer(torch.nn.Module):
         self.rule, self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
         self.called = self.has_optimizer = False
-        self.last_call = None
+        self.last_call, self.full_name, self.drawn_version = None, "", 0
         feedback, mixing, weight = None, None, self.weight
         if self.rule.expansion:
             rows = weight.shape[0] * self.rule.expansion
@@ -56,12 +64,23 @@ class FeedbackLayer(torch.nn.Module):
             feedback = torch.nn.Parameter(torch.empty_like(weight), requires_grad=by_autograd)
         self.register_parameter("feedback", feedback)
         self.register_buffer("mixing", mixing)
+        attached_layers[self] = None
         self.reset_feedback()
+
+    def weight_owner(self) -> torch.nn.Module:
+        """Return the module that has W as a parameter."""
+        return self
 
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
-        del self.called, self.has_optimizer, self.last_call
+        del self.called, self.has_optimizer, self.last_call, self.full_name, self.drawn_version
+        attached_layers.pop(self, None)
+
+    def __setstate__(self, state: dict) -> None:  # of a copy
+        super().__setstate__(state)
+        attached_layers[self] = None
+        self._remember_version()
 
     @renamed_keyword("law", "init_fn")
     def reset_feedback(self, init_fn: Callable[[Tensor], object] = default_init_) -> None:
@@ -76,6 +95,10 @@ class FeedbackLayer(torch.nn.Module):
         if self.rule.signs in ("uniform", "batch"):
             with torch.no_grad():
                 feedback.copy_(feedback.square().mean().sqrt().expand_as(feedback))
+        self._remember_version()
+
+    def _remember_version(self) -> None:
+        self.drawn_version = 0 if self.feedback is None else self.feedback._version
 
     def enter(self, input: Tensor) -> Tensor | None:
         """Begin a forward pass: check the input, mark the layer as called, and return :meth:`effective_feedback`."""
@@ -85,23 +108,46 @@ class FeedbackLayer(torch.nn.Module):
         feedback = self.feedback
         if feedback is None:
             return None
-        learns = feedback.requires_grad and feedback.is_leaf and not torch.compiler.is_compiling()
-        if learns and feedback.grad is not None:
-            self._check_gradients_are_cleared()
         rule = self.rule  # the first lines of effective_feedback, inlined to save most layers a call
         return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
 
-    def run(self, geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the output with these weights under the layer's rule, for an input with or without a batch."""
+    def enter_by_use(self, computed: Tensor | None) -> None:
+        """Begin a product of a forward that reads the weight, or has ``computed`` another one from it."""
+        object.__setattr__(self, "called", True)
+        feedback, rule = self.feedback, self.rule
+        if feedback is None or not feedback.is_leaf or torch.compiler.is_compiling():
+            return
+        if computed is not None and rule.learns and not rule.reads_probes:
+            feedback.requires_grad_()  # the optimizers have W, but not the weight that was computed
+
+    def note_layout(self, geometry: Geometry, feedback: Tensor) -> None:
+        """Note in which layout a product by use has the feedback weight; a layer of torch.nn has only one."""
+
+    def run(
+        self,
+        geometry: Geometry,
+        input: Tensor,
+        weight: Tensor,
+        feedback: Tensor,
+        bias: Tensor | None,
+        steps: int = 1,
+    ) -> Tensor:
+        """Compute the output with these weights under the layer's rule, for an input with or without a batch.
+
+        Args:
+            steps: the number of calls in one pass, if each is a step of a recurrent layer. The steps then count like
+                the positions of one call.
+        """
         if input.dim() == weight.dim() - 1:
-            return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
+            return self.run(geometry, input.unsqueeze(0), weight, feedback, bias, steps).squeeze(0)
+        if torch._C._is_torch_function_mode_enabled() and not torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunction():  # nn.products must not see the product inside of this one
+                return self.run(geometry, input, weight, feedback, bias, steps)
         rule, scheduled = self.rule, self.scheduled
         if rule.needs_optimizer and not torch.compiler.is_compiling():
-            if self.last_call is not None and not self.has_optimizer and torch.is_grad_enabled() and self.training:
-                self._warn_of_no_optimizer()
-            object.__setattr__(self, "last_call", (geometry, input.shape))
+            object.__setattr__(self, "last_call", (geometry, input.shape, weight.shape))
         coefficients = rule.fixed
-        if scheduled is not None and not torch.compiler.is_compiling():
+        if scheduled is not None and (steps > 1 or not torch.compiler.is_compiling()):
             scheduled = None
         if coefficients is None or scheduled is not None:
             positions = 1
@@ -117,33 +163,9 @@ class FeedbackLayer(torch.nn.Module):
                 }
                 return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
             coefficients = rule.coefficients(input.shape[0], positions)
+        if steps > 1:
+            coefficients = coefficients.of_step(steps, rule.is_normalized or rule.reduction == "mean")
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
-
-    def _warn_of_no_optimizer(self) -> None:
-        """Warn, once per layer, if no optimizer of this package trains a rule that needs one."""
-        if self not in _warned:
-            _warned.add(self)
-            _log.warning(
-                "%s(%s): its feedback weight does not learn: its rule %s in the step of an optimizer of "
-                "pyfeedback.optim, and none was built for this model",
-                type(self).__name__,
-                self.extra_repr().removeprefix(", "),
-                "reads probes" if self.rule.reads_probes else "makes W and B decay",
-            )
-
-    def _check_gradients_are_cleared(self) -> None:
-        """Warn, once per layer, if the gradient of W was cleared and that of the feedback was not."""
-        weight = self.weight
-        learns = torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad
-        if learns and weight.grad is None and self not in _warned:
-            _warned.add(self)
-            _log.warning(
-                "%s(%s): feedback.grad keeps growing, since weight.grad was cleared and feedback.grad was not: an "
-                "optimizer that was built before convert does not have the feedback weights; build it afterwards, or "
-                "give pyfeedback.feedback_parameters(model) to one",
-                type(self).__name__,
-                self.extra_repr().removeprefix(", "),
-            )
 
     def effective_feedback(self, random: bool = True) -> Tensor | None:
         """Return the feedback weight that a pass uses: ``feedback`` as modified by the rule.
@@ -174,8 +196,8 @@ class FeedbackLayer(torch.nn.Module):
         """Return the number of output positions of the last batch; 0 if not known. Only layers that read probes."""
         if self.last_call is None:
             return 0
-        geometry, input = self.last_call
-        return geometry.sizes(input, self.weight.shape, 0).positions
+        geometry, input, weight = self.last_call
+        return geometry.sizes(input, weight, 0).positions
 
     def factor_gradient(self, grad: Tensor) -> Tensor:
         """Compute the gradient of a feedback weight that is a factor (pfa) from the gradient of the product."""
@@ -192,13 +214,32 @@ class FeedbackLayer(torch.nn.Module):
         if "feedback" in self._parameters:  # the constructor of torch.nn calls this before the feedback exists
             self.reset_feedback()
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *others) -> None:
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """Save a checkpoint, with the name of the rule in its metadata."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["rule"] = self.rule.name
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         """Load a checkpoint; one of the torch.nn layer loads too, with a warning that the feedback is unchanged."""
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
+        saved = local_metadata.get("rule", self.rule.name)
+        if saved != self.rule.name and f"{prefix}feedback" in state_dict:
+            if not any(message.startswith(OTHER_RULE) for message in error_msgs):  # once, not for each layer
+                error_msgs.append(
+                    f"{OTHER_RULE} {saved}, but {prefix[:-1] or 'the layer'} follows {self.rule.name}: convert the "
+                    "model to the saved rule, or load dict(state_dict), which does not contain the rules"
+                )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         for name in ("feedback", "mixing"):
             if f"{prefix}{name}" in missing_keys:
                 missing_keys.remove(f"{prefix}{name}")
                 _log.warning("%s%s is not in the state dict: the feedback weight stays as it is", prefix, name)
+        self._remember_version()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"
@@ -210,7 +251,7 @@ def warn_of_uncalled(layers: Mapping[str, FeedbackLayer]) -> None:
     if left and any(layer.called for layer in layers.values()):
         _warned.update(layers[name] for name in left)
         _log.warning(
-            "%s: in use, but never called; where the weight is read instead (F.linear(x, layer.weight)), the layer "
-            "trains by backprop, without its feedback weight",
+            "%s: in use, but neither called nor used in a product of a forward that convert knows: the layer trains by "
+            "backprop, without its feedback weight",
             ", ".join(left),
         )

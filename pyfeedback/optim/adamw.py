@@ -8,7 +8,7 @@ from torch.optim.adamw import adamw
 
 from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
-from pyfeedback.optim.rows import Row, feedback_row, forward_row, is_computed, is_tied
+from pyfeedback.optim.rows import Row, feedback_row, forward_row, has_hooks, is_computed, is_tied
 from pyfeedback.rules import Rule
 
 
@@ -67,7 +67,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
             rule = self._tied.get(p)
             return forward_row(p, 0.0, group["weight_decay"] if rule is None else self._tied_decay(rule, group))
         tied = is_tied(layer.rule)
-        by_autograd = p.requires_grad and (not tied or is_computed(layer))
+        by_autograd = p.requires_grad and (not tied or is_computed(layer) or has_hooks(p))
         step, estimate = group.get("feedback_step", 0), self._estimates.get(p)
         row = feedback_row(p, layer, self._names[p], by_autograd, False, step, estimate)
         if row is None or not tied:
