@@ -18,7 +18,19 @@ from pyfeedback.ops.schemas import SCHEMAS
 ROOT = Path(__file__).parents[1]
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 LISTED = re.findall(r"^::: pyfeedback\.(\S+)$", "\n".join(page.read_text() for page in REFERENCE), re.MULTILINE)
-NAMES = ("nn", "optim", "metrics", "schedules", "init", "functional", "rules", "reference", "testing", "tuning")
+NAMES = (
+    "nn",
+    "optim",
+    "metrics",
+    "schedules",
+    "integrations",
+    "init",
+    "functional",
+    "rules",
+    "reference",
+    "testing",
+    "tuning",
+)
 MODULES = [pyfeedback, *(importlib.import_module(f"pyfeedback.{name}") for name in NAMES)]
 
 
