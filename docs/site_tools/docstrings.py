@@ -38,13 +38,14 @@ class Docstrings(griffe.Extension):
 
 
 def find(package, name):
-    """The object of a package with a dotted name, or None."""
+    """The object of a package with a dotted name, which may be that of an import, or None."""
     start, _, rest = name.partition(".")
-    if start != package.name:
+    if start != package.name or not rest:
         return None
     try:
-        return (package[rest] if rest else package).final_target if rest and package[rest].is_alias else package[rest]
-    except (KeyError, ValueError):
+        found = package[rest]
+        return found.final_target if found.is_alias else found
+    except (KeyError, griffe.AliasResolutionError):
         return None
 
 
