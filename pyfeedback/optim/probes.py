@@ -32,7 +32,7 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
     """
     if due and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA graph is being captured, expected an optimizer step outside of it: its replays would draw the same probes"
+            "a CUDA graph is being captured, expected an optimizer step outside of it: replays would repeat the probes"
         )
     problems: dict[int, dict[nn.Parameter, ProbeProblem]] = {}  # by step
     noisy = {}
