@@ -345,3 +345,29 @@ def test_a_copy_of_the_model_is_independent():
     before = [b.detach().clone() for (b,) in pairs(model)]
     task.step()
     assert all(torch.equal(b, a) for (b,), a in zip(pairs(model), before, strict=True))
+
+
+def test_kolen_pollack_of_a_weight_that_the_forward_computes():
+    """B follows the gradient of the computed weight, whose change is known only after the next forward pass."""
+
+    class Standardized(nn.Linear):
+        def forward(self, x):
+            return x @ ((self.weight - self.weight.mean()) / self.weight.std()).t() + self.bias
+
+    torch.manual_seed(0)
+    model, twin = (
+        pyfeedback.convert(Standardized(4, 4).double(), rule_of("kp"), init=pyfeedback.Init(seed=0)) for _ in "ab"
+    )
+    twin.load_state_dict(model.state_dict())
+    task = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
+    follow(task, model)
+    whole = pyfeedback.optim.SGD(twin, lr=0.05, weight_decay=0.1)
+    before = model.weight_feedback.feedback.detach().clone()
+    for _ in range(5):
+        x = torch.randn(8, 4, dtype=torch.float64)
+        for each, optimizer in ((model, task), (twin, whole)):
+            optimizer.zero_grad()
+            each(x).square().sum().backward()
+            optimizer.step()
+    assert not torch.allclose(model.weight_feedback.feedback, before)
+    torch.testing.assert_close(model.weight_feedback.feedback, twin.weight_feedback.feedback)
