@@ -173,7 +173,8 @@ def test_an_estimate_is_not_captured_in_a_cuda_graph(monkeypatch):
     """Its seed and step are numbers of the program, which a replay would repeat."""
     model = pyfeedback.convert(torch.nn.Linear(6, 5), "wm-probes")
     optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
     with pytest.raises(
         RuntimeError, match=r"^a CUDA graph is being captured, expected an optimizer step outside of it"
     ):
