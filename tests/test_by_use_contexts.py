@@ -427,3 +427,49 @@ def test_dfa_sends_the_error_to_the_input_of_the_product():
     direct = model.direct_feedback
     projection = direct.projection([("0.weight", 4), ("2", 6), ("4.weight", 4)], 6, model.direct_feedback_seed, y)
     torch.testing.assert_close(x.grad, (torch.ones_like(y) @ projection.t())[:, :4])
+
+
+class Named(nn.Module):
+    """A product with the names of its arguments, as in Bloom."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        return torch.baddbmm(torch.zeros(3, 1, 5, dtype=x.dtype), batch1=x, batch2=self.weight, beta=2.0, alpha=0.5)
+
+
+class Relative(nn.Module):
+    """Rows of a table for pairs of positions, as in the attention of SAM."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        rows = torch.arange(2)[:, None] - torch.arange(2)[None, :] + 1
+        table = self.table * 1.0
+        return torch.einsum("nqc,qkc->nqk", x, table[rows])
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Named, (3, 2, 4)), (Relative, (5, 2, 4))])
+@pytest.mark.parametrize("rule", ["fa", "ia", "kp", "ia-probes"])
+def test_products_of_other_libraries(make, shape, rule):
+    torch.manual_seed(0)
+    plain = make().double()
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = torch.func.jacrev(plain)(x)
+    model = pyfeedback.convert(copy.deepcopy(plain), rule)
+    ((_, layer),) = pyfeedback.feedback_layers(model)
+    with torch.no_grad():
+        layer.feedback.copy_(next(plain.parameters()))
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    torch.testing.assert_close(y, plain(x))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaf)[0], expected.sum(tuple(range(y.dim()))))  # B is W
+    optimizer = pyfeedback.optim.SGD(model, lr=0.1, weight_decay=2e-3)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert len(pyfeedback.status(model)) == 1

@@ -141,18 +141,25 @@ def test_a_custom_rule_that_reads_the_response_replaces_them_too():
     assert report.not_in_place == ["1"]
 
 
-def test_a_functional_in_place_call_raises_rather_than_corrupts():
+def test_a_functional_in_place_call_has_the_gradients_of_one_out_of_place():
     class Functional(nn.Module):
-        def __init__(self):
+        def __init__(self, inplace):
             super().__init__()
-            self.conv = nn.Conv2d(2, 4, 3, bias=False)
+            self.conv, self.inplace = nn.Conv2d(2, 4, 3, bias=False), inplace
 
         def forward(self, x):
-            return F.relu(self.conv(x), inplace=True)
+            return F.relu(self.conv(x), inplace=self.inplace)
 
-    model = pyfeedback.convert(Functional(), "ia")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        model(torch.randn(2, 2, 6, 6)).sum().backward()
+    models = [pyfeedback.convert(Functional(inplace), "ia").double() for inplace in (True, False)]
+    models[0].load_state_dict(models[1].state_dict())
+    x, kept = torch.randn(2, 2, 6, 6, dtype=torch.float64), []
+    for model in models:
+        y = model(x)
+        for _ in range(2):  # the second pass computes the response again
+            y.square().sum().backward(retain_graph=True)
+        kept.append([p.grad for p in model.parameters()])
+    for found, expected in zip(*kept, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -460,3 +467,12 @@ def test_a_conversion_that_leaves_most_weights_is_logged_as_a_warning(caplog):
 def test_layers_left_on_purpose_give_no_warning(caplog):
     pyfeedback.convert(nn.Sequential(nn.Linear(2, 2), nn.Linear(9, 9)), {"0": "ia"})
     assert caplog.messages == []
+
+
+def test_under_hooks_of_saved_tensors_the_response_is_one_of_them():
+    """Checkpointing and offloading then decide about it."""
+    layer = pyfeedback.convert(nn.Linear(3, 2, bias=False), "ia")
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+        layer(torch.randn(20, 3))
+    assert seen[-1] == (20, 2)

@@ -75,6 +75,8 @@ class UsedWeight(FeedbackLayer):
         """None: what is added to the product is not part of it."""
 
     def enter_by_use(self, computed: Tensor | None) -> None:
+        if computed is not None and self.feedback is not None and computed.shape != self.feedback.shape:
+            computed = None  # rows or views of it: not what the feedback weight can be compared with
         object.__setattr__(self, "computed", None if computed is None else computed.detach())
         super().enter_by_use(computed)
 

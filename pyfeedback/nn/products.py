@@ -121,6 +121,14 @@ def _bank(tracker: Tracker, found: Known, x: Tensor, view: View) -> Tensor:
     return output.reshape(*x.shape[:-1], outputs)
 
 
+def _baddbmm(tracker: Tracker, input, batch1, batch2, *, beta=1, alpha=1):
+    return _addmm(tracker, input, batch1, batch2, beta=beta, alpha=alpha)
+
+
+def _addmv(tracker: Tracker, input, mat, vec, *, beta=1, alpha=1):
+    return _addmm(tracker, input, mat, vec, beta=beta, alpha=alpha)
+
+
 def _addmm(tracker: Tracker, input, mat1, mat2, *, beta=1, alpha=1):
     if beta == alpha == 1 and input.dim() == 1 and mat2.dim() == 2:
         found = tracker.weight_of(mat2, mat1)
@@ -206,7 +214,9 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     **{f: _conv_transpose(n) for n in (1, 2, 3) for f in functions(f"conv_transpose{n}d")},
     **dict.fromkeys(functions("matmul", "mm", "bmm", "mv", "__matmul__"), _matmul),
     **dict.fromkeys(functions("__rmatmul__"), _rmatmul),
-    **dict.fromkeys(functions("addmm", "addmv", "baddbmm"), _addmm),
+    **dict.fromkeys(functions("addmm"), _addmm),
+    **dict.fromkeys(functions("addmv"), _addmv),
+    **dict.fromkeys(functions("baddbmm"), _baddbmm),
     **dict.fromkeys(functions("einsum"), _einsum),
     **dict.fromkeys(functions("grouped_mm", "_grouped_mm"), _grouped_mm),
     **{f: _recurrent(run) for name, run in recurrent.FUNCTIONS.items() for f in functions(name)},

@@ -114,13 +114,25 @@ class EagerLayer(torch.autograd.Function):
         if output._is_view():
             output = output.data  # like not_a_view, which takes 3 microseconds
         call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], bias is None)
-        response = output if call.reads_response and bias is None else None
+        response = ctx.kept = None
+        if call.reads_response and bias is None:
+            if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+                # Not a saved tensor: autograd would raise an error if the next function changed it in place.
+                ctx.kept = output.detach(), output._version
+            else:
+                response = output
         ctx.save_for_backward(input, weight, feedback, response)
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *gradients(ctx.call, grad_output, ctx.saved_tensors), None, None
+        saved = ctx.saved_tensors
+        if ctx.kept is not None:
+            response, version = ctx.kept
+            ctx.kept = None  # autograd frees what it has saved after a backward pass
+            if response._version == version:  # if not, it is computed again, as in a second pass
+                saved = (*saved[:3], response)
+        return *gradients(ctx.call, grad_output, saved), None, None
 
 
 class TransformableLayer(torch.autograd.Function):
