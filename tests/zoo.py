@@ -136,12 +136,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def digest_of_the_package() -> str:
-    """A digest of the Python sources of pyfeedback and of the checks."""
+def keys(of: Mapping[str, str]) -> dict[str, str]:
+    """What a result depends on, by package: the Python sources of pyfeedback, and the versions."""
     found = hashlib.sha256()
-    for path in [*sorted((ROOT / "pyfeedback").rglob("*.py")), Path(checks.__file__)]:
+    for path in sorted((ROOT / "pyfeedback").rglob("*.py")):
         found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+    return {p: f"{found.hexdigest()[:16]}, torch {of['torch']}, {p} {number}" for p, number in of.items()}
 
 
 def faults(result: Result) -> list[str]:
@@ -278,7 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no model is named {', '.join(options.only)}")
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     results: dict[str, Result] = {n: r for n, r in kept.get("models", {}).items() if n in MODELS}
-    of, key, end = versions(), digest_of_the_package(), time.monotonic() + 60 * options.minutes
+    of, end = versions(), time.monotonic() + 60 * options.minutes
+    key_of = keys(of)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not options.table:
         for package in of:
@@ -287,8 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.table or (options.no_compile and run is check_compiled):
             continue
         for name in chosen:
+            key = key_of.get(name.partition(".")[0])
             is_done = results.get(name, {}).get(part) == key and not options.only
-            if is_done or name.partition(".")[0] not in of or time.monotonic() > end:
+            if is_done or key is None or time.monotonic() > end:
                 continue
             found = in_process(run, name, longest)
             if run is check_compiled:
