@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
 SOURCES := pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
-LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu)
+LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu tests/*/*.c)
 
 # One thread per worker: with more threads than cores, the tests take twice as long.
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -26,7 +26,7 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conve
 FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz mutants zoo asan tsan bench lint
+.PHONY: help demo test test-fast fuzz mutants zoo asan tsan bench codegen lint
 
 help:
 	@echo "make demo       train by every rule and compare: examples/two_routes.py"
@@ -38,6 +38,7 @@ help:
 	@echo "make asan       the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the compiled ops under ThreadSanitizer"
 	@echo "make bench      the benchmarks"
+	@echo "make codegen    compile every Triton kernel for sm_80, sm_90 and gfx942, and search the code for faults"
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo
 	@echo "The environment is $(VENV). If it has no torch, TORCH=$(TORCH) is installed; TORCH may be any pip requirement."
@@ -56,7 +57,7 @@ demo: $(VENV)/.pyfeedback-examples
 	$(BIN)/python examples/two_routes.py
 
 test: $(VENV)/.pyfeedback-test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 30
 	$(ONE_THREAD) ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(WORKERS) $(ROUNDING)
 
 test-fast: $(VENV)/.pyfeedback-test
@@ -79,6 +80,9 @@ asan tsan: $(VENV)/.pyfeedback-test
 
 bench: $(VENV)/.pyfeedback-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+codegen: $(VENV)/.pyfeedback-test
+	$(BIN)/python benchmarks/codegen.py --architectures 80 90 gfx942
 
 lint: $(VENV)/.pyfeedback-lint
 	$(BIN)/ruff check .

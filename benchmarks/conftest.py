@@ -1,7 +1,8 @@
 """Benchmarks: the cost of a training step under each rule, relative to backprop and to other implementations.
 
-    pytest benchmarks --benchmark-only                       # everything; ResNet-50's layers take most of the time
-    pytest benchmarks --benchmark-only --quick               # under 3 minutes on two cores
+    pytest benchmarks --benchmark-only                       # a sample of layers and a network: TIME on two cores
+    pytest benchmarks --benchmark-only --quick               # the same in TIMEQ, with fewer rounds and a smaller batch
+    pytest benchmarks --benchmark-only --full                # all layers and networks: hours
     pytest benchmarks --benchmark-only --network resnet20 --rule ia --benchmark-json out.json
     pytest benchmarks                                        # check every result, time nothing
 
@@ -45,12 +46,15 @@ RECORDS = pytest.StashKey[list]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("pyfeedback benchmarks")
-    group.addoption("--quick", action="store_true", help="a few layers, a small batch, few rounds")
+    group.addoption("--quick", action="store_true", help="a sample of the layers, a small batch, few rounds")
+    group.addoption("--full", action="store_true", help="all layers and networks, not a sample of them")
     group.addoption("--device", default=None, help="cpu or cuda (default: cuda if available)")
     group.addoption(
         "--batch", type=int, default=0, help="batch size of the layers (default: 16; 128 on cuda; 8 with --quick)"
     )
-    group.addoption("--network", action="append", choices=[*WHOLE_NETWORKS, *DEPTHWISE], help="only this network")
+    group.addoption(
+        "--network", action="append", choices=[*WHOLE_NETWORKS, *DEPTHWISE], help="all of this network, and only it"
+    )
     group.addoption("--rule", action="append", choices=list(RULES), help="only this rule")
     group.addoption("--dtype", action="append", choices=list(DTYPES), help="default: float32; on cuda also bfloat16")
     group.addoption("--against", action="append", choices=list(BASELINES), help="only this baseline")
@@ -70,10 +74,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     option = config.getoption
+    if option("quick") and option("full"):
+        raise pytest.UsageError("--quick is set with --full, expected one of them")
     cuda = torch.cuda.is_available()
     config.stash[SELECTION] = Selection(
         device=torch.device(option("device") or ("cuda" if cuda else "cpu")),
         quick=option("quick"),
+        full=option("full"),
         timed=option("benchmark_only"),
         compiled=option("compile"),
         backward_only=option("backward_only"),

@@ -26,8 +26,10 @@ NETWORKS = RESNETS | DEPTHWISE  # of DEPTHWISE only the depthwise layers, and on
 
 WHOLE_NETWORKS = (*RESNETS, "resnet18-cifar")
 
-# One layer of each kind: pointwise up, down and strided, 3x3 dense and strided, large and small maps.
-QUICK_LAYERS = {
+# The sample of a run without --full or --network: one small network, and one layer of each kind: pointwise up, down and
+# strided, 3x3 dense and strided, large and small maps.
+SAMPLE_NETWORK = "resnet20"
+SAMPLE_LAYERS = {
     "resnet50": ("64-256-1x1s1@56", "512-128-1x1s1@28", "128-128-3x3s1@28", "1024-2048-1x1s2@14"),
     "resnet18": ("256-512-3x3s2@14",),
     "resnet20": ("16-16-3x3s1@32", "64-64-3x3s1@8"),
@@ -48,6 +50,7 @@ class Selection:
 
     device: torch.device
     quick: bool = False
+    full: bool = False
     timed: bool = True
     compiled: bool = False
     backward_only: bool = False
@@ -63,6 +66,8 @@ class Selection:
 
     def __post_init__(self):
         cuda = self.device.type == "cuda"
+        self.sampled = self.quick or not (self.full or self.networks)
+        self.whole_networks = self.networks or ([SAMPLE_NETWORK] if self.sampled else list(WHOLE_NETWORKS))
         self.batch = self.batch or (2 if not self.timed else 8 if self.quick else 128 if cuda else 16)
         self.networks = self.networks or list(WHOLE_NETWORKS)
         self.rules = self.rules or list(RULES)
@@ -76,7 +81,7 @@ class Selection:
         chosen = {}
         for network in self.networks:
             for shape in NETWORKS.get(network, ()):
-                if not self.quick or shape.name in QUICK_LAYERS.get(network, (shape.name,)):
+                if not self.sampled or shape.name in SAMPLE_LAYERS.get(network, (shape.name,)):
                     chosen.setdefault(shape.name, shape)
         return list(chosen.values())
 
@@ -89,7 +94,7 @@ class Selection:
         if self.device.type == "cuda":
             least, most, budget = (10, 30, 0.2) if self.quick else (10, 200, 1.0)
         else:
-            least, most, budget = (3, 40, 0.4) if self.quick else (5, 50, 2.5)
+            least, most, budget = (3, 40, 0.2) if self.quick else (5, 50, 0.5 if self.sampled else 2.5)
         budget = self.budget or budget
         return min(max(int(budget / max(seconds, 1e-9)), least), most)
 

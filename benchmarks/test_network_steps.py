@@ -27,7 +27,7 @@ SIZES = {  # network: (batch, image) for a full run, a quick one, a GPU
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("network", list(MODELS))
 def test_training_step(race, selection, network, mode, rule_name, dtype_name):
-    if network not in selection.networks:
+    if network not in selection.whole_networks:
         pytest.skip("not among the networks of this run")
     if RULES[rule_name].transport:
         pytest.skip("backprop is what the others are compared with")

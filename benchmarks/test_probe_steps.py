@@ -39,7 +39,7 @@ def test_probe_step(race, selection, layer, rule_name):
 
 @pytest.mark.parametrize("network", list(MODELS))
 def test_probe_network_step(race, selection, network, rule_name):
-    if network not in selection.networks:
+    if network not in selection.whole_networks:
         pytest.skip("not among the networks of this run")
     batch, image = SIZES[network][1 if selection.quick else 2 if selection.device.type == "cuda" else 0]
     batch = batch if selection.timed else 2

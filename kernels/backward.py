@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from .geometry import Pair, layer_geometry
-from .launch import DTYPES, MOST_POSITIONS, architecture, run
-from .plan import Problem, plan_backward, scales
+from .handles import Launcher
+from .launch import DTYPES, MOST_POSITIONS, architecture
+from .plan import Plan, Problem, plan_backward, scales
 from .tiles import Target
 from .wgrad import wgrad_kernel
 
@@ -73,7 +75,8 @@ def layer_backward(
     precision = (torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul).fp32_precision
     target = Target(NAMES[input.dtype], precision == "tf32", *architecture(input.device))
     wanted = (need_input, need_weight, need_feedback)
-    plan = plan_backward(Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused))
+    problem = Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused)
+    plan, launcher = planned(problem, input.device)
 
     layer = _Layer(input, weight, feedback, response, convolution, geometry.pointwise, rule, n, center)
     values = {}
@@ -93,8 +96,7 @@ def layer_backward(
         values |= scales(rule, n) | {"f": out}
         _add_feedback_operands(values, plan.operands, layer)
     with torch.cuda.device(input.device) if input.device.type == "cuda" else nullcontext():
-        for launch in plan.launches:
-            run(launch, values, input.device)
+        launcher.run(values)
     if plan.finish:
         out.copy_(_composed_gradient(plan.finish, values, layer))
     grad_bias = None
@@ -106,6 +108,13 @@ def layer_backward(
         out if need_feedback else None,
         grad_bias,
     )
+
+
+@lru_cache(4096)
+def planned(problem: Problem, device: torch.device) -> tuple[Plan, Launcher]:
+    """The plan of a backward pass, and what runs its launches on a device."""
+    plan = plan_backward(problem)
+    return plan, Launcher(plan.launches, device)
 
 
 class _Layer(NamedTuple):

@@ -1,5 +1,6 @@
-"""One kernel launch as a record of names and numbers, and the function that runs it with named tensors."""
+"""One kernel launch as a record of names and numbers, and the functions that run it with named tensors."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,8 +12,6 @@ from .tiles import Target, Tile
 
 DTYPES = ("float16", "bfloat16", "float32")
 MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may extend past them
-
-_semaphores: dict[tuple[torch.device, int], Tensor] = {}
 
 
 class Flags(NamedTuple):
@@ -112,28 +111,65 @@ def make_launch(
     return Launch(kernel, products, grid, arguments, constants, tile, options, operands, programs * sums, programs)
 
 
-def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
-    """Run a launch with the tensors and numbers in ``values`` on ``device``, which must be the current device.
+class Needs(NamedTuple):
+    """What launches that run one after another expect of their tensors."""
+
+    operands: dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of the tensors that must be contiguous
+    workspace: int  # elements, of the launch that uses most of it
+    semaphores: int
+
+
+def needs(launches: Sequence[Launch]) -> Needs:
+    """The needs of launches that share their operands, a workspace and semaphores."""
+    operands = {
+        name: (shape, getattr(torch, dtype)) for launch in launches for name, (shape, dtype) in launch.operands.items()
+    }
+    workspace = max((launch.workspace for launch in launches), default=0)
+    return Needs(operands, workspace, max((launch.semaphores for launch in launches), default=0))
+
+
+def check(needed: Needs, values: dict[str, Any]) -> None:
+    """Check the operands among ``values``.
 
     Raises:
-        ValueError: an operand does not have the shape, dtype and layout that the kernel reads.
+        ValueError: an operand does not have the shape, dtype and layout that the kernels read.
     """
-    for name, (shape, dtype) in launch.operands.items():
+    for name, (shape, dtype) in needed.operands.items():
         t = values[name]
         if t.shape != shape:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape}")
-        if t.dtype is not getattr(torch, dtype):
-            raise ValueError(f"{name} is {t.dtype}, expected torch.{dtype}")
+        if t.dtype is not dtype:
+            raise ValueError(f"{name} is {t.dtype}, expected {dtype}")
         if not t.is_contiguous():
             raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
-    if launch.semaphores:
-        values["workspace"] = torch.empty(launch.workspace, dtype=torch.float32, device=device)
-        values["semaphores"] = semaphores(launch.semaphores, device)
+
+
+def workspace(needed: Needs, device: torch.device) -> dict[str, Tensor]:
+    """The tensors in which the split-K reductions of the launches keep partial sums and count arrivals."""
+    if not needed.semaphores:
+        return {}
+    partial_sums = torch.empty(needed.workspace, dtype=torch.float32, device=device)
+    return {"workspace": partial_sums, "semaphores": semaphores(needed.semaphores, device)}
+
+
+def start(launch: Launch, values: dict[str, Any]) -> Any:
+    """Start a launch with the tensors and numbers in ``values`` through Triton's JIT; returns the compiled kernel."""
     arguments = {}  # names are replaced by values; numbers and None are kept
     for parameter, value in launch.arguments.items():
         found = tuple(map(values.get, value, value)) if isinstance(value, tuple) else values.get(value, value)
         arguments[parameter] = found
-    launch.kernel[launch.grid](**arguments, **launch.constants, **launch.options)
+    return launch.kernel[launch.grid](**arguments, **launch.constants, **launch.options)
+
+
+def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
+    """Run one launch on ``device``, which must be the current device.
+
+    Raises:
+        ValueError: as :func:`check`.
+    """
+    needed = needs((launch,))
+    check(needed, values)
+    start(launch, values | workspace(needed, device))
 
 
 @cache
@@ -146,12 +182,10 @@ def architecture(device: torch.device) -> tuple[int, int]:
 
 
 def semaphores(count: int, device: torch.device) -> Tensor:
-    """Counters that are zero before and after each launch; the launches of one stream run in order and share them."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        # The counters of a captured graph belong to the graph, which sets them to zero: both have the same lifetime.
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    found = _semaphores.get(key)
-    if found is None or found.numel() < count:
-        found = _semaphores[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return found
+    """Counters that are zero before and after each launch, so that the launches of one layer share them.
+
+    They are not kept for the next call. A tensor that is kept would be in the memory pool of whichever call made it: that
+    of a CUDA graph, also in the warm-up of ``mode="reduce-overhead"``, which is not a capture. The graph then gives the
+    memory to other tensors, and counters that are not zero make sums wrong.
+    """
+    return torch.zeros(count, dtype=torch.int32, device=device)

@@ -161,15 +161,16 @@ def scales(rule, n: int) -> dict[str, float]:
 
     In wgrad(null z - amp x, y), the first factor is divided by the larger coefficient.
     """
-    named = {"decay": rule.decay, "self_": rule.self_, "tie": rule.tie}
-    amp = rule.amp
-    if rule.sparse:
-        named["u_scale"], amp = max(abs(rule.sparse), abs(rule.amp)) / n, 0.0
-    if not rule.null:
+    # Triton compiles a kernel for the value of an int, and for any value of a float.
+    named = {"decay": float(rule.decay), "self_": float(rule.self_), "tie": float(rule.tie)}
+    amp, null, sparse = float(rule.amp), float(rule.null), float(rule.sparse)
+    if sparse:
+        named["u_scale"], amp = max(abs(sparse), abs(amp)) / n, 0.0
+    if not null:
         return named | {"scale": -amp / n}
-    if abs(amp) <= abs(rule.null):
-        return named | {"z_scale": 1.0, "x_scale": amp / rule.null, "scale": rule.null / n}
-    return named | {"z_scale": -rule.null / amp, "x_scale": -1.0, "scale": -amp / n}
+    if abs(amp) <= abs(null):
+        return named | {"z_scale": 1.0, "x_scale": amp / null, "scale": null / n}
+    return named | {"z_scale": -null / amp, "x_scale": -1.0, "scale": -amp / n}
 
 
 def _launches(p: Problem, remaining: frozenset[str], product: Product) -> tuple[list[Launch], frozenset[str]]:

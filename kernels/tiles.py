@@ -22,6 +22,14 @@ class Target(NamedTuple):
     processors: int = 132
 
     @property
+    def large(self) -> bool:
+        """Whether tiles of sm_90 fit: 227 KB of shared memory, and products that the threads do not wait for.
+
+        Consumer Blackwell, sm_12x, has 99 KB and the tensor cores of sm_80.
+        """
+        return 90 <= self.capability < 120
+
+    @property
     def itemsize(self) -> int:
         """The size of an element in bytes."""
         return 4 if self.dtype == "float32" else 2
@@ -83,7 +91,7 @@ def choose_wgrad(
     if target.itemsize == 4:
         # Small blocks: wgmma reads float32 only K-major, and full precision uses FMA.
         most, columns, depth, stages = 64, 64, 16, 3
-    elif target.capability >= 90:
+    elif target.large:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
         if means:
             # A block of a mean is float32: it needs twice the shared memory of the block from which it is subtracted.
@@ -98,7 +106,7 @@ def choose_wgrad(
     if means and target.itemsize == 4:
         columns = 32  # 64 spill on sm_90
         most = columns if symmetric else most
-    smallest = 64 if target.capability >= 90 and target.itemsize == 2 else 16
+    smallest = 64 if target.large and target.itemsize == 2 else 16
     bk, bu = (_block(r, smallest, most) if r else 16 for r in rows)
     bc = _block(geometry.C, 16, columns)
     warps = 8 if max(bk if rows[0] else 0, bu if rows[1] else 0) * bc >= 128 * 128 else 4
@@ -123,7 +131,7 @@ def choose_dgrad(geometry: Geometry, dual: bool, target: Target, small: bool = F
     """The tile of an input gradient; ``dual`` if both products are computed, ``small`` as in choose_wgrad."""
     if target.itemsize == 4:
         most, columns, depth, stages = 64, 64, 16, 3
-    elif target.capability >= 90:
+    elif target.large:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
     else:
         # 128x128 spills on sm_80, dual or not.
@@ -153,7 +161,7 @@ def choose_pointwise(geometry: Geometry, term: str, target: Target, centered: bo
         centered: whether x is centered while it is loaded.
     """
     c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
-    hopper = target.capability >= 90
+    hopper = target.large
     # The largest blocks of dW without spills; z, x'x and a mean need further registers.
     if term == "gram":
         bc = c if c <= (128 if hopper else 64) and k <= (256 if hopper or not centered else 128) else 0

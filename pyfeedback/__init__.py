@@ -9,17 +9,11 @@ from pyfeedback import ops as ops  # isort: skip  # registers the ops
 from pyfeedback import functional, metrics, nn, optim, reference, schedules
 from pyfeedback.backends.dispatch import backend, current_backend, set_backend
 from pyfeedback.backends.extension.loading import build_info
-from pyfeedback.conversion import (
-    Conversion,
-    convert,
-    feedback_layers,
-    feedback_parameters,
-    forward_parameters,
-    unconvert,
-)
+from pyfeedback.conversion import Conversion, convert, unconvert
 from pyfeedback.guard import set_guard
 from pyfeedback.init import Init
 from pyfeedback.metrics import LayerAlignment, LayerStatus, Monitor, Status, alignment, status
+from pyfeedback.nn.model import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.rules import Rule, rule
 from pyfeedback.small_start import start_small
 from pyfeedback.tuning import tune

@@ -1,6 +1,11 @@
-"""Measure and check the kernels on this machine: ``python -m pyfeedback tune`` and ``python -m pyfeedback check``."""
+"""What is installed, which kernels are correct and fast on this machine, and what would be converted in a model."""
 
 import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +16,7 @@ import pyfeedback
 from pyfeedback import tuning
 from pyfeedback.backends.choices import Signature, signature_of
 from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.rules import PRESETS
 from pyfeedback.testing import CONVNEXT_T, MOBILENET_V2, RESNET18, RESNET20_CIFAR, RESNET50
 
 NETWORKS = {
@@ -39,22 +45,66 @@ def signatures(network: str, rule: str, batch: int, dtype: torch.dtype, device: 
         yield signature_of(shape.geometry, input, weight, coefficients, needed, True)
 
 
-def tune(options: argparse.Namespace, device: torch.device) -> int:
+def info(options: argparse.Namespace) -> int:
+    """Print the versions, the compiled libraries, and the processor or GPU."""
+    facts = {
+        **dataclasses.asdict(pyfeedback.build_info()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+    lines = [f"{name.replace('_', ' '):20} {_text(value)}" for name, value in facts.items()]
+    print(json.dumps(facts, indent=1) if options.json else "\n".join(lines))
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def convert_report(options: argparse.Namespace) -> int:
+    """Print what pyfeedback.convert would do with a model; the exit status is 1 if it leaves layers with weights."""
+    report = pyfeedback.convert(options.model(), options.rule, return_report=True)[1]
+    found = {"rule": options.rule, "converted": report.changed, "left": report.left}
+    print(json.dumps(found | {"not_in_place": report.not_in_place}, indent=1) if options.json else report)
+    return 1 if report.left or not report.changed else 0
+
+
+def tune(options: argparse.Namespace) -> int:
     """Measure the layers of a network, and store the choices."""
+    device = options.device
     found = list(signatures(options.network, options.rule, options.batch, DTYPES[options.dtype], device))
     print(tuning.measure(list(dict.fromkeys(found)), device, options.budget, progress=True))
     return 0
 
 
-def check(options: argparse.Namespace, device: torch.device) -> int:
+def check(options: argparse.Namespace) -> int:
     """Print the error of every kernel against float64; the exit status is 1 if one of them is wrong."""
-    print(f"{pyfeedback.build_info()}\n{'':64} {'implementation':28} {'error':>9}")
-    wrong = 0
-    for what, implementation, error, refused in checks(options, device):
+    wrong, rows = 0, []
+    if not options.json:
+        print(f"{pyfeedback.build_info()}\n{'':64} {'implementation':28} {'error':>9}")
+    for what, implementation, error, refused in checks(options, options.device):
         wrong += refused is not None
-        number = "" if error is None else f"{error:.1e}"
-        print(f"{what:64} {implementation:28} {number:>9}  {refused or ''}", flush=True)
-    print(f"{wrong} wrong" if wrong else "all are correct")
+        rows.append({"what": what, "implementation": implementation, "error": error, "refused": refused})
+        if not options.json:
+            number = "" if error is None else f"{error:.1e}"
+            print(f"{what:64} {implementation:28} {number:>9}  {refused or ''}", flush=True)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{wrong} wrong" if wrong else "all are correct")
     return 1 if wrong else 0
 
 
@@ -132,18 +182,38 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m pyfeedback", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, batch in (("tune", tune, 16), ("check", check, 2)):
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    for run in (info, check, tune, convert_report):
+        command = commands.add_parser(run.__name__.replace("_", "-"), help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
-        command.add_argument("--network", choices=NETWORKS, default="resnet20", help="default %(default)s")
-        command.add_argument("--batch", type=_positive, default=batch, help="default %(default)s")
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        command.add_argument("--device", type=_device, default=default, help="default here: %(default)s")
-        every = "" if name == "check" else "float32"
-        command.add_argument("--dtype", choices=DTYPES, default=every or None, help=f"default {every or 'all'}")
+        if run is not tune:
+            command.add_argument("--json", action="store_true", help="print JSON")
+        if run in (check, tune):
+            command.add_argument("--network", choices=NETWORKS, default="resnet20", help="default %(default)s")
+            command.add_argument(
+                "--batch", type=_positive, default=2 if run is check else 16, help="default %(default)s"
+            )
+            default = "cuda" if torch.cuda.is_available() else "cpu"
+            command.add_argument("--device", type=_device, default=default, help="default here: %(default)s")
+            every = None if run is check else "float32"
+            command.add_argument("--dtype", choices=DTYPES, default=every, help=f"default {every or 'all'}")
     commands.choices["tune"].add_argument("--rule", choices=RULES, default="ia", help="default %(default)s")
     commands.choices["tune"].add_argument("--budget", type=_seconds, default=60.0, help="seconds; default %(default)s")
+    report = commands.choices["convert-report"]
+    report.add_argument("model", type=_model, help="module:function, such as torchvision.models:resnet18")
+    report.add_argument("--rule", choices=PRESETS, default="ia-probes", help="default %(default)s")
     return parser.parse_args(arguments)
+
+
+def _model(text: str) -> Callable[[], torch.nn.Module]:
+    """The function that makes the model; called without arguments, as in the folder where the program was started."""
+    module, _, name = text.partition(":")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form module:function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:
@@ -172,7 +242,7 @@ def _device(text: str) -> torch.device:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit status."""
     options = parse(arguments)
-    return options.run(options, options.device)
+    return options.run(options)
 
 
 if __name__ == "__main__":

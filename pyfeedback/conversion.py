@@ -1,7 +1,7 @@
 """Conversion of models: convolutions and linear layers get a feedback path, everything else is unchanged."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from pyfeedback.core.algorithm import Algorithm, needs_response
 from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
-from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention
+from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
+from pyfeedback.optim import follow
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
 _log = logging.getLogger("pyfeedback")
+_NOT_FOUND = "no product of it with the input was found in the forward"
 
 
 @dataclass
@@ -29,8 +30,9 @@ class Conversion:
 
     Attributes:
         rules: the rule of each pattern of names; "*" matches all names.
-        changed: layers that now have a feedback path.
-        left: layers with weights but without a feedback path, and the reason for each.
+        changed: layers that now have a feedback path, and modules that multiply weights of their own with their input.
+        left: layers with weights but without a feedback path, and the reason for each. If other weights of the same
+            module have one, the name is that of the weight.
         not_in_place: activations that no longer work in place, because they would overwrite a response that the rule
             reads.
     """
@@ -56,14 +58,21 @@ def convert(
     init: Init | Callable[[Tensor], object] | None = None,
     strict: bool = False,
     return_report: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ):
     """Give every convolution and linear layer of ``model`` a feedback path that learns by ``rule``, in place.
 
+    A layer is a product of a weight and an input, wherever a forward computes it. :mod:`pyfeedback.nn` lists the layers
+    of torch.nn that are replaced. Any other module whose forward multiplies its own weights with its input gets a
+    feedback weight for each of them, as the parameter ``{name}_feedback.feedback`` in the layout of the weight: its own
+    linear class, a standardized convolution, the weights of experts, an LSTM. In a module that reads the weight of a
+    layer instead of calling it (``F.linear(x, self.qkv.weight)``), the product uses the feedback weight of that layer.
+    docs/pytorch.md says how such products are found.
+
     The modules remain the same objects and keep their weights, dtype, device, memory format, training mode, hooks and
-    sharing. Create the optimizer after the conversion, or add ``feedback_parameters(model)`` to it. Otherwise it does
-    not have the feedback weights: they never learn, while their gradients keep growing. A layer that already has a
-    feedback path gets the new rule and a newly drawn feedback weight. :mod:`pyfeedback.nn` lists the layers that are
-    converted. Their subclasses are not converted, because they may have a forward of their own.
+    sharing. Create the optimizer after the conversion, or pass it as ``optimizer``. Otherwise it does not have the
+    feedback weights: they never learn, while their gradients keep growing. A layer that already has a feedback path
+    gets the new rule and a newly drawn feedback weight.
 
     Args:
         model: any module, or a single layer.
@@ -76,6 +85,8 @@ def convert(
         strict: raise an error if a layer with weights cannot be converted, or matches no pattern.
         return_report: return ``(model, Conversion)``. The report is logged in any case, at level INFO. A pattern that
             matches no layer is logged at level WARNING.
+        optimizer: any optimizer of the model, built before or after the conversion. Its steps are to update the
+            feedback weights as well: :func:`pyfeedback.optim.follow` with its default options.
 
     Returns:
         ``model`` itself.
@@ -87,6 +98,8 @@ def convert(
     check_model(model)
     check_flag("strict", strict)
     check_flag("return_report", return_report)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is {describe(optimizer)}, expected a torch.optim.Optimizer")
     rules, init = _rules_by_pattern(rule), as_init(init)
     chosen, left = _chosen_rules(model, rules)
     if not chosen and not return_report:
@@ -96,15 +109,16 @@ def convert(
         raise ValueError(f"strict is True, but these layers are left: {described}")
     report, direct = Conversion(rules, list(chosen), left), None
     _drop_direct_feedback(model)
+    by_use.detach(model)
     for name, follows in chosen.items():
         module: Any = model.get_submodule(name)
-        module.__class__ = LAYERS.get(type(module), type(module))
-        module.attach_feedback(follows, init.of_layer(name))
-        module.full_name = name
-        module.reset_feedback(_normal_like(module.weight))
-        if follows.direct != "no":
-            direct = direct or DirectFeedback(init, follows.direct == "shared")
-            module.direct = DirectInput(name, direct)
+        for path, layer in _attach(name, module, follows, init):
+            layer.full_name = path
+            layer.reset_feedback(_normal_like(layer.weight))
+            if follows.direct != "no":
+                direct = direct or DirectFeedback(init, follows.direct == "shared")
+                layer.direct = DirectInput(path, direct)
+    by_use.attach_readers(model)
     if direct is not None:
         direct.attach(model)
     report.not_in_place = _preserve_responses(model)
@@ -115,7 +129,22 @@ def convert(
             _log.warning(
                 "the pattern %r of rule matches no layer%s", pattern, f"; the model has {close}" if close else ""
             )
+    if optimizer is not None:
+        follow(optimizer, model)
     return (model, report) if return_report else model
+
+
+def _attach(name: str, module: Any, rule: Rule, init: Init) -> list[tuple[str, FeedbackLayer]]:
+    """Give a module its feedback weights, and return the layers that hold them, by name."""
+    if type(module) in LAYERS or isinstance(module, FeedbackLayer):
+        module.__class__ = LAYERS.get(type(module), type(module))
+        module.attach_feedback(rule, init.of_layer(name))
+        return [(name, module)]
+    found: list[tuple[str, FeedbackLayer]] = []
+    for weight, is_computed in by_use.used_weights(module).items():
+        path = f"{name}.{weight}" if name else weight
+        found.append((path, by_use.attach(module, weight, is_computed, rule, init.of_layer(path))))
+    return found
 
 
 def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, Rule], dict[str, str]]:
@@ -126,14 +155,24 @@ def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, R
     for name, module in model.named_modules():
         if module in unsupported:
             left[name] = unsupported[module]
-        elif isinstance(module, FeedbackLayer) or type(module) in LAYERS:
-            follows = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
-            if follows is None:
-                left[name] = "no pattern of the rules matches its name"
-            else:
-                chosen[name] = follows
-        elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
-            left[name] = f"{type(module).__name__} has weights, but there is no feedback layer for it"
+            continue
+        if isinstance(module, by_use.UsedWeight):  # of an earlier conversion
+            continue
+        if isinstance(module, FeedbackLayer) or type(module) in LAYERS:
+            used = others = []
+        else:
+            weights, used = by_use.weights_of(module), list(by_use.used_weights(module))
+            others = [weight for weight in weights if weight not in used]
+            if not weights:
+                continue
+        follows = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
+        if others and not used:
+            left[name] = f"{type(module).__name__} has weights, but {_NOT_FOUND}"
+        elif follows is None:
+            left[name] = "no pattern of the rules matches its name"
+        else:
+            chosen[name] = follows
+            left |= {f"{name}.{weight}" if name else weight: _NOT_FOUND for weight in others}
     return chosen, left
 
 
@@ -171,40 +210,21 @@ def unconvert(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     plain = {layer: original for original, layer in LAYERS.items()}
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLayer)]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, FeedbackLayer) and not isinstance(module, by_use.UsedWeight)
+    ]
     for name, layer in layers:
         if type(layer) not in plain:
             what = f"{name or 'the model'} is a {type(layer).__name__}"
             raise ValueError(f"{what}, expected a layer of pyfeedback.nn itself: remove its parametrizations first")
     _drop_direct_feedback(model)
+    by_use.detach(model)
     for _, layer in layers:
         layer.detach_feedback()
         layer.__class__ = plain[type(layer)]
     return model
-
-
-def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
-    """Yield the name and module of each layer of ``model`` that has a feedback weight; shared layers appear once."""
-    check_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, FeedbackLayer) and module.feedback is not None:
-            yield name, module
-
-
-def feedback_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield each feedback weight of ``model`` once."""
-    seen = set()
-    for _, layer in feedback_layers(model):
-        if layer.feedback is not None and id(layer.feedback) not in seen:
-            seen.add(id(layer.feedback))
-            yield layer.feedback
-
-
-def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Return every parameter of ``model`` that is not a feedback weight, for the optimizer of the task."""
-    check_model(model)
-    feedback = {id(p) for p in feedback_parameters(model)}
-    return (p for p in model.parameters() if id(p) not in feedback)
 
 
 def _rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, Rule]:

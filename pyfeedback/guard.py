@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from pyfeedback.core.values import check_flag
 from pyfeedback.nn.layer import FeedbackLayer, attached_layers, warn_of_uncalled
 from pyfeedback.optim.base import RowOptimizer, local
-from pyfeedback.optim.rows import is_tied
+from pyfeedback.optim.rows import is_tied, weight_parameters
 
 EXAMINED = 3  # the step in which an optimizer is examined
 
@@ -27,8 +27,8 @@ _enabled = os.environ.get("PYFEEDBACK_GUARD", "on") != "off"
 
 NEEDED = "B does not learn: its rule {why} in the step of an optimizer of pyfeedback.optim, and none was built for it"
 NO_OPTIMIZER = (
-    "B did not change in the first steps, although W did: no optimizer has it. Build the optimizer after convert, or "
-    "give it pyfeedback.feedback_parameters(model)"
+    "B did not change in the first steps, although W did: no optimizer has it. Pass the optimizer to convert "
+    "(optimizer=...), or build it afterwards"
 )
 NO_GRADIENT = (
     "B did not change in the first steps, although W did: it had no gradient. Clear the gradients after the step of "
@@ -36,7 +36,7 @@ NO_GRADIENT = (
 )
 DECAYED = (
     "the weight_decay {decay:g} of {optimizer} also acts on B, besides its rule. Set it to 0 in the group of "
-    "pyfeedback.feedback_parameters(model), or use an optimizer of pyfeedback.optim"
+    "pyfeedback.feedback_parameters(model), or use pyfeedback.optim.follow"
 )
 UNEQUAL = (
     "W decays by {weight_decay:g} and B by {decay:g}. Kolen-Pollack needs the same decay: set weight_decay to the "
@@ -44,7 +44,7 @@ UNEQUAL = (
 )
 SCALED = (
     "torch.amp.GradScaler divides the gradient of B by the loss scale, but the rule does not multiply it, so that B "
-    "hardly moves. Use an optimizer of pyfeedback.optim"
+    "hardly moves. Use pyfeedback.optim.follow, or another optimizer of pyfeedback.optim"
 )
 NOT_FINITE = (
     "B has infinities or nans after {count} steps of {optimizer}: the rule diverges. Reduce its coefficients or B's "
@@ -99,7 +99,7 @@ def _layers_of(optimizer: Optimizer) -> Iterator[FeedbackLayer]:
     """The layers whose weight, or a parameter that it is computed from, belongs to this optimizer."""
     params = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in list(attached_layers):
-        if any(id(p) in params for p in layer.parameters() if p is not layer.feedback):
+        if any(id(p) in params for p in weight_parameters(layer)):
             yield layer
 
 
@@ -113,7 +113,7 @@ def _listed(names: list[str]) -> str:
 
 def _versions(layer: FeedbackLayer) -> tuple[int, int]:
     feedback = layer.feedback
-    weights = sum(p._version for p in layer.parameters() if p is not feedback)
+    weights = sum(p._version for p in weight_parameters(layer))
     return weights, 0 if feedback is None else feedback._version
 
 
@@ -138,14 +138,14 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
         elif feedback_version == feedback_before:
             if weight_version != weight_before and (feedback.requires_grad or layer.has_optimizer):
                 problem = NO_GRADIENT if layer.has_optimizer or id(feedback) in groups else NO_OPTIMIZER
-        elif not isinstance(optimizer, RowOptimizer) and id(feedback) in groups:
+        elif not isinstance(optimizer, RowOptimizer) and id(feedback) in groups and feedback.grad is not None:
             decay = groups[id(feedback)].get("weight_decay", 0.0)
             if scaled:
                 problem = SCALED
             elif decay and not is_tied(rule):
                 problem = DECAYED.format(decay=decay, optimizer=type(optimizer).__name__)
         if problem is None and is_tied(rule) and not rule.tau and not rule.expansion:
-            weight_decay = groups.get(id(layer._parameters.get("weight")), {}).get("weight_decay")
+            weight_decay = groups.get(id(weight_parameters(layer)[0]), {}).get("weight_decay")
             if weight_decay is not None and abs(weight_decay - rule.decay) > 1e-3 * rule.decay:
                 problem = UNEQUAL.format(weight_decay=weight_decay, decay=rule.decay)
         if problem is not None:

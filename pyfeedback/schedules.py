@@ -25,7 +25,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pyfeedback.conversion import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.core.coefficients import COEFFICIENTS
 from pyfeedback.core.values import (
     check_callable,
@@ -37,6 +36,7 @@ from pyfeedback.core.values import (
     is_int,
     is_number,
 )
+from pyfeedback.nn.model import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.rules import UNITLESS
 
 Curve = Callable[[int], float]

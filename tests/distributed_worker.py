@@ -27,6 +27,7 @@ RULES = {
     "centered": pyfeedback.rule("ia", amp=0.1, null=0.05, decay=0.05, center=True),
     "sampled": pyfeedback.rule("wm", amp=0.1, decay=0.05, center=False, samples=2),
 }
+FOLLOWED = ("ia", "sa", "kp")
 STEPS, BATCH = 3, 8
 
 
@@ -68,6 +69,27 @@ def train(
     return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
 
 
+def train_followed(
+    model: nn.Module, shards, run=backward, wrap=lambda model: model, first: bool = True
+) -> dict[str, torch.Tensor]:
+    """As :func:`train`, with one optimizer that is followed before the model is wrapped, or afterwards."""
+    wrapped = None if first else wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-3)
+    pyfeedback.optim.follow(optimizer, model)
+    wrapped = wrapped or wrap(model)
+    for x, target in shards:
+        run(wrapped, x, target)
+        assert all(feedback.grad is None for feedback in pyfeedback.feedback_parameters(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+
+
+def views(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
 def in_two_parts(model, x, target) -> None:
     """Two halves of the batch; only the backward pass of the second synchronizes the ranks."""
     half = len(x) // 2
@@ -91,6 +113,11 @@ def main(folder: Path) -> None:
         found["ddp before", rule] = train(network(rule), mine, wrap=DistributedDataParallel, first=False)
     for rule in ("fa", "kp"):
         found["no_sync", rule] = train(network(rule), mine, in_two_parts, DistributedDataParallel)
+    for rule in FOLLOWED:
+        found["follow ddp", rule] = train_followed(network(rule), mine, wrap=DistributedDataParallel)
+        found["follow ddp after", rule] = train_followed(network(rule), mine, wrap=views, first=False)
+        found["follow no_sync", rule] = train_followed(network(rule), mine, in_two_parts, DistributedDataParallel)
+        found["follow fsdp", rule] = train_followed(fully_shard(network(rule)), mine)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

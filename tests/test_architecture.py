@@ -31,17 +31,18 @@ MAY_IMPORT = {
     "pyfeedback.nn": {
         "pyfeedback.core", "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn",
     },
-    "pyfeedback.conversion": {"pyfeedback.core", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn"},
+    "pyfeedback.conversion": {
+        "pyfeedback.core", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn", "pyfeedback.optim",
+    },
     "pyfeedback.small_start": {"pyfeedback.core"},
     "pyfeedback.tuning": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.backends.choices", DISPATCH},
     "pyfeedback.__main__": {
-        "pyfeedback", "pyfeedback.core", "pyfeedback.tuning", "pyfeedback.backends.choices", SHARED,
+        "pyfeedback", "pyfeedback.core", "pyfeedback.rules", "pyfeedback.tuning", "pyfeedback.backends.choices", SHARED,
     },
-    "pyfeedback.schedules": {"pyfeedback.core", "pyfeedback.conversion", "pyfeedback.nn", "pyfeedback.rules"},
+    "pyfeedback.schedules": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.rules"},
     "pyfeedback.metrics": {"pyfeedback.core", DISPATCH, "pyfeedback.nn", "pyfeedback.metrics"},
     "pyfeedback.optim": {
-        "pyfeedback.core", DISPATCH, "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.nn",
-        "pyfeedback.conversion", "pyfeedback.optim",
+        "pyfeedback.core", DISPATCH, "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.nn", "pyfeedback.optim",
     },
     "pyfeedback.guard": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.optim"},
     "pyfeedback.reference": set(),

@@ -242,7 +242,10 @@ def test_layers_keep_sharing_a_weight():
 
 
 class OwnForward(nn.Conv2d):
-    """A subclass, which may have its own forward."""
+    """A subclass whose forward hides the weight."""
+
+    def forward(self, x):
+        return F.conv2d(x, next(self.parameters()), self.bias)
 
 
 def test_layers_without_a_counterpart_are_skipped_and_reported():
@@ -405,7 +408,10 @@ def test_an_unconverted_model_is_exported_without_the_package():
 def test_a_model_without_a_layer_to_convert_is_refused():
     for model, what in (
         (nn.ReLU(), "model is a ReLU without a layer to convert, expected a convolution"),
-        (nn.Sequential(nn.LSTM(2, 3)), r"expected .* \(0: LSTM has weights, but there is no feedback layer for it\)"),
+        (
+            nn.Sequential(nn.Bilinear(2, 2, 3)),
+            r"expected .* \(0: Bilinear has weights, but no product of it with the input",
+        ),
     ):
         with pytest.raises(ValueError, match=what):
             pyfeedback.convert(model, "ia")
@@ -429,8 +435,8 @@ def test_patterns_that_match_no_layer(caplog):
 
 
 def test_strict_refuses_to_leave_a_layer():
-    model = nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 3))
-    with pytest.raises(ValueError, match="strict is True, but these layers are left: 1: LSTM has weights"):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Bilinear(2, 2, 3))
+    with pytest.raises(ValueError, match="strict is True, but these layers are left: 1: Bilinear has weights"):
         pyfeedback.convert(model, "ia", strict=True)
     assert type(model[0]) is nn.Linear
     with pytest.raises(ValueError, match="these layers are left: 1: no pattern of the rules matches its name"):

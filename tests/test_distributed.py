@@ -88,3 +88,12 @@ def test_means_and_samples_are_per_rank_and_the_gradients_averaged(ranks, wrappe
 def test_gradients_accumulate_under_no_sync(ranks, rule):
     for found in ranks:
         assert error(found["no_sync", rule], joined(rule)) < 1e-5
+
+
+@pytest.mark.parametrize("rule", worker.FOLLOWED)
+@pytest.mark.parametrize("way", ["ddp", "ddp after", "no_sync", "fsdp"])
+def test_two_ranks_with_an_optimizer_that_is_followed(ranks, way, rule):
+    """Also if the model was wrapped before, and with gradients that are averaged over two passes."""
+    expected = worker.train_followed(worker.network(rule), worker.batches())
+    for found in ranks:
+        assert error(found[f"follow {way}", rule], expected) < 1e-5

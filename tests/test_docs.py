@@ -62,17 +62,40 @@ def test_the_first_example_trains_and_aligns():
     assert not any(p.grad is not None for p in names["model"].parameters())
 
 
-@pytest.mark.parametrize("rule", ["ia", "sa", "kp"])
-def test_two_optimizers_train_as_one_does(rule):
+@pytest.mark.parametrize("rule", ["ia-probes", "ia", "sa", "kp"])
+def test_an_optimizer_that_is_followed_trains_as_that_of_the_package(rule):
     code, names = example(1), {**setting(), "pyfeedback": pyfeedback}
-    assert 'convert(model, "ia")' in code
-    exec(code.replace('convert(model, "ia")', f'convert(model, "{rule}")'), names)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": pyfeedback.rule(rule).decay if rule == "kp" else 0.0}
+    for theirs, ours in (("AdamW", "SGD"), ("lr=1e-3", f"**{options}"), ('"ia-probes"', f'"{rule}"')):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    exec(code, names)
+    given = setting()
+    model = pyfeedback.convert(given["model"], rule)
+    for x, target in names["data"]:
+        F.mse_loss(names["model"](x), target).backward()
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+    optimizer = pyfeedback.optim.SGD(model, **options)
+    for x, target in given["data"]:
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, expected in zip(names["model"].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_optimizers_train_as_one_does():
+    code = (ROOT / "docs" / "optimizers.md").read_text().split("With two optimizers,")[1].split("```")[1]
+    names = {**setting(), "pyfeedback": pyfeedback}
+    pyfeedback.convert(names["model"], "sa")
+    exec(code.removeprefix("python"), names)
     for x, target in names["data"]:
         F.mse_loss(names["model"](x), target).backward()
         names["rule"].step(), names["task"].step()
         names["rule"].zero_grad(), names["task"].zero_grad()
     given = setting()
-    model = pyfeedback.convert(given["model"], rule)
+    model = pyfeedback.convert(given["model"], "sa")
     optimizer = pyfeedback.optim.SGD(model, lr=0.1, momentum=0.9)
     for x, target in given["data"]:
         F.mse_loss(model(x), target).backward()

@@ -131,6 +131,40 @@ def test_a_parametrized_weight_is_examined_too(caplog):
     assert [message.split(": ", 1)[1] for message in caplog.messages] == [guard.NO_OPTIMIZER]
 
 
+@pytest.mark.parametrize("kind", ["lstm", "standardized"])
+def test_weights_that_a_module_multiplies_itself(kind, caplog):
+    class Standardized(nn.Linear):
+        def forward(self, x):
+            return x @ ((self.weight - self.weight.mean()) / self.weight.std()).t() + self.bias
+
+    model = nn.LSTM(4, 4) if kind == "lstm" else Standardized(4, 4)
+    optimizer = sgd(model)
+    pyfeedback.convert(model, "ia")
+    for _ in range(3):
+        optimizer.zero_grad()
+        out = model(torch.randn(3, 2, 4))
+        (out[0] if kind == "lstm" else out).square().sum().backward()
+        optimizer.step()
+    (message,) = caplog.messages
+    assert message == f"{'weight_ih_l0, weight_hh_l0' if kind == 'lstm' else 'weight'}: {guard.NO_OPTIMIZER}"
+
+
+@pytest.mark.parametrize("rule", [*LEARNING, "fa", "ia-probes"])
+@pytest.mark.parametrize("make", [sgd, lambda m, **options: torch.optim.AdamW(m.parameters(), **options)])
+@pytest.mark.parametrize("before", [True, False])
+def test_following_an_optimizer_gives_no_warning(rule, make, before, caplog):
+    model = perceptron(4, 8, 4)
+    if not before:
+        pyfeedback.convert(model, rule)
+    optimizer = make(model, weight_decay=2e-3)
+    if before:
+        pyfeedback.convert(model, rule, optimizer=optimizer)
+    else:
+        pyfeedback.optim.follow(optimizer, model)
+    train(model, optimizer, 12)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
 def test_convolutions_and_layers_without_a_name(make, caplog):
     layer = make(4, 4, 1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pyfeedback
 from pyfeedback import reference
 from pyfeedback.backends.composite.probes import orthogonal_probes, probe_gradient, random_signs
 from pyfeedback.core.coefficients import Coefficients
@@ -166,3 +167,14 @@ def test_number_of_probes_that_compare_responses(arguments, orthogonal, expected
     assert (found.probes, found.wanted, found.sweep) == expected[:3]
     assert found.reach == pytest.approx(expected[3])
     assert found.noise_floor == 0
+
+
+def test_an_estimate_is_not_captured_in_a_cuda_graph(monkeypatch):
+    """Its seed and step are numbers of the program, which a replay would repeat."""
+    model = pyfeedback.convert(torch.nn.Linear(6, 5), "wm-probes")
+    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        RuntimeError, match=r"^a CUDA graph is being captured, expected an optimizer step outside of it"
+    ):
+        optimizer.step()

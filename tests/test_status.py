@@ -93,6 +93,28 @@ def test_a_feedback_weight_has_not_stepped_after_it_was_drawn_loaded_or_copied()
     assert stepped(model) == [False, True]
 
 
+class OwnProduct(nn.Module):
+    """A module that multiplies one of its two weights with its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.table = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return x @ self.matrix + self.table[0]
+
+
+def test_a_weight_that_a_module_multiplies_itself():
+    model = pyfeedback.convert(nn.Sequential(OwnProduct()), "ia", optimizer=None)
+    optimizer = pyfeedback.optim.SGD(model, lr=0.1)
+    model(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    table, matrix = pyfeedback.status(model)
+    assert (matrix.name, matrix.kind) == ("0.matrix_feedback", "OwnProduct.matrix")
+    assert (matrix.path, matrix.stepped) == ("feedback", True)
+    assert (table.name, table.kind, table.path) == ("0", "OwnProduct", "weight")
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="model is"):
         pyfeedback.status(torch.zeros(2))

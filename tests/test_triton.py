@@ -296,7 +296,7 @@ def test_shipped_tiles(name):
 SIZES = [(1, 1), (3, 64), (64, 64), (64, 256), (512, 128), (2048, 1000)]
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_chosen_tiles_are_powers_of_two_and_splits_have_work(itemsize, capability):
     for c, k in SIZES:

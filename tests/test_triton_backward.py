@@ -1,6 +1,7 @@
 """The backward of a layer from the Triton kernels, against the composition and float64."""
 
 import itertools
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from triton_cases import DEVICE, Case, assert_near, inner, layer, names, record_
 import pyfeedback
 from pyfeedback.core.algorithm import Algorithm, Sizes, choose_algorithm
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.kernels import backward
+from pyfeedback.kernels import backward, handles
 from pyfeedback.testing import python_calls
 
 pytestmark = triton_cases.MARKS
@@ -164,12 +165,31 @@ def test_a_coefficient_that_the_kernels_do_not_implement_is_refused():
     assert run(ExtendedRule(growth=1e-3), (True, True, False, True), "none")[2] is None  # nothing is computed of it
 
 
+def test_the_workspace_is_not_kept(monkeypatch):
+    """A tensor that is kept may be in the memory pool of a CUDA graph, which gives its memory to others."""
+    made, real = [], handles.workspace
+
+    def workspace(*args):
+        found = real(*args)
+        made.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(handles, "workspace", workspace)
+    case = Case((2, 16, 9, 9), (16, 16, 3, 3), padding=(1, 1))
+    launched = record_launches(monkeypatch, choose_joint=lambda *_: None)
+    for _ in range(2):
+        run_conv2d(case, {"amp": 1.0}, Algorithm.DIRECT)
+    assert launched[0].semaphores
+    assert len(made) == 4
+    assert not any(ref() is not None for ref in made)
+
+
 def test_host_calls_of_a_layer(monkeypatch):
     """The plan is cached: a step prepares operands and launches kernels, in few calls of Python functions."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    real = backward.run
+    real = handles.start
     monkeypatch.setattr(
-        backward, "run", lambda launch, *rest: real(launch._replace(kernel={launch.grid: lambda **_: None}), *rest)
+        handles, "start", lambda launch, *rest: real(launch._replace(kernel={launch.grid: lambda **_: None}), *rest)
     )
     layer = pyfeedback.nn.Conv2d(16, 16, 3, padding=1, bias=False, rule="ia", device=DEVICE)
     x = torch.randn(4, 16, 5, 5, device=DEVICE, requires_grad=True)
@@ -179,6 +199,6 @@ def test_host_calls_of_a_layer(monkeypatch):
         forward = python_calls(lambda: outputs.append(layer(x)))
     gradient = torch.ones_like(outputs[0])
     calls = python_calls(lambda: outputs[0].backward(gradient))
-    assert calls.count("kernels/launch.py run") == 2
+    assert calls.count("kernels/launch.py start") == 2
     assert len(forward) <= 12, forward
     assert len(calls) <= 40, calls

@@ -6,6 +6,7 @@ import triton_cases
 
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.kernels.geometry import Geometry, layer_geometry
+from pyfeedback.kernels.launch import needs
 from pyfeedback.kernels.plan import Problem, plan_backward, scales
 from pyfeedback.kernels.tiles import Target
 
@@ -218,6 +219,37 @@ def test_scales_of_the_terms_of_the_response(named):
     assert found["scale"] * found["z_scale"] == pytest.approx(rule.null / 5)
     assert found["scale"] * found["x_scale"] == pytest.approx(rule.amp / 5)
     assert max(abs(found["z_scale"]), abs(found["x_scale"])) == 1
+
+
+def test_scales_are_floats():
+    """Triton would compile the kernels again for each value of an int."""
+    for named in ({"amp": 1, "decay": 1}, {"amp": 1, "null": 2, "tie": 1}, {"sparse": 1, "amp": 1, "self_": 1}):
+        assert {type(value) for value in scales(Coefficients(**named), 4).values()} == {float}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_launches_of_a_plan_agree_on_their_operands(layer):
+    """They are checked once, and share a workspace of the largest size."""
+    for fields, algorithm in ((WM, "direct"), (IA, "direct"), (EVERYTHING, "direct"), ((), "none")):
+        for part in (False, True):
+            plan = plan_backward(problem(layer, fields, algorithm, part=part))
+            needed = needs(plan.launches)
+            for launch in plan.launches:
+                for name, (shape, dtype) in launch.operands.items():
+                    assert needed.operands[name] == (shape, getattr(torch, dtype))
+                assert needed.workspace >= launch.workspace
+                assert needed.semaphores >= launch.semaphores
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_consumer_blackwell_has_the_tiles_of_sm_80(layer):
+    """It has less than half of the shared memory of sm_90 and sm_100."""
+    tiles = {}
+    for capability in (80, 90, 100, 103, 120, 121):
+        p = problem(layer, IA, "direct")
+        plan = plan_backward(p._replace(target=Target("bfloat16", capability=capability)))
+        tiles[capability] = [launch.tile for launch in plan.launches]
+    assert tiles[80] == tiles[120] == tiles[121] != tiles[90] == tiles[100] == tiles[103]
 
 
 def test_a_coefficient_that_is_not_implemented_is_refused():

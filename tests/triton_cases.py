@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as _patch:
         _patch.setenv("TRITON_INTERPRET", "1")  # read where the kernels are decorated
     from pyfeedback.core.algorithm import Algorithm
     from pyfeedback.core.coefficients import Coefficients
-    from pyfeedback.kernels import backward, plan, probe_table, signs  # noqa: F401  # for the tests of probes
+    from pyfeedback.kernels import backward, handles, plan, probe_table, signs  # noqa: F401  # for the tests of probes
     from pyfeedback.kernels.geometry import Geometry, conv_geometry
     from pyfeedback.kernels.launch import Launch, run
     from pyfeedback.kernels.tiles import PointwiseTile, Target
@@ -155,8 +155,10 @@ def run_kernel(describe, geometry: Geometry, *args, **operands) -> None:
 def record_launches(monkeypatch, **choices) -> list[Launch]:
     """What is launched from here on; ``choices`` replace functions of the plan, which is made anew each time."""
     launched = []
+    start = handles.start
+    monkeypatch.setattr(backward, "planned", backward.planned.__wrapped__)
     monkeypatch.setattr(backward, "plan_backward", plan.plan_backward.__wrapped__)
-    monkeypatch.setattr(backward, "run", lambda launch, *rest: (launched.append(launch), run(launch, *rest)))
+    monkeypatch.setattr(handles, "start", lambda launch, values: (launched.append(launch), start(launch, values))[1])
     for name, function in choices.items():
         monkeypatch.setattr(plan, name, function)
     return launched

@@ -48,6 +48,15 @@ class Coefficients(NamedTuple):
         """Whether a term depends on the activations."""
         return any(getattr(self, name) for name in READ_DATA)
 
+    def of_step(self, steps: int, is_mean: bool) -> "Coefficients":
+        """The coefficients of one of several steps that use the same weight.
+
+        Summed over the steps, the terms without data count once, and those with data as over positions: a sum, or a
+        mean if ``is_mean``.
+        """
+        shared = ("decay", "self_", *(READ_DATA if is_mean else ()))
+        return self._replace(**{name: getattr(self, name) / steps for name in shared})
+
 
 COEFFICIENTS = tuple(Primitives.__dataclass_fields__)
 ELEMENTWISE = ("decay", "self_", "tie")  # of B, W and the gradient of W: the optimizers compute them

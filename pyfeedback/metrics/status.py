@@ -1,6 +1,7 @@
 """What each layer of a model does: its rule, the path of its gradient, and whether its feedback weight learns."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +26,7 @@ class LayerStatus:
 
     Attributes:
         name: the name of the module in the model.
-        kind: its class.
+        kind: its class; for a weight that a module multiplies itself, the class of the module and the weight's name.
         rule: the name of its rule; "" for a layer without one, which trains by backprop.
         path: what carries the gradient to its input: "feedback" (B), "weight" (W: plain backprop), "output" (the error
             of the model's output, under dfa) or "not called": nothing has called the layer since its conversion.
@@ -82,14 +83,23 @@ def status(model: nn.Module, optimizer: HasTimeConstants | None = None) -> Statu
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, FeedbackLayer):
+            if (owner := module.weight_owner()) is not module:
+                kind = f"{type(owner).__name__}.{module.weight_name}"
             b, rule, reading = module.feedback, module.rule, readings.get(name)
             stepped = b._version != module.drawn_version if b is not None and rule.learns else None
             angle, ratio = (math.nan, math.nan) if reading is None else (reading.angle, reading.norm_ratio)
             tau = time_constants.get(name, rule.tau or math.nan)
             rows.append(LayerStatus(name, kind, rule.name, _path(module), stepped, angle, ratio, tau))
-        elif any(is_lazy(p) or p.dim() > 1 for p in module.parameters(recurse=False)):
+        elif any(is_lazy(p) or p.dim() > 1 for p in _without_feedback(module)):
             rows.append(LayerStatus(name, kind, "", "weight", None, math.nan, math.nan, math.nan))
     return rows
+
+
+def _without_feedback(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module itself, except those with a feedback weight in a child of it."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if not isinstance(module._modules.get(f"{name}_feedback"), FeedbackLayer):
+            yield parameter
 
 
 def _path(layer: FeedbackLayer) -> str:

@@ -39,6 +39,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
     """
 
     out_proj: OutProjection
+    weight_name = "in_proj_weight"
 
     def __init__(
         self, *args, rule: str | Rule = "fa", init: Init | Callable[[Tensor], object] | None = None, **options

@@ -38,8 +38,10 @@ class FeedbackLayer(torch.nn.Module):
     feedback_init: Init
     mixing: Tensor | None  # the fixed factor [K, M] of a feedback that is a product (pfa)
     direct: DirectInput | None = None  # only under dfa, where the error comes directly from the model's output
-    called = False  # True from the first forward pass on; remains False if a model only reads the weight
-    last_call: tuple[Geometry, torch.Size] | None = None  # of a layer that reads probes: how expensive a pass is
+    weight_name = "weight"  # of the parameter that ``weight`` is
+    called = False  # True from the first forward pass on that uses the layer
+    # Of a layer that reads probes: the geometry, input and weight of a pass, and so its cost.
+    last_call: tuple[Geometry, torch.Size, torch.Size] | None = None
     has_optimizer = False  # whether an optimizer of pyfeedback.optim was built for the feedback weight
     full_name = ""  # in the model that was converted, for messages
     drawn_version = 0  # the version counter of the feedback weight before its first step
@@ -64,6 +66,10 @@ class FeedbackLayer(torch.nn.Module):
         self.register_buffer("mixing", mixing)
         attached_layers[self] = None
         self.reset_feedback()
+
+    def weight_owner(self) -> torch.nn.Module:
+        """Return the module that has W as a parameter."""
+        return self
 
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
@@ -105,15 +111,43 @@ class FeedbackLayer(torch.nn.Module):
         rule = self.rule  # the first lines of effective_feedback, inlined to save most layers a call
         return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
 
-    def run(self, geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the output with these weights under the layer's rule, for an input with or without a batch."""
+    def enter_by_use(self, computed: Tensor | None) -> None:
+        """Begin a product of a forward that reads the weight, or has ``computed`` another one from it."""
+        object.__setattr__(self, "called", True)
+        feedback, rule = self.feedback, self.rule
+        if feedback is None or not feedback.is_leaf or torch.compiler.is_compiling():
+            return
+        if computed is not None and rule.learns and not rule.reads_probes:
+            feedback.requires_grad_()  # the optimizers have W, but not the weight that was computed
+
+    def note_layout(self, geometry: Geometry, feedback: Tensor) -> None:
+        """Note in which layout a product by use has the feedback weight; a layer of torch.nn has only one."""
+
+    def run(
+        self,
+        geometry: Geometry,
+        input: Tensor,
+        weight: Tensor,
+        feedback: Tensor,
+        bias: Tensor | None,
+        steps: int = 1,
+    ) -> Tensor:
+        """Compute the output with these weights under the layer's rule, for an input with or without a batch.
+
+        Args:
+            steps: the number of calls in one pass, if each is a step of a recurrent layer. The steps then count like
+                the positions of one call.
+        """
         if input.dim() == weight.dim() - 1:
-            return self.run(geometry, input.unsqueeze(0), weight, feedback, bias).squeeze(0)
+            return self.run(geometry, input.unsqueeze(0), weight, feedback, bias, steps).squeeze(0)
+        if torch._C._is_torch_function_mode_enabled() and not torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunction():  # nn.products must not see the product inside of this one
+                return self.run(geometry, input, weight, feedback, bias, steps)
         rule, scheduled = self.rule, self.scheduled
         if rule.needs_optimizer and not torch.compiler.is_compiling():
-            object.__setattr__(self, "last_call", (geometry, input.shape))
+            object.__setattr__(self, "last_call", (geometry, input.shape, weight.shape))
         coefficients = rule.fixed
-        if scheduled is not None and not torch.compiler.is_compiling():
+        if scheduled is not None and (steps > 1 or not torch.compiler.is_compiling()):
             scheduled = None
         if coefficients is None or scheduled is not None:
             positions = 1
@@ -129,6 +163,8 @@ class FeedbackLayer(torch.nn.Module):
                 }
                 return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
             coefficients = rule.coefficients(input.shape[0], positions)
+        if steps > 1:
+            coefficients = coefficients.of_step(steps, rule.is_normalized or rule.reduction == "mean")
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
 
     def effective_feedback(self, random: bool = True) -> Tensor | None:
@@ -160,8 +196,8 @@ class FeedbackLayer(torch.nn.Module):
         """Return the number of output positions of the last batch; 0 if not known. Only layers that read probes."""
         if self.last_call is None:
             return 0
-        geometry, input = self.last_call
-        return geometry.sizes(input, self.weight.shape, 0).positions
+        geometry, input, weight = self.last_call
+        return geometry.sizes(input, weight, 0).positions
 
     def factor_gradient(self, grad: Tensor) -> Tensor:
         """Compute the gradient of a feedback weight that is a factor (pfa) from the gradient of the product."""
@@ -215,7 +251,7 @@ def warn_of_uncalled(layers: Mapping[str, FeedbackLayer]) -> None:
     if left and any(layer.called for layer in layers.values()):
         _warned.update(layers[name] for name in left)
         _log.warning(
-            "%s: in use, but never called; where the weight is read instead (F.linear(x, layer.weight)), the layer "
-            "trains by backprop, without its feedback weight",
+            "%s: in use, but neither called nor used in a product of a forward that convert knows: the layer trains by "
+            "backprop, without its feedback weight",
             ", ".join(left),
         )

@@ -2,10 +2,11 @@
 
 The gradient of a rule that reads no activations (sa, kp) depends only on W, the gradient of W, and B. The optimizer
 computes it, and autograd does no work for it. W and B of a layer are updated together, so that data which both updates
-read is loaded from memory once.
+read is loaded from memory once. :func:`follow` makes any other optimizer step the feedback weights as well.
 """
 
 from pyfeedback.optim.adamw import AdamW
+from pyfeedback.optim.following import Follower, follow
 from pyfeedback.optim.sgd import SGD, FeedbackSGD
 
-__all__ = ["SGD", "AdamW", "FeedbackSGD"]
+__all__ = ["SGD", "AdamW", "FeedbackSGD", "Follower", "follow"]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyfeedback import functional
-from pyfeedback.conversion import feedback_layers, forward_parameters
 from pyfeedback.core.probes import ProbeCount
 from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
+from pyfeedback.nn.model import feedback_layers, forward_parameters
 from pyfeedback.optim.probes import layer_probes, probe_gradients
 from pyfeedback.optim.rows import LossScale, Row, has_hooks, is_computed, is_tied, without_loss_scale
 from pyfeedback.rules import Rule
@@ -196,20 +196,34 @@ def feedback_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], di
 
     Sets ``requires_grad`` of each feedback weight: False if the optimizer computes its gradient.
     """
+    layers, names = layers_of(model)
+    set_gradients(layers, wrapped=isinstance(model, DistributedDataParallel))
+    return layers, names
+
+
+def layers_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], dict[nn.Parameter, str]]:
+    """Return the layers and their names, by feedback weight."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected the converted model itself, not its parameters")
     if not any(isinstance(module, FeedbackLayer) for module in model.modules()):
         raise ValueError("model has no layer with a feedback weight, expected a model converted by pyfeedback.convert")
     named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
-    layers = {feedback: layer for feedback, (_, layer) in named.items()}
-    for layer in layers.values():
+    return {b: layer for b, (_, layer) in named.items()}, {b: name for b, (name, _) in named.items()}
+
+
+def set_gradients(layers: dict[nn.Parameter, FeedbackLayer], wrapped: bool) -> None:
+    """Mark the layers as trained, and let autograd compute only those gradients that the optimizer does not.
+
+    Args:
+        wrapped: whether DistributedDataParallel has the model: it expects a gradient for every parameter that had
+            ``requires_grad`` when it was built.
+    """
+    for feedback, layer in layers.items():
         layer.has_optimizer = True
-    if not isinstance(model, DistributedDataParallel):  # it expects a gradient for every parameter it was built with
-        for feedback, layer in layers.items():
+        if not wrapped:
             rule = layer.unscheduled or layer.rule
             needs_autograd = is_computed(layer) or has_hooks(feedback)
             feedback.requires_grad_(rule.reads_data or (rule.learns and needs_autograd and not rule.reads_probes))
-    return layers, {feedback: name for feedback, (name, _) in named.items()}
 
 
 def check_option(name: str, value: object, below: float = math.inf) -> None:

@@ -28,8 +28,12 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
         due: by feedback weight, the layer, its name, and the step and index that determine its noise with ``seed``.
 
     Raises:
-        RuntimeError: the weight is sharded.
+        RuntimeError: a weight is sharded, or a CUDA graph is being captured.
     """
+    if due and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, expected an optimizer step outside of it: its replays would draw the same probes"
+        )
     problems: dict[int, dict[nn.Parameter, ProbeProblem]] = {}  # by step
     noisy = {}
     for b, (layer, name, (step, index)) in due.items():

@@ -48,11 +48,16 @@ def is_tied(rule: Rule) -> bool:
 
 
 def is_computed(layer: FeedbackLayer) -> bool:
-    """Whether the weight is computed from other parameters, by a parametrization, weight_norm or pruning.
+    """Whether the weight is computed from parameters: by a parametrization, weight_norm, pruning or the forward itself.
 
     Such a weight has no ``.grad``, so autograd computes the rule's gradient and stores it in the feedback weight.
     """
-    return not isinstance(layer.weight, nn.Parameter)
+    return layer.weight_name not in layer.weight_owner()._parameters or is_computed_by_forward(layer)
+
+
+def is_computed_by_forward(layer: FeedbackLayer) -> bool:
+    """Whether the forward computes the weight, so that its new value is not known before the next forward pass."""
+    return getattr(layer, "computed", None) is not None
 
 
 def forward_row(p: nn.Parameter, decay: float, weight_decay: float) -> Row | None:
@@ -135,3 +140,28 @@ def without_loss_scale(
         raise RuntimeError(f"{name}.weight has no gradient, expected one: {rule.name} reads the loss scale from it")
     assert factor is not None
     return row._replace(weight=layer.weight.grad, self_=rule.tie * (1 - factor))
+
+
+def weight_parameters(layer: FeedbackLayer) -> list[nn.Parameter]:
+    """Return the parameter W of a layer, or those that W is computed from."""
+    owner, name = layer.weight_owner(), layer.weight_name
+    parameter = owner._parameters.get(name)
+    if parameter is not None:
+        return [parameter]
+    named = ((other.removeprefix("parametrizations."), p) for other, p in owner.named_parameters())
+    return [p for other, p in named if other.startswith(name)]  # weight_orig, weight.original0, ...
+
+
+def current_weight(layer: FeedbackLayer) -> Tensor:
+    """Return W, computed from the current values of its parameters, without changing the state of the computation."""
+    if not is_computed(layer):
+        return layer.weight.detach()
+    modes = {module: module.training for module in layer.modules()}
+    layer.eval()  # spectral_norm makes no power iteration
+    for hook in list(layer._forward_pre_hooks.values()):
+        if type(hook).__module__.startswith("torch.nn.utils."):  # computes the weight before each forward pass
+            hook(layer, ())
+    weight = layer.weight.detach()
+    for module, training in modes.items():
+        module.training = training
+    return weight

@@ -1,0 +1,287 @@
+"""Launches every Triton kernel over the stub of libcuda, by Triton's JIT and by handles, and checks what the driver gets.
+
+    python launches.py LIBRARY CAPABILITY
+
+Prints a line for each launch, and ends with an error at the first fault. Nothing is computed: the tensors are CPU
+tensors, and the outputs stay as they were allocated.
+"""
+
+import os
+import struct
+import sys
+from contextlib import suppress
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from typing import Any, NamedTuple
+
+from driver import DEVICES, STREAM, Recorded, Stub
+
+STUB = Stub(Path(sys.argv[1]), DEVICES[int(sys.argv[2])])  # before anything else loads libcuda
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton.runtime import JITFunction  # noqa: E402
+
+import pyfeedback  # noqa: E402
+from pyfeedback.core.coefficients import Coefficients  # noqa: E402
+from pyfeedback.core.probes import ProbeProblem  # noqa: E402
+from pyfeedback.kernels import backward, handles, probe_table  # noqa: E402
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TYPES = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+SAME = ((1, 1), (1, 1), (1, 1))
+DENSE = ((1, 1), (0, 0), (1, 1))
+
+
+class Layer(NamedTuple):
+    """Shapes of an input and a weight, and stride, padding and dilation; None for a linear layer."""
+
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    convolution: tuple | None
+
+
+LARGE = Layer((64, 64, 56, 56), (64, 64, 3, 3), SAME)
+SMALL = Layer((4, 64, 8, 8), (64, 64, 3, 3), SAME)
+WIDE = Layer((8, 64, 56, 56), (256, 64, 1, 1), DENSE)
+NARROW = Layer((8, 64, 56, 56), (64, 64, 1, 1), DENSE)
+LINEAR = Layer((4096, 1024), (1024, 1024), None)
+
+WM = {"amp": 1.0, "decay": 1.0, "center": True}
+IA = {"amp": 0.3, "null": 1.0, "center": True}
+KP = {"tie": 1.0, "decay": 0.1}
+ALL = {"decay": 0.1, "amp": 1.0, "null": 0.3, "sparse": 1.0, "self_": 0.1, "tie": 0.5, "center": True}
+
+
+class Case(NamedTuple):
+    """One backward pass, and the kernels that it launches."""
+
+    layer: Layer
+    rule: dict[str, Any]
+    algorithm: str
+    kernels: str
+    dtype: torch.dtype = BF16
+
+
+CASES = {
+    "fa": Case(LARGE, {}, "none", "wgrad dgrad"),
+    "kp": Case(LARGE, KP, "none", "wgrad dgrad"),
+    "wm": Case(LARGE, WM, "direct", "wgrad dgrad"),
+    "aa": Case(LARGE, {"sparse": 1.0, "amp": 1.0, "center": True}, "direct", "wgrad dgrad"),
+    "ia": Case(LARGE, IA, "direct", "dgrad wgrad wgrad"),
+    "all terms, float16": Case(LARGE, ALL, "direct", "wgrad dgrad wgrad", FP16),
+    "ia, float32": Case(LARGE, IA, "direct", "dgrad wgrad wgrad", FP32),
+    "wm, small": Case(SMALL, WM, "direct", "joint"),
+    "ia, small": Case(SMALL, IA, "direct", "joint wgrad"),
+    "kp, pointwise": Case(NARROW, KP, "none", "pointwise"),
+    "wm, pointwise": Case(NARROW, WM, "direct", "pointwise"),
+    "ia, pointwise": Case(NARROW, IA, "direct", "pointwise"),
+    "ia by x'x": Case(NARROW, IA, "input_gram", "pointwise"),
+    "ia by y'y": Case(LINEAR, IA, "response_gram", "wgrad wgrad dgrad"),
+}
+PROBE_CASES = {
+    "wm-probes": (Coefficients(amp=1.0, decay=1.0), "response gradient"),
+    "ia-probes": (Coefficients(amp=1.0, null=1.0, decay=1.0, normalize=True), "response moment gradient"),
+}
+
+
+class Started(NamedTuple):
+    """A launch through Triton's JIT."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    compiled: Any
+
+
+STARTED: list[Started] = []
+run_jit, run_launches, workspace = JITFunction.run, handles.Launcher.run, handles.workspace
+
+
+def run_and_record(kernel: JITFunction, *args, grid, warmup, **named) -> Any:
+    """In the place of JITFunction.run."""
+    compiled = run_jit(kernel, *args, grid=grid, warmup=warmup, **named)
+    STARTED.append(Started(kernel, dict(zip(kernel.arg_names, args, strict=False)) | named, compiled))
+    return compiled
+
+
+def run_twice(launcher: handles.Launcher, values: dict[str, Any]) -> None:
+    """In the place of Launcher.run: by the JIT and by handles, which must launch the same."""
+    run_launches(launcher, values)
+    by_jit = check_started(STUB.take())
+    handles.workspace = lambda *_: {}  # the same again
+    run_launches(launcher, values)
+    handles.workspace = workspace
+    assert not STARTED, "a handle was not used"
+    assert STUB.take() == by_jit, "a handle launches something else than the JIT"
+
+
+def check_started(recorded: list[Recorded]) -> list[Recorded]:
+    """Check the launches through the JIT since the last call."""
+    for started, r in zip(STARTED, recorded, strict=True):
+        check_parameters(started, r)
+        function = STUB.function(r.function)
+        assert r.stream == STREAM
+        launched.append(function.name.removesuffix("_kernel"))
+        print(
+            f"{launched[-1]:10} {r.grid[0]:5} x {r.grid[1]:3} programs of {r.block[0]} threads, {function.registers:3} "
+            f"registers, {r.shared:6} bytes of shared memory, {function.local} of spilled registers",
+            flush=True,
+        )
+    STARTED.clear()
+    return recorded
+
+
+launched: list[str] = []  # names of the kernels since the start of a case
+
+
+def check_parameters(started: Started, recorded: Recorded) -> None:
+    """Compare the parameters that the driver received with the arguments that were passed."""
+    source, expected = started.compiled.src, []
+    for i, name in enumerate(started.kernel.arg_names):
+        expected += flat(started.arguments.get(name), source.signature[name], (i,), source.attrs)
+    assert len(recorded.parameters) == len(expected) + 2, (recorded, expected)  # and two scratch buffers
+    assert set(recorded.parameters[-2:]) == {bytes(8)}
+    for (value, kind, divisible), found in zip(expected, recorded.parameters, strict=False):
+        if isinstance(value, Tensor):
+            assert kind == TYPES[value.dtype], (kind, value.dtype)
+            assert divisible == (value.data_ptr() % 16 == 0)  # wide loads need it
+            assert found == struct.pack("<Q", value.data_ptr())
+        elif kind == "i32":
+            assert not divisible or value % 16 == 0
+            assert found == struct.pack("<i", value)
+        else:
+            assert kind == "fp32", (value, kind)
+            assert found == struct.pack("<f", value)
+
+
+def flat(value: Any, kind: Any, path: tuple[int, ...], attributes: dict) -> list[tuple[Any, str, bool]]:
+    """(value, Triton's type, whether it is compiled as divisible by 16) of each argument that is no constant."""
+    if isinstance(kind, tuple):
+        parts = zip(value, kind, strict=True)
+        return [found for i, (v, k) in enumerate(parts) for found in flat(v, k, (*path, i), attributes)]
+    return [] if kind == "constexpr" else [(value, kind, bool(attributes.get(path)))]
+
+
+def tensors(case: Case) -> list[Tensor]:
+    """The gradient of the output, the input, both weights and the response, with channels innermost."""
+    input, weight, convolution = case.layer
+    output = (*input[:-1], weight[0]) if convolution is None else (input[0], weight[0], *input[2:])
+    layout = torch.contiguous_format if convolution is None else torch.channels_last
+    shapes = (output, input, weight, weight, output)
+    return [torch.zeros(s, dtype=case.dtype).contiguous(memory_format=layout) for s in shapes]
+
+
+def layer_backward(case: Case, operands: list[Tensor] | None = None) -> None:
+    """The backward pass of a case."""
+    backward.layer_backward(
+        *(operands or tensors(case)), convolution=case.layer.convolution, rule=Coefficients(**case.rule),
+        mask=(True, True, bool(case.rule), False), algorithm=case.algorithm,
+        center=torch.ops.pyfeedback.center.default,
+    )  # fmt: skip
+
+
+def probe_gradients(rule: Coefficients) -> None:
+    """The gradients of two layers that read probes."""
+    problems = [
+        ProbeProblem(torch.zeros(1, rows, 64), torch.zeros(1, rows, 64), 32, rule, i) for i, rows in enumerate((64, 48))
+    ]
+    probe_table.probe_gradients(problems, 2**40 + 3, 5)
+    check_started(STUB.take())
+
+
+def check_falling_back(case: Case) -> None:
+    """Handles start nothing with other tensors than their kernels were compiled for, and if a hook has to be called."""
+    calls: list[tuple[handles.Launcher, dict[str, Any]]] = []
+    handles.Launcher.run = lambda launcher, values: (calls.append((launcher, values)), run_launches(launcher, values))
+    layer_backward(case)
+    handles.Launcher.run = run_launches
+    (launcher, values), *_ = calls
+    STUB.take()
+    STARTED.clear()
+    assert launcher.bound.run(values)
+    assert len(STUB.take()) == 1
+    others = {
+        "alignment": {"dW": torch.zeros(values["dW"].numel() + 1, dtype=BF16)[1:]},
+        "dtype": {"dW": values["dW"].float()},
+        "shape": {"y": values["y"][1:]},
+        "strides": {"x": values["x"].transpose(0, 1)},
+    }
+    for name, other in others.items():
+        assert not launcher.bound.run(values | other), name
+    assert STUB.take() == []
+    for wrong in ("shape", "strides"):
+        with suppress(ValueError):
+            launcher.run(values | others[wrong])
+            raise AssertionError(f"{wrong}: the operand is not refused")
+    seen: list[str] = []
+    chain = triton.knobs.runtime.launch_enter_hook
+    chain.add(lambda metadata: seen.append(metadata.get()["name"]))
+    launcher.run(values)
+    chain.calls.clear()
+    launcher.run(values)
+    assert seen == ["pointwise_kernel"]
+    assert len(STARTED) == 1  # by the JIT
+    assert len(STUB.take()) == 2
+
+
+def check_refusals(kernel: Any) -> None:
+    """The stub refuses what the device would."""
+    warps, ctas, shared = kernel.packed_metadata
+    limit = STUB.device.shared_per_block
+    for grid, metadata, message in (
+        ((1, 65536, 1), kernel.packed_metadata, "grid y is 65536, expected at most 65535"),
+        ((1, 1, 1), (2 * warps, ctas, shared), f"threads of a block is {64 * warps}, expected at most {32 * warps}"),
+        ((1, 1, 1), (warps, ctas, limit + 1), f"shared memory is {limit + 1}, expected at most {limit}"),
+    ):
+        try:
+            kernel.run(*grid, 0, kernel.function, metadata, None, None, None, *[0] * len(kernel.src.fn.arg_names))
+        except RuntimeError as error:
+            assert str(error) == f"Triton Error [CUDA]: {message}", error
+        else:
+            raise AssertionError(f"{message}: the launch is not refused")
+    assert STUB.take() == []
+
+
+def check_layer() -> None:
+    """A layer in a program, from the public interface to the launch."""
+    # Tensors of the CPU are accepted, as by the interpreter.
+    backward._INTERPRETED = True
+    os.environ["TRITON_INTERPRET"] = "1"
+    layer = pyfeedback.nn.Conv2d(64, 64, 3, padding=1, bias=False, rule=pyfeedback.Rule(**WM), dtype=BF16)
+    layer = layer.to(memory_format=torch.channels_last)
+    x = tensors(CASES["wm, small"])[1].requires_grad_()
+    with pyfeedback.backend("triton"):
+        for _ in range(2):
+            layer(x).sum().backward()
+
+
+def answer_as_the_device() -> None:
+    """The kernels are planned for the device of the stub."""
+    backward.architecture = probe_table.architecture = lambda device: STUB.device[:2]
+
+
+def main() -> None:
+    """All cases on one device."""
+    answer_as_the_device()
+    JITFunction.run, handles.Launcher.run = run_and_record, run_twice
+    layers = {name: (lambda case=case: layer_backward(case), case.kernels) for name, case in CASES.items()}
+    probes = {name: (lambda rule=rule: probe_gradients(rule), kernels) for name, (rule, kernels) in PROBE_CASES.items()}
+    for name, (run, kernels) in (layers | probes).items():
+        print(f"{name}:", flush=True)
+        launched.clear()
+        run()
+        assert launched == kernels.split(), f"{name} launches {launched}, expected {kernels.split()}"
+    JITFunction.run, handles.Launcher.run = run_and_record, run_launches
+    check_falling_back(CASES["wm, pointwise"])
+    check_refusals(STARTED[-1].compiled)
+    STARTED.clear()
+    check_layer()
+    assert [STUB.function(r.function).name for r in STUB.take()] == 2 * ["joint_kernel"]
+    assert len(STARTED) <= 1  # the second by a handle
+    used = sum(getrusage(who).ru_utime for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
+    print(f"{len(layers | probes)} cases on sm_{STUB.device.capability}, {used:.0f} s of CPU time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""Modules that use weights in their own forward, in the contexts of PyTorch and with the rest of this package."""
+
+import copy
+import math
+import pickle
+
+import layer_cases
+import pytest
+import torch
+import use_cases
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import pyfeedback
+
+NAMES = ("swin", "beit", "conv1d", "joined", "padded", "bmm", "slices", "indexed")
+
+
+def converted(name, rule="ia", dtype=torch.float64):
+    plain, x = use_cases.build(name, dtype)
+    return pyfeedback.convert(copy.deepcopy(plain), layer_cases.RULES.get(rule, rule)), plain, x
+
+
+def gradients(model, x, forward=None):
+    return layer_cases.gradients(model, x, forward=forward)
+
+
+# Compilation
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("rule", ["fa", "ia"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_compiles_without_a_break(name, rule):
+    torch._dynamo.reset()
+    model, _, x = converted(name, rule)
+    expected = gradients(copy.deepcopy(model), x)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(3):
+        found = gradients(model, x, forward=lambda x: compiled(x))
+    layer_cases.assert_close(found, expected)
+    assert counter.frame_count == 1
+    assert all(layer.called for _, layer in pyfeedback.feedback_layers(model))
+
+
+class Standardized(nn.Conv1d):
+    def forward(self, x):
+        var, mean = torch.var_mean(self.weight, dim=(1, 2), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) * (var + 1e-5).rsqrt(), self.bias)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_standardized_convolution_compiles_without_a_break():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = pyfeedback.convert(Standardized(4, 6, 3).double(), "kp"), torch.randn(2, 4, 7, dtype=torch.float64)
+    expected = gradients(copy.deepcopy(model), x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    layer_cases.assert_close(gradients(model, x, forward=lambda x: compiled(x)), expected)
+    var, mean = torch.var_mean(model.weight, dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(model.weight_feedback.weight, ((model.weight - mean) * (var + 1e-5).rsqrt()).detach())
+
+
+# Copies, checkpoints and conversion back
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_are_equal_and_independent(name):
+    model, _, x = converted(name)
+    expected = gradients(model, x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        layer_cases.assert_close(gradients(twin, x), expected)
+        for layer in twin.modules():
+            if isinstance(layer, pyfeedback.nn.FeedbackLayer):
+                nn.init.zeros_(layer.feedback)
+        assert gradients(twin, x)["input"].norm() == 0
+    layer_cases.assert_close(gradients(model, x), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unconvert_and_checkpoints(name, caplog):
+    model, plain, x = converted(name)
+    assert model.load_state_dict(plain.state_dict()).missing_keys == []
+    assert len(caplog.messages) == len(list(pyfeedback.feedback_parameters(model)))
+    again = pyfeedback.convert(model, "fa")
+    assert again is model
+    assert {layer.rule.name for _, layer in pyfeedback.feedback_layers(model)} == {"fa"}
+    assert pyfeedback.unconvert(model) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in plain.modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert repr(model) == repr(plain)
+    layer_cases.assert_same(gradients(model, x), gradients(plain, x))
+
+
+def test_isinstance_and_the_name_of_the_class_stay():
+    model = pyfeedback.convert(use_cases.Padded(), "fa")
+    assert isinstance(model, use_cases.Padded)
+    assert type(model).__name__ == "Padded"
+    assert repr(model).startswith("Padded(")
+
+
+# Other contexts
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_checkpoint_gives_equal_gradients(name, reentrant):
+    model, _, x = converted(name)
+    expected = gradients(model, x)
+    layer_cases.assert_same(
+        gradients(model, x, forward=lambda x: checkpoint(model, x, use_reentrant=reentrant)), expected
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_computes_in_its_dtype(name):
+    model, _, x = converted(name, dtype=torch.float32)
+    expected = gradients(model, x)
+
+    def forward(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        assert y.dtype is torch.bfloat16
+        return y.float()
+
+    for key, value in gradients(model, x, forward=forward).items():
+        if value is not None:
+            assert (value - expected[key]).norm() <= 0.1 * expected[key].norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients_the_output_is_the_same(name):
+    model, plain, x = converted(name)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+    assert all(layer.called for _, layer in pyfeedback.feedback_layers(model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_weights_still_send_the_error_through_their_feedback(name):
+    model, _, x = converted(name, "fa")
+    expected = gradients(model, x)["input"]
+    for parameter in pyfeedback.forward_parameters(model):
+        parameter.requires_grad_(False)
+    torch.testing.assert_close(gradients(model, x)["input"], expected)
+
+
+@pytest.mark.parametrize("name", ["swin", "conv1d", "indexed"])
+def test_torch_func(name):
+    model, _, x = converted(name)
+    expected = gradients(model, x)
+    values = {key: p.detach() for key, p in model.named_parameters()}
+
+    def loss(values, x):
+        y = functional_call(model, values, (x,))
+        return (y * layer_cases.output_gradient(y)).sum()
+
+    of_values, of_input = grad(loss, (0, 1))(values, x)
+    layer_cases.assert_close({"input": of_input} | of_values, expected)
+    each = vmap(lambda x: functional_call(model, values, (x,)))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(each, torch.stack([model(x), model(2 * x)]))
+
+
+def test_processes_average_the_gradients(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, _, x = converted("conv1d")
+        expected = gradients(model, x)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # the second pass fails if a parameter got no gradient in the first
+            found = gradients(model, x, forward=wrapped)
+        layer_cases.assert_close(found, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Modules in modules
+
+
+class Passes(nn.Module):
+    """Gives a weight to a function of another module, and calls the layer as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.fc, self.reader = Applies(), nn.Linear(4, 4, bias=False), use_cases.Swin()
+
+    def forward(self, x):
+        return self.reader(self.inner(self.fc(x), self.fc.weight.t()))
+
+
+class Applies(nn.Module):
+    def forward(self, x, weight):
+        return F.linear(x.tanh(), weight)
+
+
+def test_a_weight_may_be_passed_on_and_called_as_well():
+    torch.manual_seed(0)
+    model = pyfeedback.convert(Passes().double(), "fa")
+    x, by_hand = (torch.ones(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    model(x).sum().backward()
+    layers = dict(pyfeedback.feedback_layers(model))
+    h = pyfeedback.reference.linear(by_hand, model.fc.weight, layers["fc"].feedback)[0].tanh()
+    h = pyfeedback.reference.linear(h, model.fc.weight.t(), layers["fc"].feedback.t())[0]
+    qkv = layers["reader.qkv"]
+    pyfeedback.reference.linear(h, qkv.weight, qkv.feedback)[0].sum().backward()
+    torch.testing.assert_close(x.grad, by_hand.grad)
+
+
+class Tables(nn.Module):
+    """Weights of several kinds, of which only one is multiplied with data."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.scale = nn.Parameter(torch.randn(1, 4, 4)), nn.Parameter(torch.ones(1, 4))
+        self.projection, self.bias_table = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        scores = x @ x.mT + self.bias_table[torch.tensor([0, 1, 2, 0])]
+        return (scores.softmax(-1) @ (x + self.position)) * self.scale @ self.projection
+
+
+def test_tables_and_scales_are_left_with_a_reason():
+    model, report = pyfeedback.convert(nn.Sequential(Tables(), nn.LayerNorm((4, 4))), "fa", return_report=True)
+    assert report.changed == ["0"]
+    assert [name for name, _ in pyfeedback.feedback_layers(model)] == ["0.projection_feedback"]
+    reason = "no product of it with the input was found in the forward"
+    assert report.left == {
+        "0.position": reason, "0.scale": reason, "0.bias_table": reason, "1": f"LayerNorm has weights, but {reason}"
+    }  # fmt: skip
+
+
+class Strange(nn.Module):
+    """Products that have no feedback path."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.fc, self.last = kind, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.kind == "tensordot":
+            return self.last(torch.tensordot(x, self.fc.weight, 1))
+        if self.kind == "padded":
+            return F.linear(x, F.pad(self.fc.weight, (0, 0, 0, 2)))
+        return x * self.fc.weight
+
+
+@pytest.mark.parametrize("kind", ["tensordot", "padded", "elementwise"])
+def test_a_use_without_a_feedback_path_gives_a_warning(kind, caplog):
+    model = pyfeedback.convert(Strange(kind), "fa")
+    for _ in range(2):
+        model(torch.randn(4, 4, requires_grad=True)).sum().backward()
+    (message,) = caplog.messages
+    assert "its weight is used by" in message
+    assert "no feedback path" in message
+
+
+def test_a_lookup_in_a_tied_weight_gives_no_warning(caplog):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 7, bias=False)
+
+        def forward(self, ids):
+            return self.head(F.embedding(ids, self.head.weight).tanh())
+
+    model = pyfeedback.convert(Tied(), "fa")
+    model(torch.arange(3)).sum().backward()
+    assert not caplog.messages
+
+
+# The rest of the package
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_transport_and_alignment(name):
+    model, plain, x = converted(name, "fa")
+    with pyfeedback.metrics.weight_transport(model):
+        found = gradients(model, x)
+    for key, value in gradients(plain, x).items():
+        torch.testing.assert_close(found[key], value)
+    reading = pyfeedback.alignment(model, (x, torch.zeros(())), lambda y, _: y.square().sum())
+    assert list(reading) == [key for key, _ in pyfeedback.feedback_layers(model)]
+    assert all(math.isfinite(a.angle) and a.gradient_angle < 1e-3 for a in reading.values())  # the last layer
+    assert pyfeedback.Monitor(model).latest.keys() == reading.keys()
+
+
+@pytest.mark.parametrize("optimizer", [pyfeedback.optim.SGD, pyfeedback.optim.AdamW])
+@pytest.mark.parametrize("rule", ["sa", "kp", "ia"])
+@pytest.mark.parametrize("name", ["swin", "conv1d", "bmm"])
+def test_optimizers_step_each_feedback_weight_with_its_weight(name, rule, optimizer):
+    """A weight that is used once: the step is that of a linear layer with the same tensors."""
+    model, _, x = converted(name, rule)
+    before = {key: layer.feedback.detach().clone() for key, layer in pyfeedback.feedback_layers(model)}
+    stepper = optimizer(model, lr=0.1)
+    assert list(stepper.time_constants()) == list(before)
+    model(x).square().sum().backward()
+    (layer,) = (layer for _, layer in pyfeedback.feedback_layers(model))
+    weight, of_weight = layer.weight.detach().clone(), layer.weight.grad.clone()
+    of_feedback = None if layer.feedback.grad is None else layer.feedback.grad.clone()
+    stepper.step()
+    (old,) = before.values()
+    if optimizer is pyfeedback.optim.AdamW:
+        assert (layer.feedback - old).abs().max() > 0
+        return
+    rule = layer.rule
+    expected = rule.decay * old - rule.self_ * weight + rule.tie * of_weight if of_feedback is None else of_feedback
+    assert (of_feedback is None) == (rule.name != "ia")
+    torch.testing.assert_close(layer.feedback.detach(), old - 0.1 * expected)
+
+
+@pytest.mark.parametrize("rule", ["sa", "kp"])
+def test_optimizers_compare_with_the_weight_that_is_computed(rule):
+    torch.manual_seed(0)
+    model = pyfeedback.convert(Standardized(4, 6, 3).double(), layer_cases.RULES[rule])
+    optimizer = pyfeedback.optim.SGD(model, lr=0.1)
+    layer = model.weight_feedback
+    old = layer.feedback.detach().clone()
+    model(torch.randn(2, 4, 7, dtype=torch.float64)).square().sum().backward()
+    var, mean = torch.var_mean(model.weight.detach(), dim=(1, 2), keepdim=True)
+    if rule == "sa":
+        expected = layer.rule.decay * old - layer.rule.self_ * (model.weight.detach() - mean) * (var + 1e-5).rsqrt()
+        torch.testing.assert_close(layer.feedback.grad, expected)
+    expected = old - 0.1 * layer.feedback.grad
+    optimizer.step()
+    torch.testing.assert_close(layer.feedback.detach(), expected)
+
+
+@pytest.mark.parametrize("rule", ["wm-probes", "ia-probes", "aa-probes"])
+@pytest.mark.parametrize(
+    "name", ["conv1d", "own", "matmul", "left", "einsum", "bmm", "indexed", "padded", "transposed"]
+)
+def test_probes_are_inputs_of_the_product(name, rule):
+    """B comes near W only if the probes have the layout of the product's input."""
+    model, _, x = converted(name, pyfeedback.rule(rule, growth=0.0, tau=10.0, nu=0.0 if rule != "ia-probes" else 0.1))
+    optimizer = pyfeedback.optim.SGD(model, lr=0.0)
+    for _ in range(80):
+        model(x)
+        optimizer.step()
+    (reading,) = pyfeedback.alignment(model).values()
+    assert reading.angle < 25
+
+
+def test_dfa_sends_the_error_to_the_input_of_the_product():
+    torch.manual_seed(0)
+    model = nn.Sequential(use_cases.Conv1D(), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), use_cases.Conv1D()).double()
+    pyfeedback.convert(model, "dfa")
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    direct = model.direct_feedback
+    projection = direct.projection([("0.weight", 4), ("2", 6), ("4.weight", 4)], 6, model.direct_feedback_seed, y)
+    torch.testing.assert_close(x.grad, (torch.ones_like(y) @ projection.t())[:, :4])
