@@ -141,7 +141,7 @@ def _attach(name: str, module: Any, rule: Rule, init: Init) -> list[tuple[str, F
         module.attach_feedback(rule, init.of_layer(name))
         return [(name, module)]
     found: list[tuple[str, FeedbackLayer]] = []
-    for weight, is_computed in by_use.used_weights(module).items():
+    for weight, is_computed in by_use.used_weights(module)[0].items():
         path = f"{name}.{weight}" if name else weight
         found.append((path, by_use.attach(module, weight, is_computed, rule, init.of_layer(path))))
     return found
@@ -159,20 +159,18 @@ def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, R
         if isinstance(module, by_use.UsedWeight):  # of an earlier conversion
             continue
         if isinstance(module, FeedbackLayer) or type(module) in LAYERS:
-            used = others = []
+            has_path, others = True, list[str]()
         else:
-            weights, used = by_use.weights_of(module), list(by_use.used_weights(module))
-            others = [weight for weight in weights if weight not in used]
-            if not weights:
-                continue
+            used, others = by_use.used_weights(module)
+            has_path = bool(used)
         follows = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
-        if others and not used:
-            left[name] = f"{type(module).__name__} has weights, but {_NOT_FOUND}"
-        elif follows is None:
-            left[name] = "no pattern of the rules matches its name"
-        else:
+        if has_path and follows is not None:
             chosen[name] = follows
             left |= {f"{name}.{weight}" if name else weight: _NOT_FOUND for weight in others}
+        elif has_path:
+            left[name] = "no pattern of the rules matches its name"
+        elif others:
+            left[name] = f"{type(module).__name__} has weights, but {_NOT_FOUND}"
     return chosen, left
 
 

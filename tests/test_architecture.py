@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "pyfeedback.core", DISPATCH, "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.nn", "pyfeedback.optim",
     },
     "pyfeedback.guard": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.optim"},
+    "pyfeedback.integrations": {"pyfeedback.core", "pyfeedback.metrics", "pyfeedback.nn", "pyfeedback.optim"},
     "pyfeedback.reference": set(),
     SHARED: {"pyfeedback.core", "pyfeedback.functional", "pyfeedback.reference"},
 }  # fmt: skip

@@ -180,6 +180,12 @@ def test_processes_average_the_gradients(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_data_parallel_is_refused():
+    model, _, _ = converted("conv1d")
+    with pytest.raises(RuntimeError, match=r"Conv1D uses feedback weights .* expected DistributedDataParallel"):
+        model._replicate_for_data_parallel()
+
+
 # Modules in modules
 
 
@@ -274,6 +280,32 @@ def test_a_lookup_in_a_tied_weight_gives_no_warning(caplog):
     assert not caplog.messages
 
 
+def test_rows_of_experts_in_groups():
+    """As transformers calls torch._grouped_mm: the rows of each expert, some of them without any."""
+
+    class Grouped(use_cases.Experts):
+        def forward(self, rows, ends):
+            return torch._grouped_mm(rows, self.weight, offs=ends)
+
+    torch.manual_seed(0)
+    model = pyfeedback.convert(Grouped().double(), layer_cases.RULES["ia"])
+    twin = copy.deepcopy(model)
+    rows, ends = torch.randn(7, use_cases.C, dtype=torch.float64), torch.tensor([3, 3, 7], dtype=torch.int32)
+    found = gradients(model, rows, forward=lambda x: model(x, ends))
+    linear = pyfeedback.nn.Linear(
+        use_cases.C, use_cases.K, bias=False, dtype=torch.float64, rule=layer_cases.RULES["ia"]
+    )
+    for expert, part in ((0, slice(0, 3)), (2, slice(3, 7))):
+        linear.weight.data.copy_(twin.weight[expert].t())
+        linear.feedback.data.copy_(twin.weight_feedback.feedback[expert].t())
+        y = model(rows, ends)
+        expected = layer_cases.gradients(linear, rows[part], layer_cases.output_gradient(y)[part])
+        torch.testing.assert_close(found["input"][part], expected["input"])
+        torch.testing.assert_close(found["weight"][expert].t(), expected["weight"])
+        torch.testing.assert_close(found["weight_feedback.feedback"][expert].t(), expected["feedback"])
+    assert found["weight"][1].norm() == 0
+
+
 # The rest of the package
 
 
@@ -331,19 +363,39 @@ def test_optimizers_compare_with_the_weight_that_is_computed(rule):
     torch.testing.assert_close(layer.feedback.detach(), expected)
 
 
-@pytest.mark.parametrize("rule", ["wm-probes", "ia-probes", "aa-probes"])
-@pytest.mark.parametrize(
-    "name", ["conv1d", "own", "matmul", "left", "einsum", "bmm", "indexed", "padded", "transposed"]
-)
-def test_probes_are_inputs_of_the_product(name, rule):
-    """B comes near W only if the probes have the layout of the product's input."""
-    model, _, x = converted(name, pyfeedback.rule(rule, growth=0.0, tau=10.0, nu=0.0 if rule != "ia-probes" else 0.1))
+LAYOUTS = {
+    "own": lambda w: w.unsqueeze(0),
+    "conv1d": lambda w: w.t().unsqueeze(0),
+    "matmul": lambda w: w.unsqueeze(0),
+    "left": lambda w: w.unsqueeze(0),
+    "slices": lambda w: w.unsqueeze(0),
+    "einsum": lambda w: w.flatten(1).t().unsqueeze(0),
+    "bmm": lambda w: w.mT,
+    "batched einsum": lambda w: w.mT,
+    "indexed": lambda w: w.mT,
+    "padded": lambda w: w.flatten(1).unsqueeze(0),
+    "same": lambda w: w.reshape(2, 3, -1),
+    "transposed": lambda w: w.flatten(1).t().unsqueeze(0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_probes_are_inputs_of_the_product(name):
+    """The matrices [groups, outputs, inputs] of a weight, and B comes near W."""
+    model, _, x = converted(name, pyfeedback.rule("wm-probes", growth=0.0, tau=10.0))
+    ((_, layer),) = pyfeedback.feedback_layers(model)
     optimizer = pyfeedback.optim.SGD(model, lr=0.0)
     for _ in range(80):
         model(x)
         optimizer.step()
-    (reading,) = pyfeedback.alignment(model).values()
-    assert reading.angle < 25
+    expected = LAYOUTS[name](layer.weight)
+    matrices = layer.as_matrices(layer.weight)
+    assert matrices.shape[-1] == expected.shape[-1]
+    torch.testing.assert_close(matrices, expected)
+    torch.testing.assert_close(layer.from_matrices(matrices), layer.weight)
+    assert layer.positions() > 0
+    assert next(iter(pyfeedback.alignment(model).values())).angle < 25
 
 
 def test_dfa_sends_the_error_to_the_input_of_the_product():

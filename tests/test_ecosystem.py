@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyfeedback
+from pyfeedback.nn.by_use import ByUse
 from pyfeedback.testing import by_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of other packages
@@ -164,15 +165,72 @@ def test_no_layer_is_skipped_silently(name):
     assert weights == {*report.changed, *report.left}
 
 
-def test_layers_of_other_kinds_are_reported():
-    """GPT-2 has its own linear class, and some timm models have a convolution class that pads."""
-    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
-    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1))
-    _, report = pyfeedback.convert(gpt, "fa", return_report=True)
-    assert report.left["transformer.h.0.mlp.c_fc"].startswith("Conv1D has weights")
-    assert report.changed == ["lm_head"]
-    _, report = pyfeedback.convert(timm.create_model("tf_efficientnet_b0"), "fa", return_report=True)
-    assert report.left["conv_stem"].startswith("Conv2dSame has weights")
+def swin():
+    torchvision = pytest.importorskip("torchvision")
+    options = {"patch_size": [2, 2], "window_size": [2, 2], "stochastic_depth_prob": 0.0, "num_classes": CLASSES}
+    return torchvision.models.SwinTransformer(embed_dim=8, depths=[2, 1], num_heads=[2, 2], **options)
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(50, n_embd=8, n_layer=1, n_head=2, **dropout)))
+
+
+def mixtral(implementation):
+    def make():
+        transformers = pytest.importorskip("transformers")
+        config = transformers.MixtralConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, experts_implementation=implementation,
+        )  # fmt: skip
+        return Logits(transformers.MixtralForCausalLM(config))
+
+    return make
+
+
+# Models whose weights are used without calling a layer, and the modules that use them.
+USED = {
+    "torchvision.swin": (swin, images(16), "ShiftedWindowAttention"),
+    "timm.eva02": (timm_model("eva02_tiny_patch14_224", img_size=28, depth=1), images(28), "EvaAttention"),
+    "timm.beit": (timm_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24), images(32), "Attention"),
+    "timm.bit": (timm_model("resnetv2_50x1_bit"), images(32), "StdConv2d"),
+    "timm.nfnet": (timm_model("nfnet_l0", drop_rate=0.0), images(32), "ScaledStdConv2d"),
+    "timm.tf_efficientnet": (timm_model("tf_efficientnet_b0"), images(32), "Conv2dSame"),
+    "transformers.gpt2": (gpt2, tokens, "Conv1D"),
+    **{
+        f"transformers.mixtral {i}": (mixtral(i), tokens, "MixtralExperts")
+        for i in ("eager", "batched_mm", "grouped_mm")
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", USED)
+def test_every_product_has_a_feedback_path(name):
+    """With W as B, all gradients are those of backprop; with another B, that of the input differs."""
+    make_model, make_input, user = USED[name]
+    torch.manual_seed(0)
+    plain = make_model().double().eval()
+    model = pyfeedback.convert(copy.deepcopy(plain), "fa")
+    assert user in {type(m).__name__ for m in model.modules() if isinstance(m, ByUse)}
+    x = make_input()
+    x = x.double() if x.is_floating_point() else x
+    outputs = []
+    for each in (plain, model):
+        outputs.append(each(x))
+        outputs[-1].square().mean().backward()
+    torch.testing.assert_close(*outputs)
+    layers = dict(pyfeedback.feedback_layers(model))
+    assert all(layer.called for layer in layers.values())
+    first = next(key for key, p in plain.named_parameters() if p.grad is not None and p.grad.norm() > 1e-9)
+    assert not torch.allclose(model.get_parameter(first).grad, plain.get_parameter(first).grad, rtol=1e-2)
+    model.zero_grad()
+    for layer in layers.values():
+        layer.feedback.data.copy_(layer.weight)
+    model(x).square().mean().backward()
+    for key, parameter in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(key).grad, parameter.grad, rtol=1e-6, atol=1e-10)
 
 
 # Export

@@ -85,7 +85,7 @@ def test_a_state_without_feedback_weights_gives_a_warning(caplog):
     follow(task, model)
     with caplog.at_level(logging.WARNING, "pyfeedback"):
         task.load_state_dict(state)
-    assert "the state of the optimizer has none of the feedback weights" in caplog.text
+    assert "state_dict has no state of the feedback weights: their momentum and steps begin anew" in caplog.text
 
 
 def test_a_state_of_another_model_is_refused():

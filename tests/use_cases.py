@@ -74,7 +74,7 @@ class Conv1D(Own):
     shape = (C, K)
 
     def forward(self, x):
-        size = x.size()[:-1] + (self.weight.shape[1],)
+        size = (*x.size()[:-1], self.weight.shape[1])
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
 
 

@@ -143,10 +143,8 @@ class _Reader:
         names = names[1:] if is_method and not isinstance(function, staticmethod) else names
         rest = DATA if arguments is None or DATA in arguments else NOTHING
         given = [] if arguments is None else arguments
-        inner.values = dict.fromkeys(others, rest) | {
-            name: given[i] if i < len(given) else (DATA if arguments is None else NOTHING)
-            for i, name in enumerate(names)
-        }
+        inner.values = dict.fromkeys([*others, *names], DATA if arguments is None else NOTHING)
+        inner.values |= dict.fromkeys(others, rest) | dict(zip(names, given, strict=False))
         for _ in range(2):  # a loop may use what its body assigns later
             inner.run(tree.body)
         return _joined(inner.returned)

@@ -9,16 +9,25 @@ import copyreg
 import types
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyfeedback.core.geometry import LINEAR, Geometry
+from pyfeedback.core.geometry import LINEAR, Convolution, Geometry
 from pyfeedback.core.uses import reads_attribute, weights_in_products
 from pyfeedback.init import Init
 from pyfeedback.nn.layer import FeedbackLayer
 from pyfeedback.nn.products import Products
 from pyfeedback.rules import Rule
+
+
+class Layout(NamedTuple):
+    """How a product uses a weight."""
+
+    geometry: Geometry
+    swapped: bool  # whether the inputs come before the outputs, as in [C, K]
+    inputs: int  # C, of a linear layer
 
 
 class UsedWeight(FeedbackLayer):
@@ -40,7 +49,7 @@ class UsedWeight(FeedbackLayer):
 
     owner: nn.Module
     computed: Tensor | None
-    layout: tuple[Geometry, bool] | None = None  # of the last product, and whether its inputs come before its outputs
+    layout: Layout | None = None  # of the last product; only if the rule reads probes
 
     def __init__(self, owner: nn.Module, name: str, is_computed: bool, rule: str | Rule, init: Init | None = None):
         super().__init__()
@@ -71,20 +80,23 @@ class UsedWeight(FeedbackLayer):
 
     def note_layout(self, geometry: Geometry, feedback: Tensor) -> None:
         if self.rule.reads_probes:
-            is_linear = geometry is LINEAR
-            swapped = feedback.stride(-1) > feedback.stride(-2) if is_linear else geometry.transposed
-            object.__setattr__(self, "layout", (geometry, swapped))
+            swapped = feedback.stride(-1) > feedback.stride(-2)
+            if isinstance(geometry, Convolution):
+                swapped = geometry.transposed
+            object.__setattr__(self, "layout", Layout(geometry, swapped, feedback.shape[-1]))
 
     def as_matrices(self, kernel: Tensor) -> Tensor:
-        geometry, swapped = self.layout or (LINEAR, False)
-        if geometry is LINEAR:
-            matrices = kernel.reshape(-1, *kernel.shape[-2:])
-        else:
+        geometry, swapped, inputs = self.layout or Layout(LINEAR, False, kernel.shape[-1])
+        if isinstance(geometry, Convolution):
             matrices = kernel.reshape(geometry.groups, kernel.shape[0] // geometry.groups, -1)
+        else:
+            are_experts = kernel.dim() > 2 and kernel.shape[-2 if swapped else -1] == inputs
+            experts = kernel.shape[:-2].numel() if are_experts else 1
+            matrices = kernel.reshape(experts, *((inputs, -1) if swapped else (-1, inputs)))
         return matrices.mT if swapped else matrices
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
-        swapped = self.layout is not None and self.layout[1]
+        swapped = self.layout is not None and self.layout.swapped
         return super().from_matrices(matrices.mT if swapped else matrices)
 
     def reset_parameters(self) -> None:
@@ -123,9 +135,15 @@ class ByUse(nn.Module):
                 if weight is not None:
                     yield weight, module
 
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError(
+            f"{type(self).__name__} uses feedback weights in its own forward: expected DistributedDataParallel, not "
+            "DataParallel"
+        )
+
     def __reduce_ex__(self, protocol):
-        _, (cls, *arguments), *others = super().__reduce_ex__(protocol)
-        return _new, (cls.plain, *arguments), *others
+        reduced: tuple = super().__reduce_ex__(protocol)  # type: ignore[assignment]
+        return _new, (self.plain, *reduced[1][1:]), *reduced[2:]
 
 
 def has_path(layer: FeedbackLayer) -> bool:
@@ -149,20 +167,21 @@ def plain_class(module: nn.Module) -> type:
     return type(module).plain if isinstance(module, ByUse) else type(module)
 
 
-def weights_of(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module itself that may be weights of products."""
-    named = module.named_parameters(recurse=False)
-    return [name for name, p in named if is_lazy(p) or (p.dim() > 1 and p.is_floating_point())]
+def used_weights(module: nn.Module) -> tuple[dict[str, bool], list[str]]:
+    """Names of the own weights that a module's forward multiplies with its data, and of its other matrices.
 
-
-def used_weights(module: nn.Module) -> dict[str, bool]:
-    """Names of the own weights that a module's forward multiplies with its data, and whether it changes them before."""
-    matrices = {n: p for n, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1}
-    if not matrices or "forward" in vars(module):
-        return {}
-    found = weights_in_products(plain_class(module), list(matrices))
-    scales = {name for name, p in matrices.items() if p.numel() == max(p.shape)}  # of a weight, such as a gain
-    return {name: is_computed for name, is_computed in found.items() if not (is_computed and name in scales)}
+    For each of the former, the dict has whether the forward changes the values before the product. What such a change
+    reads besides, as a gain for each output, is neither.
+    """
+    named = {n: p for n, p in module.named_parameters(recurse=False) if is_lazy(p) or p.dim() > 1}
+    matrices = [name for name, p in named.items() if not is_lazy(p)]
+    found = {}
+    if matrices and "forward" not in vars(module):
+        found = weights_in_products(plain_class(module), matrices)
+    gains = {
+        name for name, is_computed in found.items() if is_computed and named[name].numel() == max(named[name].shape)
+    }
+    return {name: found[name] for name in found if name not in gains}, [name for name in named if name not in found]
 
 
 def attach(module: nn.Module, name: str, is_computed: bool, rule: Rule, init: Init) -> UsedWeight:

@@ -5,7 +5,7 @@ and results of that of torch, after ``product``, which is called as ``F.linear(i
 number of ``steps`` if a forward pass calls it once for each step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,7 @@ def _direction(
 ) -> tuple[Tensor, State]:
     """One layer in one direction: x is [T, N, C], or [the sum of sizes, C] for a packed batch."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    of_input: Sequence[Tensor]
     if sizes is None:  # the steps are positions of one product, whose samples are dimension 0
         of_input = product(x.transpose(0, 1), w_ih, b_ih).unbind(1)
         sizes = [x.shape[1]] * len(of_input)

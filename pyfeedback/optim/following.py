@@ -60,8 +60,8 @@ def follow(
     passes, B takes their mean. Under DistributedDataParallel they are averaged over the ranks.
 
     The momentum of B and the count of steps are saved and loaded with ``optimizer.state_dict()``, under the key
-    "pyfeedback". Call this function before ``load_state_dict``. A copy or a pickle of the optimizer does not step B,
-    and a warning is logged.
+    "pyfeedback". Call this function before ``load_state_dict``, or :meth:`Follower.restore` afterwards. A copy or a
+    pickle of the optimizer does not step B, and a warning is logged.
 
     If ``step`` gets a closure, B takes its step after the first evaluation, and the gradients of B in the others are
     dropped. In a CUDA graph, rules with probes or ``growth`` raise an error, and a learning rate that is not a tensor
@@ -164,6 +164,23 @@ class Follower(FeedbackSGD):
             for handle in self._handles:
                 handle.remove()
 
+    def restore(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of the feedback weights from a state dict that the optimizer has loaded before ``follow``.
+
+        Raises:
+            ValueError: it is of a model with another number of feedback weights.
+        """
+        saved = state_dict.get(KEY)
+        if not saved:
+            _log.warning("state_dict has no state of the feedback weights: their momentum and steps begin anew")
+            return
+        state = dict(saved[0])
+        if len(state["param_groups"]) != len(self.param_groups):
+            count = len(state["param_groups"])
+            raise ValueError(f"state_dict has {count} feedback weights, expected {len(self.param_groups)}")
+        self.probe_seed = state.pop("probe_seed")
+        self.load_state_dict(state)
+
     # The hooks of the optimizer
 
     def _on_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -185,6 +202,7 @@ class Follower(FeedbackSGD):
 
         return (args, {**kwargs, "closure": evaluate}) if by_name else ((args[0], evaluate, *args[2:]), kwargs)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _on_stepped(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         """Add the change of W to those B that follow it."""
@@ -205,22 +223,12 @@ class Follower(FeedbackSGD):
         state_dict.setdefault(KEY, []).append({**self.state_dict(), "probe_seed": self.probe_seed})
 
     def _on_load_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        saved = state_dict.get(KEY)
-        if not saved:
-            _log.warning(
-                "the state of the optimizer has none of the feedback weights: their momentum and steps begin anew"
-            )
-            return
-        if len(saved[0]["param_groups"]) != len(self.param_groups):
-            raise ValueError(
-                f"state_dict has {len(saved[0]['param_groups'])} feedback weights, expected {len(self.param_groups)}"
-            )
-        self.probe_seed = saved[0]["probe_seed"]
-        self.load_state_dict({key: value for key, value in saved[0].items() if key != "probe_seed"})
-        state_dict[KEY] = saved[1:]  # of the next follower; state_dict is a copy
+        self.restore(state_dict)
+        state_dict[KEY] = state_dict.get(KEY, [])[1:]  # of the next follower; state_dict is a copy
 
     # The step
 
+    @torch._disable_dynamo  # a compiled step of the optimizer calls it
     @torch.no_grad()
     def _step_feedback(self, optimizer: Optimizer) -> None:
         self._refuse_converted()
