@@ -10,7 +10,7 @@ Each model is built from its configuration, so nothing is downloaded, and checke
 Results are kept in docs/models.json after each model, and a model is checked again only if the package or its library
 changed; docs/models.md is the table.
 
-    python tests/zoo.py --only "timm.swin*"              # some models, again
+    python tests/zoo.py --only "timm.swin*" --again      # some models
     python tests/zoo.py --minutes 20                     # as many models as fit in the time
     python tests/zoo.py --table                          # only write the table
 """
@@ -268,8 +268,9 @@ def left_layers(result: Result) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status: 1 if a model has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="names of models, which are checked again")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="names of models")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further model after this time")
+    parser.add_argument("--again", action="store_true", help="check models whose results are up to date as well")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args(arguments)
@@ -289,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         for name in chosen:
             key = key_of.get(name.partition(".")[0])
-            is_done = results.get(name, {}).get(part) == key and not options.only
+            is_done = results.get(name, {}).get(part) == key and not options.again
             if is_done or key is None or time.monotonic() > end:
                 continue
             found = in_process(run, name, longest)
