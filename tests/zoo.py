@@ -87,39 +87,55 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
-def in_process(run: Callable, name: str, longest: float) -> Result:
-    """The result of ``run(name, keep)`` in another process; the parts that were done if the time limit is reached."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=in_this_process, args=(run, name, sender))
-    start = time.monotonic()
-    process.start()
-    sender.close()
-    result: Result = {}
-    try:
-        while receiver.poll(max(0.0, start + longest - time.monotonic())):
-            result = receiver.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode:
-            result["error"] = result.get("error") or f"the process ended with exit code {process.exitcode}"
-    else:
-        result["error"] = f"no end within {longest} s"
-        process.kill()
-        process.join()
-    return {**result, "seconds": round(time.monotonic() - start, 1)}
+class Worker:
+    """A process that checks one model after the other; another one takes its place if it crashes or is too slow."""
+
+    def __init__(self) -> None:
+        self.process: multiprocessing.process.BaseProcess | None = None
+
+    def result(self, run: Callable, name: str, longest: float) -> Result:
+        """The result of ``run(name, keep)``; what was kept and an error if the process ends or exceeds the time."""
+        if self.process is None:
+            context = multiprocessing.get_context("fork")
+            self.pipe, end = context.Pipe()
+            self.process = context.Process(target=serve, args=(end, self.pipe), daemon=True)
+            self.process.start()
+            end.close()
+        start = time.monotonic()
+        result: Result = {}
+        error: str | None = f"no end within {longest} s"
+        self.pipe.send((run, name))
+        try:
+            while self.pipe.poll(max(0.0, start + longest - time.monotonic())):
+                found = self.pipe.recv()
+                if found is None:
+                    error = None
+                    break
+                result = found
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            error = f"the process ended with exit code {self.process.exitcode}"
+        if error is not None:
+            result["error"] = error
+            self.process.kill()
+            self.process.join()
+            self.process = None
+        return {**result, "seconds": round(time.monotonic() - start, 1)}
 
 
-def in_this_process(run: Callable, name: str, sender: Connection) -> None:
-    """Run a check in the process that was made for it."""
+def serve(pipe: Connection, other_end: Connection) -> None:
+    """Check the models whose names arrive, and send results while they grow, and then None."""
+    other_end.close()
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    try:
-        run(name, sender.send)
-    except Exception as error:  # the model could not be built
-        sender.send({"error": f"{type(error).__name__}: {first_line(error)}"})
-    sender.close()
+    while True:
+        run, name = pipe.recv()
+        try:
+            run(name, pipe.send)
+        except Exception as error:  # the model could not be built
+            pipe.send({"error": f"{type(error).__name__}: {first_line(error)}"})
+        pipe.send(None)
 
 
 # Results
@@ -205,22 +221,30 @@ def table(results: Mapping[str, Result], of: Mapping[str, str]) -> str:
     """The page with one line for each model, failures first."""
     found = {name: faults(result) for name, result in results.items()}
     passed = sum(not f for f in found.values())
+    partly = sum(not found[name] and bool(through(result)) for name, result in results.items())
     layers = sum(len(valid(result, "conversion").get("converted", ())) for result in results.values())
     compiled = Counter(
         "not tried" if "compiled" not in r else "passed" if isinstance(r["compiled"], float) else "failed"
         for r in results.values()
     )
+    counts = ", ".join(f"{n} {what}" for what, n in compiled.items())
     lines = [
         "# Models of other packages",
         "",
-        "Made by `make zoo`, which builds small models from their configuration (`tests/zoo_models.py`) and checks that",
-        "every layer with weights is converted or reported, that every feedback weight has an influence (a NaN in it",
-        "reaches a gradient), that no other weight carries gradients back, that the gradients are those of the reference",
-        "in float64, and that a step under each of fa, ia, kp and ia-probes is finite and moves the feedback weights that",
-        "learn. Nothing is downloaded. The results are in [models.json](models.json).",
+        "Made by `make zoo`, which builds small models from their configuration (`tests/zoo_models.py`), without",
+        "downloads, and checks that",
         "",
-        f"**{passed} of {len(results)} models pass**, with {layers} layers converted. Compiled by "
-        f'`torch.compile(backend="aot_eager")`: ' + ", ".join(f"{n} {what}" for what, n in sorted(compiled.items())) + ".",
+        "* every module with weights is converted, or left with a reason, and a NaN in a feedback weight reaches a",
+        "  gradient,",
+        "* no other weight carries gradients back in a product,",
+        "* the gradients under ia are those of the reference in float64,",
+        "* a step under each of fa, ia, kp and ia-probes is finite and moves the feedback weights that learn,",
+        "* the gradients of the compiled model are the same (`torch.compile` with the backend aot_eager), where tried.",
+        "",
+        "The results are in [models.json](models.json).",
+        "",
+        f"**{passed} of {len(results)} models pass**, {partly} of them with weights that carry gradients back as in",
+        f"backprop. {layers} layers are converted. Compiled: {counts}.",
         "",
         "Versions: " + ", ".join(f"{package} {number}" for package, number in of.items()) + ".",
         "",
@@ -280,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     results: dict[str, Result] = {n: r for n, r in kept.get("models", {}).items() if n in MODELS}
     of, end = versions(), time.monotonic() + 60 * options.minutes
-    key_of = keys(of)
+    key_of, worker = keys(of), Worker()
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not options.table:
         for package in of:
@@ -293,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
             is_done = results.get(name, {}).get(part) == key and not options.again
             if is_done or key is None or time.monotonic() > end:
                 continue
-            found = in_process(run, name, longest)
+            found = worker.result(run, name, longest)
             if run is check_compiled:
                 error = found.get("error")
                 found = {"compiled": found.get("compiled", {"error": error}), "compiled seconds": found["seconds"]}

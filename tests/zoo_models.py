@@ -27,7 +27,8 @@ def graph_model(layer: str, edges: bool = False, **options) -> Made:
         def __init__(self):
             super().__init__()
             if layer == "GINConv":
-                self.layers = nn.ModuleList(make(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)))for _ in "12")
+                perceptrons = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2)]
+                self.layers = nn.ModuleList([make(perceptron) for perceptron in perceptrons])
             else:
                 self.layers = nn.ModuleList([make(6, 8, **options), make(8, CLASSES, **options)])
 
@@ -40,8 +41,8 @@ def graph_model(layer: str, edges: bool = False, **options) -> Made:
 
 
 GRAPHS: dict[str, dict[str, Any]] = {
-    "GCNConv": {}, "SAGEConv": {}, "GATConv": {}, "GATv2Conv": {}, "GINConv": {}, "GraphConv": {}, "TransformerConv": {},
-    "RGCNConv": {"edges": True, "num_relations": 3},
+    "GCNConv": {}, "SAGEConv": {}, "GATConv": {}, "GATv2Conv": {}, "GINConv": {}, "GraphConv": {},
+    "TransformerConv": {}, "RGCNConv": {"edges": True, "num_relations": 3},
 }  # fmt: skip
 
 

@@ -83,7 +83,8 @@ TABLE: dict[str, tuple[str, Callable[..., Options], Options]] = {
     "Cvt": ("CvtForImageClassification", pictures, {
         "embed_dim": [8, 16, 16], "num_heads": [1, 2, 2], "depth": [1, 2, 3], "num_labels": CLASSES}),
     "DPT": ("DPTForDepthEstimation", pictures, {
-        **PATCHES, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}),
+        **PATCHES, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8],
+        "fusion_hidden_size": 8}),
     "DebertaV2": ("DebertaV2ForMaskedLM", words, {
         **TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}),
     "DeepseekV3": ("DeepseekV3ForCausalLM", words, {
@@ -108,7 +109,8 @@ TABLE: dict[str, tuple[str, Callable[..., Options], Options]] = {
     "Funnel": ("FunnelForMaskedLM", words, {
         "vocab_size": WORDS, "block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24,
         "num_decoder_layers": 1}),
-    "GPT2": ("GPT2LMHeadModel", words, {"vocab_size": WORDS, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}),
+    "GPT2": ("GPT2LMHeadModel", words, {
+        "vocab_size": WORDS, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}),
     "GPTBigCode": ("GPTBigCodeForCausalLM", words, {
         "vocab_size": WORDS, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}),
     "GPTJ": ("GPTJForCausalLM", words, {
@@ -135,14 +137,14 @@ TABLE: dict[str, tuple[str, Callable[..., Options], Options]] = {
     "Mistral": ("MistralForCausalLM", words, LLAMA),
     "Mixtral": ("MixtralForCausalLM", words, {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "MobileBert": ("MobileBertForMaskedLM", words, {
-        **TEXT, "embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1}),
+        **TEXT, "embedding_size": 8, "intra_bottleneck_size": 16, "num_feedforward_networks": 1}),
     "MobileViT": ("MobileViTForImageClassification", lambda: pictures(64), {
         "image_size": 64, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32],
         "num_labels": CLASSES}),
     "ModernBert": ("ModernBertForMaskedLM", words, {**TEXT, "cls_token_id": 1, "sep_token_id": 2}),
-    "Nystromformer": ("NystromformerForMaskedLM", words, {**TEXT, "segment_means_seq_len": LENGTH, "num_landmarks": LENGTH}),
-    "OPT": ("OPTForCausalLM", words, {
-        **TEXT, "ffn_dim": 24, "word_embed_proj_dim": 8}),
+    "Nystromformer": ("NystromformerForMaskedLM", words, {
+        **TEXT, "segment_means_seq_len": LENGTH, "num_landmarks": LENGTH}),
+    "OPT": ("OPTForCausalLM", words, {**TEXT, "ffn_dim": 24, "word_embed_proj_dim": 8}),
     "Olmo2": ("Olmo2ForCausalLM", words, LLAMA),
     "PatchTST": ("PatchTSTForPrediction", lambda: {"past_values": torch.randn(BATCH, 32, 2)}, {
         "num_input_channels": 2, "context_length": 32, "patch_length": 8, "patch_stride": 8, "d_model": 16,
@@ -162,7 +164,7 @@ TABLE: dict[str, tuple[str, Callable[..., Options], Options]] = {
         **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 12}),
     "Qwen3": ("Qwen3ForCausalLM", words, LLAMA),
     "RegNet": ("RegNetForImageClassification", pictures, {
-        "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4, "num_labels": CLASSES}),
+        "embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "groups_width": 8, "num_labels": CLASSES}),
     "ResNet": ("ResNetForImageClassification", pictures, {
         "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": CLASSES}),
     "Roberta": ("RobertaForMaskedLM", words, TEXT),
@@ -191,7 +193,8 @@ TABLE: dict[str, tuple[str, Callable[..., Options], Options]] = {
     "Whisper": ("WhisperForConditionalGeneration", lambda: {
         "input_features": torch.randn(BATCH, 8, 32), "decoder_input_ids": tokens()}, {
         **SEQUENCES, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}),
-    "XLNet": ("XLNetLMHeadModel", words, {"vocab_size": WORDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}),
+    "XLNet": ("XLNetLMHeadModel", words, {
+        "vocab_size": WORDS, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}),
     "Yolos": ("YolosForObjectDetection", pictures, {
         **PATCHES, "image_size": [32, 32], "num_detection_tokens": 4}),
 }  # fmt: skip
@@ -199,7 +202,11 @@ TABLE: dict[str, tuple[str, Callable[..., Options], Options]] = {
 
 def transformers_model(config: str, model: str, inputs: Callable[..., Options], options: Options) -> Made:
     transformers = importlib.import_module("transformers")
-    return getattr(transformers, model)(getattr(transformers, f"{config}Config")(**options)), inputs()
+    made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**options))
+    for module in made.modules():
+        if hasattr(module, "_requires_grad"):  # of audio models, which otherwise require the gradient of their input
+            module._requires_grad = False
+    return made, inputs()
 
 
 def transformers_models() -> dict[str, Callable[[], Made]]:

@@ -93,9 +93,7 @@ def torchvision_models() -> dict[str, Callable[[], Made]]:
         "vit": partial(torchvision, "VisionTransformer", 32, 8, 2, 2, 16, 24, **named),
         "swin": partial(torchvision, "SwinTransformer", [4, 4], window_size=[4, 4], **swin),
         "swin_v2": partial(torchvision_swin_v2, swin, *v2),
-        "maxvit": partial(
-            torchvision, "MaxVit", (64, 64), 8, 2, [8, 16], [1, 1], 8, 0.0, size=64, num_classes=CLASSES
-        ),
+        "maxvit": partial(torchvision, "MaxVit", (64, 64), 8, 2, [8, 16], [1, 1], 8, 0.0, size=64, num_classes=CLASSES),
         "fcn_resnet50": partial(torchvision_segmenter, "segmentation.fcn_resnet50", **backbone),
         "deeplabv3_mobilenet_v3_large": partial(
             torchvision_segmenter, "segmentation.deeplabv3_mobilenet_v3_large", **backbone
@@ -140,8 +138,12 @@ TIMM: dict[str, dict[str, Any]] = {
     "botnet26t_256": {"img_size": 64, "width_factor": 0.25},
     "cait_xxs24_224": {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
     "coat_lite_tiny": {"img_size": 32, "embed_dims": [16, 16, 32, 32], "serial_depths": [1, 1, 1, 1]},
-    "coatnet_pico_rw_224": {"img_size": 64, "embed_dim": (16, 32, 32, 64), "depths": (1, 1, 1, 1), "stem_width": (8, 16)},
-    "convit_tiny": {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1},
+    "coatnet_pico_rw_224": {
+        "img_size": 64, "embed_dim": (16, 32, 32, 64), "depths": (1, 1, 1, 1), "stem_width": (8, 16),
+    },
+    "convit_tiny": {
+        "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1,
+    },
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
     "convnextv2_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
     "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (1, 1, 2, 2)},
@@ -193,8 +195,7 @@ TIMM: dict[str, dict[str, Any]] = {
     },
     "tf_efficientnet_b0": {},
     "tiny_vit_5m_224": {
-        "size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32),
-        "num_heads": (1, 2, 2, 2),
+        "size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (1, 2, 2, 2),
     },
     "tnt_s_patch16_224": {"img_size": 32, "embed_dim": 16, "inner_dim": 8, "depth": 2, "num_heads_outer": 2},
     "twins_svt_small": {
