@@ -30,9 +30,9 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
     Raises:
         RuntimeError: a weight is sharded, or a CUDA graph is being captured.
     """
-    if due and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if due and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a CUDA graph is being captured, expected an optimizer step outside of it: its replays would draw the same probes"
+            "a CUDA graph is being captured, expected an optimizer step outside of it: replays would repeat the probes"
         )
     problems: dict[int, dict[nn.Parameter, ProbeProblem]] = {}  # by step
     noisy = {}
