@@ -26,7 +26,7 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conve
 FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz mutants zoo asan tsan bench codegen lint
+.PHONY: help demo test test-fast fuzz mutants zoo asan tsan bench codegen lint docs audit
 
 help:
 	@echo "make demo       train by every rule and compare: examples/two_routes.py"
@@ -40,6 +40,8 @@ help:
 	@echo "make bench      the benchmarks"
 	@echo "make codegen    compile every Triton kernel for sm_80, sm_90 and gfx942, and search the code for faults"
 	@echo "make lint       ruff, mypy and clang-format"
+	@echo "make docs       the documentation as a site, in site/"
+	@echo "make audit      check that WHEEL=file.whl supports every later Python and torch"
 	@echo
 	@echo "The environment is $(VENV). If it has no torch, TORCH=$(TORCH) is installed; TORCH may be any pip requirement."
 	@echo "WORKERS=$(WORKERS) tests run in parallel."
@@ -51,6 +53,12 @@ $(BIN)/python:
 $(VENV)/.pyfeedback-%: $(SOURCES) | $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install --editable ".[$*]"
+	@touch $@
+
+# The packages of an extra alone, without torch and the package: docs reads the sources, and audit reads a wheel.
+$(VENV)/.pyfeedback-docs $(VENV)/.pyfeedback-audit: $(VENV)/.pyfeedback-%: pyproject.toml | $(BIN)/python
+	grep '^$* = ' pyproject.toml | tr '"' '\n' | grep '[=<>]=' > $@.txt
+	$(BIN)/python -m pip install --requirement $@.txt
 	@touch $@
 
 demo: $(VENV)/.pyfeedback-examples
@@ -89,3 +97,10 @@ lint: $(VENV)/.pyfeedback-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(LINTED)
+
+# A warning, such as a link without a target, is an error.
+docs: $(VENV)/.pyfeedback-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+audit: $(VENV)/.pyfeedback-audit
+	$(BIN)/python .ci/audit_wheel.py $(WHEEL)

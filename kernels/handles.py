@@ -19,8 +19,8 @@ from .launch import Launch, check, needs, start, workspace
 # The operands that hold what the caller passes. All others are allocated for the sizes of the plan.
 ACTIVATIONS = ("x", "x_used", "dy", "y", "u")
 ALIGNMENT = 16  # bytes: the only property of an address for which Triton specializes a kernel on NVIDIA GPUs
-# The versions of Triton whose launchers take the arguments that a handle passes. After 3.6, a launcher takes those of the
-# kernel as one tuple.
+# The versions of Triton whose launchers take the arguments that a handle passes. After 3.6, a launcher takes those of
+# the kernel as one tuple.
 OLDEST, NEWEST = (3, 6), (3, 9)
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 PACKED = VERSION > OLDEST

@@ -184,8 +184,8 @@ def architecture(device: torch.device) -> tuple[int, int]:
 def semaphores(count: int, device: torch.device) -> Tensor:
     """Counters that are zero before and after each launch, so that the launches of one layer share them.
 
-    They are not kept for the next call. A tensor that is kept would be in the memory pool of whichever call made it: that
-    of a CUDA graph, also in the warm-up of ``mode="reduce-overhead"``, which is not a capture. The graph then gives the
-    memory to other tensors, and counters that are not zero make sums wrong.
+    They are not kept for the next call. A tensor that is kept would be in the memory pool of the call that made it.
+    This may be the pool of a CUDA graph, also in the warm-up of ``mode="reduce-overhead"``, which is not a capture. The
+    graph then gives the memory to other tensors; with counters that are not zero, sums are wrong.
     """
     return torch.zeros(count, dtype=torch.int32, device=device)

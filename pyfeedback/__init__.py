@@ -6,7 +6,7 @@ torch.ops.pyfeedback.fa_conv2d(x, weight, feedback, amp=1e-3, decay=2e-3)
 """
 
 from pyfeedback import ops as ops  # isort: skip  # registers the ops
-from pyfeedback import functional, metrics, nn, optim, reference, schedules
+from pyfeedback import functional, integrations, metrics, nn, optim, reference, schedules
 from pyfeedback.backends.dispatch import backend, current_backend, set_backend
 from pyfeedback.backends.extension.loading import build_info
 from pyfeedback.conversion import Conversion, convert, unconvert
@@ -37,6 +37,7 @@ __all__ = [
     "feedback_parameters",
     "forward_parameters",
     "functional",
+    "integrations",
     "metrics",
     "nn",
     "optim",

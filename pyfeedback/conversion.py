@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyfeedback.core.algorithm import Algorithm, needs_response
 from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
+from pyfeedback.nn.model import feedback_layers
 from pyfeedback.optim import follow
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
 _log = logging.getLogger("pyfeedback")
 _NOT_FOUND = "no product of it with the input was found in the forward"
+_NO_PATTERN = "no pattern of the rules matches its name"
+_EMBEDDING = "an embedding has no input gradient, so there is nothing to feed back"
 
 
 @dataclass
@@ -83,8 +87,8 @@ def convert(
             default, a normal distribution with the standard deviation of the layer's weight. With a seed, each layer
             draws different values.
         strict: raise an error if a layer with weights cannot be converted, or matches no pattern.
-        return_report: return ``(model, Conversion)``. The report is logged in any case, at level INFO. A pattern that
-            matches no layer is logged at level WARNING.
+        return_report: return ``(model, Conversion)``. The report is logged in any case, at level INFO; at WARNING if
+            layers with more weights are left than are converted. A pattern that matches no layer is logged at WARNING.
         optimizer: any optimizer of the model, built before or after the conversion. Its steps are to update the
             feedback weights as well: :func:`pyfeedback.optim.follow` with its default options.
 
@@ -122,7 +126,7 @@ def convert(
     if direct is not None:
         direct.attach(model)
     report.not_in_place = _preserve_responses(model)
-    _log.info("%s", report)
+    _log.log(logging.WARNING if _leaves_most(model, left) else logging.INFO, "%s", report)
     for pattern in rules:
         if not any(fnmatchcase(name, pattern) for name in chosen):
             close = ", ".join(_close_names(pattern, list(chosen)))
@@ -168,15 +172,27 @@ def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, R
             chosen[name] = follows
             left |= {f"{name}.{weight}" if name else weight: _NOT_FOUND for weight in others}
         elif has_path:
-            left[name] = "no pattern of the rules matches its name"
+            left[name] = _NO_PATTERN
         elif others:
             left[name] = f"{type(module).__name__} has weights, but {_NOT_FOUND}"
     return chosen, left
 
 
+def _leaves_most(model: nn.Module, left: dict[str, str]) -> bool:
+    """Whether more elements of weights train by plain backprop, without being meant to, than have feedback weights."""
+    converted = sum(layer.weight.numel() for _, layer in feedback_layers(model) if not is_lazy(layer.weight))
+    modules, weights = dict(model.named_modules()), dict(model.named_parameters())
+    others = 0
+    for name, why in left.items():
+        if why not in (_NO_PATTERN, _EMBEDDING):
+            own = [weights[name]] if name in weights else modules[name].parameters(recurse=False)
+            others += sum(p.numel() for p in own if not is_lazy(p) and p.dim() > 1)
+    return others > converted > 0
+
+
 def _nothing_to_convert(model: nn.Module, rules: dict[str, Rule], left: dict[str, str]) -> str:
     """The message of the error if no layer would be converted."""
-    names = [name for name, why in left.items() if why.startswith("no pattern")]
+    names = [name for name, why in left.items() if why == _NO_PATTERN]
     if names:
         close = dict.fromkeys(name for pattern in rules for name in _close_names(pattern, names))
         what = f"the name of a layer, such as {', '.join(list(close or names)[:3])}"
@@ -247,7 +263,7 @@ def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            reasons[module] = "an embedding has no input gradient, so there is nothing to feed back"
+            reasons[module] = _EMBEDDING
         elif isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
             if type(module) is not nn.MultiheadAttention:
                 what = f"{type(module).__name__}, a subclass of MultiheadAttention"

@@ -442,3 +442,21 @@ def test_strict_refuses_to_leave_a_layer():
     with pytest.raises(ValueError, match="these layers are left: 1: no pattern of the rules matches its name"):
         pyfeedback.convert(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {"0": "ia"}, strict=True)
     pyfeedback.convert(model[:1], "ia", strict=True)
+
+
+def test_a_conversion_that_leaves_most_weights_is_logged_as_a_warning(caplog):
+    for size, level in ((4, "INFO"), (8, "WARNING")):
+        model = nn.ModuleDict(
+            {"pair": nn.Bilinear(size, size, 2), "linear": nn.Linear(6, 6), "table": nn.Embedding(99, 9)}
+        )
+        with caplog.at_level("INFO"):
+            pyfeedback.convert(model, "ia")
+        (record,) = caplog.records
+        assert record.levelname == level
+        assert "left pair: Bilinear has weights" in record.getMessage()
+        caplog.clear()
+
+
+def test_layers_left_on_purpose_give_no_warning(caplog):
+    pyfeedback.convert(nn.Sequential(nn.Linear(2, 2), nn.Linear(9, 9)), {"0": "ia"})
+    assert caplog.messages == []

@@ -321,6 +321,20 @@ def test_layers_that_share_a_weight_have_separate_feedback(rule):
     assert error(*(dict(net.named_parameters()) for net in nets)) < 1e-12
 
 
+@pytest.mark.parametrize("rule", ["kp", "ia"])
+def test_skip_nonfinite_keeps_the_feedback(rule):
+    model = network(rule)
+    task = torch.optim.SGD(model.parameters(), lr=0.1)
+    follow(task, model, skip_nonfinite=True)
+    before = [b.detach().clone() for (b,) in pairs(model)]
+    x, _ = classification(0, 6, 3)
+    (model(x.double() * (torch.nan if rule == "ia" else 1.0)) * torch.inf).sum().backward()
+    task.step()
+    assert not model[4].weight.isfinite().all()
+    found = [b.detach() for (b,) in pairs(model)]
+    assert all(b.isfinite().all() and (b - a).norm() < 0.02 * a.norm() for a, b in zip(before, found, strict=True))
+
+
 def test_a_copy_of_the_model_is_independent():
     model = network("ia")
     task = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -331,3 +345,29 @@ def test_a_copy_of_the_model_is_independent():
     before = [b.detach().clone() for (b,) in pairs(model)]
     task.step()
     assert all(torch.equal(b, a) for (b,), a in zip(pairs(model), before, strict=True))
+
+
+def test_kolen_pollack_of_a_weight_that_the_forward_computes():
+    """B follows the gradient of the computed weight, whose change is known only after the next forward pass."""
+
+    class Standardized(nn.Linear):
+        def forward(self, x):
+            return x @ ((self.weight - self.weight.mean()) / self.weight.std()).t() + self.bias
+
+    torch.manual_seed(0)
+    model, twin = (
+        pyfeedback.convert(Standardized(4, 4).double(), rule_of("kp"), init=pyfeedback.Init(seed=0)) for _ in "ab"
+    )
+    twin.load_state_dict(model.state_dict())
+    task = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
+    follow(task, model)
+    whole = pyfeedback.optim.SGD(twin, lr=0.05, weight_decay=0.1)
+    before = model.weight_feedback.feedback.detach().clone()
+    for _ in range(5):
+        x = torch.randn(8, 4, dtype=torch.float64)
+        for each, optimizer in ((model, task), (twin, whole)):
+            optimizer.zero_grad()
+            each(x).square().sum().backward()
+            optimizer.step()
+    assert not torch.allclose(model.weight_feedback.feedback, before)
+    torch.testing.assert_close(model.weight_feedback.feedback, twin.weight_feedback.feedback)

@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
         center: subtract the mean over the samples from the activations in amp, null and sparse.
         samples: the number of samples, from the start of the batch, that amp, null and sparse use; 0 means all.
         normalize: divide each data term by the power of what it reads, so that its coefficient has no unit; see
-            :func:`pyfeedback.reference.regulariser`.
+            :func:`pyfeedback.reference.regularizer`.
     """
 
     decay: float = 0.0

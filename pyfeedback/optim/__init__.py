@@ -6,7 +6,8 @@ read is loaded from memory once. :func:`follow` makes any other optimizer step t
 """
 
 from pyfeedback.optim.adamw import AdamW
-from pyfeedback.optim.following import Follower, follow
+from pyfeedback.optim.follower import Follower
+from pyfeedback.optim.following import follow
 from pyfeedback.optim.sgd import SGD, FeedbackSGD
 
 __all__ = ["SGD", "AdamW", "FeedbackSGD", "Follower", "follow"]

@@ -142,6 +142,11 @@ def without_loss_scale(
     return row._replace(weight=layer.weight.grad, self_=rule.tie * (1 - factor))
 
 
+def takes_step_of_weight(layer: FeedbackLayer) -> bool:
+    """Whether B can add the change of W: under Kolen-Pollack, unless it is known only after the next forward pass."""
+    return is_tied(layer.rule) and not is_computed_by_forward(layer)
+
+
 def weight_parameters(layer: FeedbackLayer) -> list[nn.Parameter]:
     """Return the parameter W of a layer, or those that W is computed from."""
     owner, name = layer.weight_owner(), layer.weight_name

@@ -1,4 +1,4 @@
-"""Triton's driver over a stub of libcuda: it compiles for a device that is not there, checks every launch and runs none.
+"""Triton's driver over a stub of libcuda: it compiles for a device that is absent, checks every launch and runs none.
 
 A process that has installed the stub keeps it, so it is installed only in processes started for it. Tensors are CPU
 tensors, whose addresses are passed as they are.

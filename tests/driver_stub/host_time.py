@@ -2,13 +2,14 @@
 
     python host_time.py LIBRARY CAPABILITY
 
-Prints microseconds of one thread as JSON, the shortest of many calls: of the launches of a backward pass, with the checks
-of their operands, and of a whole backward pass of a small layer, which includes PyTorch's own kernels on the CPU.
+Prints microseconds of one thread as JSON, the shortest of many calls: of the launches of a backward pass, with the
+checks of their operands, and of a whole backward pass of a small layer, which includes PyTorch's kernels on the CPU.
 """
 
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import launches
@@ -51,11 +52,11 @@ def main() -> None:
     table = {}
     for name in TIMED:
         launcher, values = launcher_of(launches.CASES[name])
-        table[name] = [shortest(lambda: launcher.run(values), allowed) for allowed in (False, True)]
+        table[name] = [shortest(partial(launcher.run, values), allowed) for allowed in (False, True)]
     small = launches.CASES["ia, small"]
     tensors = launches.tensors(small)
     table["ia, small: whole backward"] = [
-        shortest(lambda: launches.layer_backward(small, tensors), allowed) for allowed in (False, True)
+        shortest(partial(launches.layer_backward, small, tensors), allowed) for allowed in (False, True)
     ]
     print(json.dumps(table))
 

@@ -33,12 +33,14 @@ CUDA_LIBRARY = "_C_cuda.abi3.so"
 class BuildInfo:
     """The libraries that were built, and which of them are loaded.
 
-    cpu, cuda             whether the library was built and is loaded
-    cuda_architectures    e.g. ("8.0", "9.0+PTX"); empty if CUDA was not built
-    torch_target          the oldest torch whose stable ABI the libraries support
-    built_with_torch      the version of torch they were compiled with; "" if nothing was compiled
-    compiler              the first line of the C++ compiler's --version; "" if nothing was compiled
-    missing               the libraries that are missing and why, in one sentence; "" if none is
+    Attributes:
+        version: the version of the package.
+        cpu, cuda: whether the library was built and is loaded.
+        cuda_architectures: e.g. ("8.0", "9.0+PTX"); empty if CUDA was not built.
+        torch_target: the oldest torch whose stable ABI the libraries support.
+        built_with_torch: the version of torch they were compiled with; "" if nothing was compiled.
+        compiler: the first line of the C++ compiler's --version; "" if nothing was compiled.
+        missing: the libraries that are missing and why, in one sentence; "" if none is.
     """
 
     version: str
