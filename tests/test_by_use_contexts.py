@@ -266,6 +266,25 @@ def test_a_use_without_a_feedback_path_gives_a_warning(kind, caplog):
     assert "no feedback path" in message
 
 
+def test_other_dtypes_of_a_weight_and_of_its_mask(caplog):
+    class Masked(use_cases.Own):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.rand(self.shape) < 0.5)
+
+        def forward(self, x):
+            assert self.weight.to(torch.int8).dtype is torch.int8
+            assert self.mask.view_as(self.weight).dtype is torch.bool
+            return F.linear(x, self.weight * self.mask.to(self.weight), self.bias)
+
+    torch.manual_seed(0)
+    model = pyfeedback.convert(Masked().double(), "fa")
+    x = torch.randn(3, use_cases.C, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, model.weight_feedback.feedback.sum(0).expand(3, -1))
+    assert not caplog.messages
+
+
 def test_a_lookup_in_a_tied_weight_gives_no_warning(caplog):
     class Tied(nn.Module):
         def __init__(self):

@@ -137,7 +137,8 @@ class Tracker(TorchFunctionMode):
         used = [k for k in known if k is not None and k.layers]
         layers = tuple(dict.fromkeys(layer for k in used for layer in k.layers))
         if func in VIEWS and tensors:
-            self._follow_view(func, args, kwargs, known if func in JOINS else known[:1], outputs)
+            first = next(tensors_in((*args, *kwargs.values())))  # of any dtype: the others are not viewed
+            self._follow_view(func, args, kwargs, known if func in JOINS else [self.find(first)], outputs)
         elif None not in known:
             with_feedback = [k for k in used if k.feedback is not None]
             changed = with_feedback[0] if len(with_feedback) == 1 else None
@@ -162,7 +163,8 @@ class Tracker(TorchFunctionMode):
                 feedback = [k.feedback for k in sources]
             else:
                 by_id = {id(k.tensor): k.feedback for k in sources}
-                feedback = [*tensors_in((func(*_replaced(args, by_id), **_replaced(kwargs, by_id)),))]
+                found = tensors_in((func(*_replaced(args, by_id), **_replaced(kwargs, by_id)),))
+                feedback = [t for t in found if t.is_floating_point()]
         layers = tuple(dict.fromkeys(layer for k in sources for layer in k.layers))
         is_computed = any(k.is_computed for k in sources)
         for output, of_output in zip(outputs, feedback, strict=True):
