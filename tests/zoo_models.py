@@ -47,7 +47,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
 
 
 MODELS: dict[str, Callable[[], Made]] = {
-    **vision_models(),
-    **transformers_models(),
     **{f"torch_geometric.{name}": partial(graph_model, name, **options) for name, options in GRAPHS.items()},
+    **transformers_models(),
+    **vision_models(),
 }

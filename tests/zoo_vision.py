@@ -254,4 +254,4 @@ def vision_models() -> dict[str, Callable[[], Made]]:
     """The models by name."""
     found = {name: partial(timm_model, name, **options) for name, options in TIMM.items()}
     found |= {name: partial(timm_class, *row) for name, row in TIMM_CLASSES.items()}
-    return torchvision_models() | {f"timm.{name}": found[name] for name in sorted(found)}
+    return {f"timm.{name}": found[name] for name in sorted(found)} | torchvision_models()
