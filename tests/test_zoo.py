@@ -216,19 +216,12 @@ def test_the_table_lists_failures_first():
     page = zoo.table({first: result_of(), second: result_of(compiled=1.0)}, {"torch": "2.13.0"})
     rows = [line for line in page.splitlines() if line.startswith("|")][2:]
     package, _, name = first.partition(".")
-    cells = [
-        name,
-        package,
-        "2",
-        "1 not called",
-        "1 embedding, 1 Conv1D, 1 other",
-        "1: `d.weight`",
-        "not tried",
-        "partly",
-    ]
+    left, weights = "1 embedding, 1 Conv1D, 1 other", "1: `d.weight`"
+    cells = [name, package, "2", "1 not called", left, weights, "not tried", "partly"]
     assert rows[1] == f"| {' | '.join(cells)} |"
     assert rows[0].endswith("| yes | **compiled gradients differ from the eager ones by 1e+00** |")
-    assert "**1 of 2 models pass**, with 4 layers converted" in page
+    assert "**1 of 2 models pass**, 1 of them with weights that carry gradients back as in\nbackprop. 4 layers" in page
+    assert "Compiled: 1 not tried, 1 passed." in page
 
 
 def test_the_committed_table_is_that_of_the_committed_results():

@@ -163,9 +163,11 @@ def keys(of: Mapping[str, str]) -> dict[str, str]:
 def faults(result: Result) -> list[str]:
     """What is wrong with a model, in words; empty if all checks passed."""
     found = [result["error"]] if "error" in result else []
+    errors: dict[str, list[str]] = {}
     for key, value in result.items():
         if isinstance(value, dict) and "error" in value:
-            found.append(f"{key}: {value['error']}")
+            errors.setdefault(value["error"], []).append(key)
+    found += [f"{', '.join(parts)}: {error}" for error, parts in errors.items()]
     conversion, influence = (valid(result, key) for key in ("conversion", "influence"))
     if conversion and not conversion["converted"]:
         found.append("no layer is converted")
