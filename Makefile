@@ -26,7 +26,7 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conve
 FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz mutants asan tsan bench codegen lint docs audit
+.PHONY: help demo test test-fast fuzz mutants zoo asan tsan bench codegen lint docs audit
 
 help:
 	@echo "make demo       train by every rule and compare: examples/two_routes.py"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-fast  a subset with tests of every area, in less than a minute on two cores"
 	@echo "make fuzz       random cases for SECONDS=$(SECONDS), from a random SEED unless one is given"
 	@echo "make mutants    mutation testing: each fault in a copy of the code must fail a test; writes tests/mutants.md"
+	@echo "make zoo        almost 190 models of other packages, in an environment of their own; writes docs/models.md"
 	@echo "make asan       the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the compiled ops under ThreadSanitizer"
 	@echo "make bench      the benchmarks"
@@ -75,6 +76,11 @@ fuzz: $(VENV)/.pyfeedback-test
 
 mutants: $(VENV)/.pyfeedback-test
 	$(BIN)/python tests/mutants.py
+
+# torchvision brings its own torch.
+zoo:
+	$(MAKE) .cache/zoo/.pyfeedback-zoo VENV=.cache/zoo TORCH=torchvision
+	$(ONE_THREAD) .cache/zoo/bin/python tests/zoo.py
 
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer.
 asan tsan: $(VENV)/.pyfeedback-test
