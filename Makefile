@@ -26,11 +26,12 @@ FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conve
 FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz mutants zoo asan tsan bench codegen lint docs audit
+.PHONY: help demo test test-fast test-long fuzz mutants zoo asan tsan bench codegen lint docs audit
 
 help:
 	@echo "make demo       train by every rule and compare: examples/two_routes.py"
-	@echo "make test       the whole test suite"
+	@echo "make test       the tests"
+	@echo "make test-long  all tests, with those that take too long for every change"
 	@echo "make test-fast  a subset with tests of every area, in less than a minute on two cores"
 	@echo "make fuzz       random cases for SECONDS=$(SECONDS), from a random SEED unless one is given"
 	@echo "make mutants    mutation testing: each fault in a copy of the code must fail a test; writes tests/mutants.md"
@@ -67,6 +68,9 @@ demo: $(VENV)/.pyfeedback-examples
 test: $(VENV)/.pyfeedback-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 30
 	$(ONE_THREAD) ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n $(WORKERS) $(ROUNDING)
+
+test-long: $(VENV)/.pyfeedback-test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --long
 
 test-fast: $(VENV)/.pyfeedback-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(FAST_ONLY) $(FAST)

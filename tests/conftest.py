@@ -1,4 +1,7 @@
-"""Shared fixtures. Tests marked gpu are deselected without a CUDA device; `pytest -m gpu` runs only them."""
+"""Shared fixtures. Tests marked gpu are deselected without a CUDA device; `pytest -m gpu` runs only them.
+
+Tests marked long are deselected unless the option --long is given, as by `make test-long`.
+"""
 
 import getpass
 import os
@@ -20,13 +23,17 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
 os.environ.setdefault("PYFEEDBACK_TUNE", "off")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long as well")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if for_gpu:
-        config.hook.pytest_deselected(items=for_gpu)
-        items[:] = [item for item in items if item not in for_gpu]
+    left_out = {"gpu": not torch.cuda.is_available(), "long": not config.getoption("--long")}
+    marks = [mark for mark, is_left_out in left_out.items() if is_left_out]
+    kept = [item for item in items if not any(item.get_closest_marker(mark) for mark in marks)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 @pytest.fixture
