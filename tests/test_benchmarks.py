@@ -19,7 +19,7 @@ FILES = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmarks_run(tmp_path):
     """benchmarks/test_network_steps.py takes too long."""
     options = ["--benchmark-only", "--quick", "--batch", "1", "--budget", "0.001"]

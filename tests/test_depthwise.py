@@ -267,7 +267,7 @@ def on_cuda_emulator(monkeypatch):
     dispatch.set_backend("auto")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", SMALL)

@@ -27,6 +27,11 @@ ONE_LAYER = {f"nn.{kind}" for kind in ("Linear", *(f"Conv{t}{n}d" for t in ("", 
 LAZY = {name.replace("nn.", "nn.Lazy") for name in ONE_LAYER - {"nn.Linear"}}  # LazyLinear is not listed
 TRANSFORMERS = {f"nn.Transformer{part}" for part in ("", "Encoder", "EncoderLayer", "DecoderLayer")}
 CONVERTIBLE = ONE_LAYER | TRANSFORMERS | {"nn.MultiheadAttention"}
+RECURRENT = {
+    f"nn.{name}{cell}" for name in ("GRU", "LSTM", "RNN") for cell in ("", "Cell")
+}  # by use: test_recurrent.py
+# A whole Transformer has the layers of its encoder and decoder.
+EACH = [pytest.param(name, marks=[pytest.mark.long] * (name == "nn.Transformer")) for name in sorted(CONVERTIBLE)]
 # Has a Linear whose weight it reads without calling it. The report of convert is tested elsewhere.
 READS_WEIGHT = "nn.LinearCrossEntropyLoss"
 MODULES = {info.name: info for info in module_db if info.name != READS_WEIGHT}
@@ -107,7 +112,7 @@ def test_the_expected_modules_are_in_the_list():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", sorted(CONVERTIBLE))
+@pytest.mark.parametrize("name", EACH)
 def test_backprop_by_a_converted_module_is_the_plain_one(name, dtype):
     for constructor, inputs in samples(name, dtype):
         expected = pass_through(build(name, constructor, dtype), inputs)
@@ -132,7 +137,7 @@ def test_one_layer_keeps_the_output_and_the_gradients_of_its_parameters(name, ru
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", sorted(CONVERTIBLE))
+@pytest.mark.parametrize("name", EACH)
 def test_with_feedback_equal_to_the_weight_every_gradient_is_backprops(name, rule):
     for constructor, inputs in samples(name, torch.float64, step=2):
         expected = pass_through(build(name, constructor, torch.float64), inputs)
@@ -141,7 +146,7 @@ def test_with_feedback_equal_to_the_weight_every_gradient_is_backprops(name, rul
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", sorted(CONVERTIBLE))
+@pytest.mark.parametrize("name", EACH)
 def test_float32_error_is_at_most_twice_that_of_backprop(name, rule):
     """On average over the samples, the error is at most twice that of the plain module in the same dtype."""
     found, plain, tensors = 0.0, 0.0, 0
@@ -158,7 +163,7 @@ def test_float32_error_is_at_most_twice_that_of_backprop(name, rule):
 
 
 @pytest.mark.parametrize("rule", ["ia", "kp"])
-@pytest.mark.parametrize("name", sorted(CONVERTIBLE))
+@pytest.mark.parametrize("name", EACH)
 def test_feedback_gradients_are_the_references(name, rule):
     for constructor, inputs in samples(name, torch.float64, step=3):
         results = []
@@ -171,7 +176,7 @@ def test_feedback_gradients_are_the_references(name, rule):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", sorted(CONVERTIBLE))
+@pytest.mark.parametrize("name", EACH)
 def test_conversion_and_back_leaves_everything_unchanged(name, dtype):
     for constructor, inputs in samples(name, dtype, step=3):
         module = build(name, constructor, dtype)
@@ -185,7 +190,7 @@ def test_conversion_and_back_leaves_everything_unchanged(name, dtype):
         assert_same(pass_through(module, inputs), pass_through(build(name, constructor, dtype), inputs))
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - CONVERTIBLE))
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - CONVERTIBLE - RECURRENT))
 def test_a_module_without_supported_layers_is_unchanged(name):
     for constructor, _ in samples(name, torch.float32):
         module = build(name, constructor, torch.float32)
@@ -193,6 +198,15 @@ def test_a_module_without_supported_layers_is_unchanged(name):
         report = pyfeedback.convert(module, "ia", return_report=True)[1]
         assert report.changed == []
         assert_described_alike(module, expected)
+        assert_described_alike(pyfeedback.unconvert(module), expected)
+
+
+@pytest.mark.parametrize("name", sorted(RECURRENT))
+def test_a_recurrent_module_is_converted_and_back(name):
+    for constructor, _ in samples(name, torch.float32):
+        module = build(name, constructor, torch.float32)
+        expected = description(module)
+        assert pyfeedback.convert(module, "ia", return_report=True)[1].changed == [""]
         assert_described_alike(pyfeedback.unconvert(module), expected)
 
 

@@ -31,7 +31,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_study_writes_everything_and_resumes(study, tmp_path, capfd):
     small = study.Scale(
         search=4, seeds=1, epochs=1, width=4, repeats=(0, 1), noise=(1.0,), samples=(2,), demo_seeds=1, demo_epochs=1,

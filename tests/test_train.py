@@ -160,7 +160,10 @@ def _within_an_epoch(path):
 # Ways to run
 
 
-@pytest.mark.parametrize("how", [{"autocast": True}, {"channels_last": True}, {"frozen": False, "probe": 0}], ids=str)
+AUTOCAST = pytest.param({"autocast": True}, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("how", [AUTOCAST, {"channels_last": True}, {"frozen": False, "probe": 0}], ids=str)
 def test_ways_to_run(how):
     run = new_run(settings(epochs=4, **how), few_digits(1024))
     run.train(nothing, nothing)

@@ -24,7 +24,7 @@ def ends_in_one_line(started):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [0, 20_000], ids=["log", "checkpoint"])
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.long), 20_000], ids=["log", "checkpoint"])
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(tmp_path, limit):
     """Limit the size of the files of the running process, so that the log or the checkpoint cannot be written."""
     path, command = tmp_path / "checkpoint.pt", [sys.executable, PROGRAM, *COMMAND, "400", "--out", tmp_path]

@@ -30,7 +30,7 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
     Raises:
         RuntimeError: a weight is sharded, or a CUDA graph is being captured.
     """
-    if any(b.is_cuda for b in due) and torch.cuda.is_current_stream_capturing():
+    if due and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured, expected an optimizer step outside of it: replays would repeat the probes"
         )
