@@ -85,17 +85,54 @@ def test_export_and_symbolic_tracing_of_the_plain_model():
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
-def test_symbolic_tracing_with_feedback_layers_as_leaves():
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, module, name):
-            return isinstance(module, pyfeedback.nn.FeedbackLayer) or super().is_leaf_module(module, name)
+class ReadsTheWeight(nn.Module):
+    """Like the attention of torchvision's Swin and of timm's BEiT."""
 
-    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "ia")
-    traced = torch.fx.GraphModule(model, Tracer().trace(model))
-    x = torch.randn(2, 4)
-    assert not model[0].called
-    torch.testing.assert_close(traced(x), model(x))
-    assert traced.get_submodule("0").called
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.out(F.linear(x, self.qkv.weight, self.qkv.bias))
+
+
+class Attends(nn.Module):
+    """Convolutions, attention and a weight that is read, in one model."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)
+        self.attention, self.reads = nn.MultiheadAttention(4, 2, batch_first=True), ReadsTheWeight()
+
+    def forward(self, x):
+        x = self.up(self.conv(x).relu()).transpose(1, 2)
+        x, _ = self.attention(x, x, x)
+        return self.reads(x)
+
+
+def test_symbolic_tracing_under_dfa_is_refused():
+    with pytest.raises(RuntimeError, match="^a layer follows dfa, expected another rule: a traced model has no hook"):
+        torch.fx.symbolic_trace(pyfeedback.convert(Attends(), "dfa"))
+
+
+@pytest.mark.parametrize("rule", ["fa", "ia", "kp"])
+def test_symbolic_tracing_has_the_layers_as_leaves(rule):
+    torch.manual_seed(0)
+    model = pyfeedback.convert(Attends().double(), rule)
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    assert not model.conv.called
+    found = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    assert found == {"conv", "up", "attention", "reads"}
+    gradients = []
+    for each in (model, traced):
+        each.zero_grad()
+        each(x).square().sum().backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert traced.get_submodule("conv").called
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad)
 
 
 # Alignment of layers that never run

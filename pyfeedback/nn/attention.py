@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pyfeedback.core.geometry import LINEAR
 from pyfeedback.init import Init
 from pyfeedback.nn import masks
-from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.nn.layer import FeedbackLayer, traced_call
 from pyfeedback.nn.linear import Linear
 from pyfeedback.rules import Rule
 
@@ -80,7 +80,10 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        self.enter(query)
+        if not isinstance(query, Tensor):
+            options = {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
+            return traced_call(self, (query, key, value, key_padding_mask, need_weights, attn_mask), options)
+        self.enter()
         sizes = masks.check_inputs(query, key, value, self.embed_dim, self.batch_first)
         detached = {id(t): self.detach_input(t) for t in (query, key, value)}
         query, key, value = (detached[id(t)] for t in (query, key, value))

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyfeedback.core.geometry import LINEAR, Convolution, Geometry
 from pyfeedback.core.uses import reads_attribute, weights_in_products
 from pyfeedback.init import Init
-from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.nn.layer import FeedbackLayer, traced_call
 from pyfeedback.nn.products import Products
 from pyfeedback.rules import Rule
 
@@ -122,6 +123,8 @@ class ByUse(nn.Module):
 
     def forward(self, *args, **kwargs):
         """Call the forward of the other class."""
+        if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
+            return traced_call(self, args, kwargs)
         with Products(self.readable_weights(), (*self._parameters.values(), *self._buffers.values())):
             return super().forward(*args, **kwargs)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pyfeedback.core.geometry import Convolution
 from pyfeedback.core.layer_checks import check_padded
 from pyfeedback.init import Init
-from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.nn.layer import FeedbackLayer, traced_call
 from pyfeedback.rules import Rule
 
 
@@ -26,7 +26,9 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
 
 class _Conv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
-        feedback = self.enter(input)
+        if not isinstance(input, Tensor):
+            return traced_call(self, (input,), {})
+        feedback = self.enter()
         if feedback is None:
             return super().forward(self.detach_input(input))
         padding = self.padding
@@ -47,7 +49,9 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
         return matrices.mT.reshape(self.weight.shape)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        feedback = self.enter(input)
+        if not isinstance(input, Tensor):
+            return traced_call(self, (input, output_size), {})
+        feedback = self.enter()
         if feedback is None:
             return super().forward(self.detach_input(input), output_size)
         sizes = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation

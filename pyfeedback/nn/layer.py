@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -100,10 +101,8 @@ class FeedbackLayer(torch.nn.Module):
     def _remember_version(self) -> None:
         self.drawn_version = 0 if self.feedback is None else self.feedback._version
 
-    def enter(self, input: Tensor) -> Tensor | None:
-        """Begin a forward pass: check the input, mark the layer as called, and return :meth:`effective_feedback`."""
-        if not isinstance(input, Tensor):
-            refuse_non_tensor("input", input)
+    def enter(self) -> Tensor | None:
+        """Begin a forward pass: mark the layer as called, and return :meth:`effective_feedback`."""
         object.__setattr__(self, "called", True)  # nn.Module.__setattr__ takes a microsecond
         feedback = self.feedback
         if feedback is None:
@@ -243,6 +242,22 @@ class FeedbackLayer(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"
+
+
+def traced_call(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Record the call of a module in the graph of torch.fx.symbolic_trace, for which it is a leaf as in torch.nn.
+
+    Raises:
+        TypeError: the first argument is neither a tensor nor a value of such a graph.
+        RuntimeError: the layer follows dfa, whose error comes from a hook of the model that the graph does not have.
+    """
+    proxies = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.fx.Proxy)]
+    if not proxies:
+        refuse_non_tensor("input", args[0] if args else None)
+    if any(isinstance(m, FeedbackLayer) and m.direct is not None for m in module.modules()):
+        raise RuntimeError("a layer follows dfa, expected another rule: a traced model has no hook on its output")
+    tracer: Any = proxies[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 def warn_of_uncalled(layers: Mapping[str, FeedbackLayer]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyfeedback.core.geometry import LINEAR
 from pyfeedback.init import Init
-from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.nn.layer import FeedbackLayer, traced_call
 from pyfeedback.rules import Rule
 
 
@@ -40,7 +40,9 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         self.attach_feedback(rule, init)
 
     def forward(self, input: Tensor) -> Tensor:
-        feedback = self.enter(input)
+        if not isinstance(input, Tensor):
+            return traced_call(self, (input,), {})
+        feedback = self.enter()
         if feedback is None:
             return super().forward(self.detach_input(input))
         return self.run(LINEAR, input, self.weight, feedback, self.bias)
