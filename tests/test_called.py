@@ -111,7 +111,7 @@ class Attends(nn.Module):
 
 
 def test_symbolic_tracing_under_dfa_is_refused():
-    with pytest.raises(RuntimeError, match="^a layer follows dfa, expected another rule: a traced model has no hook"):
+    with pytest.raises(RuntimeError, match=r"^a layer follows dfa, expected another rule: a traced model has no hook"):
         torch.fx.symbolic_trace(pyfeedback.convert(Attends(), "dfa"))
 
 
