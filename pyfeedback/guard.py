@@ -173,10 +173,12 @@ def _search(optimizer: Optimizer, count: int) -> None:
     by_device: dict[torch.device, dict[FeedbackLayer, torch.Tensor]] = {}
     for layer in _layers_of(optimizer):
         if layer.feedback is not None and not layer.feedback.is_meta:
-            by_device.setdefault(layer.feedback.device, {})[layer] = layer.feedback
+            (feedback,) = local([layer.feedback])
+            if feedback.numel():
+                by_device.setdefault(feedback.device, {})[layer] = feedback
     bad = []
     for layers in by_device.values():
-        norms = torch._foreach_norm(local(layers.values()), torch.inf)
+        norms = torch._foreach_norm(list(layers.values()), torch.inf)
         finite = torch.stack([norm.double() for norm in norms]).isfinite().tolist()
         bad += [_name(layer) for layer, is_finite in zip(layers, finite, strict=True) if not is_finite]
     if bad:

@@ -111,6 +111,13 @@ def test_an_optimizer_of_another_model_is_not_examined(caplog):
     assert caplog.messages == []
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_elements_is_not_searched(caplog):
+    model = pyfeedback.convert(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4)), "sa")
+    train(model, pyfeedback.optim.SGD(model, lr=0.01), 12)
+    assert caplog.messages == []
+
+
 # What is wrong gives one warning, with the names of the layers
 
 
