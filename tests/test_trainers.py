@@ -141,3 +141,70 @@ def test_transformers(rule, tmp_path):
 def test_an_invalid_interval_is_refused(make):
     with pytest.raises(ValueError, match="every is -1, expected 0 or more"):
         make(every=-1)
+
+
+# A script of its own optimizer needs one line more
+
+
+def converted_with(optimizer, model, rule):
+    return pyfeedback.convert(model, rule, optimizer=optimizer, init=pyfeedback.Init(seed=0))
+
+
+def plain_script(rule):
+    model = normalized_convnet()
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    converted_with(optimizer, model, rule)  # the line
+    for x, target in loader():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_line_in_a_plain_script(rule):
+    found = plain_script(rule)
+    before = converted_with(None, normalized_convnet(), rule).state_dict()
+    assert found.keys() == before.keys()
+    assert not [name for name in found if name.endswith("feedback") and torch.equal(found[name], before[name])]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_line_in_a_lightning_module(rule, tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = normalized_convnet()
+
+        def training_step(self, batch, index):
+            x, target = batch
+            return F.cross_entropy(self.network(x), target)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), **OPTIONS)
+            converted_with(optimizer, self.network, rule)  # the line
+            return optimizer
+
+    module = Classifier()
+    lightning.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    ).fit(module, loader())  # fmt: skip
+    assert_same(module.network.state_dict(), plain_script(rule))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_line_with_accelerate(rule):
+    accelerate = pytest.importorskip("accelerate")
+    model = normalized_convnet()
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    converted_with(optimizer, model, rule)  # the line
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared, optimizer, batches = accelerator.prepare(model, optimizer, loader())
+    for x, target in batches:
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(prepared(x), target))
+        optimizer.step()
+    assert_same(model.state_dict(), plain_script(rule))
