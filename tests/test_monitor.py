@@ -139,6 +139,59 @@ def test_the_picture_shows_what_was_read(tmp_path, layers):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("steps", [0, 6])
+def test_many_layers_are_rows_of_a_heatmap(tmp_path, steps):
+    pytest.importorskip("matplotlib")
+    monitor = pyfeedback.Monitor(network(layers=30), every=2)
+    train(monitor.model, monitor, steps)
+    panels = [axes for axes in monitor.draw(tmp_path / "a.svg").axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == list(monitor_module.PANELS)[:3]
+    for axes, metric in zip(panels[:2], ("angle", "norm_ratio"), strict=True):
+        (mesh,) = axes.collections
+        grid = mesh.get_array()
+        assert grid.shape == (len(monitor.latest), max(2, len(monitor.readings)))
+        assert grid[:, -1].tolist() == pytest.approx([getattr(a, metric) for a in monitor.latest.values()])
+        layers = list(monitor.latest)
+        assert [label.get_text() for label in axes.get_yticklabels()] == [layers[0], layers[-1]]
+        assert axes.yaxis_inverted()
+
+
+class Scalars:
+    """Like a SummaryWriter of TensorBoard."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def add_scalar(self, name, value, step):
+        self.seen.setdefault(step, {})[name] = value
+
+
+class Run:
+    """Like a run of W&B."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def log(self, values, step):
+        self.seen[step] = values
+
+
+@pytest.mark.parametrize("kind", [Scalars, Run])
+def test_a_writer_gets_each_reading(kind):
+    writer = kind()
+    monitor = pyfeedback.Monitor(network(), every=2, writer=writer)
+    train(monitor.model, monitor, 4)
+    assert list(writer.seen) == [0, 2, 4] == list(monitor.readings)
+    for step, found in monitor.readings.items():
+        names = ("angle", "norm_ratio", "weight_norm")
+        assert writer.seen[step] == {f"{n}/{layer}": getattr(a, n) for layer, a in found.items() for n in names}
+
+
+def test_a_writer_needs_a_method():
+    with pytest.raises(TypeError, match=r"^writer is a list, expected an object with add_scalar or log"):
+        pyfeedback.Monitor(network(), writer=[])
+
+
 def test_without_a_batch_three_panels_and_nan_where_a_weight_was_zero():
     pytest.importorskip("matplotlib")
     model = network()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import astuple, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -36,6 +36,9 @@ class Monitor:
         every: number of steps between readings. The first reading is made immediately, at step 0.
         batch, loss: as for :func:`pyfeedback.alignment`, for the projection and gradient angles. A reading then costs
             two training steps more.
+        writer: gets each reading as well, under names such as ``angle/conv1``: a SummaryWriter of TensorBoard or
+            another object with ``add_scalar(name, value, step)``, or a run of W&B or another object with
+            ``log(values, step=step)``.
 
     Attributes:
         readings: the results of :func:`pyfeedback.alignment` by step; empty for a model that learns by backprop.
@@ -52,8 +55,12 @@ class Monitor:
         *,
         batch: tuple | None = None,
         loss: Callable[..., Tensor] | None = None,
+        writer: Any = None,
     ):
         check_int("every", every, least=1)
+        if writer is not None and not hasattr(writer, "add_scalar") and not hasattr(writer, "log"):
+            raise TypeError(f"writer is {describe(writer)}, expected an object with add_scalar or log")
+        self.writer = writer
         self.model, self.every, self.batch, self.loss = model, every, batch, loss
         self.readings: dict[int, dict[str, LayerAlignment]] = {}
         self._last = 0
@@ -111,8 +118,8 @@ class Monitor:
     def draw(self, path: str | Path | None = None) -> "Figure":
         """Plot the readings as a matplotlib Figure, and save it to ``path`` if given.
 
-        There is a panel for each metric and a line for each layer, dark near the input and light near the output. Scale
-        growth is the norm of W relative to the first reading.
+        There is a panel for each metric and a line for each layer, dark near the input and light near the output. With
+        more than 24 layers, each is a row of a heatmap. Scale growth is the norm of W relative to the first reading.
 
         Raises:
             ValueError: there are no readings, as for a model that learns by backprop.
@@ -128,10 +135,22 @@ class Monitor:
         found = alignment(self.model, self.batch, self.loss)
         if found:
             self.readings[self._last] = found
+            if self.writer is not None:
+                _write(self.writer, found, self._last)
         return found
 
     def _rows(self) -> list[tuple]:
         return [(step, layer, *astuple(a)) for step, found in self.readings.items() for layer, a in found.items()]
+
+
+def _write(writer: Any, found: dict[str, LayerAlignment], step: int) -> None:
+    pairs = ((f"{name}/{layer}", v) for layer, a in found.items() for name, v in zip(COLUMNS, astuple(a), strict=True))
+    values = {name: value for name, value in pairs if value is not None and not math.isnan(value)}
+    if not hasattr(writer, "add_scalar"):
+        writer.log(values, step=step)
+        return
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
 
 
 def _growth(now: LayerAlignment, first: LayerAlignment) -> float:
@@ -146,6 +165,7 @@ PANELS: dict[str, Callable[[LayerAlignment, LayerAlignment], float | None]] = {
     "gradient angle to backprop (degrees)": lambda now, first: now.gradient_angle,
 }
 NAMED = 8  # the most layers that a legend lists; for more, a color bar names the first and the last
+LINES = 24  # the most layers that are drawn as lines; more are rows of a heatmap
 
 
 def _figure(readings: dict[int, dict[str, LayerAlignment]]) -> "Figure":
@@ -168,11 +188,16 @@ def _figure(readings: dict[int, dict[str, LayerAlignment]]) -> "Figure":
         figure = Figure(figsize=(2.9 * columns + 0.8, 2.7 * rows), dpi=200, layout="constrained")
         for cell, (title, lines) in enumerate(shown.items(), 1):
             axes = figure.add_subplot(rows, columns, cell, title=title, xlabel="step")
+            if len(first) > LINES:
+                _draw_heatmap(figure, axes, list(readings), lines)
+                continue
             for color, (layer, line) in zip(colors, lines.items(), strict=True):
                 axes.plot(list(readings), line, color=color, linewidth=1.3, label=layer)
             axes.grid(color="#e6e6e6", linewidth=0.6)
             if "degrees" in title:
                 axes.set(yticks=range(0, 181, 30), ylim=(0, max(95, axes.get_ylim()[1])))
+        if len(first) > LINES:
+            return figure
         if len(first) <= NAMED:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, title="layer")
         else:
@@ -180,3 +205,19 @@ def _figure(readings: dict[int, dict[str, LayerAlignment]]) -> "Figure":
             bar = figure.colorbar(depth, ax=figure.axes, ticks=ends, boundaries=range(len(first)), label="layer")
             bar.set_ticklabels([list(first)[end] for end in ends])
     return figure
+
+
+def _draw_heatmap(figure: "Figure", axes: Any, steps: list[int], lines: dict[str, list]) -> None:
+    """Draw a row for each layer, the first on top, and a column for each reading."""
+    import numpy as np
+
+    grid = np.array([[math.nan if value is None else value for value in line] for line in lines.values()])
+    if len(steps) == 1:
+        steps, grid = [steps[0], steps[0] + 1], np.repeat(grid, 2, axis=1)
+    angles = "degrees" in axes.get_title()
+    limits = {"vmin": 0, "vmax": 90} if angles else {}
+    image = axes.pcolormesh(steps, np.arange(len(grid)), grid, shading="nearest", rasterized=True, **limits)
+    first, *_, last = lines
+    axes.set_yticks([0, len(grid) - 1], [first, last])
+    axes.invert_yaxis()
+    figure.colorbar(image, ax=axes, extend="max" if angles else "neither")
