@@ -1,7 +1,7 @@
 """Benchmarks: the cost of a training step under each rule, relative to backprop and to other implementations.
 
-    pytest benchmarks --benchmark-only                       # a sample of layers and a network: TIME on two cores
-    pytest benchmarks --benchmark-only --quick               # the same in TIMEQ, with fewer rounds and a smaller batch
+    pytest benchmarks --benchmark-only                       # a sample of layers and a network: 6 minutes on two cores
+    pytest benchmarks --benchmark-only --quick               # with fewer rounds and a smaller batch: 3 minutes
     pytest benchmarks --benchmark-only --full                # all layers and networks: hours
     pytest benchmarks --benchmark-only --network resnet20 --rule ia --benchmark-json out.json
     pytest benchmarks                                        # check every result, time nothing
