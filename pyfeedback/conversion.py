@@ -19,6 +19,7 @@ from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
 from pyfeedback.nn.model import feedback_layers
 from pyfeedback.optim import follow
+from pyfeedback.optim.following import check_follow
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
@@ -102,8 +103,6 @@ def convert(
     check_model(model)
     check_flag("strict", strict)
     check_flag("return_report", return_report)
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is {describe(optimizer)}, expected a torch.optim.Optimizer")
     rules, init = _rules_by_pattern(rule), as_init(init)
     chosen, left = _chosen_rules(model, rules)
     if not chosen and not return_report:
@@ -111,6 +110,9 @@ def convert(
     if strict and left:
         described = "; ".join(f"{name or 'the model'}: {why}" for name, why in left.items())
         raise ValueError(f"strict is True, but these layers are left: {described}")
+    if optimizer is not None:
+        named = (pair for name in chosen for pair in model.get_submodule(name).named_parameters(recurse=False))
+        check_follow(optimizer, [p for name, p in named if name != "feedback" and p.dim() > 1], chosen)
     report, direct = Conversion(rules, list(chosen), left), None
     _drop_direct_feedback(model)
     by_use.detach(model)
@@ -293,8 +295,8 @@ def _preserve_responses(model: nn.Module) -> list[str]:
     """Switch off in-place activations directly after a layer whose output the rule reads in the backward pass.
 
     Only layers without a bias are affected: with a bias, the output is not the response, which is computed again
-    instead. The order is that of ``named_modules``, with each occurrence of a shared module. Functional in-place calls
-    cannot be detected here; autograd raises an error for them.
+    instead. The order is that of ``named_modules``, with each occurrence of a shared module. A response that a
+    functional in-place call overwrites is computed again in the backward pass, which takes longer.
     """
     leaves = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not any(m.children())]
     leaves = [(name, m) for name, m in leaves if not isinstance(m, (nn.Identity, nn.Flatten))]  # these do not copy

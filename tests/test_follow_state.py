@@ -13,6 +13,7 @@ from test_follow_contract import OPTIMIZERS, SEEN, error, feedback, loss, networ
 
 import pyfeedback
 from pyfeedback.optim import follow
+from pyfeedback.optim.rows import weight_parameters
 
 
 def are_equal(found, expected):
@@ -251,3 +252,34 @@ def test_a_slow_rule_gives_a_warning(caplog):
     with caplog.at_level(logging.WARNING, "pyfeedback"):
         follow(torch.optim.Adam(model.parameters(), lr=1e-3), model, total_steps=100)
     assert "they move to their targets in too many steps (0 3333, 4 3333, 5 3333) for a run of 100" in caplog.text
+
+
+def test_convert_refuses_what_cannot_be_followed_before_it_changes_the_model():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    foreign = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    tied = pyfeedback.Rule(tie=1.0, amp=0.1)
+    for rule, optimizer, message in (
+        ("ia", foreign, "^optimizer has no weight of a feedback layer of model"),
+        (tied, own, "^0 follows custom.*, which has tie and other terms"),
+        ("ia", "SGD", "^optimizer is 'SGD', expected a torch.optim.Optimizer"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            pyfeedback.convert(model, rule, optimizer=optimizer)
+        assert type(model[0]) is torch.nn.Linear
+
+
+def test_the_weight_of_a_parametrized_product_is_not_its_feedback():
+    class Gained(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.weight_gain = (torch.nn.Parameter(torch.randn(n, 4)) for n in (4, 1))
+
+        def forward(self, x):
+            return x @ self.weight.t() * self.weight_gain
+
+    model = pyfeedback.convert(Gained(), "kp")
+    torch.nn.utils.parametrizations.weight_norm(model)
+    ((_, layer),) = pyfeedback.feedback_layers(model)
+    found = {id(p) for p in weight_parameters(layer)}
+    assert found == {id(p) for p in model.parametrizations.weight.parameters()}

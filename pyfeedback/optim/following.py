@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from pyfeedback.optim.base import RowOptimizer, check_option, layers_of, set_gra
 from pyfeedback.optim.follower import Follower
 from pyfeedback.optim.passes import data_parallel
 from pyfeedback.optim.rows import is_computed, is_tied, takes_step_of_weight, weight_parameters
+from pyfeedback.rules import Rule
+
+NO_WEIGHT = "optimizer has no weight of a feedback layer of model, expected one that trains the model"
+MIXED_TIE = "{name} follows {rule}, which has tie and other terms, expected tie and decay, or no tie"
 
 _log = logging.getLogger("pyfeedback")
 _followers: weakref.WeakKeyDictionary[FeedbackLayer, weakref.ref[Follower]] = weakref.WeakKeyDictionary()
@@ -81,7 +86,7 @@ def follow(
     weights = {b: weight_parameters(layer) for b, layer in layers.items()}
     others = [b for b, own in weights.items() if trained.isdisjoint(own) and any(p.requires_grad for p in own)]
     if layers and len(others) == len(layers):
-        raise ValueError("optimizer has no weight of a feedback layer of model, expected one that trains the model")
+        raise ValueError(NO_WEIGHT)
     for b in others:
         del layers[b]
     _check_rules(layers, names)
@@ -100,6 +105,22 @@ def follow(
     return follower
 
 
+def check_follow(optimizer: Optimizer, weights: Iterable[Tensor], rules: Mapping[str, Rule]) -> None:
+    """Raise the errors of :func:`follow` that are known before a conversion.
+
+    Args:
+        weights: of the layers that will be converted.
+        rules: theirs, by the name of the layer.
+    """
+    groups = _with_hooks(optimizer).param_groups
+    trainable = [w for w in weights if w.requires_grad]
+    if trainable and {p for group in groups for p in group["params"]}.isdisjoint(trainable):
+        raise ValueError(NO_WEIGHT)
+    for name, rule in rules.items():
+        if rule.tie and not is_tied(rule) and rule.reads_data:
+            raise ValueError(MIXED_TIE.format(name=name or "the layer", rule=rule))
+
+
 def _with_hooks(optimizer: Any) -> Optimizer:
     """Return the optimizer, or the one that it wraps without hooks of its own, as that of Accelerate does."""
     if isinstance(optimizer, RowOptimizer):
@@ -115,7 +136,7 @@ def _check_rules(layers: dict[nn.Parameter, FeedbackLayer], names: dict[nn.Param
     for b, layer in layers.items():
         rule, name = layer.unscheduled or layer.rule, names[b] or "the layer"
         if rule.tie and not is_tied(rule) and (rule.reads_data or is_computed(layer)):
-            raise ValueError(f"{name} follows {rule}, which has tie and other terms, expected tie and decay, or no tie")
+            raise ValueError(MIXED_TIE.format(name=name, rule=rule))
         if rule.tie and rule.tau and is_computed(layer):
             raise ValueError(
                 f"{name}.weight is computed from other parameters, expected a parameter: kp with a tau makes it decay"

@@ -153,8 +153,10 @@ def weight_parameters(layer: FeedbackLayer) -> list[nn.Parameter]:
     parameter = owner._parameters.get(name)
     if parameter is not None:
         return [parameter]
-    named = ((other.removeprefix("parametrizations."), p) for other, p in owner.named_parameters())
-    return [p for other, p in named if other.startswith(name)]  # weight_orig, weight.original0, ...
+    # The names in pruning and spectral_norm, in the older weight_norm, and in parametrizations.
+    computed_from = {f"{name}_{suffix}" for suffix in ("orig", "g", "v")}
+    named = owner.named_parameters()
+    return [p for other, p in named if other in computed_from or other.startswith(f"parametrizations.{name}.")]
 
 
 def current_weight(layer: FeedbackLayer) -> Tensor:
