@@ -99,14 +99,14 @@ run_jit, run_launches, workspace = JITFunction.run, handles.Launcher.run, handle
 
 
 def run_and_record(kernel: JITFunction, *args, grid, warmup, **named) -> Any:
-    """In the place of JITFunction.run."""
+    """Replacement of JITFunction.run that records each launch."""
     compiled = run_jit(kernel, *args, grid=grid, warmup=warmup, **named)
     STARTED.append(Started(kernel, dict(zip(kernel.arg_names, args, strict=False)) | named, compiled))
     return compiled
 
 
 def run_twice(launcher: handles.Launcher, values: dict[str, Any]) -> None:
-    """In the place of Launcher.run: by the JIT and by handles, which must launch the same."""
+    """Replacement of Launcher.run: launches by the JIT and then by handles, and checks that both are the same."""
     run_launches(launcher, values)
     by_jit = check_started(STUB.take())
     handles.workspace = lambda *_: {}  # the same again
