@@ -62,6 +62,16 @@ def test_the_first_example_trains_and_aligns():
     assert not any(p.grad is not None for p in names["model"].parameters())
 
 
+def assert_trained_alike(found, model, optimizer, data):
+    """Train ``model`` with its optimizer, and compare its parameters with those of ``found``."""
+    for x, target in data:
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, expected in zip(found.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["ia-probes", "ia", "sa", "kp"])
 def test_an_optimizer_that_is_followed_trains_as_that_of_the_package(rule):
     code, names = example(1), {**setting(), "pyfeedback": pyfeedback}
@@ -77,12 +87,7 @@ def test_an_optimizer_that_is_followed_trains_as_that_of_the_package(rule):
         names["optimizer"].step()
         names["optimizer"].zero_grad()
     optimizer = pyfeedback.optim.SGD(model, **options)
-    for x, target in given["data"]:
-        F.mse_loss(model(x), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for ours, expected in zip(names["model"].parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_trained_alike(names["model"], model, optimizer, given["data"])
 
 
 def test_two_optimizers_train_as_one_does():
@@ -97,12 +102,7 @@ def test_two_optimizers_train_as_one_does():
     given = setting()
     model = pyfeedback.convert(given["model"], "sa")
     optimizer = pyfeedback.optim.SGD(model, lr=0.1, momentum=0.9)
-    for x, target in given["data"]:
-        F.mse_loss(model(x), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for ours, expected in zip(names["model"].parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_trained_alike(names["model"], model, optimizer, given["data"])
 
 
 def test_the_example_of_the_op():

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from cases import RULES, gradients, largest_error
+from labeled_models import Labeled, in_order, rows_of
 from small_networks import classification, normalized_convnet
 from torch import nn
 from torch.nn import functional as F
@@ -372,32 +373,17 @@ def test_accelerate(rule, tmp_path):
     assert_same(accelerator.unwrap_model(model).state_dict(), trained)
 
 
-class Labeled(nn.Module):
-    """The interface of the transformers Trainer: a loss from keyword arguments."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, labels):
-        return {"loss": F.cross_entropy(self.model(x), labels)}
-
-
 @pytest.mark.parametrize("rule", TRAINED)
 def test_the_trainer_of_transformers(rule, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    rows = [{"x": x, "labels": label} for x, label in zip(*batches(), strict=True)]
+    rows = rows_of(*batches())
     arguments = transformers.TrainingArguments(
         tmp_path, max_steps=STEPS, per_device_train_batch_size=BATCH, use_cpu=True, save_strategy="no", report_to=[],
         disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant", remove_unused_columns=False,
     )  # fmt: skip
     model = Labeled(network(rule))
-    trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer_of(model), None))
+    trainer = in_order(transformers)(model, arguments, train_dataset=rows, optimizers=(optimizer_of(model), None))
     trainer.train()
     assert_same(model.model.state_dict(), plain_loop(rule))

@@ -6,6 +6,7 @@ A test is skipped if its package is missing: pip install '.[test,ecosystem]' && 
 import pytest
 import torch
 from cases import largest_error
+from labeled_models import Labeled, in_order, rows_of
 from small_networks import classification, normalized_convnet
 from torch import nn
 from torch.nn import functional as F
@@ -92,27 +93,12 @@ def test_lightning(rule, precision, tmp_path):
     assert_same(resumed.network.state_dict(), plain_loop(rule, 0.1, 2, dtype))
 
 
-class Labeled(nn.Module):
-    """The interface of the transformers Trainer: a loss from keyword arguments."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, labels):
-        return {"loss": F.cross_entropy(self.model(x), labels)}
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_transformers(rule, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    rows = [{"x": x, "labels": label} for x, label in zip(*data(), strict=True)]
+    rows = rows_of(*data())
 
     def trainer(epochs):
         arguments = transformers.TrainingArguments(
@@ -124,7 +110,9 @@ def test_transformers(rule, tmp_path):
         model = Labeled(network(rule))
         optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
         callbacks = [transformers_callback(every=2, lr=0.1, momentum=0.9)]
-        return InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, None), callbacks=callbacks)
+        return in_order(transformers)(
+            model, arguments, train_dataset=rows, optimizers=(optimizer, None), callbacks=callbacks
+        )
 
     first = trainer(1)
     first.train()

@@ -1,8 +1,13 @@
 """Small modules that use a weight in their own forward, each like a layer of a well-known library."""
 
+import copy
+
+import layer_cases
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import pyfeedback
 
 N, C, K, E = 5, 4, 6, 3  # samples, inputs, outputs, experts
 
@@ -234,3 +239,21 @@ def build(name, dtype=torch.float64):
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     return module, torch.randn(shape, dtype=dtype)
+
+
+# Cases of every kind, for tests that are about something else.
+SAMPLED = ("swin", "beit", "conv1d", "joined", "padded", "bmm", "slices", "indexed")
+
+
+def converted(name, rule="ia", dtype=torch.float64):
+    """The converted module of a case, the module before, and an input."""
+    plain, x = build(name, dtype)
+    return pyfeedback.convert(copy.deepcopy(plain), layer_cases.RULES.get(rule, rule)), plain, x
+
+
+class Standardized(nn.Conv1d):
+    """A weight-standardized convolution."""
+
+    def forward(self, x):
+        var, mean = torch.var_mean(self.weight, dim=(1, 2), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) * (var + 1e-5).rsqrt(), self.bias)
