@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import pyfeedback
 from pyfeedback import reference
+from pyfeedback.core import uses
+from pyfeedback.nn import products
 
 RULES = {name: layer_cases.RULES[name] for name in ("fa", "ia", "wm", "sa", "aa", "kp")}
 
@@ -171,3 +173,9 @@ class Recorded(torch.overrides.TorchFunctionMode):
         if func in (F.linear, F.conv2d, torch.Tensor.__matmul__, torch.Tensor.matmul):
             self.weights.append(args[1])
         return func(*args, **(kwargs or {}))
+
+
+def test_a_product_that_is_found_in_a_source_goes_through_the_feedback():
+    """The names in core/uses.py are those of nn/products.py; there, the operator @ is a method."""
+    names = {function.__name__ for function in products.PRODUCTS}
+    assert names - {"__matmul__", "__rmatmul__"} == uses.PRODUCTS
