@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback.backends.dispatch import current_backend, is_plain, plan, stays_plain, tables, use_backend
+from pyfeedback.core.algorithm import output_is_response
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
@@ -113,14 +114,17 @@ class EagerLayer(torch.autograd.Function):
         output = geometry.fprop(input, weight, bias)
         if output._is_view():
             output = output.data  # like not_a_view, which takes 3 microseconds
-        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], bias is None)
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        # Hooks get the output as a saved tensor, which must not change. With a bias, the response is computed again.
+        keep = bias is None or (not hooked and output_is_response(rule, bias))
+        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], keep)
         response = ctx.kept = None
-        if call.reads_response and bias is None:
-            if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        if keep and call.reads_response:
+            if hooked:
+                response = output
+            else:
                 # Not a saved tensor: autograd would raise an error if the next function changed it in place.
                 ctx.kept = output.detach(), output._version
-            else:
-                response = output
         ctx.save_for_backward(input, weight, feedback, response)
         return output
 
@@ -194,10 +198,10 @@ def register_formula(name: str, geometry_of: Callable[..., Geometry], scheduled:
         input, weight, feedback, bias, *ctx.arguments = inputs
         ctx.rule, ctx.backend = keyword_only_inputs, current_backend()
         coefficients = [ctx.arguments.pop(0)] if scheduled else []
-        keep = bias is None and ctx.needs_input_grad[2]
+        rule = Coefficients(center=ctx.rule["center"]) if scheduled else Coefficients(**ctx.rule)
+        keep = ctx.needs_input_grad[2] and output_is_response(rule, bias)
         if keep and not scheduled:
-            mask = (True,) * 4
-            keep = plan(geometry_of(*ctx.arguments), input, weight, Coefficients(**ctx.rule), mask, True).reads_response
+            keep = plan(geometry_of(*ctx.arguments), input, weight, rule, (True,) * 4, True).reads_response
         ctx.save_for_backward(input, weight, feedback, output if keep else None, *coefficients)
 
     def backward(ctx, grad_output):
