@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from pyfeedback.backends.dispatch import current_backend, is_plain, plan, stays_plain, tables, use_backend
+from pyfeedback.backends.dispatch import current_backend, is_composed, is_plain, plan, stays_plain, tables, use_backend
 from pyfeedback.core.algorithm import output_is_response
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
@@ -184,35 +184,54 @@ class _TransformableGradients(torch.autograd.Function):
         return stacked, tuple(None if grad is None else 0 for grad in stacked)
 
 
-def register_formula(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
+def register_formula(
+    name: str, geometry_of: Callable[..., Geometry], forward: Callable[..., Tensor], scheduled: bool = False
+) -> None:
     """Register the formula for the op ``name``; its backward calls the op ``{name}_backward``.
+
+    A compiler traces this formula. It finds PyTorch's own convolution or linear layer in the forward pass and, if the
+    feedback has no gradient, in the backward pass, and chooses the memory formats around them. Around an op that it
+    does not know, it would convert every tensor to the memory format of eager mode.
 
     Args:
         geometry_of: returns the geometry for the arguments of the op after the tensors.
+        forward: the implementation of the op.
         scheduled: whether the coefficients are a tensor, after the other tensors. Its values are not read in the
             forward pass, so the response is saved whenever it is available.
     """
     backward_op = getattr(torch.ops.pyfeedback, f"{name}_backward").default
 
-    def save(ctx, inputs, keyword_only_inputs, output):
-        input, weight, feedback, bias, *ctx.arguments = inputs
-        ctx.rule, ctx.backend = keyword_only_inputs, current_backend()
-        coefficients = [ctx.arguments.pop(0)] if scheduled else []
-        rule = Coefficients(center=ctx.rule["center"]) if scheduled else Coefficients(**ctx.rule)
-        keep = ctx.needs_input_grad[2] and output_is_response(rule, bias)
-        if keep and not scheduled:
-            keep = plan(geometry_of(*ctx.arguments), input, weight, rule, (True,) * 4, True).reads_response
-        ctx.save_for_backward(input, weight, feedback, output if keep else None, *coefficients)
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rule, input, weight, feedback, bias, *arguments):
+            output = forward(input, weight, feedback, bias, *arguments, **rule)
+            ctx.rule, ctx.arguments, ctx.backend = rule, list(arguments), current_backend()
+            ctx.mask = ctx.needs_input_grad[1:5]
+            tensors = [ctx.arguments.pop(0)] if scheduled else []
+            coefficients = Coefficients(center=rule["center"]) if scheduled else Coefficients(**rule)
+            keep = ctx.mask[2] and output_is_response(coefficients, bias)
+            if keep and not scheduled:
+                geometry = geometry_of(*ctx.arguments)
+                keep = plan(geometry, input, weight, coefficients, ctx.mask, True).reads_response
+            ctx.save_for_backward(input, weight, feedback, output if keep else None, *tensors)
+            return output
 
-    def backward(ctx, grad_output):
-        # The dispatcher drops trailing arguments that equal their defaults, and expects no gradients for them.
-        expected = len(ctx.needs_input_grad)
-        mask = [*ctx.needs_input_grad, False][:4]
-        with use_backend(ctx.backend):
-            grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.arguments, **ctx.rule, output_mask=mask)
-        return (*grads, *(None,) * (len(ctx.arguments) + scheduled))[:expected]
+        @staticmethod
+        def backward(ctx, grad_output):
+            none = (None,) * (len(ctx.arguments) + scheduled)
+            with use_backend(ctx.backend):
+                input, weight, feedback, *_ = saved = ctx.saved_tensors
+                if not ctx.mask[2]:
+                    call = plan(geometry_of(*ctx.arguments), input, weight, Coefficients(), ctx.mask, False)
+                    if is_composed(call):
+                        return None, *gradients(call, grad_output, saved[:4]), *none
+                grads = backward_op(grad_output, *saved, *ctx.arguments, **ctx.rule, output_mask=ctx.mask)
+            return None, *grads, *none
 
-    torch.library.register_autograd(f"pyfeedback::{name}", backward, setup_context=save, lib=LIBRARY)
+    def formula(input, weight, feedback, bias=None, *arguments, **rule):
+        return Layer.apply(rule, input, weight, feedback, bias, *arguments)
+
+    LIBRARY.impl(name, formula, "Autograd")
     torch.library.register_autograd(f"pyfeedback::{name}_backward", _refuse, lib=LIBRARY)
 
 
