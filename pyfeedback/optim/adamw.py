@@ -83,9 +83,9 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
         lr = float(group.get("initial_lr", group["lr"]))
         return 1 / (lr * rule.tau) if lr else 0.0
 
-    def _update(self, rows: list[Row], *options) -> None:
+    def _update(self, columns: Row, *options) -> None:
         lr, beta1, beta2, eps, amsgrad = options
-        param, weight, grad, decay, self_, tie, weight_decay, *_ = zip(*rows, strict=True)
+        param, weight, grad, decay, self_, tie, weight_decay, *_ = columns
         names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
         states = [self._state_of(p, names) for p in param]
         moments = ([state[name] for state in states] for name in names)
@@ -94,7 +94,8 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
             self_=self_, tie=tie, weight_decay=weight_decay, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps,
         )  # fmt: skip
 
-    def _update_by_torch(self, rows: list[Row], *options) -> None:
+    def _update_by_torch(self, columns: Row, *options) -> None:
+        rows = [Row(*values) for values in zip(*columns, strict=True)]
         lr, beta1, beta2, eps, amsgrad = options
         for row in rows:
             if row.grad.is_sparse:

@@ -11,11 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyfeedback import functional
 from pyfeedback.core.probes import ProbeCount
+from pyfeedback.core.step_checks import PLAIN
 from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.nn.model import feedback_layers, forward_parameters
 from pyfeedback.optim.probes import layer_probes, probe_gradients
+from pyfeedback.optim.replay import Call, Replay
 from pyfeedback.optim.rows import LossScale, Row, has_hooks, is_computed, is_tied, without_loss_scale
 from pyfeedback.rules import Rule
 
@@ -34,6 +36,8 @@ class RowOptimizer(torch.optim.Optimizer):
     probe_seed: int = 0  # of the noise that rules with probes read: the same in every process
     _estimates: dict[nn.Parameter, Tensor]  # in this step, of rules that read probes
     _tied: dict[Any, Rule]  # in this step, see _tied_rules
+    _replay: Replay | None = None  # the calls of an earlier step
+    _can_replay = True  # whether rows depend on nothing that Replay does not compare
     _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, and does not unscale the gradients
 
     def _options(self, group: dict[str, Any]) -> tuple:
@@ -44,10 +48,11 @@ class RowOptimizer(torch.optim.Optimizer):
         """The row of a parameter; None if this step does not update it."""
         raise NotImplementedError
 
-    def _update(self, rows: list[Row], *options) -> None:
+    def _update(self, columns: Row, *options) -> None:
+        """Update the rows of one call. Each field of ``columns`` is a tuple with the field of every row."""
         raise NotImplementedError
 
-    def _update_by_torch(self, rows: list[Row], *options) -> None:
+    def _update_by_torch(self, columns: Row, *options) -> None:
         """`_update` for complex parameters and sparse gradients."""
         raise NotImplementedError
 
@@ -63,11 +68,15 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler, like grad_scale
         if found_inf is None or not found_inf:
-            for by_torch, options, rows in self._calls():
-                if rows[0].step_size is not None:
-                    self._relax(rows, *options)
+            calls = None if self._replay is None else self._replay.calls(self)
+            examined = list(self._calls()) if calls is None else None
+            for by_torch, options, columns in calls or examined or ():
+                if columns.step_size[0] is not None:
+                    self._relax(columns, *options)
                 else:
-                    (self._update_by_torch if by_torch else self._update)(rows, *options)
+                    (self._update_by_torch if by_torch else self._update)(columns, *options)
+            if examined is not None and self._can_replay:
+                self._replay = Replay.of(self, examined)
         return loss
 
     def time_constants(self) -> dict[str, float]:
@@ -117,16 +126,16 @@ class RowOptimizer(torch.optim.Optimizer):
                 "rule a smaller tau, or a larger decay or learning rate", described, run,
             )  # fmt: skip
 
-    def _relax(self, rows: list[Row], noise: float, skip_nonfinite: bool, step_size: float) -> None:
+    def _relax(self, columns: Row, noise: float, skip_nonfinite: bool, step_size: float) -> None:
         """Move feedback weights along the gradients of rules with a time constant: ``step_size`` of the way."""
-        param, weight, grad, decay, self_, tie, *_ = zip(*rows, strict=True)
+        param, weight, grad, decay, self_, tie, *_ = columns
         functional.feedback_step_(
             *map(local, (param, weight, grad)), decay=decay, self_=self_, tie=tie, lr=step_size, noise=noise,
             skip_nonfinite=skip_nonfinite, seed=int(torch.randint(2**62, ())) if noise else 0,
         )  # fmt: skip
 
-    def _calls(self) -> Iterator[tuple[bool, tuple, list[Row]]]:
-        """Yield for each call: whether torch's own functions make the update, the options, and the rows.
+    def _calls(self) -> Iterator[Call]:
+        """Yield for each call: whether torch's own functions make the update, the options, and the columns of its rows.
 
         B's update must read W before W is updated. If both share options they go in one call, B first; otherwise W is
         deferred to a second call. If W is computed from other parameters, those are deferred too.
@@ -158,7 +167,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 calls[late].setdefault((row.by_torch, shared), []).append(row)
         for of_time in calls.values():
             for (by_torch, (_, options)), rows in of_time.items():
-                yield by_torch, options, rows
+                yield by_torch, options, Row(*zip(*rows, strict=True))  # type: ignore[arg-type]
 
     def _tied_rules(self) -> dict[Any, Rule]:
         """Return the rules of Kolen-Pollack with a time constant, by forward weight."""
@@ -243,4 +252,4 @@ def forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, An
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The local shards of tensors that FSDP may have sharded."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return [t if type(t) in PLAIN or not hasattr(t, "to_local") else t.to_local() for t in tensors]

@@ -33,6 +33,8 @@ class Follower(FeedbackSGD):
     ``time_constants()``, ``probe_counts()`` and ``probe_seed`` are those of :class:`FeedbackSGD`.
     """
 
+    _can_replay = False  # a row depends on the steps of the other optimizer
+
     def __init__(
         self,
         optimizer: Optimizer,

@@ -94,10 +94,12 @@ class FeedbackSGD(RowOptimizer):
         lr = float(group.get("initial_lr", group["lr"]))
         return (1 - group["momentum"]) / (lr * rule.tau) if lr else 0.0
 
-    def _update(self, rows: list[Row], *options) -> None:
+    def _update(self, columns: Row, *options) -> None:
         lr, momentum, nesterov, noise, skip_nonfinite = options
-        param, weight, grad, decay, self_, tie, *_ = zip(*rows, strict=True)
-        buffers = [self._buffer(p) for p in param] if momentum else []
+        param, weight, grad, decay, self_, tie, *_ = columns
+        buffers = [self.state[p].get("momentum_buffer") for p in param] if momentum else []
+        if any(buffer is None for buffer in buffers):
+            buffers = [self._buffer(p) for p in param]
         on_device = isinstance(lr, Tensor)
         functional.feedback_step_(
             *map(local, (param, weight, grad, buffers)), decay=decay, self_=self_, tie=tie,
@@ -106,7 +108,8 @@ class FeedbackSGD(RowOptimizer):
             dynamic=_dynamic(lr, noise, param[0].device) if on_device else None,
         )  # fmt: skip
 
-    def _update_by_torch(self, rows: list[Row], *options) -> None:
+    def _update_by_torch(self, columns: Row, *options) -> None:
+        rows = [Row(*values) for values in zip(*columns, strict=True)]
         lr, momentum, nesterov, _, skip_nonfinite = options
         grads = [row.grad if row.tie == 1.0 else row.grad * row.tie for row in rows]
         if skip_nonfinite and not all((g._values() if g.is_sparse else g).isfinite().all() for g in grads):

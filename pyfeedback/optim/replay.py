@@ -1,0 +1,131 @@
+"""The calls of a step, repeated in later steps without examining every parameter again.
+
+Rules, weights and options rarely change between steps, but gradients always do. A repeated step therefore reads the new
+gradients and compares everything else on which the calls depend. If anything differs, the step examines all parameters.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfeedback.nn import FeedbackLayer
+from pyfeedback.optim.rows import Row, has_hooks, is_computed
+
+Call = tuple[
+    bool, tuple, Row
+]  # whether torch's own functions make the update, the options, and the columns of the rows
+
+
+class Replay:
+    """The calls of one step of an optimizer."""
+
+    def __init__(self, optimizer: Any, calls: list[Call], sources: list[list[nn.Parameter | None]]):
+        self._sources = sources
+        self._columns = [  # without the gradients, whose memory is not to be kept
+            columns._replace(
+                grad=[grad if source is None else None for source, grad in zip(s, columns.grad, strict=True)]
+            )
+            for s, (*_, columns) in zip(sources, calls, strict=True)
+        ]
+        groups = optimizer.param_groups
+        group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
+        self._groups = [group_of[columns.param[0]] for columns in self._columns]
+        self._layout = _layout(groups)
+        self._equal_options = _equal(optimizer, groups)
+        self._layers = [_facts(b, layer) for b, layer in optimizer._layers.items()]
+        updated = {p for columns in self._columns for p in columns.param}
+        idle = [p for p in group_of if p not in updated]
+        self._without_gradient = [
+            source
+            for p in idle
+            for source in ((p, optimizer._layers[p].weight) if p in optimizer._layers else (p,))
+            if p not in optimizer._layers or optimizer._layers[p].rule.learns
+        ]
+
+    @classmethod
+    def of(cls, optimizer: Any, calls: list[Call]) -> "Replay | None":
+        """Return the calls for later steps; None if they depend on more than gradients, rules, weights and options."""
+        layers, options = optimizer._layers, [options for _, options, _ in calls]
+        if (
+            torch.compiler.is_compiling()
+            or getattr(optimizer, "found_inf", None) is not None
+            or any(by_torch or columns.step_size[0] is not None for by_torch, _, columns in calls)
+            or any(isinstance(option, Tensor) for each in options for option in each)
+            or any(group.get("noise") for group in optimizer.param_groups)
+            or not all(_is_simple(layer) for layer in layers.values())
+        ):
+            return None
+        sources = [
+            [_source(p, layers.get(p), grad) for p, grad in zip(columns.param, columns.grad, strict=True)]
+            for *_, columns in calls
+        ]
+        return cls(optimizer, calls, sources)
+
+    def calls(self, optimizer: Any) -> Iterator[Call] | None:
+        """The calls with the current gradients and options; None if they have to be found again."""
+        groups = optimizer.param_groups
+        if (
+            torch.compiler.is_compiling()
+            or getattr(optimizer, "found_inf", None) is not None
+            or _layout(groups) != self._layout
+            or _equal(optimizer, groups) != self._equal_options
+            or not all(map(_is_unchanged, self._layers))
+            or any(p.grad is not None for p in self._without_gradient)
+        ):
+            return None
+        found = []
+        for columns, sources, group in zip(self._columns, self._sources, self._groups, strict=True):
+            grads = tuple(
+                grad if source is None else source.grad for source, grad in zip(sources, columns.grad, strict=True)
+            )
+            if any(grad is None or grad.is_sparse for grad in grads):
+                return None
+            found.append((False, optimizer._options(groups[group]), columns._replace(grad=grads)))
+        return iter(found)
+
+
+def _layout(groups: list[dict[str, Any]]) -> list[tuple]:
+    """The parameters of each group, and the options of its own rows."""
+    return [(group.get("weight_decay"), group.get("noise"), *map(id, group["params"])) for group in groups]
+
+
+def _equal(optimizer: Any, groups: list[dict[str, Any]]) -> list[int] | None:
+    """Which groups have the same options, whatever these are; None if one is a tensor."""
+    options = [optimizer._options(group) for group in groups]
+    if any(isinstance(option, Tensor) for each in options for option in each):
+        return None
+    return [options.index(each) for each in options]
+
+
+def _is_simple(layer: FeedbackLayer) -> bool:
+    """Whether the update of B depends only on B, W and their gradients."""
+    rule = layer.rule
+    if rule.tau or rule.reads_probes or layer.mixing is not None or hasattr(layer, "computed"):
+        return False
+    return layer.called and not is_computed(layer)
+
+
+def _facts(b: nn.Parameter, layer: FeedbackLayer) -> tuple:
+    of_weight, state = layer.weight_owner()._parameters, (b.requires_grad, has_hooks(b))
+    return layer, layer.rule, layer._parameters, b, of_weight, layer.weight_name, layer.weight, state
+
+
+def _is_unchanged(facts: tuple) -> bool:
+    layer, rule, own, b, of_weight, name, w, state = facts
+    return (
+        layer.rule is rule
+        and layer.called
+        and own.get("feedback") is b
+        and of_weight.get(name) is w
+        and (b.requires_grad, has_hooks(b)) == state
+    )
+
+
+def _source(p: nn.Parameter, layer: FeedbackLayer | None, grad: Tensor) -> nn.Parameter | None:
+    """The parameter that has the gradient which a row reads; None if the row reads a weight in its place."""
+    for source in (p, *(() if layer is None else (layer.weight,))):
+        if grad is source.grad:
+            return source
+    return None
