@@ -305,7 +305,8 @@ def _preserve_responses(model: nn.Module) -> list[str]:
         if not isinstance(layer, FeedbackLayer) or layer.feedback is None or not layer.rule.reads_data:
             continue
         coefficients = layer.rule.coefficients(1, 1)
-        reads_output = needs_response(Algorithm.DIRECT, coefficients) and output_is_response(coefficients, layer.bias)
+        bias: Any = layer.bias
+        reads_output = needs_response(Algorithm.DIRECT, coefficients) and output_is_response(coefficients, bias)
         if reads_output and getattr(follower, "inplace", False) is True:
             follower.inplace = False
             switched.append(name)

@@ -238,8 +238,9 @@ def register_formula(
             refuse_double_backward()
             none = (None,) * (len(ctx.arguments) + scheduled)
             with use_backend(ctx.backend):
-                input, weight, feedback, *_ = saved = ctx.saved_tensors
+                saved = ctx.saved_tensors
                 if not ctx.mask[2]:
+                    input, weight, *_ = saved
                     call = plan(geometry_of(*ctx.arguments), input, weight, Coefficients(), ctx.mask, False)
                     if is_composed(call):
                         return None, *gradients(call, grad_output, saved[:4]), *none

@@ -8,7 +8,7 @@ from torch.optim.adamw import adamw
 
 from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
-from pyfeedback.optim.rows import Row, feedback_row, forward_row, has_hooks, is_computed, is_tied
+from pyfeedback.optim.rows import Columns, Row, feedback_row, forward_row, has_hooks, is_computed, is_tied
 from pyfeedback.rules import Rule
 
 
@@ -83,7 +83,7 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
         lr = float(group.get("initial_lr", group["lr"]))
         return 1 / (lr * rule.tau) if lr else 0.0
 
-    def _update(self, columns: Row, *options) -> None:
+    def _update(self, columns: Columns, *options) -> None:
         lr, beta1, beta2, eps, amsgrad = options
         param, weight, grad, decay, self_, tie, weight_decay, *_ = columns
         names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
@@ -94,8 +94,8 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
             self_=self_, tie=tie, weight_decay=weight_decay, lr=float(lr), beta1=beta1, beta2=beta2, eps=eps,
         )  # fmt: skip
 
-    def _update_by_torch(self, columns: Row, *options) -> None:
-        rows = [Row(*values) for values in zip(*columns, strict=True)]
+    def _update_by_torch(self, columns: Columns, *options) -> None:
+        rows = columns.rows()
         lr, beta1, beta2, eps, amsgrad = options
         for row in rows:
             if row.grad.is_sparse:

@@ -18,7 +18,7 @@ from pyfeedback.nn.layer import warn_of_uncalled
 from pyfeedback.nn.model import feedback_layers, forward_parameters
 from pyfeedback.optim.probes import layer_probes, probe_gradients
 from pyfeedback.optim.replay import Call, Replay
-from pyfeedback.optim.rows import LossScale, Row, has_hooks, is_computed, is_tied, without_loss_scale
+from pyfeedback.optim.rows import Columns, LossScale, Row, has_hooks, is_computed, is_tied, without_loss_scale
 from pyfeedback.rules import Rule
 
 SLOW = 0.03  # of a run: a B with a longer time constant does not find W, unless its rule is Kolen-Pollack
@@ -48,11 +48,11 @@ class RowOptimizer(torch.optim.Optimizer):
         """The row of a parameter; None if this step does not update it."""
         raise NotImplementedError
 
-    def _update(self, columns: Row, *options) -> None:
-        """Update the rows of one call. Each field of ``columns`` is a tuple with the field of every row."""
+    def _update(self, columns: Columns, *options) -> None:
+        """Update the rows of one call."""
         raise NotImplementedError
 
-    def _update_by_torch(self, columns: Row, *options) -> None:
+    def _update_by_torch(self, columns: Columns, *options) -> None:
         """`_update` for complex parameters and sparse gradients."""
         raise NotImplementedError
 
@@ -126,7 +126,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 "rule a smaller tau, or a larger decay or learning rate", described, run,
             )  # fmt: skip
 
-    def _relax(self, columns: Row, noise: float, skip_nonfinite: bool, step_size: float) -> None:
+    def _relax(self, columns: Columns, noise: float, skip_nonfinite: bool, step_size: float) -> None:
         """Move feedback weights along the gradients of rules with a time constant: ``step_size`` of the way."""
         param, weight, grad, decay, self_, tie, *_ = columns
         functional.feedback_step_(
@@ -167,7 +167,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 calls[late].setdefault((row.by_torch, shared), []).append(row)
         for of_time in calls.values():
             for (by_torch, (_, options)), rows in of_time.items():
-                yield by_torch, options, Row(*zip(*rows, strict=True))  # type: ignore[arg-type]
+                yield by_torch, options, Columns(*zip(*rows, strict=True))
 
     def _tied_rules(self) -> dict[Any, Rule]:
         """Return the rules of Kolen-Pollack with a time constant, by forward weight."""

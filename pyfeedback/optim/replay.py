@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyfeedback.nn import FeedbackLayer
-from pyfeedback.optim.rows import Row, has_hooks, is_computed
+from pyfeedback.optim.rows import Columns, has_hooks, is_computed
 
-Call = tuple[
-    bool, tuple, Row
-]  # whether torch's own functions make the update, the options, and the columns of the rows
+Call = tuple[bool, tuple, Columns]  # whether torch's own functions make the update, its options, and its rows
 
 
 class Replay:
@@ -23,12 +21,11 @@ class Replay:
 
     def __init__(self, optimizer: Any, calls: list[Call], sources: list[list[nn.Parameter | None]]):
         self._sources = sources
-        self._columns = [  # without the gradients, whose memory is not to be kept
-            columns._replace(
-                grad=[grad if source is None else None for source, grad in zip(s, columns.grad, strict=True)]
-            )
-            for s, (*_, columns) in zip(sources, calls, strict=True)
-        ]
+        self._columns = [columns for *_, columns in calls]
+        for i, of_rows in enumerate(sources):  # the memory of gradients is not to be kept
+            read = zip(self._columns[i].grad, of_rows, strict=True)
+            kept = tuple(grad if source is None else source for grad, source in read)
+            self._columns[i] = self._columns[i]._replace(grad=kept)
         groups = optimizer.param_groups
         group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._groups = [group_of[columns.param[0]] for columns in self._columns]
@@ -77,12 +74,11 @@ class Replay:
             return None
         found = []
         for columns, sources, group in zip(self._columns, self._sources, self._groups, strict=True):
-            grads = tuple(
-                grad if source is None else source.grad for source, grad in zip(sources, columns.grad, strict=True)
-            )
+            read = zip(columns.grad, sources, strict=True)
+            grads = tuple(kept if source is None else source.grad for kept, source in read)
             if any(grad is None or grad.is_sparse for grad in grads):
                 return None
-            found.append((False, optimizer._options(groups[group]), columns._replace(grad=grads)))
+            found.append((False, optimizer._options(groups[group]), columns._replace(grad=grads)))  # type: ignore[arg-type]
         return iter(found)
 
 

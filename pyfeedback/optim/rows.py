@@ -23,6 +23,24 @@ class Row(NamedTuple):
     step_size: float | None = None  # of a rule with a time constant, instead of the optimizer's learning rate
 
 
+class Columns(NamedTuple):
+    """The rows of one call: for each field of :class:`Row`, its values in all rows."""
+
+    param: tuple[nn.Parameter, ...]
+    weight: tuple[Tensor, ...]
+    grad: tuple[Tensor, ...]
+    decay: tuple[float, ...]
+    self_: tuple[float, ...]
+    tie: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    by_torch: tuple[bool, ...]
+    step_size: tuple[float | None, ...]
+
+    def rows(self) -> list[Row]:
+        """Return the rows."""
+        return [Row(*values) for values in zip(*self, strict=True)]
+
+
 class LossScale(NamedTuple):
     """The loss scale by which torch.amp.GradScaler has multiplied the gradients."""
 

@@ -8,7 +8,7 @@ from torch.optim.sgd import sgd
 
 from pyfeedback import functional
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
-from pyfeedback.optim.rows import Row, feedback_row, forward_row, is_tied
+from pyfeedback.optim.rows import Columns, Row, feedback_row, forward_row, is_tied
 from pyfeedback.rules import Rule
 
 
@@ -94,7 +94,7 @@ class FeedbackSGD(RowOptimizer):
         lr = float(group.get("initial_lr", group["lr"]))
         return (1 - group["momentum"]) / (lr * rule.tau) if lr else 0.0
 
-    def _update(self, columns: Row, *options) -> None:
+    def _update(self, columns: Columns, *options) -> None:
         lr, momentum, nesterov, noise, skip_nonfinite = options
         param, weight, grad, decay, self_, tie, *_ = columns
         buffers = [self.state[p].get("momentum_buffer") for p in param] if momentum else []
@@ -108,8 +108,8 @@ class FeedbackSGD(RowOptimizer):
             dynamic=_dynamic(lr, noise, param[0].device) if on_device else None,
         )  # fmt: skip
 
-    def _update_by_torch(self, columns: Row, *options) -> None:
-        rows = [Row(*values) for values in zip(*columns, strict=True)]
+    def _update_by_torch(self, columns: Columns, *options) -> None:
+        rows = columns.rows()
         lr, momentum, nesterov, _, skip_nonfinite = options
         grads = [row.grad if row.tie == 1.0 else row.grad * row.tie for row in rows]
         if skip_nonfinite and not all((g._values() if g.is_sparse else g).isfinite().all() for g in grads):
