@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyfeedback.core.algorithm import Algorithm, needs_response, output_is_response
+from pyfeedback.core.algorithm import Algorithm, needs_response
+from pyfeedback.core.call import output_is_response
 from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use

@@ -78,7 +78,9 @@ def set_guard(enabled: bool) -> None:
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if torch.compiler.is_compiling() or not _enabled or not attached_layers:
         return
-    steps = _steps.setdefault(optimizer, Steps())
+    steps = _steps.get(optimizer)
+    if steps is None:
+        steps = _steps[optimizer] = Steps()
     if steps.count < EXAMINED and getattr(optimizer, "found_inf", None):  # GradScaler skipped the update
         return
     steps.count += 1

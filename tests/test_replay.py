@@ -19,7 +19,14 @@ RULES = ("fa", "sa", "kp", "ia")
 
 def model_of(rule):
     torch.manual_seed(0)
-    layers = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 3)
+    layers = (
+        nn.Conv2d(2, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+        nn.Linear(5, 3),
+    )
     return pyfeedback.convert(nn.Sequential(*layers), rule)
 
 

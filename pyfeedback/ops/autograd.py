@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyfeedback.backends.dispatch import current_backend, is_composed, is_plain, plan, stays_plain, tables, use_backend
-from pyfeedback.core.algorithm import output_is_response
-from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
+from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall, output_is_response
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import LINEAR, Geometry
 from pyfeedback.core.tensors import DTYPES
