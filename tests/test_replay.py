@@ -1,4 +1,4 @@
-"""Later steps of the optimizers repeat the calls of an earlier one: the same bits as if all parameters were examined."""
+"""Later steps of the optimizers repeat the calls of an earlier one, bit for bit."""
 
 import copy
 import weakref
