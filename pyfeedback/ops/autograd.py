@@ -10,8 +10,8 @@ the forward pass. Double backward is not supported.
 * :class:`TransformableLayer` sets up its context separately from its forward, as torch.func requires. This costs a
   third more on a tiny layer, so it is used only inside a transform.
 * :func:`register_formula` registers the formula for the ops themselves, for the dispatcher and torch.compile. Compilers
-  do not support a Function with symbolic numbers in all releases, and torch 2.10 computes a wrong gradient. The
-  backward is an op as well, so a compiled graph has a single node for it.
+  do not support a Function with symbolic numbers in all releases, and torch 2.10 computes a wrong gradient. A compiled
+  graph has PyTorch's own layer in its forward pass. The backward of a feedback that learns is an op, a single node.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,7 +85,7 @@ def forward_with_feedback(
     It is not possible with invalid arguments: PyTorch or the comparison of B with W refuses them.
     """
     try:
-        if not _is_plain(geometry, input, weight, feedback, bias):
+        if not _has_plain_backward(geometry, input, weight, feedback, bias):
             return None
         output = geometry.fprop(input, weight, bias)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
@@ -104,7 +104,9 @@ def forward_with_feedback(
     return output
 
 
-def _is_plain(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> bool:
+def _has_plain_backward(
+    geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
+) -> bool:
     """Whether the backward of this layer is that of PyTorch with B in place of W, and no kernel is faster."""
     kernel = weight.shape
     return (
