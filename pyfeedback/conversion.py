@@ -103,7 +103,7 @@ def convert(
     check_model(model)
     check_flag("strict", strict)
     check_flag("return_report", return_report)
-    rules, init = _rules_by_pattern(rule), as_init(init)
+    rules, init = rules_by_pattern(rule), as_init(init)
     chosen, left = _chosen_rules(model, rules)
     if not chosen and not return_report:
         raise ValueError(_nothing_to_convert(model, rules, left))
@@ -138,6 +138,30 @@ def convert(
     if optimizer is not None:
         follow(optimizer, model)
     return (model, report) if return_report else model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Return whether :func:`convert` has given a layer of the model a rule."""
+    return any(isinstance(module, FeedbackLayer) for module in model.modules())
+
+
+def convert_once(model: nn.Module, rule: str | Rule | Mapping[str, str | Rule], init: Any = None) -> None:
+    """Call :func:`convert`, unless the model has been converted by this rule before: its feedback weights are kept.
+
+    Raises:
+        ValueError: it has been converted by another rule.
+    """
+    if not is_converted(model):
+        convert(model, rule, init=init)
+        return
+    rules, found = rules_by_pattern(rule), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FeedbackLayer):
+            module = name.rpartition(".")[0] if isinstance(layer, by_use.UsedWeight) else name
+            found[module] = layer.unscheduled or layer.rule
+    if found != _chosen_rules(model, rules)[0]:
+        given, follows = (", ".join(dict.fromkeys(map(str, each.values()))) for each in (rules, found))
+        raise ValueError(f"rule is {given}, but the model follows {follows}, expected the same rule or a plain model")
 
 
 def _attach(name: str, module: Any, rule: Rule, init: Init) -> list[tuple[str, FeedbackLayer]]:
@@ -243,7 +267,8 @@ def unconvert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, Rule]:
+def rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, Rule]:
+    """Return the rule of each pattern of names, as :func:`convert` reads its argument ``rule``."""
     if not isinstance(rule, Mapping):
         return {"*": as_rule(rule)}
     if not rule:

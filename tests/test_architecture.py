@@ -45,7 +45,10 @@ MAY_IMPORT = {
         "pyfeedback.core", DISPATCH, "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.nn", "pyfeedback.optim",
     },
     "pyfeedback.guard": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.optim"},
-    "pyfeedback.integrations": {"pyfeedback.core", "pyfeedback.metrics", "pyfeedback.nn", "pyfeedback.optim"},
+    "pyfeedback.integrations": {
+        "pyfeedback.conversion", "pyfeedback.core", "pyfeedback.init", "pyfeedback.metrics", "pyfeedback.optim",
+        "pyfeedback.rules",
+    },
     "pyfeedback.reference": set(),
     SHARED: {"pyfeedback.core", "pyfeedback.functional", "pyfeedback.reference"},
 }  # fmt: skip
