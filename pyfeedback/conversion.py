@@ -20,6 +20,7 @@ from pyfeedback.nn.direct import DirectFeedback, DirectInput
 from pyfeedback.nn.model import feedback_layers
 from pyfeedback.optim import follow
 from pyfeedback.optim.following import check_follow
+from pyfeedback.pretrained import record_rules
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
@@ -77,7 +78,8 @@ def convert(
     The modules remain the same objects and keep their weights, dtype, device, memory format, training mode, hooks and
     sharing. Create the optimizer after the conversion, or pass it as ``optimizer``. Otherwise it does not have the
     feedback weights: they never learn, while their gradients keep growing. A layer that already has a feedback path
-    gets the new rule and a newly drawn feedback weight.
+    gets the new rule and a newly drawn feedback weight. The config of a model of transformers gets ``feedback_rules``,
+    the names of the rules, which ``save_pretrained`` saves for :func:`pyfeedback.load_feedback`.
 
     Args:
         model: any module, or a single layer.
@@ -127,6 +129,7 @@ def convert(
     by_use.attach_readers(model)
     if direct is not None:
         direct.attach(model)
+    record_rules(model)
     report.not_in_place = _preserve_responses(model)
     _log.log(logging.WARNING if _leaves_most(model, left) else logging.INFO, "%s", report)
     for pattern in rules:
@@ -264,6 +267,7 @@ def unconvert(model: nn.Module) -> nn.Module:
     for _, layer in layers:
         layer.detach_feedback()
         layer.__class__ = plain[type(layer)]
+    record_rules(model)
     return model
 
 

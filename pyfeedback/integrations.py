@@ -39,8 +39,8 @@ def lightning_callback(
 
     Args:
         rule, init: as in :func:`pyfeedback.convert`. The module is converted in ``setup``, before its optimizers are
-            built and a checkpoint is loaded, unless it follows the rule already. Without a rule, convert it yourself; so
-            must a module that makes its layers in its own ``setup`` or in ``configure_model``.
+            built and a checkpoint is loaded, unless it follows the rule already. Without a rule, convert it yourself. A
+            module that makes its layers in its own ``setup`` or in ``configure_model`` has to convert them there.
         every: the number of steps between readings of the angles, logged as ``angle/<layer>`` in degrees; 0 for none.
         options: of :func:`pyfeedback.optim.follow`.
 

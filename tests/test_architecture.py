@@ -33,7 +33,9 @@ MAY_IMPORT = {
     },
     "pyfeedback.conversion": {
         "pyfeedback.core", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn", "pyfeedback.optim",
+        "pyfeedback.pretrained",
     },
+    "pyfeedback.pretrained": {"pyfeedback.core", "pyfeedback.nn"},
     "pyfeedback.small_start": {"pyfeedback.core"},
     "pyfeedback.tuning": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.backends.choices", DISPATCH},
     "pyfeedback.__main__": {

@@ -89,6 +89,10 @@ def test_isinstance_the_name_of_the_class_and_the_arguments_stay():
     assert type(model).__name__ == "Padded"
     assert repr(model).startswith("Padded(")
     assert inspect.signature(model.forward) == inspect.signature(use_cases.Padded().forward)  # read by trainers
+    plain = type(model)()  # as a method of a model that makes another one
+    assert not any(pyfeedback.feedback_layers(plain))
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(pyfeedback.unconvert(plain)(x), plain(x))
 
 
 # Other contexts

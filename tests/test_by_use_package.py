@@ -154,9 +154,7 @@ class Receiver(nn.Module):
         return x @ this.kernel
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"), [(Named, (3, 2, 4)), (Relative, (5, 2, 4)), (Receiver, (3, 4))]
-)
+@pytest.mark.parametrize(("make", "shape"), [(Named, (3, 2, 4)), (Relative, (5, 2, 4)), (Receiver, (3, 4))])
 @pytest.mark.parametrize("rule", ["fa", "ia", "kp", "ia-probes"])
 def test_products_of_other_libraries(make, shape, rule):
     torch.manual_seed(0)

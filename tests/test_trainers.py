@@ -131,7 +131,7 @@ def test_invalid_arguments_are_refused(make):
         make(every=-1)
     with pytest.raises(ValueError, match="rule is 'xy'"):
         make("xy")
-    with pytest.raises(ValueError, match="init is a pyfeedback.init.Init without a rule, expected None"):
+    with pytest.raises(ValueError, match=r"init is a pyfeedback\.init\.Init without a rule, expected None"):
         make(init=pyfeedback.Init(seed=0))
 
 
@@ -222,7 +222,9 @@ def test_one_line_with_a_lightning_trainer(rule, tmp_path):
     resumed = make()
     trainer(2).fit(resumed, loader(), ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed.network.state_dict(), plain_script(rule, "network", 2))
-    with pytest.raises(ValueError, match=r"rule is fa\(\), but the model follows .*, expected the same rule or a plain"):
+    with pytest.raises(
+        ValueError, match=r"rule is fa\(\), but the model follows .*, expected the same rule or a plain"
+    ):
         plain_trainer(lightning, tmp_path, callbacks=[lightning_callback("fa")]).fit(module, loader())
 
 

@@ -119,7 +119,7 @@ class ByUse(nn.Module):
     """
 
     plain: type
-    reads_layers: bool
+    reads_layers: bool = False  # also in a new module of the class, which is not converted
 
     def readable_weights(self) -> Iterator[tuple[Tensor, FeedbackLayer]]:
         """Yield each weight with a feedback path that the forward may read, and the layer that it belongs to."""
@@ -151,7 +151,7 @@ def has_path(layer: FeedbackLayer) -> bool:
 
 @cache
 def by_use(plain: type) -> type:
-    """The subclass of :class:`ByUse` and of a class of modules; it has the same name, and the arguments of its forward."""
+    """The subclass of :class:`ByUse` and a class of modules; it has the name and the arguments of the latter."""
     called: Any = plain
 
     @wraps(called.forward)  # programs such as the Trainer of transformers read the names of the arguments
@@ -222,5 +222,5 @@ def detach(model: nn.Module) -> None:
             for name, child in list(module.named_children()):
                 if isinstance(child, UsedWeight):
                     delattr(module, name)
-            del module.reads_layers
+            vars(module).pop("reads_layers", None)
             module.__class__ = module.plain
