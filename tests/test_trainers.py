@@ -93,6 +93,29 @@ def test_lightning(rule, precision, tmp_path):
     assert_same(resumed.network.state_dict(), plain_loop(rule, 0.1, 2, dtype))
 
 
+def test_lightning_clips_for_an_optimizer_of_the_package(tmp_path):
+    """Under mixed precision, Lightning refuses to clip for any optimizer that unscales gradients itself."""
+    lightning = pytest.importorskip("lightning")
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 2e-3}
+
+    class Classifier(plain_module(lightning)):
+        def configure_optimizers(self):
+            return pyfeedback.optim.SGD(pyfeedback.convert(self, "kp", init=SEEDED), **options)
+
+    module = Classifier()
+    plain_trainer(lightning, tmp_path, gradient_clip_val=0.1).fit(module, loader())
+    twin = Classifier()
+    optimizer = twin.configure_optimizers()
+    for x, target in loader():
+        optimizer.zero_grad()
+        F.cross_entropy(twin.network(x), target).backward()
+        nn.utils.clip_grad_norm_(pyfeedback.forward_parameters(twin), 0.1)  # B has no gradient of its own under kp
+        optimizer.step()
+    assert_same(module.network.state_dict(), twin.network.state_dict())
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        plain_trainer(lightning, tmp_path, gradient_clip_val=0.1, precision="bf16-mixed").fit(Classifier(), loader())
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_transformers(rule, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -185,10 +208,10 @@ def plain_module(lightning):
     return Classifier
 
 
-def plain_trainer(lightning, folder, epochs=1, callbacks=()):
+def plain_trainer(lightning, folder, epochs=1, **options):
     return lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", devices=1, default_root_dir=folder, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=list(callbacks),
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options,
     )  # fmt: skip
 
 
