@@ -157,14 +157,19 @@ def convert_once(model: nn.Module, rule: str | Rule | Mapping[str, str | Rule], 
     if not is_converted(model):
         convert(model, rule, init=init)
         return
-    rules, found = rules_by_pattern(rule), {}
+    rules, found = rules_by_pattern(rule), dict[str, Rule]()
     for name, layer in model.named_modules():
         if isinstance(layer, FeedbackLayer):
             module = name.rpartition(".")[0] if isinstance(layer, by_use.UsedWeight) else name
             found[module] = layer.unscheduled or layer.rule
-    if found != _chosen_rules(model, rules)[0]:
-        given, follows = (", ".join(dict.fromkeys(map(str, each.values()))) for each in (rules, found))
-        raise ValueError(f"rule is {given}, but the model follows {follows}, expected the same rule or a plain model")
+    chosen, _ = _chosen_rules(model, rules)
+    for name in chosen | found:
+        if chosen.get(name) != found.get(name):
+            given, follows = ", ".join(map(str, rules.values())), found.get(name, "no rule")
+            raise ValueError(
+                f"rule is {given}, but {name or 'the model'} follows {follows}, expected the rule of the earlier "
+                "conversion, or None"
+            )
 
 
 def _attach(name: str, module: Any, rule: Rule, init: Init) -> list[tuple[str, FeedbackLayer]]:

@@ -71,27 +71,26 @@ def load_feedback(model: nn.Module, path: str | os.PathLike, *, strict: bool = T
     if not own:
         raise ValueError(f"model is {describe(model)} without feedback weights, expected a model that was converted")
     saved, rules = _read(Path(path))
-    keys = {key for _, aliases in own for key in aliases}
+    keys = {key for _, aliases in own for key in aliases} | model.state_dict().keys()
     found = [(tensor, key) for tensor, aliases in own for key in aliases if key in saved]
     missing = [aliases[0] for _, aliases in own if not any(key in saved for key in aliases)]
-    others = [key for key in saved if key not in keys and key not in model.state_dict()]
+    others = [key for key in saved if key not in keys]
+    what = f"path is {path}, which has"
     for tensor, key in found:
         if tensor.shape != saved[key].shape:
-            raise ValueError(f"{key} has the shape {tuple(saved[key].shape)} in path, expected {tuple(tensor.shape)}")
+            raise ValueError(f"{what} {key} of shape {tuple(saved[key].shape)}, expected {tuple(tensor.shape)}")
         if tensor.is_meta:
             raise ValueError(f"{key} of model is on the meta device, expected one with memory: model.to_empty(...)")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackLayer)}
     problems = []
     if missing:
-        problems.append(f"path has no {_listed(missing)}, expected the checkpoint of this model, converted")
+        problems.append(f"{what} no {_listed(missing)}, expected a checkpoint of this model after its conversion")
     if others:
-        problems.append(f"path has {_listed(others)}, which the model does not have")
+        problems.append(f"{what} {_listed(others)}, but the model does not")
     for name, layer in layers.items():
         rule = rules.get(name, rules.get("*", layer.rule.name))
         if rule != layer.rule.name:
-            problems.append(
-                f"the feedback weights in path are of the rule {rule}, but {name} follows {layer.rule.name}"
-            )
+            problems.append(f"{what} feedback weights of {rule}, but {name or 'the model'} follows {layer.rule.name}")
             break
     if problems and (strict or not found):
         raise ValueError(f"{problems[0]}{'; strict=False loads what is there' if found else ''}")
@@ -139,7 +138,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(f"path is {path}, expected a file or folder")
     files = [path]
     if path.suffix == ".json":
-        files = [folder / name for name in dict.fromkeys(json.loads(path.read_text())["weight_map"].values())]
+        index = json.loads(path.read_text())
+        if "weight_map" not in index:
+            raise ValueError(f"path is {path}, which has no weight_map, expected an index of files")
+        files = [folder / name for name in dict.fromkeys(index["weight_map"].values())]
     saved: dict[str, Tensor] = {}
     rules: dict[str, str] = {}
     for file in files:
@@ -161,7 +163,7 @@ def _state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {key: opened.get_tensor(key) for key in opened.keys() if _is_feedback(key)}, {}  # noqa: SIM118
     state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
-        raise ValueError(f"path has a {type(state).__name__}, expected a state dict")
+        raise ValueError(f"path is {file}, which has {describe(state)}, expected a state dict")
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and _is_feedback(key)}
     return tensors, getattr(state, "_metadata", {})
 

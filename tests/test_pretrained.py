@@ -90,32 +90,41 @@ def with_config(folder, rules):
     return write_bin(folder, dict(network().state_dict()))
 
 
+def write_index(folder, index):
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
 REFUSED = {
     "another rule": (
         lambda folder: write_bin(folder, network("kp").state_dict()),
-        "the feedback weights in path are of the rule kp, but 0 follows ia; strict=False loads what is there",
+        "feedback weights of kp, but 0 follows ia; strict=False loads what is there",
     ),
     "another rule in the config": (
         lambda folder: with_config(folder, {"0": "ia", "4": "wm", "5": "ia"}),
-        "the feedback weights in path are of the rule wm, but 4 follows ia; strict=False loads what is there",
+        "feedback weights of wm, but 4 follows ia; strict=False loads what is there",
     ),
     "fewer": (
         lambda folder: write_bin(folder, network({"0": RULE, "5": RULE}).state_dict()),
-        "path has no 4.feedback, expected the checkpoint of this model, converted; strict=False loads what is there",
+        "no 4.feedback, expected a checkpoint of this model after its conversion; strict=False loads what is there",
     ),
     "more": (
         lambda folder: write_bin(folder, {**network().state_dict(), "6.feedback": torch.ones(2)}),
-        "path has 6.feedback, which the model does not have; strict=False loads what is there",
+        "6.feedback, but the model does not; strict=False loads what is there",
     ),
     "none": (
         lambda folder: write_bin(folder, normalized_convnet().state_dict()),
-        "path has no 0.feedback, 4.feedback, 5.feedback, expected the checkpoint of this model, converted",
+        "no 0.feedback, 4.feedback, 5.feedback, expected a checkpoint of this model after its conversion",
     ),
     "another shape": (
         lambda folder: write_bin(folder, {**network().state_dict(), "5.feedback": torch.ones(2)}),
-        r"5.feedback has the shape \(2,\) in path, expected \(3, 5\)",
+        r"5.feedback of shape \(2,\), expected \(3, 5\)",
     ),
-    "no state dict": (lambda folder: write_bin(folder, [1]), "path has a list, expected a state dict"),
+    "no index": (
+        lambda folder: write_index(folder, {"files": {}}) / "pytorch_model.bin.index.json",
+        "no weight_map, expected an index of files",
+    ),
+    "no state dict": (lambda folder: write_bin(folder, [1]), "a list, expected a state dict"),
 }
 
 
@@ -124,7 +133,7 @@ def test_another_checkpoint_is_refused(case, tmp_path, caplog):
     write, message = REFUSED[case]
     path, model = write(tmp_path), network()
     before = feedback_of(model)
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=f"^path is {path}.*, which has {message}$"):
         pyfeedback.load_feedback(model, path)
     assert all(torch.equal(value, before[name]) for name, value in feedback_of(model).items())
     if message.endswith("strict=False loads what is there"):
@@ -176,6 +185,6 @@ def test_a_model_of_transformers_keeps_its_feedback_in_one_line(name, tmp_path):
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
     again = make.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the feedback weights in path are of the rule ia, but .* follows kp"):
+    with pytest.raises(ValueError, match=r"which has feedback weights of ia, but .* follows kp"):
         pyfeedback.load_feedback(pyfeedback.convert(again, "kp"), tmp_path)
     assert not hasattr(pyfeedback.unconvert(model).config, "feedback_rules")
