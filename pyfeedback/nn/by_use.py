@@ -7,7 +7,7 @@ theirs already.
 
 import copyreg
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
@@ -144,6 +144,13 @@ class ByUse(nn.Module):
         return _new, (self.plain, *reduced[1][1:]), *reduced[2:]
 
 
+@torch._disable_dynamo
+def run_uncompiled(module: ByUse, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run the forward of a module outside of the compiled graph: the sizes of grouped products depend on the data."""
+    with Products(module.readable_weights(), (*module._parameters.values(), *module._buffers.values())):
+        return forward(module, *args, **kwargs)
+
+
 def has_path(layer: FeedbackLayer) -> bool:
     """Whether a layer has another error signal than that of backprop."""
     return layer.feedback is not None or layer.direct is not None
@@ -154,10 +161,16 @@ def by_use(plain: type) -> type:
     """The subclass of :class:`ByUse` and a class of modules; it has the name and the arguments of the latter."""
     called: Any = plain
 
+    groups = reads_attribute(plain, frozenset(["grouped_mm", "_grouped_mm"]))
+
     @wraps(called.forward)  # programs such as the Trainer of transformers read the names of the arguments
     def forward(self, *args, **kwargs):
         if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
             return traced_call(self, args, kwargs)
+        if torch.compiler.is_compiling():
+            config = getattr(self, "config", None)
+            if groups or getattr(config, "_experts_implementation", None) == "grouped_mm":  # of transformers
+                return run_uncompiled(self, called.forward, args, kwargs)
         with Products(self.readable_weights(), (*self._parameters.values(), *self._buffers.values())):
             return called.forward(self, *args, **kwargs)
 
