@@ -4,7 +4,6 @@
     python examples/depth_study.py --network resnet20 --rule bp kp    # only these test runs
     python examples/depth_study.py --report                    # tables and figures of the runs that are done
     python examples/depth_study.py --quick                     # a small version in two minutes: it shows that it runs
-    python examples/depth_study.py --long                      # 24 epochs: four rules, residual networks
 
 Networks: those of image_networks.py with 8 channels. ResNets have projection shortcuts, a scale of 0 in the last batch
 norm of each block, and here a stem of stride 2, so that 32x32 images become 16x16 and a run takes less than a minute.
@@ -33,9 +32,6 @@ Test: five seeds; twenty for bp, sa, kp and ia-probes in the residual networks, 
 point. The runs go seed by seed, so that an interrupted study has the same number of seeds everywhere. Each finished run
 is appended to runs.jsonl in the folder ``--out`` with all its settings. Runs that are there are not repeated; runs that
 are missing are not in the tables.
-
---long asks whether a gap to backprop is only a lack of time: bp, sa, kp and ia-probes in the residual networks on
-cluttered digits, with 24 epochs and settings selected again in the same way. Its files are in the subfolder "long".
 """
 
 import argparse
@@ -105,12 +101,6 @@ class Scale:
     test_size: int = 2000
     width: int = 8
 
-    @property
-    def rules(self) -> list[str]:
-        """The rules to choose a setting for: those that are tested, in their order."""
-        tested = {name.replace("data", "probes") for case in self.cases for name in case.rules}
-        return [name for name in RULES if name in tested]
-
     def job(self, setting: Setting, case: Case, seed: int, validation: bool = False) -> Job:
         sizes = {name: getattr(self, name) for name in ("epochs", "train_size", "test_size", "width")}
         return Job(setting, case.network, case.data, seed, validation, **sizes)
@@ -122,10 +112,6 @@ class Scale:
 QUICK = Scale(
     cases=(Case("resnet8", rules=RULES + DATA_RULES), Case("resnet14"), Case("plain7")), search_seeds=1, candidates=2,
     seeds=2, more_seeds=2, epochs=2, train_size=640, test_size=500,
-)  # fmt: skip
-LONG = Scale(
-    cases=tuple(Case(network, rules=RESOLVED) for network in ("resnet8", "resnet14", "resnet20", "resnet32")),
-    seeds=10, more_seeds=10, epochs=24,
 )  # fmt: skip
 
 
@@ -150,7 +136,7 @@ def choose(scale: Scale, runs: Runs, tried: Sequence[Setting]) -> Setting | None
 def search(scale: Scale, runs: Runs) -> dict[str, Setting]:
     """The setting of each rule whose candidates are all done."""
     chosen: dict[str, Setting] = {}
-    for names in (["bp"], scale.rules[1:]):
+    for names in (("bp",), RULES[1:]):
         decay = chosen["bp"].weight_decay if "bp" in chosen else 0.0
         tried = {name: candidates(name, decay)[: scale.candidates] for name in names}
         everything = itertools.chain(*tried.values())
@@ -198,7 +184,7 @@ def study(scale: Scale, runs: Runs, out: Path, wanted: Wanted = EVERYTHING) -> N
     chosen = search(scale, runs)
     runs.do("test", jobs_of_test(scale, chosen, wanted))
     decay = chosen["bp"].weight_decay if "bp" in chosen else 0.0
-    tried = [s for name in scale.rules if name in ("bp", *chosen) for s in candidates(name, decay)[: scale.candidates]]
+    tried = [s for name in RULES if name in ("bp", *chosen) for s in candidates(name, decay)[: scale.candidates]]
     depth_study_report.write(
         {s: runs.of(scale.search_jobs(s)) for s in tried}, chosen, results(scale, runs, chosen), out
     )
@@ -228,9 +214,7 @@ def parse() -> argparse.Namespace:
         return value
 
     parser = Parser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="few seeds, networks, images and epochs")
-    size.add_argument("--long", action="store_true", help="24 epochs: bp, sa, kp and ia-probes in residual networks")
+    parser.add_argument("--quick", action="store_true", help="few seeds, networks, images and epochs")
     parser.add_argument(
         "--minutes", type=minutes, default=math.inf, help="start no run after this time; default: no limit"
     )
@@ -249,17 +233,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    scale = QUICK if options.quick else LONG if options.long else Scale()
-    out = options.out / "long" if options.long else options.out
-    out.mkdir(exist_ok=True)
-    path = out / "runs.jsonl"
+    scale, path = QUICK if options.quick else Scale(), options.out / "runs.jsonl"
     start = time.perf_counter()
     try:
         with Runs(path, 0 if options.report else options.workers, options.root, options.minutes) as runs:
-            study(scale, runs, out, Wanted(options.network, options.data, options.rule))
+            study(scale, runs, options.out, Wanted(options.network, options.data, options.rule))
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted: {path} keeps what is done, start again to go on") from None
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes; figures and tables are in {out}")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes; figures and tables are in {options.out}")
 
 
 if __name__ == "__main__":

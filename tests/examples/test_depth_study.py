@@ -219,7 +219,7 @@ def test_a_study_resumes_and_repeats_no_run(study, runs, trained, tmp_path):
     scale, path = small(study), tmp_path / "runs.jsonl"
     with runs.Runs(path, workers=1) as all_runs:
         study.study(scale, all_runs, tmp_path)
-    assert len(set(trained)) == len(trained) == 3 + 2 * 6
+    assert len(set(trained)) == len(trained) == 8 + 2 * 6
     tables = {name: (tmp_path / name).read_bytes() for name in ("results.csv", "results.md", "search.csv")}
 
     lines = path.read_text().splitlines(keepends=True)
@@ -258,7 +258,7 @@ def test_a_small_study_trains_in_processes(study, runs, tmp_path):
     scale = small(study)
     with runs.Runs(tmp_path / "runs.jsonl", workers=2) as found:
         study.study(scale, found, tmp_path)
-    assert len(runs.read(tmp_path / "runs.jsonl")) == 3 + 2 * 6
+    assert len(runs.read(tmp_path / "runs.jsonl")) == 8 + 2 * 6
     assert {path.name for path in tmp_path.glob("*.[ps][nv]g")} == {
         f"{name}.{kind}" for name in ("accuracy", "behind_bp", "angle") for kind in ("png", "svg")
     }
@@ -268,14 +268,12 @@ def test_a_small_study_trains_in_processes(study, runs, tmp_path):
 
 
 @pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="no committed results")
-@pytest.mark.parametrize("long", [False, True])
-def test_the_committed_tables_are_those_of_the_committed_runs(study, runs, monkeypatch, tmp_path, long):
+def test_the_committed_tables_are_those_of_the_committed_runs(study, runs, monkeypatch, tmp_path):
     monkeypatch.setattr(example("depth_study_figures"), "_draw", lambda *_: None)
-    scale, folder = (study.LONG, RESULTS / "long") if long else (study.Scale(), RESULTS)
-    with runs.Runs(folder / "runs.jsonl") as found:
-        study.study(scale, found, tmp_path)
+    with runs.Runs(RESULTS / "runs.jsonl") as found:
+        study.study(study.Scale(), found, tmp_path)
     for name in ("results.md", "results.csv", "search.csv"):
-        assert (tmp_path / name).read_text() == (folder / name).read_text()
+        assert (tmp_path / name).read_text() == (RESULTS / name).read_text()
 
 
 @pytest.mark.skipif(not (RESULTS / "runs.jsonl").exists(), reason="no committed results")
