@@ -1,6 +1,7 @@
 """Modules that use weights in their own forward, in the contexts of PyTorch and with the rest of this package."""
 
 import copy
+import inspect
 import pickle
 
 import layer_cases
@@ -82,11 +83,16 @@ def test_unconvert_and_checkpoints(name, caplog):
     layer_cases.assert_same(gradients(model, x), gradients(plain, x))
 
 
-def test_isinstance_and_the_name_of_the_class_stay():
+def test_isinstance_the_name_of_the_class_and_the_arguments_stay():
     model = pyfeedback.convert(use_cases.Padded(), "fa")
     assert isinstance(model, use_cases.Padded)
     assert type(model).__name__ == "Padded"
     assert repr(model).startswith("Padded(")
+    assert inspect.signature(model.forward) == inspect.signature(use_cases.Padded().forward)  # read by trainers
+    plain = type(model)()  # as a method of a model that makes another one
+    assert not any(pyfeedback.feedback_layers(plain))
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(pyfeedback.unconvert(plain)(x), plain(x))
 
 
 # Other contexts

@@ -140,7 +140,21 @@ class Relative(nn.Module):
         return torch.einsum("nqc,qkc->nqk", x, table[rows])
 
 
-@pytest.mark.parametrize(("make", "shape"), [(Named, (3, 2, 4)), (Relative, (5, 2, 4))])
+class Receiver(nn.Module):
+    """Methods whose first argument has another name than self."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 5))
+
+    def forward(module, x):  # noqa: N805
+        return module.product(x)
+
+    def product(this, x):  # noqa: N805
+        return x @ this.kernel
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Named, (3, 2, 4)), (Relative, (5, 2, 4)), (Receiver, (3, 4))])
 @pytest.mark.parametrize("rule", ["fa", "ia", "kp", "ia-probes"])
 def test_products_of_other_libraries(make, shape, rule):
     torch.manual_seed(0)

@@ -237,6 +237,19 @@ def test_every_product_has_a_feedback_path(name):
         torch.testing.assert_close(model.get_parameter(key).grad, parameter.grad, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize(("name", "node"), [("torchvision.resnet18", "layer1"), ("torchvision.swin", "features.1.0")])
+def test_the_feature_extractor_of_torchvision_keeps_the_feedback_paths(name, node):
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    make_model, make_input, *_ = {**MODELS, **USED}[name]
+    model = pyfeedback.convert(make_model(), "fa").eval()
+    x, features = make_input().requires_grad_(), []
+    with model.get_submodule(node).register_forward_hook(lambda *call: features.append(call[-1])):
+        model(x)
+    features.append(extraction.create_feature_extractor(model, {node: "found"})(x)["found"])
+    torch.testing.assert_close(*features)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in features))
+
+
 # Export
 
 

@@ -162,6 +162,36 @@ def test_activation_checkpoint_gives_equal_gradients(rule, use_reentrant):
     assert_same(gradients(model, x, forward=forward), gradients(model, x))
 
 
+@pytest.mark.parametrize("rule", ["ia", "kp"])
+def test_an_average_of_models_has_the_average_of_the_feedback(rule):
+    model = small_network(RULES.get(rule, rule))
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    expected = [p.detach() / 2 for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    average.update_parameters(model)
+    expected = [half + p.detach() / 2 for half, p in zip(expected, model.parameters(), strict=True)]
+    torch.testing.assert_close([p.detach() for p in average.module.parameters()], expected)
+    assert len(list(pyfeedback.feedback_parameters(average))) == len(list(pyfeedback.feedback_parameters(model))) > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint without processes
+def test_a_distributed_checkpoint_of_one_process_is_saved_and_loaded(tmp_path):
+    from torch.distributed import checkpoint as distributed
+
+    saved, model = small_network("kp"), small_network("kp")
+    distributed.save({"model": saved.state_dict()}, checkpoint_id=tmp_path)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    state = {"model": model.state_dict()}
+    distributed.load(state, checkpoint_id=tmp_path)
+    model.load_state_dict(state["model"])
+    assert_same(model.state_dict(), saved.state_dict())
+
+
 @pytest.mark.parametrize("rule", ["wm", "ia", "sa", "aa", "kp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_gradients_of_two_half_batches(kind, rule):

@@ -196,6 +196,21 @@ def test_attention(caplog):
     assert message.endswith(f", out_proj: {guard.NO_OPTIMIZER}")
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("rule", LEARNING)
+def test_a_rule_that_is_stepped_after_the_weight_it_reads(rule, set_to_none, caplog):
+    model = pyfeedback.convert(perceptron(4, 8, 4), rule)
+    rest = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.01, weight_decay=2e-3)
+    feedback = pyfeedback.optim.FeedbackSGD(model, lr=0.01)
+    for _ in range(5):
+        model(torch.randn(4, 4)).square().sum().backward()
+        rest.step()
+        feedback.step()
+        for optimizer in (rest, feedback):
+            optimizer.zero_grad(set_to_none)
+    assert caplog.messages == ([f"0, 2: {guard.LATE}"] if rule == "sa" else [])
+
+
 def test_gradients_cleared_before_the_step(caplog):
     model = pyfeedback.convert(perceptron(4, 8, 4), "ia")
     rest = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.01)

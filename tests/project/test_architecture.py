@@ -34,7 +34,9 @@ MAY_IMPORT = {
     },
     "pyfeedback.conversion": {
         "pyfeedback.core", "pyfeedback.rules", "pyfeedback.init", "pyfeedback.nn", "pyfeedback.optim",
+        "pyfeedback.pretrained",
     },
+    "pyfeedback.pretrained": {"pyfeedback.core", "pyfeedback.nn"},
     "pyfeedback.small_start": {"pyfeedback.core"},
     "pyfeedback.tuning": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.backends.choices", DISPATCH},
     "pyfeedback.__main__": {
@@ -46,7 +48,10 @@ MAY_IMPORT = {
         "pyfeedback.core", DISPATCH, "pyfeedback.functional", "pyfeedback.rules", "pyfeedback.nn", "pyfeedback.optim",
     },
     "pyfeedback.guard": {"pyfeedback.core", "pyfeedback.nn", "pyfeedback.optim"},
-    "pyfeedback.integrations": {"pyfeedback.core", "pyfeedback.metrics", "pyfeedback.nn", "pyfeedback.optim"},
+    "pyfeedback.integrations": {
+        "pyfeedback.conversion", "pyfeedback.core", "pyfeedback.init", "pyfeedback.metrics", "pyfeedback.optim",
+        "pyfeedback.rules",
+    },
     "pyfeedback.reference": set(),
     SHARED: {"pyfeedback.core", "pyfeedback.functional", "pyfeedback.reference"},
 }  # fmt: skip

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,22 @@ def install(clone, tmp_path, hook="build_wheel", as_owner=True):
     code = f"import sys, build_backend; build_backend.{hook}(sys.argv[1])"
     made = run(clone, *([] if as_owner else ["-c", AS_OTHERS]), "-c", code, wheel, PATH="", CXX="")
     assert made.returncode == 0, made.stderr
+    assert "pyfeedback: note: no C++ compiler (c++, g++, clang++ or $CXX) was found at the build" in made.stderr
     shutil.unpack_archive(next(wheel.glob("*.whl")), site, "zip")
     return site
+
+
+@contextmanager
+def read_only(folder):
+    """Inside, nothing in the folder can be written."""
+    for path in sorted((folder, *folder.rglob("*")), reverse=True):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        yield
+    finally:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)  # pytest has to remove it
 
 
 def add_library(package):
@@ -134,13 +149,18 @@ def test_an_editable_installation_works_in_its_clone_and_in_other_folders(clone,
     assert "No module named 'kernels'" in alone.stderr
 
 
-def test_a_source_distribution_is_complete(clone, tmp_path):
+def test_a_source_distribution_of_a_read_only_tree_is_complete(clone, tmp_path):
+    for name in ("docs", "examples"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = "import sys, build_backend; build_backend.build_sdist(sys.argv[1])"
-    made = run(clone, "-c", code, tmp_path)
+    with read_only(clone):
+        made = run(clone, "-c", AS_OTHERS, "-c", code, tmp_path)
     assert made.returncode == 0, made.stderr
     shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert not (unpacked / "pyfeedback" / "kernels").is_symlink()
+    for name in ("docs/pytorch.md", "docs/notebooks/own_rule.ipynb", "docs/two_routes.png", "examples/quickstart.py"):
+        assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
     site = install(unpacked, tmp_path)
     for name in ("kernels/plan.py", "backends/extension/sources.py", "py.typed"):
         assert (site / "pyfeedback" / name).exists(), name
@@ -149,14 +169,8 @@ def test_a_source_distribution_is_complete(clone, tmp_path):
 
 
 def test_a_read_only_source_tree_installs_and_is_not_modified(clone, tmp_path):
-    for path in sorted((clone, *clone.rglob("*")), reverse=True):
-        if not path.is_symlink():
-            path.chmod(path.stat().st_mode & ~0o222)
     before = sorted(clone.rglob("*"))
-    try:
+    with read_only(clone):
         site = install(clone, tmp_path, as_owner=False)
-    finally:
-        for path in (clone, *clone.rglob("*")):
-            path.chmod(path.stat().st_mode | 0o200)  # pytest has to remove it
     assert sorted(clone.rglob("*")) == before
     assert (site / "pyfeedback" / "kernels" / "plan.py").exists()

@@ -166,6 +166,18 @@ class TestBackend:
         assert build_backend.get_requires_for_build_wheel() == requirement
         assert build_backend.get_requires_for_build_editable() == requirement
 
+    @pytest.mark.parametrize("found_by", ["PATH", "CONDA_PREFIX", ".venv"])
+    def test_the_environment_that_uv_installs_into_is_found(self, build_backend, monkeypatch, tmp_path, found_by):
+        target, clone = tmp_path / ".venv", tmp_path / "clone"
+        packages = target / "lib" / "python{}.{}".format(*sys.version_info) / "site-packages"
+        for folder in (packages, clone):
+            folder.mkdir(parents=True)
+        (target / "pyvenv.cfg").write_text("")
+        monkeypatch.setenv("PATH", str(target / "bin") if found_by == "PATH" else "")
+        monkeypatch.setenv("CONDA_PREFIX", str(target) if found_by == "CONDA_PREFIX" else "")
+        monkeypatch.chdir(clone if found_by == ".venv" else "/")
+        assert build_backend.target_site_directories()[-1] == str(packages)
+
     def test_without_a_compiler_torch_is_not_needed(self, build_backend, monkeypatch):
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", "")

@@ -52,6 +52,7 @@ GIVEN = {
 NOT_RUN = {
     ("training.md", 'image_data.load("fashion-mnist"'): "reads files that have to be downloaded",
     ("pytorch.md", "lightning.Trainer("): "needs packages that are not installed",
+    ("pytorch.md", "from_pretrained("): "needs packages that are not installed",
     ("kernels.md", 'pyfeedback.backend("triton")'): "needs a GPU",
 }
 
