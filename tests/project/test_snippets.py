@@ -51,7 +51,6 @@ GIVEN = {
 # Blocks that are compiled but not run: page, a part of their text, and the reason.
 NOT_RUN = {
     ("training.md", 'image_data.load("fashion-mnist"'): "reads files that have to be downloaded",
-    ("pytorch.md", "lightning.Trainer("): "needs packages that are not installed",
     ("pytorch.md", "from_pretrained("): "needs packages that are not installed",
     ("kernels.md", 'pyfeedback.backend("triton")'): "needs a GPU",
 }
