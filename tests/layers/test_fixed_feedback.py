@@ -99,14 +99,11 @@ def test_a_feedback_changed_in_between_is_an_error(layer_and_input):
         output.sum().backward()
 
 
-def test_double_backward_is_an_error_for_every_variable(layer_and_input):
+def test_double_backward_is_an_error(layer_and_input):
     layer, x = layer_and_input
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     for variable in (x, layer.weight):
         with pytest.raises(RuntimeError, match="double backward is not supported"):
-            torch.autograd.grad(grad.square().sum(), variable, retain_graph=True)
-    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
-    torch.testing.assert_close(grad.detach(), plain)
+            torch.autograd.grad(layer(x).square().sum(), variable, create_graph=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of its first use

@@ -80,6 +80,15 @@ def test_in_place_work_has_the_gradients_of_out_of_place_work(name, work, rule):
         torch.testing.assert_close(ours, apart)
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_with_hooks_of_saved_tensors(name):
+    _, layer, x = converted(name, RULES["wm"])
+    with torch.autograd.graph.save_on_cpu():
+        found = trained(layer, x, WORK["relu"])
+    for ours, apart in zip(found, trained(layer, x, APART["relu"]), strict=True):
+        torch.testing.assert_close(ours, apart)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_forward_is_torch_nn_bit_for_bit_and_no_view_of_a_function(name):
     plain, layer, x = converted(name, "fa", torch.float32)

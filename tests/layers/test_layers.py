@@ -213,22 +213,9 @@ def test_parts_that_need_no_gradient(kind, rule, live):
 
 @pytest.mark.parametrize("rule", ["fa", "ia"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "loss",
-    [
-        pytest.param(lambda y: y.square().sum(), id="curved"),
-        pytest.param(lambda y: y.sum(), id="linear"),
-    ],
-)
-def test_double_backward_raises(loss, kind, rule):
-    """The true gradient depends on W even for a linear loss, so a penalty on it must not be ignored silently."""
+def test_double_backward_raises(kind, rule):
+    """The true gradient depends on W, so a penalty on it must not be ignored silently."""
     layer, x = small_layer(kind, rule)
     x = x.clone().requires_grad_()
-    y = layer(x)
-
-    def penalized():
-        (grad,) = torch.autograd.grad(loss(y), x, create_graph=True)
-        (y.sum() + grad.square().sum()).backward()
-
-    with pytest.raises(RuntimeError, match=r"twice|double backward"):
-        penalized()
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)

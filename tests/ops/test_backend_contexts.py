@@ -209,16 +209,6 @@ def test_under_torch_func(kind, used):
     assert set(used) == {"auto"}
 
 
-def test_create_graph_uses_it_too(used):
-    module, x = layer("linear")
-    x.requires_grad_()
-    with pyfeedback.backend("composite"):
-        y = module(x)
-    used.clear()
-    torch.autograd.grad(y.sum(), x, create_graph=True)
-    assert set(used) == {"composite"}
-
-
 def test_a_model_over_two_threads_with_a_backend_each(used):
     """Interleaved forward and backward passes of two threads."""
     turns = threading.Barrier(2, timeout=60)
