@@ -4,6 +4,8 @@ Both factors are centered. In exact arithmetic, it would be enough to center y i
 then cancels. In rounded arithmetic, this leaves an error of (mean / standard deviation)^2 units in the last place.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from pyfeedback.core.call import LayerCall
 from pyfeedback.core.tensors import acc_dtype
 
 LARGE = 2**18  # elements of an input whose copy is worth avoiding
+BLOCK = 2**18  # elements of a block
+FEWEST_ROWS = 256  # channels of y for which blocks of y'x are faster; with fewer, it takes less time than centering x
 
 
 def centered(x: Tensor, call: LayerCall) -> Tensor:
@@ -26,6 +30,54 @@ def centered_factor(x: Tensor, call: LayerCall) -> Tensor:
     """
     large = call.rule.center and x.is_cpu and x.numel() >= LARGE
     return x if large and not _mean_is_large(x, call.geometry.channel) else centered(x, call)
+
+
+def centered_gram(x: Tensor, call: LayerCall) -> Tensor:
+    """x'x [C, C] of the centered x, in float32 or wider."""
+    if not _has_blocks(x, call):
+        return call.geometry.gram(centered(x, call)).to(acc_dtype(x.dtype))
+    c = x.shape[call.geometry.channel]
+    gram = x.new_zeros(c, c)
+    for (block,) in _blocks(call, x):
+        gram.addmm_(block.t(), block)
+    return gram
+
+
+def centered_products(x: Tensor, y: Tensor, call: LayerCall, gram: bool) -> tuple[Tensor | None, Tensor] | None:
+    """y'y, if ``gram``, and y'x of a pointwise layer, both factors centered; None if blocks would not be faster."""
+    k, c = (t.shape[call.geometry.channel] for t in (y, x))
+    if k < FEWEST_ROWS or not _has_blocks(x, call) or not _rows(y, call).is_contiguous():
+        return None
+    square, cross = x.new_zeros(k, k) if gram else None, x.new_zeros(k, c)
+    for x_block, y_block in _blocks(call, x, y):
+        cross.addmm_(y_block.t(), x_block)
+        if square is not None:
+            square.addmm_(y_block.t(), y_block)
+    return square, cross
+
+
+def _has_blocks(x: Tensor, call: LayerCall) -> bool:
+    """Whether the products of a pointwise layer are computed in blocks.
+
+    On a CPU, a centered copy of a large tensor takes as long as its product with few channels, since its memory is new.
+    The copy of a block stays in a cache.
+    """
+    large = call.rule.center and x.is_cpu and x.numel() >= LARGE
+    return large and x.dtype is acc_dtype(x.dtype) and _rows(x, call).is_contiguous()
+
+
+def _blocks(call: LayerCall, *activations: Tensor) -> Iterator[list[Tensor]]:
+    """Blocks of a few positions of all samples, centered, as matrices [N * positions, channels]."""
+    rows = [_rows(t, call) for t in activations]
+    samples, positions, _ = rows[0].shape
+    step = max(1, BLOCK // (samples * sum(t.shape[-1] for t in rows)))
+    for start in range(0, positions, step):
+        yield [call.chosen.center(t[:, start : start + step], samples).flatten(0, 1) for t in rows]
+
+
+def _rows(t: Tensor, call: LayerCall) -> Tensor:
+    """[N, positions, channels]; contiguous, and a view, if channels are innermost."""
+    return t.movedim(call.geometry.channel, -1).flatten(1, -2) if t.dim() > 2 else t.unsqueeze(1)
 
 
 def combined(z: Tensor, beta: float, x: Tensor, alpha: float, call: LayerCall) -> Tensor:
