@@ -85,8 +85,8 @@ def estimates(rule: Rule, device: Device) -> float:
     return total / len(ages)
 
 
-def report(name: str) -> list[str]:
-    """The step of each rule as text."""
+def report(name: str, centered: bool = True) -> list[str]:
+    """The step of each rule as text; without the centering of the presets if not ``centered``."""
     device = DEVICES[name]
     forward, others = (seconds(works, device) for works in network())
     backprop = forward + others + layers(pyfeedback.rule("bp"), device, False) + update(None).seconds(device)
@@ -99,6 +99,7 @@ def report(name: str) -> list[str]:
     ]
     for rule_name in RULES:
         rule = pyfeedback.rule(rule_name)
+        rule = rule if centered else pyfeedback.rule(rule, center=False)
         fixed = forward + others + update(rule).seconds(device)
         fixed += estimates(rule, device) if rule.reads_probes else 0.0
         composed, best = ((fixed + layers(rule, device, triton)) / backprop for triton in (False, True))

@@ -131,9 +131,13 @@ def draw(found: dict[str, list[Row]], rule: str, title: str, path: Path) -> None
             axes.axvline(1, color="#808080", linewidth=0.8, label="floor")
             labels = [f"{row.layer.name}  {1e6 * row.floor:.0f} µs" for row in mine]
             axes.set(yticks=places, yticklabels=labels, ylim=(len(mine) - 0.5, -0.5))
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.0f}")
             axes.tick_params("y", labelsize=6)
             axes.set_title(network, loc="left", fontsize=8)
-        panels[-1, 0].set_xlabel(f"modelled time of the backward pass under {rule} relative to its floor ({title})")
+        panels[-1, 0].set_xlabel(
+            f"time of the backward pass under {rule} relative to its floor: modelled for {title}, unmeasured"
+        )
         panels[0, 0].legend(fontsize=7, frameon=False)
         for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
             figure.savefig(path.with_suffix(suffix), metadata=metadata)
@@ -146,10 +150,11 @@ def main() -> None:
     parser.add_argument("--network", action="append", choices=NETWORKS, help="by default all")
     parser.add_argument("--rule", action="append", choices=RULES, help="by default all")
     parser.add_argument("--step", action="store_true", help="a training step of ResNet-50 instead")
+    parser.add_argument("--center", choices=("yes", "no"), default="yes", help="no: a step without centering")
     parser.add_argument("--figure", type=Path, help="also write this figure, as .png and .svg, of the last rule")
     arguments = parser.parse_args()
     if arguments.step:
-        print("\n".join(gpu_step.report(arguments.device)))
+        print("\n".join(gpu_step.report(arguments.device, arguments.center == "yes")))
         return
     rules = arguments.rule or list(RULES)
     found = {network: list(rows(network, rules, arguments.device)) for network in arguments.network or NETWORKS}

@@ -13,17 +13,6 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which activations like ``x`` are multiplied in sums over a batch.
-
-    Sums in float16 exceed 65504, its largest number, long before their mean does. On a CPU that does not support
-    bfloat16, PyTorch adds up the weight gradients of the samples of a convolution in bfloat16: the error grows with the
-    batch, and float32 is 3 to 5 times faster.
-    """
-    slow = x.dtype is torch.bfloat16 and x.is_cpu and not CPU_HAS_BFLOAT16
-    return torch.float32 if slow or x.dtype is torch.float16 else x.dtype
-
-
 def match_strides(grad: Tensor | None, like: Tensor) -> Tensor | None:
     """``grad`` with the strides of ``like``; ``grad`` itself if it already has them."""
     if grad is None or grad.stride() == like.stride():

@@ -1,7 +1,8 @@
 """Centering of the factors in the products of a rule with ``center``.
 
 Both factors are centered. In exact arithmetic, it would be enough to center y in wgrad(x, y), because the mean of x
-then cancels. In rounded arithmetic, this leaves an error of (mean / standard deviation)^2 units in the last place.
+then cancels. In rounded arithmetic, this leaves an error of (mean / standard deviation)^2 units in the last place, and
+in 16 bits one of mean / standard deviation, since the rounded y does not sum to zero over the samples.
 """
 
 from collections.abc import Iterator
@@ -33,9 +34,9 @@ def centered_factor(x: Tensor, call: LayerCall) -> Tensor:
 
 
 def centered_gram(x: Tensor, call: LayerCall) -> Tensor:
-    """x'x [C, C] of the centered x, in float32 or wider."""
-    if not _has_blocks(x, call):
-        return call.geometry.gram(centered(x, call)).to(acc_dtype(x.dtype))
+    """x'x [C, C] of the centered input of a pointwise layer."""
+    if x.numel() < LARGE or not _has_blocks(x, call):
+        return call.geometry.gram(centered(x, call))
     c = x.shape[call.geometry.channel]
     gram = x.new_zeros(c, c)
     for (block,) in _blocks(call, x):
@@ -43,27 +44,33 @@ def centered_gram(x: Tensor, call: LayerCall) -> Tensor:
     return gram
 
 
-def centered_products(x: Tensor, y: Tensor, call: LayerCall, gram: bool) -> tuple[Tensor | None, Tensor] | None:
-    """y'y, if ``gram``, and y'x of a pointwise layer, both factors centered; None if blocks would not be faster."""
-    k, c = (t.shape[call.geometry.channel] for t in (y, x))
-    if k < FEWEST_ROWS or not _has_blocks(x, call) or not _rows(y, call).is_contiguous():
+def centered_products(
+    x: Tensor, y: Tensor, weight: Tensor, call: LayerCall, gram: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """y'x and, if ``gram``, y'y, of centered factors; None if the layer is not pointwise or blocks are not faster."""
+    if x.numel() < LARGE or weight.shape[0] < FEWEST_ROWS or not (_has_blocks(x, call) and _has_blocks(y, call)):
         return None
-    square, cross = x.new_zeros(k, k) if gram else None, x.new_zeros(k, c)
+    if not call.geometry.sizes(x.shape, weight.shape, 0).is_product:
+        return None
+    k, c = weight.shape[:2]
+    cross, square = x.new_zeros(k, c), x.new_zeros(k, k) if gram else None
     for x_block, y_block in _blocks(call, x, y):
         cross.addmm_(y_block.t(), x_block)
         if square is not None:
             square.addmm_(y_block.t(), y_block)
-    return square, cross
+    return cross, square
 
 
 def _has_blocks(x: Tensor, call: LayerCall) -> bool:
-    """Whether the products of a pointwise layer are computed in blocks.
+    """Whether the products of a large input or response of a pointwise layer are computed in blocks of positions.
 
     On a CPU, a centered copy of a large tensor takes as long as its product with few channels, since its memory is new.
     The copy of a block stays in a cache.
     """
-    large = call.rule.center and x.is_cpu and x.numel() >= LARGE
-    return large and x.dtype is acc_dtype(x.dtype) and _rows(x, call).is_contiguous()
+    if not (call.rule.center and x.is_cpu and x.dtype is acc_dtype(x.dtype)):
+        return False
+    rows = _rows(x, call)
+    return rows.is_contiguous() and rows.shape[0] * rows.shape[2] <= BLOCK
 
 
 def _blocks(call: LayerCall, *activations: Tensor) -> Iterator[list[Tensor]]:

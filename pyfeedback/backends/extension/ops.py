@@ -19,7 +19,7 @@ alignment_products = _ops.extension_alignment_products.default
 
 def center(input: Tensor, samples: int) -> Tensor:
     """The kernel requires samples that are dense in memory; the composite op is used for other inputs."""
-    if _has_dense_samples(input):
+    if input.is_contiguous() or _has_dense_samples(input):
         return _ops.extension_center.default(input, samples)
     return composite_center.center(input, samples)
 
