@@ -15,7 +15,7 @@ from pyfeedback.core.tensors import acc_dtype
 
 LARGE = 2**18  # elements of an input whose copy is worth avoiding
 BLOCK = 2**18  # elements of a block
-FEWEST_ROWS = 256  # channels of y for which blocks of y'x are faster; with fewer, it takes less time than centering x
+FEWEST_MACS = 128  # for each element that is centered; with fewer, blocks are not faster
 
 
 def centered(x: Tensor, call: LayerCall) -> Tensor:
@@ -35,9 +35,9 @@ def centered_factor(x: Tensor, call: LayerCall) -> Tensor:
 
 def centered_gram(x: Tensor, call: LayerCall) -> Tensor:
     """x'x [C, C] of the centered input of a pointwise layer."""
-    if x.numel() < LARGE or not _has_blocks(x, call):
+    c = x.shape[call.geometry.channel] if x.numel() >= LARGE else 0
+    if c < FEWEST_MACS or not _has_blocks(x, call):
         return call.geometry.gram(centered(x, call))
-    c = x.shape[call.geometry.channel]
     gram = x.new_zeros(c, c)
     for (block,) in _blocks(call, x):
         gram.addmm_(block.t(), block)
@@ -48,11 +48,11 @@ def centered_products(
     x: Tensor, y: Tensor, weight: Tensor, call: LayerCall, gram: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """y'x and, if ``gram``, y'y, of centered factors; None if the layer is not pointwise or blocks are not faster."""
-    if x.numel() < LARGE or weight.shape[0] < FEWEST_ROWS or not (_has_blocks(x, call) and _has_blocks(y, call)):
+    k, c = weight.shape[:2]
+    if x.numel() < LARGE or k * c < FEWEST_MACS * (k + c) or not (_has_blocks(x, call) and _has_blocks(y, call)):
         return None
     if not call.geometry.sizes(x.shape, weight.shape, 0).is_product:
         return None
-    k, c = weight.shape[:2]
     cross, square = x.new_zeros(k, c), x.new_zeros(k, k) if gram else None
     for x_block, y_block in _blocks(call, x, y):
         cross.addmm_(y_block.t(), x_block)
