@@ -198,6 +198,11 @@ def layer(
     """Call any of the layers above with coefficients that were checked before; used by :mod:`pyfeedback.nn`."""
     if torch._C._is_any_autocast_enabled() and autograd.autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if eager and getattr(feedback, "requires_grad", True) is False:
+        output = autograd.forward_with_feedback(geometry, input, weight, feedback, bias)
+        if output is not None:
+            return output
     check_layer(geometry, input, weight, feedback, bias)
     if torch._C._are_functorch_transforms_active():
         return autograd.TransformableLayer.apply(input, weight, feedback, bias, geometry, rule, current_backend())
@@ -211,10 +216,6 @@ def layer(
         return ops.fa_convolution.default(*tensors, *geometry, **options)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return geometry.fprop(input, weight, bias)
-    if not feedback.requires_grad and forward_ad._current_level < 0:
-        output = autograd.forward_with_feedback(geometry, input, weight, feedback, bias)
-        if output is not None:
-            return output
     return autograd.EagerLayer.apply(input, weight, feedback, bias, geometry, rule)
 
 

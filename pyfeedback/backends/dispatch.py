@@ -226,6 +226,11 @@ def is_plain(geometry: Geometry, weight: Shape, device_type: str, backend: str) 
     return preferred.backend is _LAYER_BACKENDS["composite"] and not geometry.skips_positions(weight)
 
 
+def is_composed(call: LayerCall) -> bool:
+    """Whether the backward consists of PyTorch's own kernels."""
+    return call.chosen.backward is layer.backward
+
+
 def stays_plain(geometry: Geometry, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether no kernel was measured to be faster than PyTorch's own backward, for a layer of :func:`is_plain`."""
     mask = (input.requires_grad, weight.requires_grad, False, bias is not None and bias.requires_grad)

@@ -8,6 +8,9 @@ matrix of its input or of its response. All are exact and differ only in cost, s
 import enum
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from pyfeedback.core.coefficients import Coefficients
 
 
@@ -64,6 +67,14 @@ def needs_response(algorithm: Algorithm, rule: Coefficients) -> bool:
     if algorithm is Algorithm.DIRECT:
         return rule.null != 0 or rule.sparse == 0
     return algorithm is Algorithm.RESPONSE_GRAM
+
+
+def output_is_response(rule: Coefficients, bias: Tensor | None) -> bool:
+    """Whether the backward may read the output of a layer, with its bias, as the response: centering removes the bias.
+
+    In a 16-bit dtype, the sum is rounded at the magnitude of the bias, so the response has to be computed again.
+    """
+    return bias is None or (rule.center and bias.dtype in (torch.float32, torch.float64))
 
 
 def pass_macs(sizes: Sizes) -> int:

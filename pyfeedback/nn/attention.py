@@ -98,7 +98,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         mask = None if causal else masks.merged(attn_mask, key_padding_mask, sizes, self.num_heads, query.dtype)
         k, v, mask = self._extended(k, v, mask)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.view(*t.shape[:-1], self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)

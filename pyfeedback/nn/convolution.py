@@ -36,7 +36,10 @@ class _Conv(_ConvNd):
             check_padded(input, self.weight)
             input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
         geometry = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
-        return self.run(geometry, input, self.weight, feedback, self.bias)
+        parameters = self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # a parametrization, for example
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        return self.run(geometry, input, weight, feedback, bias)
 
 
 class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):

@@ -45,4 +45,7 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         feedback = self.enter()
         if feedback is None:
             return super().forward(self.detach_input(input))
-        return self.run(LINEAR, input, self.weight, feedback, self.bias)
+        parameters = self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # a parametrization, for example
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        return self.run(LINEAR, input, weight, feedback, bias)

@@ -19,20 +19,21 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from pyfeedback.backends.dispatch import current_backend, is_plain, plan, stays_plain, tables, use_backend
+from pyfeedback.backends.dispatch import current_backend, is_composed, is_plain, plan, stays_plain, tables, use_backend
+from pyfeedback.core.algorithm import output_is_response
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.geometry import Geometry
+from pyfeedback.core.geometry import LINEAR, Geometry
+from pyfeedback.core.tensors import DTYPES
 from pyfeedback.ops.schemas import LIBRARY
 
 
 def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | None]) -> Gradients:
     """Compute the gradients of input, weight, feedback and bias from the saved input, weight, feedback and response."""
-    if torch.is_grad_enabled():  # create_graph=True
-        with torch.no_grad():
-            grads = gradients(call, grad_output, saved)
-        return _NotDifferentiable.apply(4, *grads, grad_output, *saved)
+    if torch.is_grad_enabled():
+        refuse_double_backward()
     # backward() called inside of an autocast block must not cast again. The first test is cheap and mostly false.
     if torch._C._is_any_autocast_enabled() and autocasts(grad_output.device.type):
         with torch.autocast(grad_output.device.type, enabled=False):
@@ -40,16 +41,23 @@ def gradients(call: LayerCall, grad_output: Tensor, saved: Sequence[Tensor | Non
     return call.chosen.backward(call, grad_output, *saved)
 
 
+def refuse_double_backward() -> None:
+    """Raise in a backward pass with create_graph=True."""
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(DIFFERENTIATED_ONCE)
+
+
 class _InPlaceOfWeight(NamedTuple):
     """The feedback weight that a node of PyTorch's own backward uses instead of the weight that it saved."""
 
-    weight: Tensor
     feedback: Tensor
     version: int
     is_transposed: bool
 
     def unpack(self, nothing: None) -> Tensor:
         """Return the feedback weight, unless it was changed after the forward pass."""
+        if torch.is_grad_enabled():
+            refuse_double_backward()
         feedback = self.feedback
         if feedback._version != self.version:
             raise RuntimeError(
@@ -57,13 +65,6 @@ class _InPlaceOfWeight(NamedTuple):
                 f"feedback weight {list(feedback.shape)} is at version {feedback._version}, expected {self.version}"
             )
         return feedback.t() if self.is_transposed else feedback
-
-    def refuse_double_backward(self, grad_inputs, grad_outputs):
-        """Replace the gradients under create_graph=True by ones whose backward raises."""
-        if not torch.is_grad_enabled():
-            return None
-        grads = [None if grad is None else grad.detach() for grad in grad_inputs]
-        return _NotDifferentiable.apply(len(grads), *grads, *grad_inputs, *grad_outputs, self.weight, self.feedback)
 
 
 # The attribute of each node that holds the saved weight, and whether it is the transpose.
@@ -80,16 +81,16 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 def forward_with_feedback(
     geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible."""
-    if (
-        not is_plain(geometry, weight.shape, "cpu" if input.is_cpu else input.device.type, current_backend())
-        or (tables[input.device] and not stays_plain(geometry, input, weight, bias))
-        or not _PLAIN.issuperset((type(input), type(weight), type(feedback)))
-        or not ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    ):
-        return None
-    output = geometry.fprop(input, weight, bias)
+    """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible.
+
+    It is not possible with invalid arguments: PyTorch or the comparison of B with W refuses them.
+    """
+    try:
+        if not _is_plain(geometry, input, weight, feedback, bias):
+            return None
+        output = geometry.fprop(input, weight, bias)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None  # the caller finds the invalid argument, or gets the same error
     node = output.grad_fn
     if node is None:
         return output
@@ -97,12 +98,31 @@ def forward_with_feedback(
         node = node.next_functions[0][0]
     if node is None or node.name() not in _SAVED_WEIGHT:
         return None
-    attribute, is_transposed = _SAVED_WEIGHT[node.name()]
-    replaced = _InPlaceOfWeight(weight, feedback, feedback._version, is_transposed)
     if input.requires_grad:
+        attribute, is_transposed = _SAVED_WEIGHT[node.name()]
+        replaced = _InPlaceOfWeight(feedback, feedback._version, is_transposed)
         getattr(node, attribute).register_hooks(_NOTHING.get, replaced.unpack)
-    node.register_hook(replaced.refuse_double_backward)
     return output
+
+
+def _is_plain(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> bool:
+    """Whether the backward of this layer is that of PyTorch with B in place of W, and no kernel is faster."""
+    kernel = weight.shape
+    return (
+        feedback.shape == kernel
+        and input.dim() >= len(kernel)
+        and weight.dtype in DTYPES
+        and feedback.dtype is weight.dtype
+        and feedback.device == weight.device
+        and feedback.layout is torch.strided
+        and (bias is None or geometry is not LINEAR or bias.shape == kernel[:1])
+        and is_plain(geometry, kernel, "cpu" if input.is_cpu else input.device.type, current_backend())
+        and (not tables[input.device] or stays_plain(geometry, input, weight, bias))
+        and _PLAIN.issuperset((type(input), type(weight), type(feedback)))
+        and ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and forward_ad._current_level < 0
+    )
 
 
 class EagerLayer(torch.autograd.Function):
@@ -113,14 +133,15 @@ class EagerLayer(torch.autograd.Function):
         output = geometry.fprop(input, weight, bias)
         if output._is_view():
             output = output.data  # like not_a_view, which takes 3 microseconds
-        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], bias is None)
+        keep = output_is_response(rule, bias)
+        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], keep)
         response = ctx.kept = None
-        if call.reads_response and bias is None:
+        if keep and call.reads_response:
             if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
                 # Not a saved tensor: autograd would raise an error if the next function changed it in place.
                 ctx.kept = output.detach(), output._version
             else:
-                response = output
+                response = output if bias is None else output.clone()  # in-place work often follows a bias
         ctx.save_for_backward(input, weight, feedback, response)
         return output
 
@@ -180,48 +201,56 @@ class _TransformableGradients(torch.autograd.Function):
         return stacked, tuple(None if grad is None else 0 for grad in stacked)
 
 
-def register_formula(name: str, geometry_of: Callable[..., Geometry], scheduled: bool = False) -> None:
+def register_formula(
+    name: str, geometry_of: Callable[..., Geometry], forward: Callable[..., Tensor], scheduled: bool = False
+) -> None:
     """Register the formula for the op ``name``; its backward calls the op ``{name}_backward``.
+
+    A compiler traces this formula. It finds PyTorch's own convolution or linear layer in the forward pass and, if the
+    feedback has no gradient, in the backward pass, and chooses the memory formats around them. Around an op that it
+    does not know, it would convert every tensor to the memory format of eager mode.
 
     Args:
         geometry_of: returns the geometry for the arguments of the op after the tensors.
+        forward: the implementation of the op.
         scheduled: whether the coefficients are a tensor, after the other tensors. Its values are not read in the
             forward pass, so the response is saved whenever it is available.
     """
     backward_op = getattr(torch.ops.pyfeedback, f"{name}_backward").default
 
-    def save(ctx, inputs, keyword_only_inputs, output):
-        input, weight, feedback, bias, *ctx.arguments = inputs
-        ctx.rule, ctx.backend = keyword_only_inputs, current_backend()
-        coefficients = [ctx.arguments.pop(0)] if scheduled else []
-        keep = bias is None and ctx.needs_input_grad[2]
-        if keep and not scheduled:
-            mask = (True,) * 4
-            keep = plan(geometry_of(*ctx.arguments), input, weight, Coefficients(**ctx.rule), mask, True).reads_response
-        ctx.save_for_backward(input, weight, feedback, output if keep else None, *coefficients)
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rule, input, weight, feedback, bias, *arguments):
+            output = forward(input, weight, feedback, bias, *arguments, **rule)
+            ctx.rule, ctx.arguments, ctx.backend = rule, list(arguments), current_backend()
+            ctx.mask = ctx.needs_input_grad[1:5]
+            tensors = [ctx.arguments.pop(0)] if scheduled else []
+            coefficients = Coefficients(center=rule["center"]) if scheduled else Coefficients(**rule)
+            keep = ctx.mask[2] and output_is_response(coefficients, bias)
+            if keep and not scheduled:
+                geometry = geometry_of(*ctx.arguments)
+                keep = plan(geometry, input, weight, coefficients, ctx.mask, True).reads_response
+            ctx.save_for_backward(input, weight, feedback, output if keep else None, *tensors)
+            return output
 
-    def backward(ctx, grad_output):
-        # The dispatcher drops trailing arguments that equal their defaults, and expects no gradients for them.
-        expected = len(ctx.needs_input_grad)
-        mask = [*ctx.needs_input_grad, False][:4]
-        with use_backend(ctx.backend):
-            grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.arguments, **ctx.rule, output_mask=mask)
-        return (*grads, *(None,) * (len(ctx.arguments) + scheduled))[:expected]
+        @staticmethod
+        def backward(ctx, grad_output):
+            refuse_double_backward()
+            none = (None,) * (len(ctx.arguments) + scheduled)
+            with use_backend(ctx.backend):
+                input, weight, feedback, *_ = saved = ctx.saved_tensors
+                if not ctx.mask[2]:
+                    call = plan(geometry_of(*ctx.arguments), input, weight, Coefficients(), ctx.mask, False)
+                    if is_composed(call):
+                        return None, *gradients(call, grad_output, saved[:4]), *none
+                grads = backward_op(grad_output, *saved, *ctx.arguments, **ctx.rule, output_mask=ctx.mask)
+            return None, *grads, *none
 
-    torch.library.register_autograd(f"pyfeedback::{name}", backward, setup_context=save, lib=LIBRARY)
+    def formula(input, weight, feedback, bias=None, *arguments, **rule):
+        return Layer.apply(rule, input, weight, feedback, bias, *arguments)
+
+    LIBRARY.impl(name, formula, "Autograd")
     torch.library.register_autograd(f"pyfeedback::{name}_backward", _refuse, lib=LIBRARY)
-
-
-class _NotDifferentiable(torch.autograd.Function):
-    """The first ``count`` tensors, gradients, as functions of all the tensors; backward raises."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(DIFFERENTIATED_ONCE)
 
 
 def _refuse(ctx, *grads) -> NoReturn:

@@ -244,7 +244,7 @@ for _name, _geometry_of in _geometries.items():
     LIBRARY.impl(f"{_name}_backward", _backward(_geometry_of), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyfeedback::{_name}", _forward(_geometry_of), lib=LIBRARY)
     torch.library.register_fake(f"pyfeedback::{_name}_backward", _fake_backward(_geometry_of), lib=LIBRARY)
-    register_formula(_name, _geometry_of)
+    register_formula(_name, _geometry_of, _forward(_geometry_of))
     for _device_type in ("cpu", "cuda"):
         _op = getattr(_ops, _name).default
         LIBRARY.impl(_name, _autocast(_op, _device_type), f"Autocast{_device_type.upper()}")
@@ -253,4 +253,4 @@ LIBRARY.impl("scheduled_layer", _scheduled, "CompositeExplicitAutograd")
 LIBRARY.impl("scheduled_layer_backward", _scheduled_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("pyfeedback::scheduled_layer", _scheduled, lib=LIBRARY)
 torch.library.register_fake("pyfeedback::scheduled_layer_backward", _fake_scheduled_backward, lib=LIBRARY)
-register_formula("scheduled_layer", from_arguments, scheduled=True)
+register_formula("scheduled_layer", from_arguments, _scheduled, scheduled=True)

@@ -63,4 +63,6 @@ SCHEMAS = {
 
 LIBRARY = torch.library.Library("pyfeedback", "DEF")
 for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
+    # The backward of a layer accepts any strides, so a compiler need not convert its tensors to those of eager mode.
+    _any_strides = _name.endswith("_backward") and not _name.startswith("extension")
+    LIBRARY.define(_name + _schema, tags=torch.Tag.flexible_layout if _any_strides else ())
