@@ -12,17 +12,17 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
 SOURCES := pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
-LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*.cu tests/*/*.c)
+LINTED := $(wildcard csrc/*.* csrc/*/*.* tests/*/*.cu tests/*/*.c tests/*/*/*.c)
 
 # One thread per worker: with more threads than cores, the tests take twice as long.
 ONE_THREAD := OMP_NUM_THREADS=1
 
 # The rounding of sums depends on the instruction set. These tests are repeated without AVX-512.
-ROUNDING := tests/test_numerics.py tests/test_centering.py
+ROUNDING := tests/ops/test_numerics.py tests/ops/test_centering.py
 
 # The subset of `make test-fast`: files of every area, without the tests marked slow or run by the CUDA emulator.
-FAST := $(addprefix tests/test_,$(addsuffix .py,ops algorithm layers rules conversion optim whole_model_optimizers \
-	schedules metrics extension backends bad_input docs architecture))
+FAST := $(foreach name,ops algorithm layers rules conversion optim whole_model_optimizers schedules metrics extension \
+	backends bad_input docs architecture,$(wildcard tests/*/test_$(name).py))
 FAST_ONLY := -m "not slow" -k "not emulator and not cuda"
 
 .DEFAULT_GOAL := help
@@ -34,7 +34,7 @@ help:
 	@echo "make test-long  all tests, with those that take too long for every change"
 	@echo "make test-fast  a subset with tests of every area, in less than a minute on two cores"
 	@echo "make fuzz       random cases for SECONDS=$(SECONDS), from a random SEED unless one is given"
-	@echo "make mutants    mutation testing: each fault in a copy of the code must fail a test; writes tests/mutants.md"
+	@echo "make mutants    mutation testing: each fault in a copy of the code must fail a test; writes mutants.md"
 	@echo "make zoo        almost 190 models of other packages, in an environment of their own; writes docs/models.md"
 	@echo "make asan       the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the compiled ops under ThreadSanitizer"
@@ -78,19 +78,19 @@ test-fast: $(VENV)/.pyfeedback-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(FAST_ONLY) $(FAST)
 
 fuzz: $(VENV)/.pyfeedback-test
-	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 mutants: $(VENV)/.pyfeedback-test
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutants/mutants.py
 
 # torchvision brings its own torch.
 zoo:
 	$(MAKE) .cache/zoo/.pyfeedback-zoo VENV=.cache/zoo TORCH=torchvision
-	$(ONE_THREAD) .cache/zoo/bin/python tests/zoo.py
+	$(ONE_THREAD) .cache/zoo/bin/python tests/zoo/zoo.py
 
 # The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, or under ThreadSanitizer.
 asan tsan: $(VENV)/.pyfeedback-test
-	tests/sanitize.sh $@ $(BIN)/python
+	tests/extension/sanitize.sh $@ $(BIN)/python
 
 bench: $(VENV)/.pyfeedback-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -53,11 +53,30 @@ def find_compiler() -> str | None:
 
 
 def target_site_directories() -> list[str]:
-    """Where packages of the running interpreter live, in its own search order, an isolating overlay left out."""
+    """Where packages of the target environment live, in the search order of its interpreter.
+
+    pip builds with the interpreter of that environment, and hides its packages by an overlay, which is left out here.
+    uv builds in an environment of its own. It installs into the active one or into .venv, which come last.
+    """
     directories = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if sys.prefix == sys.base_prefix:
         directories.append(site.getusersitepackages())
+    scheme = "posix_prefix" if os.name == "posix" else "nt"
+    for prefix in other_environments():
+        bases = {"base": str(prefix), "platbase": str(prefix)}
+        directories += [sysconfig.get_path(name, scheme, bases) for name in ("purelib", "platlib")]
     return [path for path in dict.fromkeys(directories) if os.path.isdir(path)]
+
+
+def other_environments() -> list[Path]:
+    """The virtual environments on the path, that of conda, and .venv in the current folder or above it."""
+    here = Path.cwd()
+    found = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    found = [prefix for prefix in found if (prefix / "pyvenv.cfg").is_file()]
+    if os.environ.get("CONDA_PREFIX"):
+        found.append(Path(os.environ["CONDA_PREFIX"]))
+    nearby = (folder / ".venv" for folder in (here, *here.parents))
+    return found + [prefix for prefix in nearby if (prefix / "pyvenv.cfg").is_file()][:1]
 
 
 def installed_torch() -> str | None:

@@ -148,6 +148,11 @@ def plan() -> tuple[list[Extension], dict[str, Any], dict[str, Any]]:
             stop("PYFEEDBACK_CUDA=1, but there is no C++ compiler (c++, g++, clang++ or $CXX)")
         info["missing_cpu"] = "no C++ compiler (c++, g++, clang++ or $CXX) was found at the build"
         info["missing_cuda"] = info["missing_cpu"]
+        print(
+            f"pyfeedback: note: {info['missing_cpu']}: the package is pure Python, and all of it works, but steps of "
+            "the optimizers, alignment and depthwise layers are slower",
+            file=sys.stderr,
+        )
         return [], {}, info
     if shutil.which(compiler.split()[0]) is None:
         stop(f"CXX is {compiler!r}, which is no command")

@@ -237,9 +237,16 @@ def compile_job(job: Job) -> Code:
     sources = {**dict.fromkeys(WGRADS, wgrad), **dict.fromkeys(DGRADS, dgrad), **dict.fromkeys(JOINT, joint)}
     sources |= dict.fromkeys(PROBES, probes)
     launch = sources.get(job.op, pointwise)(job)
-    element = {"p_semaphores": "i32", "p_table": "i64", **dict.fromkeys(FLOATS, "fp32")} | (
-        {"p_f": "fp32"} if "gram" in job.op else {}
-    )
+    amd = isinstance(job.capability, str)
+    device = GPUTarget("hip", job.capability, 64) if amd else GPUTarget("cuda", job.capability, 32)
+    compiled = compile_launch(launch, job.dtype if TYPES[job.dtype] == 2 else "fp32", device, "gram" in job.op)
+    return read_amd_code(compiled, launch.tile) if amd else read_code(compiled, launch.tile)
+
+
+def compile_launch(launch: "Launch | ProbeLaunch", dtype: str, device: GPUTarget, wide: bool) -> Any:
+    """Compile a launch whose tensors have this type and are aligned to 16 bytes; f is float32 if ``wide``."""
+    element = {"p_semaphores": "i32", "p_table": "i64", **dict.fromkeys(FLOATS, "fp32")}
+    element |= {"p_f": "fp32"} if wide else {}
     signature, constants, aligned = {}, dict(launch.constants), {}
 
     def type_of(name: str, value: object, path: tuple[int, ...]) -> str:
@@ -248,7 +255,7 @@ def compile_job(job: Job) -> Code:
             return "constexpr"
         if name.startswith("p_"):
             aligned[path] = [["tt.divisibility", 16]]
-            return "*" + element.get(name, job.dtype if TYPES[job.dtype] == 2 else "fp32")
+            return "*" + element.get(name, dtype)
         return "i32" if name in INTEGERS else "fp32"
 
     for i, name in enumerate(launch.kernel.arg_names):
@@ -259,11 +266,9 @@ def compile_job(job: Job) -> Code:
             signature[name] = tuple(type_of(part, v, (i, j)) for j, (part, v) in enumerate(parts))
         else:
             signature[name] = "constexpr" if name in constants else type_of(name, value, (i,))
-    amd = isinstance(job.capability, str)
-    device = GPUTarget("hip", job.capability, 64) if amd else GPUTarget("cuda", job.capability, 32)
-    source = ASTSource(launch.kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=device, options=launch.options)
-    return read_amd_code(compiled, launch.tile) if amd else read_code(compiled, launch.tile)
+    return triton.compile(
+        ASTSource(launch.kernel, signature, constants, aligned), target=device, options=launch.options
+    )
 
 
 def read_code(compiled, tile) -> Code:

@@ -33,10 +33,16 @@ def minimum_bytes(shape: ConvShape, rule: Rule, batch: int, dtype: torch.dtype, 
     w = shape.out_channels * (shape.in_channels // shape.groups) * shape.kernel**2
     sizes = (batch, shape.in_channels, *2 * [shape.map_size]), (shape.out_channels, 0, *2 * [shape.kernel])
     y = math.prod(shape.geometry.output_shape(*sizes))
+    response = y * sampled(rule, batch) if rule.reads_data else 0
+    return int(elements_moved(x, w, y, rule, response, backward_only) * dtype.itemsize)
+
+
+def elements_moved(x: int, w: int, y: int, rule: Rule, response: float, backward_only: bool = False) -> float:
+    """Elements read and written, for those of the input, the weight, the output, and the response that is read."""
     forward = x + w + y
     backward = (y + x + w) + (x + w)  # grad_output, input, feedback; grad_input, grad_weight
     if rule.learns:
         backward += w  # its gradient
         backward += w * (rule.self_ != 0 or rule.reads_data)  # the weight
-        backward += y * sampled(rule, batch) if rule.reads_data else 0  # the response
-    return int((backward + (0 if backward_only else forward)) * dtype.itemsize)
+        backward += response
+    return backward + (0 if backward_only else forward)

@@ -22,7 +22,7 @@ from training.settings import Settings
 
 def main() -> None:
     options = command_line.parse(__doc__)
-    with errors_in_one_line():
+    with errors_in_one_line(ValueError, OSError):
         settings = command_line.settings_of(options)
         chosen = device.choose(options.device)
     with device.joined(chosen, settings.deterministic) as here:
@@ -35,7 +35,7 @@ def main() -> None:
 def train(settings: Settings, options: argparse.Namespace, here: device.Place) -> None:
     """Train from the start or the last checkpoint to the end, and write logs and checkpoints."""
     path = options.out / "checkpoint.pt"
-    with errors_in_one_line():
+    with errors_in_one_line(ValueError, OSError):
         if path.exists() and not options.resume:
             raise ValueError(f"out is {options.out}, which holds a run: expected --resume, or another folder")
         run = Run(settings, data.load(settings.data, options.root, options.download), here, options.workers)
@@ -49,27 +49,25 @@ def train(settings: Settings, options: argparse.Namespace, here: device.Place) -
             checkpoint.save(state, path)
 
     def after_step():
-        with errors_in_one_line((OSError,)):
-            if logs:
-                logs.after_step()
-            if options.checkpoint_every and run.steps % options.checkpoint_every == 0:
-                save()
+        if logs:
+            logs.after_step()
+        if options.checkpoint_every and run.steps % options.checkpoint_every == 0:
+            save()
 
     def after_epoch():
-        with errors_in_one_line((OSError,)):
-            if logs:
-                logs.after_epoch()
-            save()  # last: after a kill, the logs are written again
+        if logs:
+            logs.after_epoch()
+        save()  # last: after a kill, the logs are written again
 
-    run.train(after_step, after_epoch)
-    if logs:
-        with errors_in_one_line((OSError,)):
+    with errors_in_one_line(OSError):
+        run.train(after_step, after_epoch)
+        if logs:
             logs.close()
 
 
 @contextmanager
-def errors_in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, OSError)):
-    """Report invalid settings and a full disk in one line, without a traceback."""
+def errors_in_one_line(*kinds: type[Exception]):
+    """Report invalid settings or a full disk in one line, without a traceback."""
     try:
         yield
     except kinds as error:

@@ -14,6 +14,7 @@ from pyfeedback.guard import set_guard
 from pyfeedback.init import Init
 from pyfeedback.metrics import LayerAlignment, LayerStatus, Monitor, Status, alignment, status
 from pyfeedback.nn.model import feedback_layers, feedback_parameters, forward_parameters
+from pyfeedback.pretrained import load_feedback
 from pyfeedback.rules import Rule, rule
 from pyfeedback.small_start import start_small
 from pyfeedback.tuning import tune
@@ -38,6 +39,7 @@ __all__ = [
     "forward_parameters",
     "functional",
     "integrations",
+    "load_feedback",
     "metrics",
     "nn",
     "optim",

@@ -21,6 +21,7 @@ from pyfeedback.nn.direct import DirectFeedback, DirectInput
 from pyfeedback.nn.model import feedback_layers
 from pyfeedback.optim import follow
 from pyfeedback.optim.following import check_follow
+from pyfeedback.pretrained import record_rules
 from pyfeedback.rules import Rule
 from pyfeedback.rules import rule as as_rule
 
@@ -78,7 +79,8 @@ def convert(
     The modules remain the same objects and keep their weights, dtype, device, memory format, training mode, hooks and
     sharing. Create the optimizer after the conversion, or pass it as ``optimizer``. Otherwise it does not have the
     feedback weights: they never learn, while their gradients keep growing. A layer that already has a feedback path
-    gets the new rule and a newly drawn feedback weight.
+    gets the new rule and a newly drawn feedback weight. The config of a model of transformers gets ``feedback_rules``,
+    the names of the rules, which ``save_pretrained`` saves for :func:`pyfeedback.load_feedback`.
 
     Args:
         model: any module, or a single layer.
@@ -104,7 +106,7 @@ def convert(
     check_model(model)
     check_flag("strict", strict)
     check_flag("return_report", return_report)
-    rules, init = _rules_by_pattern(rule), as_init(init)
+    rules, init = rules_by_pattern(rule), as_init(init)
     chosen, left = _chosen_rules(model, rules)
     if not chosen and not return_report:
         raise ValueError(_nothing_to_convert(model, rules, left))
@@ -128,6 +130,7 @@ def convert(
     by_use.attach_readers(model)
     if direct is not None:
         direct.attach(model)
+    record_rules(model)
     report.not_in_place = _preserve_responses(model)
     _log.log(logging.WARNING if _leaves_most(model, left) else logging.INFO, "%s", report)
     for pattern in rules:
@@ -139,6 +142,35 @@ def convert(
     if optimizer is not None:
         follow(optimizer, model)
     return (model, report) if return_report else model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Return whether :func:`convert` has given a layer of the model a rule."""
+    return any(isinstance(module, FeedbackLayer) for module in model.modules())
+
+
+def convert_once(model: nn.Module, rule: str | Rule | Mapping[str, str | Rule], init: Any = None) -> None:
+    """Call :func:`convert`, unless the model has been converted by this rule before: its feedback weights are kept.
+
+    Raises:
+        ValueError: it has been converted by another rule.
+    """
+    if not is_converted(model):
+        convert(model, rule, init=init)
+        return
+    rules, found = rules_by_pattern(rule), dict[str, Rule]()
+    for name, layer in model.named_modules():
+        if isinstance(layer, FeedbackLayer):
+            module = name.rpartition(".")[0] if isinstance(layer, by_use.UsedWeight) else name
+            found[module] = layer.unscheduled or layer.rule
+    chosen, _ = _chosen_rules(model, rules)
+    for name in chosen | found:
+        if chosen.get(name) != found.get(name):
+            given, follows = ", ".join(map(str, rules.values())), found.get(name, "no rule")
+            raise ValueError(
+                f"rule is {given}, but {name or 'the model'} follows {follows}, expected the rule of the earlier "
+                "conversion, or None"
+            )
 
 
 def _attach(name: str, module: Any, rule: Rule, init: Init) -> list[tuple[str, FeedbackLayer]]:
@@ -241,10 +273,12 @@ def unconvert(model: nn.Module) -> nn.Module:
     for _, layer in layers:
         layer.detach_feedback()
         layer.__class__ = plain[type(layer)]
+    record_rules(model)
     return model
 
 
-def _rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, Rule]:
+def rules_by_pattern(rule: str | Rule | Mapping[str, str | Rule]) -> dict[str, Rule]:
+    """Return the rule of each pattern of names, as :func:`convert` reads its argument ``rule``."""
     if not isinstance(rule, Mapping):
         return {"*": as_rule(rule)}
     if not rule:

@@ -9,6 +9,7 @@ a GPU. All other steps only count. A compiled step, torch.compile(optimizer.step
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
@@ -46,6 +47,10 @@ SCALED = (
     "torch.amp.GradScaler divides the gradient of B by the loss scale, but the rule does not multiply it, so that B "
     "hardly moves. Use pyfeedback.optim.follow, or another optimizer of pyfeedback.optim"
 )
+LATE = (
+    "B reads a W that the other optimizer has already updated: step FeedbackSGD before the optimizer of W, or use "
+    "pyfeedback.optim.follow"
+)
 NOT_FINITE = (
     "B has infinities or nans after {count} steps of {optimizer}: the rule diverges. Reduce its coefficients or B's "
     "learning rate, or use a rule without units, such as ia-probes"
@@ -62,6 +67,8 @@ class Steps:
 
 
 _steps: WeakKeyDictionary[Optimizer, Steps] = WeakKeyDictionary()
+# The gradient of W, and its version counter, in one of the first steps of an optimizer of W, by layer.
+_applied: WeakKeyDictionary[FeedbackLayer, tuple[weakref.ref[torch.Tensor], int]] = WeakKeyDictionary()
 
 
 def set_guard(enabled: bool) -> None:
@@ -84,6 +91,11 @@ def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if steps.count < EXAMINED and getattr(optimizer, "found_inf", None):  # GradScaler skipped the update
         return
     steps.count += 1
+    if steps.count <= EXAMINED:
+        for layer in _layers_of(optimizer):
+            grad = weight_parameters(layer)[0].grad
+            if grad is not None:
+                _applied[layer] = weakref.ref(grad), grad._version
     if steps.count == 1:
         steps.versions.update((layer, _versions(layer)) for layer in _layers_of(optimizer))
     elif steps.count == EXAMINED:
@@ -124,6 +136,8 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     scaled = not isinstance(optimizer, RowOptimizer) and _is_called_by_a_scaler()
     found: dict[str, list[str]] = {}
+    if late := [_name(layer) for layer in _late_layers(optimizer, groups)]:
+        found[LATE] = late
     uncalled: dict[str, FeedbackLayer] = {}
     for layer, (weight_before, feedback_before) in steps.versions.items():
         feedback, rule, name = layer.feedback, layer.rule, _name(layer)
@@ -155,6 +169,16 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
     if uncalled:
         warn_of_uncalled(uncalled | {_name(layer): layer for layer in steps.versions if layer.called})
     return found
+
+
+def _late_layers(optimizer: Optimizer, groups: dict[int, dict]) -> Iterator[FeedbackLayer]:
+    """Yield the layers whose B reads W in its own step, after another optimizer has applied the gradient of W."""
+    for layer in optimizer._layers.values() if isinstance(optimizer, RowOptimizer) else ():
+        if layer in attached_layers and layer in _applied and layer.rule.self_:
+            weight, (grad, version) = weight_parameters(layer)[0], _applied[layer]
+            is_applied = weight.grad is not None and weight.grad is grad() and weight.grad._version == version
+            if is_applied and id(weight) not in groups:
+                yield layer
 
 
 def _is_called_by_a_scaler() -> bool:

@@ -1,4 +1,4 @@
-// The launch functions under C names, for tests/cuda_emulator.py. Every pointer is to host memory.
+// The launch functions under C names, for tests/shared/cuda_emulator.py. Every pointer is to host memory.
 #include "../cuda/launch.h"
 
 using namespace pyfeedback;

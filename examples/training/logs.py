@@ -1,10 +1,11 @@
 """The log files of a run, and its progress on the terminal."""
 
 import csv
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 from training.checkpoint import replacing
 from training.loop import Run
@@ -23,21 +24,19 @@ class Logs:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(run.settings.to_json() + "\n")
         self.board = _tensorboard(folder, run.steps) if tensorboard else None
-        self.bar = _progress_bar(run)
+        run.monitor.writer = self.board
+        total = run.settings.epochs * run.loader.steps
+        # disable=None: the bar is shown on a terminal only.
+        self.bar = tqdm(initial=run.steps, total=total, unit="step", dynamic_ncols=True, disable=None)
         self._drawn = time.monotonic()
 
     def after_step(self) -> None:
-        """Show a step and the reading after it."""
-        if self.bar is not None:
-            self.bar.update()
-        if self.run.steps % self.run.settings.every == 0 and (self.bar is not None or self.board is not None):
+        """Show a step, and the moving averages when the alignment is read."""
+        self.bar.update()
+        if self.run.steps % self.run.settings.every == 0:
             loss, accuracy = self.run.average.read()
-            if self.bar is not None:
-                self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %")
-            if self.board is not None:
-                self._show({"moving/loss": loss, "moving/accuracy": accuracy})
-                for layer, reading in self.run.monitor.latest.items():
-                    self._show({f"{name}/{layer}": value for name, value in vars(reading).items()})
+            self.bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %")
+            self._show({"moving/loss": loss, "moving/accuracy": accuracy})
 
     def after_epoch(self) -> None:
         """Write and show the results of an epoch."""
@@ -46,10 +45,8 @@ class Logs:
         self.run.monitor.save(self.folder / "alignment.csv")
         if time.monotonic() - self._drawn > DRAWING:
             self.draw()
-        if self.board is not None:
-            self._show({name: value for name, value in row.items() if name not in ("epoch", "step")})
-            self.board.flush()
-        self.say(_line(row, self.run.settings.epochs))
+        self._show({name: value for name, value in row.items() if name not in ("epoch", "step")})
+        _say(_line(row, self.run.settings.epochs))
 
     def draw(self) -> None:
         """Draw the alignment so far, if matplotlib is installed and there are readings."""
@@ -61,23 +58,23 @@ class Logs:
     def close(self) -> None:
         """Report the end of the run; finish the picture, the progress bar and the events."""
         self.draw()
-        self.say(f"{'diverged' if self.run.diverged else 'done'}: see {self.folder}")
-        if self.bar is not None:
-            self.bar.close()
-        if self.board is not None:
+        _say(f"{'diverged' if self.run.diverged else 'done'}: see {self.folder}")
+        self.bar.close()
+        if self.board:
             self.board.close()
 
-    def say(self, line: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self.bar is None:
-            print(line, flush=True)
-        else:
-            self.bar.write(line)
-
     def _show(self, values: dict[str, float | None]) -> None:
-        for name, value in values.items():
-            if value is not None:
-                self.board.add_scalar(name, value, self.run.steps)
+        if self.board:
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, self.run.steps)
+            self.board.flush()
+
+
+def _say(line: str) -> None:
+    """Print a line, above the progress bar if there is one."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
 
 
 def _line(row: dict, epochs: int) -> str:
@@ -98,18 +95,6 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-
-
-def _progress_bar(run: Run):
-    """A progress bar over all steps, if stderr is a terminal and tqdm is installed."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    total = run.settings.epochs * run.loader.steps
-    return tqdm(initial=run.steps, total=total, unit="step", dynamic_ncols=True)
 
 
 def _tensorboard(folder: Path, step: int):

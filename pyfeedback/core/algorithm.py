@@ -21,6 +21,11 @@ class Sizes(NamedTuple):
     groups: int = 1
     pointwise: bool = True
 
+    @property
+    def is_product(self) -> bool:
+        """Whether the layer multiplies its input by one matrix at each position."""
+        return self.pointwise and self.groups == 1
+
 
 class Algorithm(enum.Enum):
     """An algorithm for the data terms; y is the response conv(x, W), and z is conv_transpose(y, B)."""
@@ -40,10 +45,10 @@ def algorithms(sizes: Sizes, rule: Coefficients, response_saved: bool) -> dict[A
     if not rule.reads_data:
         return {Algorithm.NONE: 0}
     costs = {}
-    if sizes.pointwise and sizes.groups == 1:
+    if sizes.is_product:
         costs[Algorithm.INPUT_GRAM] = _input_gram_macs(sizes, rule)
     costs[Algorithm.DIRECT] = _direct_macs(sizes, rule, response_saved)
-    if sizes.pointwise and sizes.groups == 1 and rule.null and not rule.sparse:
+    if sizes.is_product and rule.null and not rule.sparse:
         costs[Algorithm.RESPONSE_GRAM] = _response_gram_macs(sizes, rule, response_saved)
     return costs
 

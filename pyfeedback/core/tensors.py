@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+# Whether oneDNN computes products of bfloat16 on this processor.
+CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

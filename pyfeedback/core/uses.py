@@ -127,6 +127,7 @@ class _Reader:
     def __init__(self, cls: type, parameters: frozenset[str], found: set[tuple[str, bool]], depth: int):
         self.cls, self.parameters, self.found, self.depth = cls, parameters, found, depth
         self.values: dict[str, Value] = {}
+        self.receiver = "self"  # the name of the module in the function that is evaluated
         self.function: FunctionType | None = None
         self.returned: list[Value] = []
 
@@ -140,7 +141,8 @@ class _Reader:
         inner.function = plain
         names = [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)]
         others = [a.arg for a in tree.args.kwonlyargs] + [a.arg for a in (tree.args.vararg, tree.args.kwarg) if a]
-        names = names[1:] if is_method and not isinstance(function, staticmethod) else names
+        if names and is_method and not isinstance(function, staticmethod):
+            inner.receiver, *names = names
         rest = DATA if arguments is None or DATA in arguments else NOTHING
         given = [] if arguments is None else arguments
         inner.values = dict.fromkeys([*others, *names], DATA if arguments is None else NOTHING)
@@ -204,7 +206,7 @@ class _Reader:
         match node:
             case ast.Name(id=name):
                 return self.values.get(name, NOTHING)
-            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            case ast.Attribute(value=ast.Name(id=base), attr=name) if base == self.receiver:
                 return self.weights(self.parameters if name == "_flat_weights" else {name})
             case ast.Attribute(value=base, attr=name):
                 value = self.value(base)
@@ -242,7 +244,7 @@ class _Reader:
                     return self.product(arguments)
                 function = self.function.__globals__.get(name) if self.function else None
                 return self.follow(function, arguments)
-            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            case ast.Attribute(value=ast.Name(id=base), attr=name) if base == self.receiver:
                 method = inspect.getattr_static(self.cls, name, None)
                 return DATA if _plain_function(method) is None else self.call(method, arguments)
             case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name):

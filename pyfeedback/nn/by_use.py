@@ -7,9 +7,9 @@ theirs already.
 
 import copyreg
 import types
-from collections.abc import Iterator
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class UsedWeight(FeedbackLayer):
 
 
 class ByUse(nn.Module):
-    """A module whose forward runs under :class:`~pyfeedback.nn.products.Products`; the other base class is its own.
+    """A module whose forward runs under :class:`~pyfeedback.nn.products.Products`: that of :func:`by_use`, a subclass.
 
     Attributes:
         plain: the class that the module had before.
@@ -119,14 +119,7 @@ class ByUse(nn.Module):
     """
 
     plain: type
-    reads_layers: bool
-
-    def forward(self, *args, **kwargs):
-        """Call the forward of the other class."""
-        if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
-            return traced_call(self, args, kwargs)
-        with Products(self.readable_weights(), (*self._parameters.values(), *self._buffers.values())):
-            return super().forward(*args, **kwargs)
+    reads_layers: bool = False  # also in a new module of the class, which is not converted
 
     def readable_weights(self) -> Iterator[tuple[Tensor, FeedbackLayer]]:
         """Yield each weight with a feedback path that the forward may read, and the layer that it belongs to."""
@@ -151,6 +144,13 @@ class ByUse(nn.Module):
         return _new, (self.plain, *reduced[1][1:]), *reduced[2:]
 
 
+@torch._disable_dynamo
+def run_uncompiled(module: ByUse, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run the forward of a module outside of the compiled graph: the sizes of grouped products depend on the data."""
+    with Products(module.readable_weights(), (*module._parameters.values(), *module._buffers.values())):
+        return forward(module, *args, **kwargs)
+
+
 def has_path(layer: FeedbackLayer) -> bool:
     """Whether a layer has another error signal than that of backprop."""
     return layer.feedback is not None or layer.direct is not None
@@ -158,9 +158,25 @@ def has_path(layer: FeedbackLayer) -> bool:
 
 @cache
 def by_use(plain: type) -> type:
-    """The subclass of :class:`ByUse` for a class of modules; it has the same name."""
+    """The subclass of :class:`ByUse` and a class of modules; it has the name and the arguments of the latter."""
+    called: Any = plain
+
+    groups = reads_attribute(plain, frozenset(["grouped_mm", "_grouped_mm"]))
+
+    @wraps(called.forward)  # programs such as the Trainer of transformers read the names of the arguments
+    def forward(self, *args, **kwargs):
+        if any(isinstance(a, torch.fx.Proxy) for a in (*args, *kwargs.values())):
+            return traced_call(self, args, kwargs)
+        if torch.compiler.is_compiling():
+            config = getattr(self, "config", None)
+            if groups or getattr(config, "_experts_implementation", None) == "grouped_mm":  # of transformers
+                return run_uncompiled(self, called.forward, args, kwargs)
+        with Products(self.readable_weights(), (*self._parameters.values(), *self._buffers.values())):
+            return called.forward(self, *args, **kwargs)
+
     names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return types.new_class(plain.__name__, (ByUse, plain), exec_body=lambda space: space.update(names, plain=plain))
+    own = {**names, "plain": plain, "forward": forward}
+    return types.new_class(plain.__name__, (ByUse, plain), exec_body=lambda space: space.update(own))
 
 
 def _new(plain: type, *arguments):
@@ -219,5 +235,5 @@ def detach(model: nn.Module) -> None:
             for name, child in list(module.named_children()):
                 if isinstance(child, UsedWeight):
                     delattr(module, name)
-            del module.reads_layers
+            vars(module).pop("reads_layers", None)
             module.__class__ = module.plain

@@ -1,8 +1,11 @@
 """Centering of the factors in the products of a rule with ``center``.
 
 Both factors are centered. In exact arithmetic, it would be enough to center y in wgrad(x, y), because the mean of x
-then cancels. In rounded arithmetic, this leaves an error of (mean / standard deviation)^2 units in the last place.
+then cancels. In rounded arithmetic, this leaves an error of (mean / standard deviation)^2 units in the last place, and
+in 16 bits one of mean / standard deviation, since the rounded y does not sum to zero over the samples.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from pyfeedback.core.call import LayerCall
 from pyfeedback.core.tensors import acc_dtype
 
 LARGE = 2**18  # elements of an input whose copy is worth avoiding
+BLOCK = 2**18  # elements of a block
+FEWEST_MACS = 128  # for each element that is centered; with fewer, blocks are not faster
 
 
 def centered(x: Tensor, call: LayerCall) -> Tensor:
@@ -26,6 +31,60 @@ def centered_factor(x: Tensor, call: LayerCall) -> Tensor:
     """
     large = call.rule.center and x.is_cpu and x.numel() >= LARGE
     return x if large and not _mean_is_large(x, call.geometry.channel) else centered(x, call)
+
+
+def centered_gram(x: Tensor, call: LayerCall) -> Tensor:
+    """x'x [C, C] of the centered input of a pointwise layer."""
+    c = x.shape[call.geometry.channel] if x.numel() >= LARGE else 0
+    if c < FEWEST_MACS or not _has_blocks(x, call):
+        return call.geometry.gram(centered(x, call))
+    gram = x.new_zeros(c, c)
+    for (block,) in _blocks(call, x):
+        gram.addmm_(block.t(), block)
+    return gram
+
+
+def centered_products(
+    x: Tensor, y: Tensor, weight: Tensor, call: LayerCall, gram: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """y'x and, if ``gram``, y'y, of centered factors; None if the layer is not pointwise or blocks are not faster."""
+    k, c = weight.shape[:2]
+    if x.numel() < LARGE or k * c < FEWEST_MACS * (k + c) or not (_has_blocks(x, call) and _has_blocks(y, call)):
+        return None
+    if not call.geometry.sizes(x.shape, weight.shape, 0).is_product:
+        return None
+    cross, square = x.new_zeros(k, c), x.new_zeros(k, k) if gram else None
+    for x_block, y_block in _blocks(call, x, y):
+        cross.addmm_(y_block.t(), x_block)
+        if square is not None:
+            square.addmm_(y_block.t(), y_block)
+    return cross, square
+
+
+def _has_blocks(x: Tensor, call: LayerCall) -> bool:
+    """Whether the products of a large input or response of a pointwise layer are computed in blocks of positions.
+
+    On a CPU, a centered copy of a large tensor takes as long as its product with few channels, since its memory is new.
+    The copy of a block stays in a cache.
+    """
+    if not (call.rule.center and x.is_cpu and x.dtype is acc_dtype(x.dtype)):
+        return False
+    rows = _rows(x, call)
+    return rows.is_contiguous() and rows.shape[0] * rows.shape[2] <= BLOCK
+
+
+def _blocks(call: LayerCall, *activations: Tensor) -> Iterator[list[Tensor]]:
+    """Blocks of a few positions of all samples, centered, as matrices [N * positions, channels]."""
+    rows = [_rows(t, call) for t in activations]
+    samples, positions, _ = rows[0].shape
+    step = max(1, BLOCK // (samples * sum(t.shape[-1] for t in rows)))
+    for start in range(0, positions, step):
+        yield [call.chosen.center(t[:, start : start + step], samples).flatten(0, 1) for t in rows]
+
+
+def _rows(t: Tensor, call: LayerCall) -> Tensor:
+    """[N, positions, channels]; contiguous, and a view, if channels are innermost."""
+    return t.movedim(call.geometry.channel, -1).flatten(1, -2) if t.dim() > 2 else t.unsqueeze(1)
 
 
 def combined(z: Tensor, beta: float, x: Tensor, alpha: float, call: LayerCall) -> Tensor:

@@ -19,9 +19,16 @@ alignment_products = _ops.extension_alignment_products.default
 
 def center(input: Tensor, samples: int) -> Tensor:
     """The kernel requires samples that are dense in memory; the composite op is used for other inputs."""
-    if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+    if input.is_contiguous() or _has_dense_samples(input):
         return _ops.extension_center.default(input, samples)
     return composite_center.center(input, samples)
+
+
+def _has_dense_samples(t: Tensor) -> bool:
+    """Whether each sample is dense and none overlap; there may be gaps between them."""
+    first = t[:1]
+    dense = first.is_contiguous() or (t.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    return dense and (t.shape[0] <= 1 or t.stride(0) >= first.numel())
 
 
 def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> None:

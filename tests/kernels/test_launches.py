@@ -1,0 +1,61 @@
+"""Launches of the Triton kernels without a GPU, over a stub of the CUDA driver: tests/kernels/driver_stub.
+
+The stub stays in a process, so that each test starts its own. What Triton compiles is kept in its cache.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton")
+
+FOLDER = Path(__file__).parent / "driver_stub"
+ROOT = FOLDER.parents[1]
+FLAGS = "-shared -fPIC -O2 -std=gnu11 -Wall -Wextra -Werror -Wl,-soname,libcuda.so.1"
+# Microseconds: four times what one core of an AMD EPYC took, with other programs running.
+MOST_HOST_TIME = 60
+
+LONG = pytest.mark.long  # tiles of sm_90 and sm_120 are also those of sm_100 and sm_80
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch loads a libcuda of its own"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="the stub needs gcc"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("driver_stub") / "libcuda.so.1"
+    subprocess.run(["gcc", *FLAGS.split(), str(FOLDER / "libcuda.c"), "-o", str(path)], check=True)
+    return path
+
+
+def run(script: str, library: Path, capability: int) -> str:
+    """The output of a script over the stub."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(FOLDER / script), str(library), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=LONG), 90, pytest.param(100, marks=LONG), 120])
+def test_every_kernel_is_launched_as_the_device_allows(library, capability):
+    """By Triton's JIT and by handles with the same arguments, which are those that were passed."""
+    assert f"cases on sm_{capability}" in run("launches.py", library, capability).splitlines()[-1]
+
+
+def test_host_time_of_the_launches_of_a_layer(library):
+    """With handles, a layer's launches take a fraction of the time."""
+    for name, (by_jit, by_handles) in json.loads(run("host_time.py", library, 90)).items():
+        print(f"{name:30} {by_jit:6.1f} us by Triton's JIT {by_handles:6.1f} by handles")
+        if "whole" not in name:
+            assert by_handles < min(by_jit / 1.5, MOST_HOST_TIME), name
