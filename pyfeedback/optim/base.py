@@ -140,10 +140,12 @@ class RowOptimizer(torch.optim.Optimizer):
         B's update must read W before W is updated. If both share options they go in one call, B first; otherwise W is
         deferred to a second call. If W is computed from other parameters, those are deferred too.
         """
+        self._layers = {b: layer for b, layer in self._layers.items() if isinstance(layer, FeedbackLayer)}
+        released = self._names.keys() - self._layers.keys()  # of layers that were unconverted
         places: dict[nn.Parameter, list] = {}  # group, and what the rows of one call share
         for group in self.param_groups:
             options = self._options(group)
-            places |= {p: [group, (p.device, options)] for p in group["params"]}
+            places |= {p: [group, (p.device, options)] for p in group["params"] if p not in released}
         readers: dict[Any, list[nn.Parameter]] = {}  # by the weight they read
         for b, layer in self._layers.items():
             readers.setdefault(layer.weight, []).append(b)

@@ -111,9 +111,9 @@ def _facts(b: nn.Parameter, layer: FeedbackLayer) -> tuple:
 def _is_unchanged(facts: tuple) -> bool:
     layer, rule, own, b, of_weight, name, w, state = facts
     return (
-        layer.rule is rule
+        own.get("feedback") is b  # not if the layer was unconverted
+        and layer.rule is rule
         and layer.called
-        and own.get("feedback") is b
         and of_weight.get(name) is w
         and (b.requires_grad, has_hooks(b)) == state
     )

@@ -126,3 +126,22 @@ def test_rules_with_a_time_constant_or_a_factor_are_examined_in_every_step(rule)
     optimizer = optim.SGD(model, lr=0.1, momentum=0.9)
     step(model, optimizer, 0)
     assert optimizer._replay is None
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("rule", ["kp", "ia", "ia-probes"])
+def test_an_unconverted_model_is_stepped_as_by_torch(rule, kind):
+    model = model_of(rule)
+    own = OPTIMIZERS[kind](model)
+    step(model, own, 0)
+    twin = copy.deepcopy(pyfeedback.unconvert(model))
+    theirs = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[kind](twin.parameters(), lr=0.01, weight_decay=0.1)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        theirs.state[q] = copy.deepcopy(own.state[p])
+    for group in (*own.param_groups, *theirs.param_groups):
+        group |= {"lr": 0.01, "weight_decay": 0.1} | ({"momentum": 0.9} if kind == "SGD" else {})
+    for seed in (1, 2):
+        step(model, own, seed)
+        step(twin, theirs, seed)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
