@@ -14,6 +14,8 @@
 
 namespace pyfeedback::cuda {
 
+constexpr int kBlocksOfAny = 2;  // whose registers fit a processor
+
 // The work of one thread for its group.
 template <typename Scalar>
 struct DepthwiseThread {
@@ -165,18 +167,20 @@ __device__ __forceinline__ T add_workers(T value, int lanes) {
 inline DepthwiseGrid sample_grid(const DepthwiseLayer& layer) {
   int lanes = 1;
   while (layer.input.channel == 1 && lanes < 32 && lanes < layer.G) lanes *= 2;
-  return depthwise_grid(layer, kThreads, 2, lanes, layer.N);
+  return depthwise_grid(layer, kThreads, kBlocksOfAny, lanes, layer.N);
 }
 
 // `partial` receives the sums of each chunk.
 template <typename Scalar>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfAny)
     depthwise_kernel(const __grid_constant__ DepthwiseLayer layer, DepthwiseGrid grid, double* partial) {
   using Thread = DepthwiseThread<Scalar>;
   using T = AccType<Scalar>;
   const int64_t chunk = blockIdx.x / grid.group_blocks;
-  const int lanes = grid.lanes, lane = static_cast<int>(threadIdx.x) % lanes, worker = static_cast<int>(threadIdx.x) / lanes;
-  const Thread thread{layer, make_rule<T>(layer), blockIdx.x % grid.group_blocks * lanes + lane, worker, kThreads / lanes};
+  const int lanes = grid.lanes, lane = static_cast<int>(threadIdx.x) % lanes,
+            worker = static_cast<int>(threadIdx.x) / lanes;
+  const Thread thread{layer, make_rule<T>(layer), blockIdx.x % grid.group_blocks * lanes + lane, worker,
+                      kThreads / lanes};
   const bool works = thread.group < layer.G, writes = works && worker == 0;
   const int64_t first = chunk * layer.N / grid.chunks, last = (chunk + 1) * layer.N / grid.chunks;
   const int64_t rule_last = last < layer.samples ? last : layer.samples;

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, weights = weights_of(layer);
   const auto sum = [&](int64_t at) {
     double total = 0;
+#pragma unroll 8
     for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * sums_of(layer) + at];
     return total;
   };

@@ -17,8 +17,9 @@
 
 namespace pyfeedback::cuda {
 
-// The part of a map that a block holds. The lanes of a position are adjacent. Any threads that process neighboring lanes
-// or positions of a row use different banks, and so do the two rows, kStep apart, that a warp processes at a time.
+// The part of a map that a block holds. The lanes of a position are adjacent. Any threads that process neighboring
+// lanes or positions of a row use different banks, and so do the two rows, kStep apart, that a warp processes at a
+// time.
 template <typename T, int kRowsOfPart, int kColumnsOfPart, int kLanes, int kStep>
 struct MapPart {
   static constexpr int kRows = kRowsOfPart, kColumns = kColumnsOfPart;
@@ -36,13 +37,6 @@ struct MapPart {
   }
   __device__ __forceinline__ T& at(int row, int column, int lane) { return value[index(row, column, lane)]; }
 };
-
-template <typename Scalar>
-__device__ __forceinline__ void store(float value, Scalar* to) {
-  Scalar rounded;
-  from_acc(value, rounded);
-  __stwb(to, rounded);
-}
 
 __device__ __forceinline__ bool is_inside(int i, int size) {
   return static_cast<unsigned>(i) < static_cast<unsigned>(size);
@@ -62,8 +56,8 @@ struct DepthwiseTile {
   static constexpr bool kByKernelRow = kSide > 5;
   static constexpr int kTapRows = kByKernelRow ? (kSide + kRows - 1) / kRows : kSide;
   static constexpr int kSums = kTapRows * kSide;
-  static constexpr int kBlocks = (kSums > 20 ? 512 : 768) / kBlockThreads;  // whose registers fit a processor
-  static constexpr int kUnrolled = kSide > 3 ? 1 : kSide;  // rows of a kernel
+  // How much is unrolled: rows of a kernel; loads, which a thread waits for together.
+  static constexpr int kRowsAtOnce = kSide > 3 ? 1 : kSide, kLoadsAtOnce = kSide > 3 ? 4 : 8;
 
   // What the threads of a block share.
   struct Shared {
@@ -72,6 +66,9 @@ struct DepthwiseTile {
     T feedback[kTaps][kLanes], combined[kTaps][kLanes];
     DepthwiseLayer layer;  // what nvcc derives from it is then not kept in registers across barriers
   };
+
+  // The blocks whose registers, at most 128 or 80 of a thread, and shared memory fit a processor.
+  static constexpr int kBlocks = std::min<int>((kSums > 20 ? 512 : 768) / kBlockThreads, 200 * 1024 / sizeof(Shared));
 
   static bool supports(const DepthwiseLayer& layer) {
     return layer.I == 1 && layer.J == 1 && layer.R == kSide && layer.S == kSide && layer.stride[0] == kStride &&
@@ -93,13 +90,17 @@ struct DepthwiseTile {
         lane(static_cast<int>(threadIdx.x) % kLanes),
         row(static_cast<int>(threadIdx.x) / kLanes) {}
 
-  // The position of the tile in the input map, and the size of both maps.
-  __device__ __forceinline__ int h() const { return kStride * p - static_cast<int>(layer.padding[0]); }
-  __device__ __forceinline__ int w() const { return kStride * q - static_cast<int>(layer.padding[1]); }
-  __device__ __forceinline__ int H() const { return static_cast<int>(layer.H); }
-  __device__ __forceinline__ int W() const { return static_cast<int>(layer.W); }
-  __device__ __forceinline__ int P() const { return static_cast<int>(layer.P); }
-  __device__ __forceinline__ int Q() const { return static_cast<int>(layer.Q); }
+  // Where a part begins in its map, and the size of the map.
+  struct Place {
+    int top, left, height, width;
+  };
+  __device__ __forceinline__ Place input_place() const {
+    return {kStride * p - static_cast<int>(layer.padding[0]), kStride * q - static_cast<int>(layer.padding[1]),
+            static_cast<int>(layer.H), static_cast<int>(layer.W)};
+  }
+  __device__ __forceinline__ Place output_place() const {
+    return {p - kReach, q - kReach, static_cast<int>(layer.P), static_cast<int>(layer.Q)};
+  }
 
   __device__ __forceinline__ void load_weights() {
     for (int index = static_cast<int>(threadIdx.x); index < kTaps * kLanes; index += kBlockThreads) {
@@ -119,28 +120,28 @@ struct DepthwiseTile {
     }
   }
 
-  // visit(element, offset, inside) for kPartRows x kPartColumns positions of a part, whose first one is position (top,
-  // left) of a map of height x width. `offset` is that of the element in the map, if it is inside. A thread iterates over
-  // the columns of a row in channels_last, and over the lanes otherwise, so that adjacent threads visit adjacent elements
-  // of the map.
+  // visit(element, offset, inside) for the first kPartRows x kPartColumns positions of a part. `offset` is that of the
+  // element in the map, if it is inside. A thread iterates over the columns of a row in channels_last, and over the
+  // lanes otherwise, so that adjacent threads visit adjacent elements of the map.
   template <int kPartRows, int kPartColumns, typename Part, typename Visitor>
-  __device__ __forceinline__ void for_each_element(Part& part, const FeatureMap& map, int64_t sample, int top, int left,
-                                                   int height, int width, const Visitor& visit) const {
+  __device__ __forceinline__ void for_each_element(Part& part, const FeatureMap& map, int64_t sample,
+                                                   const Place& place, const Visitor& visit) const {
     const bool by_lane = map.channel != 1;
     const int lanes = static_cast<int>(layer.G - first_group < kLanes ? layer.G - first_group : kLanes);
     const int count = by_lane ? kLanes : kPartColumns, others = by_lane ? kPartColumns : kLanes;
+    const int first = by_lane ? 0 : place.left, other_first = by_lane ? place.left : 0;
+    const int size = by_lane ? lanes : place.width, other_size = by_lane ? place.width : lanes;
     const int64_t step = by_lane ? map.channel : map.column, other_step = by_lane ? map.column : map.channel;
+    const int64_t start = sample * map.sample + first_group * map.channel + place.left * map.column;
     for (int i = row; i < kPartRows; i += kRows) {
       for (int other = lane; other < others; other += kLanes) {
-        const int other_first = by_lane ? left : 0, other_size = by_lane ? width : lanes;
-        const bool inside = is_inside(top + i, height) && is_inside(other_first + other, other_size);
-        const int first = by_lane ? 0 : left, size = inside ? (by_lane ? lanes : width) : 0;
-        int64_t offset = sample * map.sample + first_group * map.channel + (top + i) * map.row + left * map.column +
-                         other * other_step;
+        const bool inside = is_inside(place.top + i, place.height) && is_inside(other_first + other, other_size);
+        const int inside_size = inside ? size : 0;
+        int64_t offset = start + (place.top + i) * map.row + other * other_step;
         int at = by_lane ? part.index(i, other, 0) : part.index(i, 0, other);
-#pragma unroll 4
+#pragma unroll kLoadsAtOnce
         for (int k = 0; k < count; ++k) {
-          visit(part.value[at], offset, is_inside(first + k, size));
+          visit(part.value[at], offset, is_inside(first + k, inside_size));
           offset += step;
           at += by_lane ? 1 : Part::kPosition;
         }
@@ -148,55 +149,41 @@ struct DepthwiseTile {
     }
   }
 
-  __device__ __forceinline__ void load_input() {
-    using Part = decltype(shared.input);
+  template <typename Part>
+  __device__ __forceinline__ void load(Part& part, const FeatureMap& map, const Place& place) {
     visit_float_dtype(layer.dtype, [&](auto scalar) {
-      const auto* data = static_cast<const decltype(scalar)*>(layer.input.data);
-      for_each_element<Part::kRows, Part::kColumns>(
-          shared.input, layer.input, n, h(), w(), H(), W(),
-          [&](T& x, int64_t offset, bool inside) { x = inside ? to_acc(__ldg(data + offset)) : T(0); });
-    });
-  }
-  __device__ __forceinline__ void center_input() {
-    using Part = decltype(shared.input);
-    const T* mean = static_cast<const T*>(layer.mean.data);
-    for_each_element<Part::kRows, Part::kColumns>(shared.input, layer.mean, 0, h(), w(), H(), W(),
-                                                  [&](T& x, int64_t offset, bool inside) {
-                                                    if (inside) x -= __ldg(mean + offset);
-                                                  });
-  }
-  __device__ __forceinline__ void store_grad_input() {
-    visit_float_dtype(layer.dtype, [&](auto scalar) {
-      auto* data = static_cast<decltype(scalar)*>(layer.grad_input.data);
-      for_each_element<kStride * kRows, kStride * kColumns>(shared.input, layer.grad_input, n, h(), w(), H(), W(),
-                                                            [&](T& dx, int64_t offset, bool inside) {
-                                                              if (inside) store(dx, data + offset);
-                                                            });
+      const auto* data = static_cast<const decltype(scalar)*>(map.data);
+      for_each_element<Part::kRows, Part::kColumns>(part, map, n, place, [&](T& x, int64_t offset, bool inside) {
+        x = inside ? to_acc(__ldg(data + offset)) : T(0);
+      });
     });
   }
 
-  __device__ __forceinline__ void load_output(const FeatureMap& map) {
-    using Part = decltype(shared.output);
-    visit_float_dtype(layer.dtype, [&](auto scalar) {
-      const auto* data = static_cast<const decltype(scalar)*>(map.data);
-      for_each_element<Part::kRows, Part::kColumns>(
-          shared.output, map, n, p - kReach, q - kReach, P(), Q(),
-          [&](T& y, int64_t offset, bool inside) { y = inside ? to_acc(__ldg(data + offset)) : T(0); });
+  template <typename Part>
+  __device__ __forceinline__ void subtract_mean(Part& part, const FeatureMap& mean, const Place& place) {
+    const T* data = static_cast<const T*>(mean.data);
+    for_each_element<Part::kRows, Part::kColumns>(part, mean, 0, place, [&](T& x, int64_t offset, bool inside) {
+      if (inside) x -= __ldg(data + offset);
     });
   }
-  __device__ __forceinline__ void center_output(const FeatureMap& map) {
-    using Part = decltype(shared.output);
-    const T* mean = static_cast<const T*>(map.data);
-    for_each_element<Part::kRows, Part::kColumns>(shared.output, map, 0, p - kReach, q - kReach, P(), Q(),
-                                                  [&](T& y, int64_t offset, bool inside) {
-                                                    if (inside) y -= __ldg(mean + offset);
-                                                  });
+
+  // Writes the inputs of the tile to a map.
+  __device__ __forceinline__ void store(const FeatureMap& map) {
+    visit_float_dtype(layer.dtype, [&](auto scalar) {
+      auto* data = static_cast<decltype(scalar)*>(map.data);
+      for_each_element<kStride * kRows, kStride * kColumns>(shared.input, map, n, input_place(),
+                                                            [&](T& x, int64_t offset, bool inside) {
+                                                              decltype(scalar) rounded;
+                                                              from_acc(x, rounded);
+                                                              if (inside) __stwb(data + offset, rounded);
+                                                            });
+    });
   }
 
   // Replaces the outputs of the tile by conv(input, combined).
   __device__ __forceinline__ void fprop() {
     T total[kColumns] = {};
-#pragma unroll kUnrolled
+#pragma unroll kRowsAtOnce
     for (int r = 0; r < kSide; ++r) {
       T x[kSpan];
 #pragma unroll
@@ -208,7 +195,7 @@ struct DepthwiseTile {
         for (int c = 0; c < kColumns; ++c) total[c] += weight * x[kStride * c + s];
       }
     }
-    const int columns = is_inside(p + row, P()) ? Q() - q : 0;
+    const int columns = p + row < layer.P ? static_cast<int>(layer.Q) - q : 0;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       shared.output.at(kReach + row, kReach + c, lane) = c < columns ? total[c] : T(0);
@@ -218,10 +205,11 @@ struct DepthwiseTile {
   // Replaces the inputs of the tile by result(convT(output, feedback), input).
   template <typename Result>
   __device__ __forceinline__ void dgrad(const Result& result) {
+    const Place place = input_place();
 #pragma unroll 1
     for (int i = 0; i < kStride; ++i) {
       T total[kStride * kColumns] = {};
-#pragma unroll kUnrolled
+#pragma unroll kRowsAtOnce
       for (int k = 0; k <= kReach; ++k) {
         const int r = kStride * k + i;
         if (r >= kSide) break;
@@ -235,11 +223,11 @@ struct DepthwiseTile {
           for (int c = 0; c < kColumns; ++c) total[kStride * c + s % kStride] += weight * y[kReach + c - s / kStride];
         }
       }
-      const int width = is_inside(h() + kStride * row + i, H()) ? W() : 0;
+      const int width = is_inside(place.top + kStride * row + i, place.height) ? place.width : 0;
 #pragma unroll
       for (int j = 0; j < kStride * kColumns; ++j) {
         T& input = shared.input.at(kStride * row + i, j, lane);
-        input = is_inside(w() + j, width) ? result(total[j], input) : T(0);
+        input = is_inside(place.left + j, width) ? result(total[j], input) : T(0);
       }
     }
   }
@@ -276,15 +264,15 @@ struct DepthwiseTile {
   // Adds one tile to the sums: of grad_weight, of the data terms of the rule, of the bias.
   __device__ __forceinline__ void add_tile(T (&of_weight)[kSums], T (&of_data)[kSums], T& of_bias) {
     __syncthreads();  // until all threads have finished the last tile
-    load_output(layer.grad_output);
+    load(shared.output, layer.grad_output, output_place());
     __syncthreads();
     if (layer.grad_input.data) {
       dgrad([](T total, T) { return total; });
       __syncthreads();
-      store_grad_input();
+      store(layer.grad_input);
       __syncthreads();
     }
-    load_input();
+    load(shared.input, layer.input, input_place());
     __syncthreads();
     wgrad<false>(of_weight);
 #pragma unroll
@@ -293,7 +281,7 @@ struct DepthwiseTile {
     if (n >= layer.samples || !rule.reads_data()) return;
 
     __syncthreads();
-    if (layer.mean.data) center_input();
+    if (layer.mean.data) subtract_mean(shared.input, layer.mean, input_place());
     if (rule.has_combined()) {
       __syncthreads();
       fprop();
@@ -302,10 +290,10 @@ struct DepthwiseTile {
     }
     if (rule.null == 0) return;
     __syncthreads();
-    load_output(layer.response);
+    load(shared.output, layer.response, output_place());
     __syncthreads();
     if (layer.response_mean.data) {
-      center_output(layer.response_mean);
+      subtract_mean(shared.output, layer.response_mean, output_place());
       __syncthreads();
     }
     dgrad([&](T total, T input) { return rule.null * total - rule.amp_of_null() * input; });
@@ -348,16 +336,15 @@ struct DepthwiseTile {
   }
 };
 
-// Chunks of the tiles of all samples. They cover all outputs and all inputs: some inputs may be below or to the right of
-// every window.
+// Chunks of the tiles of all samples. They cover all outputs and all inputs: some inputs may be below or to the right
+// of every window.
 template <typename Tile>
 DepthwiseGrid tile_grid(const DepthwiseLayer& layer) {
   const auto tiles = [&](int d, int64_t outputs, int64_t inputs, int64_t size) {
     return (std::max(outputs, (inputs - 1 + layer.padding[d]) / Tile::kStride + 1) + size - 1) / size;
   };
   const int64_t down = tiles(0, layer.P, layer.H, Tile::kRows), right = tiles(1, layer.Q, layer.W, Tile::kColumns);
-  DepthwiseGrid grid =
-      depthwise_grid(layer, Tile::kBlockThreads, Tile::kBlocks, Tile::kLanes, layer.N * down * right);
+  DepthwiseGrid grid = depthwise_grid(layer, Tile::kBlockThreads, Tile::kBlocks, Tile::kLanes, layer.N * down * right);
   grid.tiles_down = down;
   grid.tiles_right = right;
   return grid;
