@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-cudaError_t launch_finish(const DepthwiseLayer& layer, int64_t chunks, const double* partial, cudaStream_t stream) {
+inline cudaError_t launch_finish(const DepthwiseLayer& layer, int64_t chunks, const double* partial,
+                                 cudaStream_t stream) {
   const int64_t blocks = (weights_of(layer) + layer.G * layer.J + kThreads - 1) / kThreads;
   return visit_dtype(layer.dtype, [&](auto scalar) {
     return launch(finish_kernel<decltype(scalar)>, blocks, stream, layer, chunks, partial);
