@@ -17,9 +17,9 @@
 
 namespace pyfeedback::cuda {
 
-// The part of a map that a block holds. The lanes of a position are adjacent. Any threads that process neighboring
-// lanes or positions of a row use different banks, and so do the two rows, kStep apart, that a warp processes at a
-// time.
+// The part of a map that a block holds, with the lanes of a position next to each other. The gaps prevent bank
+// conflicts: between the threads that load adjacent positions of a lane, and between the two rows, kStep apart, that a
+// warp multiplies at a time.
 template <typename T, int kRowsOfPart, int kColumnsOfPart, int kLanes, int kStep>
 struct MapPart {
   static constexpr int kRows = kRowsOfPart, kColumns = kColumnsOfPart;
@@ -42,6 +42,7 @@ __device__ __forceinline__ bool is_inside(int i, int size) {
   return static_cast<unsigned>(i) < static_cast<unsigned>(size);
 }
 
+// The work of one thread, which owns a row of outputs of one group in each tile of its block.
 template <int kSideOfKernel, int kStrideOfLayer>
 struct DepthwiseTile {
   using T = float;  // the dtype is looked up where a map is read or written, so that few kernels are compiled
@@ -80,8 +81,8 @@ struct DepthwiseTile {
   Shared& shared;
   const int64_t first_group;
   const int lane, row;  // of this thread
-  int64_t n = 0;        // sample and
-  int p = 0, q = 0;     // first output position of the tile
+  int64_t n = 0;        // the sample of the tile
+  int p = 0, q = 0;     // the first output of the tile
 
   __device__ DepthwiseTile(Shared& shared, int64_t first_group)
       : layer(shared.layer),
