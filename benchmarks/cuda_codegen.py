@@ -2,13 +2,16 @@
 
     python benchmarks/cuda_codegen.py [--architectures 80 90]
 
-Prints registers, stack, spilled bytes, static shared memory and 16-byte accesses of each kernel. Exits with 1 on a
-spill, on a kernel that should take 16 bytes at a time and does not, and on any warning of nvcc, the host compiler or
-ptxas. No GPU and no torch is needed, none is timed.
+Prints registers, stack, spilled bytes, static shared memory and 16-byte accesses of each kernel, and the instructions
+per multiply-add of the depthwise kernels by tiles, from nvdisasm of the CUDA toolkit or of Triton. Exits with 1 on a
+spill, on a kernel that should take 16 bytes at a time and does not, on more than two instructions per multiply-add, and
+on any warning of nvcc, the host compiler or ptxas. No GPU and no torch is needed, none is timed.
 """
 
 import argparse
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +22,7 @@ from typing import NamedTuple
 
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 FLAGS = [
-    *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-o", "/dev/null"),
+    *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin"),
     *("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v,-warn-spills,-Werror"),
 ]
 KERNEL = re.compile(
@@ -34,6 +37,12 @@ WIDE_ACCESS = re.compile(r"\b(ld|st)\.global\S*\.(?:v4\.[a-z]+32|v2\.[a-z]+64)\b
 WIDE_LOADS = ("step_kernel<Table<StepRow", "find_nonfinite_kernel<Table<StepRow", "products_kernel<Table<Align")
 WIDE_STORES = ("step_kernel<Table<StepRow",)
 
+ARITHMETIC = "depthwise_tile_kernel<"
+MOST_PER_FFMA = 2.0
+# Straight code that multiplies at least the smallest row of a kernel, of three taps, by the eight columns of a tile.
+LEAST_FFMA = 24
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)")
+
 
 class Kernel(NamedTuple):
     """What the compilers say of one kernel: bytes but for the registers, and instructions that move 16 bytes."""
@@ -45,20 +54,24 @@ class Kernel(NamedTuple):
     shared: int
     loads: int
     stores: int
+    per_ffma: float | None = None  # instructions per multiply-add
 
     @property
     def fails(self) -> bool:
-        """A spill, or accesses by element where the kernel means to take 16 bytes."""
+        """A spill, accesses by element where the kernel means to take 16 bytes, or too little arithmetic."""
         narrow_loads = self.name.startswith(WIDE_LOADS) and not self.loads
         narrow_stores = self.name.startswith(WIDE_STORES) and not self.stores
-        return self.spilled > 0 or narrow_loads or narrow_stores
+        slow = self.name.startswith(ARITHMETIC) and not (self.per_ffma and self.per_ffma <= MOST_PER_FFMA)
+        return self.spilled > 0 or narrow_loads or narrow_stores or slow
 
 
 def compile_source(source: Path, architecture: int) -> tuple[list[Kernel], str]:
     """The kernels of one source, and what the compilers said of it where they refused it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", "--keep", "--keep-dir", folder, str(source)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        cubin = Path(folder, "kernels.cubin")
+        command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", "--keep", "--keep-dir", folder]
+        result = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True)
+        ratios = instructions_per_ffma(cubin) if ARITHMETIC[:-1] in source.read_text() and cubin.exists() else {}
         ptx = Path(folder, f"{source.stem}.ptx")
         entries = re.split(r"\.entry (\w+)", ptx.read_text() if ptx.exists() else "")
     wide = {name: WIDE_ACCESS.findall(body) for name, body in zip(entries[1::2], entries[2::2], strict=True)}
@@ -78,9 +91,40 @@ def compile_source(source: Path, architecture: int) -> tuple[list[Kernel], str]:
                 int(shared[1]) if shared else 0,
                 accesses.count("ld"),
                 accesses.count("st"),
+                ratios.get(match["name"]),
             )
         )
     return kernels, output if result.returncode else ""
+
+
+def instructions_per_ffma(cubin: Path) -> dict[str, float]:
+    """Of each kernel, over its stretches of code without a branch that multiply at least LEAST_FFMA times."""
+    result = subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True)
+    sections = re.split(r"\.section\s+\.text\.(\w+)", result.stdout)
+    ratios = {}
+    for name, body in zip(sections[1::2], sections[2::2], strict=True):
+        stretches: list[list[str]] = [[]]
+        for line in body.splitlines():
+            match = INSTRUCTION.match(line)
+            if match:
+                stretches[-1].append(match[1])
+            if line.startswith(".L") or (match and match[1] in ("BRA", "EXIT")):
+                stretches.append([])
+        counts = [(len(stretch), stretch.count("FFMA")) for stretch in stretches]
+        instructions, ffma = map(sum, zip(*((i, f) for i, f in counts if f >= LEAST_FFMA), (0, 0), strict=True))
+        if ffma:
+            ratios[name] = instructions / ffma
+    return ratios
+
+
+def nvdisasm() -> str:
+    """The disassembler of the toolkit, or else of Triton."""
+    triton = importlib.util.find_spec("triton")
+    of_triton = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else ""
+    found = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=of_triton)
+    if found is None:
+        raise SystemExit("cuda_codegen.py: nvdisasm not found; expected it on PATH or in an installed Triton")
+    return found
 
 
 def readable(names: list[str]) -> list[str]:
@@ -104,11 +148,14 @@ def main() -> int:
             count += len(kernels)
             sys.stderr.write(complaint)
             for k in kernels:
+                per_ffma = f"  {k.per_ffma:.2f} instructions per FFMA" if k.per_ffma else ""
                 print(
                     f"sm_{architecture}  {source.name:18}  {k.registers:3} registers {k.stack:3} stack {k.spilled:3} "
-                    f"spilled {k.shared:5} shared  16 bytes: {k.loads:2} loads {k.stores:2} stores  {k.name}"
+                    f"spilled {k.shared:5} shared  16 bytes: {k.loads:2} loads {k.stores:2} stores  {k.name}{per_ffma}"
                 )
-    print(f"{count} kernels, {failed} of them or of their sources with a spill, a narrow access or a warning")
+    print(
+        f"{count} kernels, {failed} of them or of their sources with a spill, narrow access, slow arithmetic or warning"
+    )
     return bool(failed)
 
 

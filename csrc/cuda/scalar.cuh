@@ -50,4 +50,12 @@ __host__ __device__ __forceinline__ auto visit_dtype(Dtype dtype, const Visitor&
   }
 }
 
+// The same for the storage types whose acc type is float.
+template <typename Visitor>
+__device__ __forceinline__ void visit_float_dtype(Dtype dtype, const Visitor& visit) {
+  if (dtype == Dtype::kFloat32) return visit(float{});
+  if (dtype == Dtype::kBFloat16) return visit(__nv_bfloat16{});
+  return visit(__half{});
+}
+
 }  // namespace pyfeedback::cuda

@@ -89,6 +89,10 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;

@@ -239,11 +239,25 @@ def test_bad_arguments_are_refused_before_anything_is_read():
             call(**changed)
 
 
-# The CUDA kernel in the emulator on the CPU. A layer takes about 10^6 thread switches, so the maps are tiny.
+# The CUDA kernels in the emulator on the CPU. Of the kernel of any layer, a layer takes about 10^6 thread switches, so
+# the maps are tiny. The kernels by tiles are faster: these maps have several tiles, of which the last are partial, and
+# these layers several blocks of 16 groups.
 
+TILED = {
+    "3x3": layer(19, (19, 11), 3, layout=1),
+    "3x3 stride 2": layer(19, (21, 18), 3, stride=2, layout=1),
+    "5x5": layer(5, (9, 20), 5),
+    "5x5 stride 2": layer(5, (20, 17), 5, stride=2),
+    "7x7": layer(17, (10, 9), 7, layout=1),
+    "7x7 stride 2": layer(6, (17, 19), 7, stride=2, layout=1),
+    "3x3 without padding": layer(33, (3, 12), 3, padding=0, layout=1),
+    "3x3 stride 2, wide padding": layer(4, (4, 9), 3, stride=2, padding=7),
+    "5x5 stride 2, unread inputs": layer(16, (18, 10), 5, stride=2, padding=0),
+    "7x7 on a smaller map": layer(16, (2, 3), 7),
+}
 SMALL = {
     "3x3": layer(3, (4, 5), 3, layout=1),
-    "3x3 stride 2": layer(2, (5, 4), 3, stride=2),
+    "3x3 dilated, stride 2": layer(2, (5, 4), 3, stride=2, dilation=2),
     "5x5 dilated": layer(2, (6, 5), 5, dilation=2, layout=1),
     "7x7": layer(2, (4, 3), 7),
     "uneven kernel, strided": layer(3, (5, 6), (1, 4), stride=3, layout=1),
@@ -278,12 +292,25 @@ def test_the_cuda_kernel(on_cuda_emulator, name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
-def test_the_cuda_kernel_in_any_order(on_cuda_emulator):
-    args = arguments(SMALL["3x3"])
+@pytest.mark.parametrize("name", TILED)
+def test_the_cuda_kernels_by_tiles(on_cuda_emulator, name):
+    for rule in ("wm", "ia-centered", "aa", "kp", "everything"):
+        assert_as_accurate(TILED[name], {**RULES[rule], "samples": 2}, torch.float32)
+    for dtype in DTYPES[2:]:
+        assert_as_accurate(TILED[name], {**RULES["everything"], "samples": 2}, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    "case", [*TILED.values(), SMALL["grouped"]], ids=[*(f"{name}, tiles" for name in TILED), "grouped"]
+)
+def test_the_cuda_kernels_in_any_order(on_cuda_emulator, case):
+    args = arguments(case)
     results = []
     for order in cuda_emulator.ORDERS:
         with cuda_emulator.order(order):
-            results.append(backward(SMALL["3x3"], *args))
+            results.append(backward(case, *args))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
