@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyfeedback.backends import choices, triton
 from pyfeedback.backends.choices import Choice, tables
-from pyfeedback.backends.composite import alignment, center, layer, probes, steps
+from pyfeedback.backends.composite import alignment, center, im2col, layer, probes, steps
 from pyfeedback.backends.extension import depthwise, loading, ops
 from pyfeedback.core.algorithm import Algorithm, algorithms, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
@@ -47,6 +47,7 @@ class LayerBackend(NamedTuple):
 
 _LAYER_BACKENDS = {
     "composite": LayerBackend(layer.backward, layer.IMPLEMENTED),
+    "im2col": LayerBackend(im2col.backward, layer.IMPLEMENTED, im2col.supports),
     "extension": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
     "depthwise": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.is_faster, depthwise.reads_response),
 }
@@ -72,7 +73,7 @@ _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
 }
 _LAYERS = {  # the implementations of each kind of layer
     "grouped layer": ("composite", "extension", "depthwise"),
-    "layer": ("composite", "triton", "triton-unfused"),
+    "layer": ("composite", "im2col", "triton", "triton-unfused"),
 }
 
 _NO_TERMS = Coefficients()
