@@ -141,7 +141,7 @@ def test_it_is_no_candidate_of_other_layers(geometry, x, kernel, dtype):
     assert all(choice.backend != "im2col" for choice in calls)
 
 
-@pytest.mark.parametrize("rule", ["fa", "sa", "kp", "ia"])
+@pytest.mark.parametrize("rule", ["fa", "kp", "ia"])
 def test_a_choice_is_used_eager_and_compiled(rule, folder, monkeypatch):
     wgrad, used = Im2col.wgrad, []
     monkeypatch.setattr(Im2col, "wgrad", lambda *args: used.append(args[0]) or wgrad(*args))

@@ -19,7 +19,7 @@ from pyfeedback.core.call import Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution, Geometry
 
-ELEMENTS = 2**20  # of the matrix of windows at a time: 4 MiB in float32
+ELEMENTS = 2**22  # of the matrix of windows at a time: 16 MiB in float32
 
 
 class Im2col(Convolution):
@@ -30,21 +30,21 @@ class Im2col(Convolution):
     def wgrad(self, x: Tensor, y: Tensor, kernel: Tensor) -> Tensor:
         """The gradient of <conv(x, kernel), y> with respect to the kernel, in channels_last"""
         (k, c, *size), (n, _, p, q) = kernel.shape, y.shape
-        (top, left), inputs = self.padding, math.prod(size) * c
-        x, y = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous(), y.permute(0, 2, 3, 1).contiguous()
+        (top, left), (down, right), (below, beside) = self.padding, self.stride, self.dilation
+        inputs = math.prod(size) * c
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+        y = y.permute(0, 2, 3, 1).contiguous()
         image, row, column, _ = x.stride()
-        strides = (*(s * d for s, d in zip(self.stride, (row, column), strict=True)),
-                   *(s * d for s, d in zip(self.dilation, (row, column), strict=True)))  # fmt: skip
-        windows = x.as_strided((n, p, q, *size, c), (image, *strides, 1))
-        images, rows = max(1, ELEMENTS // max(1, p * q * inputs)), max(1, ELEMENTS // max(1, q * inputs))
-        copy, total = x.new_empty(min(n, images) * min(p, rows) * q, inputs), x.new_zeros(k, inputs)
-        for i in range(0, n, images):
-            for j in range(0, p, rows):
-                part = windows[i : i + images, j : j + rows]
-                grads = y[i : i + images, j : j + rows].reshape(-1, k)
-                matrix = copy[: len(grads)]
-                matrix.view(part.shape).copy_(part)
-                total.addmm_(grads.t(), matrix)
+        strides = (image, down * row, right * column, below * row, beside * column, 1)
+        windows = x.as_strided((n, p, q, *size, c), strides)
+        images, rows = max(1, ELEMENTS // (p * q * inputs)), max(1, ELEMENTS // (q * inputs))
+        matrix, total = x.new_empty(min(n, images) * min(p, rows) * q, inputs), x.new_zeros(k, inputs)
+        for several, gradients in zip(windows.split(images), y.split(images), strict=True):
+            for part, gradient in zip(several.split(rows, 1), gradients.split(rows, 1), strict=True):
+                gradient = gradient.flatten(0, 2)
+                copy = matrix[: len(gradient)]
+                copy.view(part.shape).copy_(part)
+                total.addmm_(gradient.t(), copy)
         return total.view(k, *size, c).permute(0, 3, 1, 2)
 
     def backward(self, grad_output: Tensor, x: Tensor, kernel: Tensor, mask: Sequence[bool]) -> Any:
