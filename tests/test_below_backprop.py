@@ -81,6 +81,6 @@ def test_a_small_run(study, tmp_path):
 def test_the_table_and_the_figure_are_those_of_the_finished_runs(study, tmp_path):
     runs = study.StructuredRuns(study.FOLDER / "runs.jsonl")
     rows = study.table(runs, study.json.loads((study.FOLDER / "times.json").read_text()))
-    assert study.markdown(rows) == (study.FOLDER / "results.md").read_text()
+    assert study.markdown(rows) in (study.FOLDER.parent / "below-backprop.md").read_text()
     study.draw(rows, tmp_path / "accuracy")
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}

@@ -2,6 +2,7 @@
 
 "composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
+"im2col" is that of "composite" with weight gradients as matrix products.
 Under "auto", a layer that :func:`pyfeedback.tune` has measured on this device uses what was fastest (`choices.py`).
 Every other op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
 faster than those after it. On a GPU, all layers are composed, and so are the gradients of rules that read probes.
