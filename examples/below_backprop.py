@@ -216,7 +216,7 @@ def markdown(rows: Sequence[dict]) -> str:
     for row in rows:
         reached = " | ".join(f"{row[name]:.1f}" if name in row else "" for name in NETWORKS)
         angles = [row[f"{name} angle"] for name in NETWORKS if row.get(f"{name} angle") is not None]
-        angle = f"{min(angles):.0f} to {max(angles):.0f}°" if angles else ""
+        angle = " to ".join(dict.fromkeys(f"{f(angles):.0f}°" for f in (min, max))) if angles else ""
         time = f"{row['time']:.2f} | {row['time with B']:.2f}"
         lines.append(f"| {row['meaning']} (`{row['structure']}`) | {time} | {reached} | {angle} |")
     return "\n".join(lines) + "\n"
@@ -229,12 +229,12 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         for network, marker in zip(NETWORKS, "osD", strict=True):
             mine = [row for row in rows if network in row]
             gaps = [mine[0][network] - row[network] for row in mine]
-            axes.plot([row["time"] for row in mine], gaps, marker, label=network, alpha=0.8)
+            axes.plot([row["time with B"] for row in mine], gaps, marker, label=network, alpha=0.8)
         for row in rows:
-            axes.annotate(row["structure"], (row["time"], -6), ha="center", va="top", rotation=90, fontsize=7)
+            axes.annotate(row["structure"], (row["time with B"], -3), ha="center", va="top", rotation=90, fontsize=7)
         axes.axhspan(-1, 1, color="0.9", zorder=0)
-        axes.set(xlabel="time of a step relative to backprop", ylabel="behind backprop (points of accuracy)")
-        axes.set_ylim(-22, None)
+        axes.set(xlabel="time of a step with B, relative to backprop", ylabel="behind backprop (points of accuracy)")
+        axes.set_ylim(-13, None)
         axes.legend(loc="upper right")
         for suffix, metadata in ((".png", {}), (".svg", {"Date": None})):
             figure.savefig(path.with_suffix(suffix), metadata=metadata)
