@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -184,8 +184,11 @@ def _images(data: str, train_size: int, test_size: int, validation: bool, root: 
     return image_data.load(data, train_size, test_size, validation, root=root)
 
 
-def train(job: Job, root: Path) -> Outcome:
-    """Train a new network by one rule. This function shows all that is needed to use the package."""
+def train(job: Job, root: Path, change_feedback: Callable[[nn.Module], None] = lambda model: None) -> Outcome:
+    """Train a new network by one rule. This function shows all that is needed to use the package.
+
+    ``change_feedback`` is called with the model before the first step and after each step.
+    """
     training, test = _images(job.data, job.train_size, job.test_size, job.validation, root)
     began = time.process_time()
     torch.manual_seed(job.seed)
@@ -206,6 +209,7 @@ def train(job: Job, root: Path) -> Outcome:
     steps = len(training.images) // job.batch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, job.epochs * steps, job.warm_up))
 
+    change_feedback(model)
     accuracy, diverged = [], False
     order = torch.Generator().manual_seed(job.seed)  # the same under every rule, although the rules draw B and probes
     for _ in range(job.epochs):
@@ -216,6 +220,7 @@ def train(job: Job, root: Path) -> Outcome:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            change_feedback(model)
             schedule.step()
             total += loss.item()
         accuracy.append(round(measure(model, test), 3))

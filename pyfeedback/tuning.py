@@ -111,10 +111,11 @@ def tune(
 ) -> Report:
     """Measure the candidates for the backward of every layer of ``model``, and use the fastest from now on.
 
-    The candidates are PyTorch's own kernels with each algorithm for the data terms, the Triton kernels, and the
-    compiled kernels. A candidate is refused if it raises an error, or if its error against float64 exceeds twice that
-    of the default. It replaces the default only if it is 5 % faster in three quarters of the rounds. On a GPU, the time
-    of a call is the longer of the device's and that of Python's launches.
+    The candidates are PyTorch's own kernels with each algorithm for the data terms, on a CPU also with weight gradients
+    as matrix products, the Triton kernels, and the compiled kernels. A candidate is refused if it raises an error, or
+    if its error against float64 exceeds twice that of the default. It replaces the default only if it is 5 % faster in
+    three quarters of the rounds. On a GPU, the time of a call is the longer of the device's and that of Python's
+    launches.
 
     The model runs forward and backward once, in its current mode. Its gradients, buffers and the random state are
     restored. A layer is known by its sizes, dtype, memory format and rule, so the result does not depend on the values

@@ -72,13 +72,14 @@ def signature_of(
 ) -> Signature:
     """The signature of a call of :func:`pyfeedback.backends.dispatch.plan`."""
     terms = [name for name in (*COEFFICIENTS, "center", "normalize") if getattr(rule, name)]
+    saved = response_saved and mask[2] and bool(rule.amp or rule.null)  # by a rule that reads it
     backend = torch.backends.mkldnn if input.is_cpu else torch.backends.cuda if input.is_cuda else None
     precision = "" if backend is None else str(backend.matmul.fp32_precision)
     if input.is_cuda:
         precision += "/" + str(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
     return Signature(
         geometry, tuple(input.shape), tuple(weight.shape), input.dtype, (_layout(input), _layout(weight)),
-        tuple(terms) if mask[2] else (), rule.samples, tuple(mask[:3]), response_saved, precision,
+        tuple(terms) if mask[2] else (), rule.samples, tuple(mask[:3]), saved, precision,
     )  # fmt: skip
 
 

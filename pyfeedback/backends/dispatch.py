@@ -2,6 +2,7 @@
 
 "composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
+"im2col" is that of "composite" with weight gradients as matrix products.
 Under "auto", a layer that :func:`pyfeedback.tune` has measured on this device uses what was fastest (`choices.py`).
 Every other op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
 faster than those after it. On a GPU, all layers are composed, and so are the gradients of rules that read probes.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from pyfeedback.backends import choices, triton
 from pyfeedback.backends.choices import Choice, tables
-from pyfeedback.backends.composite import alignment, center, layer, probes, steps
+from pyfeedback.backends.composite import alignment, center, im2col, layer, probes, steps
 from pyfeedback.backends.extension import depthwise, loading, ops
 from pyfeedback.core.algorithm import Algorithm, algorithms, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
@@ -47,6 +48,7 @@ class LayerBackend(NamedTuple):
 
 _LAYER_BACKENDS = {
     "composite": LayerBackend(layer.backward, layer.IMPLEMENTED),
+    "im2col": LayerBackend(im2col.backward, layer.IMPLEMENTED, im2col.supports),
     "extension": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
     "depthwise": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.is_faster, depthwise.reads_response),
 }
@@ -72,7 +74,7 @@ _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
 }
 _LAYERS = {  # the implementations of each kind of layer
     "grouped layer": ("composite", "extension", "depthwise"),
-    "layer": ("composite", "triton", "triton-unfused"),
+    "layer": ("composite", "im2col", "triton", "triton-unfused"),
 }
 
 _NO_TERMS = Coefficients()
