@@ -61,6 +61,7 @@ def pytest_addoption(parser):
     group.addoption("--compile", action="store_true", help="also torch.compile of the reference and of whole networks")
     group.addoption("--backward-only", action="store_true", help="time only the backward pass of a layer")
     group.addoption("--processor-time", action="store_true", help="measure processor time, for a shared machine")
+    group.addoption("--contiguous", action="store_true", help="whole networks in contiguous memory, not channels_last")
     group.addoption(
         "--budget", type=float, default=0.0, help="seconds for the rounds of one benchmark, beyond a minimum"
     )
@@ -85,6 +86,7 @@ def pytest_configure(config):
         compiled=option("compile"),
         backward_only=option("backward_only"),
         processor_time=option("processor_time"),
+        contiguous=option("contiguous"),
         batch=option("batch"),
         networks=option("network") or [],
         rules=option("rule") or [],

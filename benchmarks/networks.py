@@ -109,17 +109,62 @@ def resnet20() -> ResNet:
     return ResNet(_stem(16, 3, 1), 16, (16, 32, 64), (3, 3, 3), 10)
 
 
-MODELS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "resnet20": resnet20, "resnet50": resnet50}
+def demo() -> nn.Sequential:
+    """The network of examples/two_routes.py: seven layers, 16 channels."""
+    widths, strides = (16, 16, 32, 32, 64, 64), (2, 1, 2, 1, 2, 1)
+    layers: list[nn.Module] = []
+    for c, k, stride in zip((3, *widths), widths, strides, strict=False):
+        layers += [nn.Conv2d(c, k, 3, stride, 1, bias=False), nn.BatchNorm2d(k), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor, compiled: bool = False) -> Step:
-    """The step of a training loop; one optimizer updates all parameters."""
+def mlp() -> nn.Sequential:
+    """Two hidden layers of 1024 units."""
+    sizes = (nn.Linear(3072, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    return nn.Sequential(nn.Flatten(), *sizes)
+
+
+class VisionTransformer(nn.Module):
+    """ViT-Tiny (Touvron et al. 2021), with the mean of the tokens in place of a class token."""
+
+    def __init__(self, width: int = 192, depth: int = 12, heads: int = 3, patch: int = 16, tokens: int = 196):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Parameter(torch.zeros(tokens, width))
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.fc = nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return self.fc(self.blocks(tokens + self.positions[: tokens.shape[1]]).mean(1))
+
+
+MODELS = {
+    "resnet18": resnet18,
+    "resnet18-cifar": resnet18_cifar,
+    "resnet20": resnet20,
+    "resnet50": resnet50,
+    "demo": demo,
+    "mlp": mlp,
+    "vit-tiny": VisionTransformer,
+}
+
+
+def training_step(
+    model: nn.Module, images: Tensor, labels: Tensor, compiled: bool = False, followed: bool = False
+) -> Step:
+    """The step of a training loop; one optimizer updates all parameters.
+
+    Args:
+        followed: whether the optimizer is that of PyTorch, which the feedback weights follow.
+    """
     run_model = torch.compile(model) if compiled else model
 
     def backward():
         F.cross_entropy(run_model(images), labels).backward()
 
-    return _step(model, backward)
+    return _step(model, backward, followed=followed)
 
 
 def reference_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
@@ -133,8 +178,12 @@ def reference_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     return _step(model, backward, by_gradient=True)
 
 
-def _step(model: nn.Module, backward: Callable[[], None], by_gradient: bool = False) -> Step:
-    if list(pyfeedback.feedback_parameters(model)):
+def _step(model: nn.Module, backward: Callable[[], None], by_gradient: bool = False, followed: bool = False) -> Step:
+    optimizer: torch.optim.Optimizer
+    if followed:
+        optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), fused=True, **UPDATE)
+        pyfeedback.optim.follow(optimizer, model)
+    elif list(pyfeedback.feedback_parameters(model)):
         optimizer = pyfeedback.optim.SGD(model, **UPDATE)
     else:
         optimizer = torch.optim.SGD(model.parameters(), fused=True, **UPDATE)

@@ -24,11 +24,11 @@ RESNETS = {"resnet18": RESNET18, "resnet50": RESNET50, "resnet20": RESNET20_CIFA
 DEPTHWISE = {"mobilenet_v2": MOBILENET_V2, "efficientnet_b0": EFFICIENTNET_B0, "convnext_t": CONVNEXT_T}
 NETWORKS = RESNETS | DEPTHWISE  # of DEPTHWISE only the depthwise layers, and only if named
 
-WHOLE_NETWORKS = (*RESNETS, "resnet18-cifar")
+WHOLE_NETWORKS = (*RESNETS, "resnet18-cifar", "demo", "mlp", "vit-tiny")
 
-# The sample of a run without --full or --network: one small network, and one layer of each kind: pointwise up, down and
+# The sample of a run without --full or --network: small networks, and one layer of each kind: pointwise up, down and
 # strided, 3x3 dense and strided, large and small maps.
-SAMPLE_NETWORK = "resnet20"
+SAMPLE_NETWORKS = ["resnet20", "demo", "mlp"]
 SAMPLE_LAYERS = {
     "resnet50": ("64-256-1x1s1@56", "512-128-1x1s1@28", "128-128-3x3s1@28", "1024-2048-1x1s2@14"),
     "resnet18": ("256-512-3x3s2@14",),
@@ -55,6 +55,7 @@ class Selection:
     compiled: bool = False
     backward_only: bool = False
     processor_time: bool = False
+    contiguous: bool = False
     batch: int = 0
     networks: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Selection:
     def __post_init__(self):
         cuda = self.device.type == "cuda"
         self.sampled = self.quick or not (self.full or self.networks)
-        self.whole_networks = self.networks or ([SAMPLE_NETWORK] if self.sampled else list(WHOLE_NETWORKS))
+        self.whole_networks = self.networks or (SAMPLE_NETWORKS if self.sampled else list(WHOLE_NETWORKS))
         self.batch = self.batch or (2 if not self.timed else 8 if self.quick else 128 if cuda else 16)
         self.networks = self.networks or list(WHOLE_NETWORKS)
         self.rules = self.rules or list(RULES)

@@ -104,12 +104,14 @@ def floors(records: list[Record], copy_gb_s: float, product_tflop_s: float) -> l
 
 def _network_steps(records: list[Record]) -> list[str]:
     lines = []
-    for network, mode, dtype in _distinct((r["network"], r["mode"], r["dtype"]) for r in records):
-        here = [r for r in records if (r["network"], r["mode"], r["dtype"]) == (network, mode, dtype)]
+    kinds = ("network", "mode", "layout", "dtype")
+    for kind in _distinct(tuple(r[name] for name in kinds) for r in records):
+        here = [r for r in records if tuple(r[name] for name in kinds) == kind]
         milliseconds = 1e3 * statistics.median(r["seconds"]["plain"] for r in here)
         megabytes = here[0]["peak_bytes"]["plain"] / 1e6
         size = f"batch {here[0]['batch']} of {here[0]['image']}x{here[0]['image']}"
-        lines.append(f"step of {network}, {mode}, {size}, {dtype}: backprop {milliseconds:.1f} ms, {megabytes:.0f} MB")
+        title = ", ".join([*kind[:3], size, kind[3]])
+        lines.append(f"step of {title}: backprop {milliseconds:.1f} ms, {megabytes:.0f} MB")
         lines.append(f"  {'':24}" + "".join(f"{r['rule']:>7}" for r in here))
         for other in ("plain", "reference"):
             if any(other in r["seconds"] for r in here):
@@ -117,6 +119,10 @@ def _network_steps(records: list[Record]) -> list[str]:
                 lines.append(f"  {f'time to {TITLES[other]}':24}{_cells(times, 7)}")
                 peaks = [_ratio(r["peak_bytes"], other) for r in here]
                 lines.append(f"  {f'memory to {TITLES[other]}':24}{_cells(peaks, 7)}")
+        if any("followed" in r["seconds"] for r in here):
+            pairs = [(r["ratio_to_plain"], r.get("ratio_to_followed")) for r in here]
+            times = [plain / followed if followed else None for plain, followed in pairs]
+            lines.append(f"  {'followed, to backprop':24}{_cells(times, 7)}")
         lines.append("")
     return lines
 
