@@ -1,5 +1,6 @@
-// OpenMP's parallel regions by pthreads, for ThreadSanitizer: it sees where these begin and end, and does not see that of
-// libgomp, which is not instrumented, so that every region would be reported. Preloaded by tests/extension/sanitize.sh.
+// OpenMP's parallel regions by pthreads, for ThreadSanitizer: it sees where these begin and end, and does not see that
+// of libgomp, which is not instrumented, so that every region would be reported. Preloaded by
+// tests/extension/sanitize.sh.
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
