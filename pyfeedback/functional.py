@@ -198,12 +198,12 @@ def layer(
     """Call any of the layers above with coefficients that were checked before; used by :mod:`pyfeedback.nn`."""
     if torch._C._is_any_autocast_enabled() and autograd.autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
+    check_layer(geometry, input, weight, feedback, bias)
     eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if eager and getattr(feedback, "requires_grad", True) is False:
+    if eager and not feedback.requires_grad:
         output = autograd.forward_with_feedback(geometry, input, weight, feedback, bias)
         if output is not None:
             return output
-    check_layer(geometry, input, weight, feedback, bias)
     if torch._C._are_functorch_transforms_active():
         return autograd.TransformableLayer.apply(input, weight, feedback, bias, geometry, rule, current_backend())
     if torch.compiler.is_compiling():

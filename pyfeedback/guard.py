@@ -139,7 +139,8 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
     if late := [_name(layer) for layer in _late_layers(optimizer, groups)]:
         found[LATE] = late
     uncalled: dict[str, FeedbackLayer] = {}
-    for layer, (weight_before, feedback_before) in steps.versions.items():
+    attached = {layer: versions for layer, versions in steps.versions.items() if layer in attached_layers}
+    for layer, (weight_before, feedback_before) in attached.items():
         feedback, rule, name = layer.feedback, layer.rule, _name(layer)
         if feedback is None or not rule.learns:
             continue
@@ -167,7 +168,7 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
         if problem is not None:
             found.setdefault(problem, []).append(name)
     if uncalled:
-        warn_of_uncalled(uncalled | {_name(layer): layer for layer in steps.versions if layer.called})
+        warn_of_uncalled(uncalled | {_name(layer): layer for layer in attached if layer.called})
     return found
 
 

@@ -36,8 +36,7 @@ class _Conv(_ConvNd):
             check_padded(input, self.weight)
             input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
         geometry = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
-        weight, bias = self.weight_and_bias()
-        return self.run(geometry, input, weight, feedback, bias)
+        return self.run(geometry, input, self.weight, feedback, self.bias)
 
 
 class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):

@@ -119,13 +119,6 @@ class FeedbackLayer(torch.nn.Module):
         if computed is not None and rule.learns and not rule.reads_probes:
             feedback.requires_grad_()  # the optimizers have W, but not the weight that was computed
 
-    def weight_and_bias(self) -> tuple[Tensor, Any]:
-        """Return both, without nn.Module's function for attributes where they are parameters."""
-        parameters: dict[str, Any] = self._parameters
-        if "weight" in parameters and "bias" in parameters:
-            return parameters["weight"], parameters["bias"]
-        return self.weight, self.bias
-
     def note_layout(self, geometry: Geometry, feedback: Tensor) -> None:
         """Note in which layout a product by use has the feedback weight; a layer of torch.nn has only one."""
 

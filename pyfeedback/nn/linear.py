@@ -45,5 +45,4 @@ class Linear(FeedbackLayer, torch.nn.Linear):
         feedback = self.enter()
         if feedback is None:
             return super().forward(self.detach_input(input))
-        weight, bias = self.weight_and_bias()
-        return self.run(LINEAR, input, weight, feedback, bias)
+        return self.run(LINEAR, input, self.weight, feedback, self.bias)

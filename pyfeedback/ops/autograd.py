@@ -24,8 +24,7 @@ from torch.autograd import forward_ad
 from pyfeedback.backends.dispatch import current_backend, is_composed, is_plain, plan, stays_plain, tables, use_backend
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall, output_is_response
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.geometry import LINEAR, Geometry
-from pyfeedback.core.tensors import DTYPES
+from pyfeedback.core.geometry import Geometry
 from pyfeedback.ops.schemas import LIBRARY
 
 
@@ -80,16 +79,17 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 def forward_with_feedback(
     geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible.
-
-    It is not possible with invalid arguments: PyTorch or the comparison of B with W refuses them.
-    """
-    try:
-        if not _has_plain_backward(geometry, input, weight, feedback, bias):
-            return None
-        output = geometry.fprop(input, weight, bias)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return None  # the caller finds the invalid argument, or gets the same error
+    """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible."""
+    if (
+        not is_plain(geometry, weight.shape, "cpu" if input.is_cpu else input.device.type, current_backend())
+        or (tables[input.device] and not stays_plain(geometry, input, weight, bias))
+        or not _PLAIN.issuperset((type(input), type(weight), type(feedback)))
+        or not ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    output = geometry.fprop(input, weight, bias)
     node = output.grad_fn
     if node is None:
         return output
@@ -102,28 +102,6 @@ def forward_with_feedback(
         replaced = _InPlaceOfWeight(feedback, feedback._version, is_transposed)
         getattr(node, attribute).register_hooks(_NOTHING.get, replaced.unpack)
     return output
-
-
-def _has_plain_backward(
-    geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None
-) -> bool:
-    """Whether the backward of this layer is that of PyTorch with B in place of W, and no kernel is faster."""
-    kernel = weight.shape
-    return (
-        feedback.shape == kernel
-        and input.dim() >= len(kernel)
-        and weight.dtype in DTYPES
-        and feedback.dtype is weight.dtype
-        and feedback.device == weight.device
-        and feedback.layout is torch.strided
-        and (bias is None or geometry is not LINEAR or bias.shape == kernel[:1])
-        and is_plain(geometry, kernel, "cpu" if input.is_cpu else input.device.type, current_backend())
-        and (not tables[input.device] or stays_plain(geometry, input, weight, bias))
-        and _PLAIN.issuperset((type(input), type(weight), type(feedback)))
-        and ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and forward_ad._current_level < 0
-    )
 
 
 class EagerLayer(torch.autograd.Function):

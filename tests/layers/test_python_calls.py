@@ -7,7 +7,7 @@ from pyfeedback import nn
 from pyfeedback.testing import python_calls
 
 MOST = {
-    "fa": (9, 1),
+    "fa": (8, 1),
     "kp": (12, 16),
     "sa": (12, 16),
     "wm": (12, 16),

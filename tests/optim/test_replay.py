@@ -131,7 +131,7 @@ def test_rules_with_a_time_constant_or_a_factor_are_examined_in_every_step(rule)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("rule", ["kp", "ia", "ia-probes"])
 def test_an_unconverted_model_is_stepped_as_by_torch(rule, kind):
-    model = model_of(rule)
+    model, _other = model_of(rule), model_of(rule)  # another model is still converted
     own = OPTIMIZERS[kind](model)
     step(model, own, 0)
     twin = copy.deepcopy(pyfeedback.unconvert(model))
