@@ -143,6 +143,7 @@ def test_it_is_no_candidate_of_other_layers(geometry, x, kernel, dtype):
 
 @pytest.mark.parametrize("rule", ["fa", "kp", "ia"])
 def test_a_choice_is_used_eager_and_compiled(rule, folder, monkeypatch):
+    torch._dynamo.reset()  # the same graph of another test would be used again
     wgrad, used = Im2col.wgrad, []
     monkeypatch.setattr(Im2col, "wgrad", lambda *args: used.append(args[0]) or wgrad(*args))
     torch.manual_seed(0)
