@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyfeedback.core.algorithm import Algorithm, needs_response
-from pyfeedback.core.call import output_is_response
 from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use
@@ -329,20 +328,18 @@ def _normal_like(weight: Tensor) -> Callable[[Tensor], object]:
 def _preserve_responses(model: nn.Module) -> list[str]:
     """Switch off in-place activations directly after a layer whose output the rule reads in the backward pass.
 
-    A layer whose output is not the response, because of its bias, is not affected: it computes the response again. The
-    order is that of ``named_modules``, with each occurrence of a shared module. A response that a functional in-place
-    call overwrites is computed again in the backward pass, which takes longer.
+    Only layers without a bias are affected: with a bias, the output is not the response, which is computed again
+    instead. The order is that of ``named_modules``, with each occurrence of a shared module. A response that a
+    functional in-place call overwrites is computed again in the backward pass, which takes longer.
     """
     leaves = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not any(m.children())]
     leaves = [(name, m) for name, m in leaves if not isinstance(m, (nn.Identity, nn.Flatten))]  # these do not copy
     switched: list[str] = []
     for (_, layer), (name, follower) in pairwise(leaves):
-        if not isinstance(layer, FeedbackLayer) or layer.feedback is None or not layer.rule.reads_data:
+        if not isinstance(layer, FeedbackLayer) or layer.feedback is None or layer.bias is not None:
             continue
-        coefficients = layer.rule.coefficients(1, 1)
-        bias: Any = layer.bias
-        reads_output = needs_response(Algorithm.DIRECT, coefficients) and output_is_response(coefficients, bias)
-        if reads_output and getattr(follower, "inplace", False) is True:
+        reads_response = layer.rule.reads_data and needs_response(Algorithm.DIRECT, layer.rule.coefficients(1, 1))
+        if reads_response and getattr(follower, "inplace", False) is True:
             follower.inplace = False
             switched.append(name)
     return switched

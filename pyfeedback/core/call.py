@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyfeedback.core.algorithm import Algorithm
@@ -35,11 +34,3 @@ class LayerCall(NamedTuple):
     algorithm: Algorithm
     chosen: Implementations
     reads_response: bool  # whether the backward reads the response, the output without bias
-
-
-def output_is_response(rule: Coefficients, bias: Tensor | None) -> bool:
-    """Whether the backward may read the output of a layer, with its bias, as the response: centering removes the bias.
-
-    In a 16-bit dtype, the sum is rounded at the magnitude of the bias, so the response has to be computed again.
-    """
-    return bias is None or (rule.center and bias.dtype in (torch.float32, torch.float64))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyfeedback.backends.dispatch import current_backend, is_composed, is_plain, plan, stays_plain, tables, use_backend
-from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall, output_is_response
+from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
 from pyfeedback.ops.schemas import LIBRARY
@@ -112,15 +112,14 @@ class EagerLayer(torch.autograd.Function):
         output = geometry.fprop(input, weight, bias)
         if output._is_view():
             output = output.data  # like not_a_view, which takes 3 microseconds
-        keep = output_is_response(rule, bias)
-        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], keep)
+        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], bias is None)
         response = ctx.kept = None
-        if keep and call.reads_response:
+        if call.reads_response and bias is None:
             if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
                 # Not a saved tensor: autograd would raise an error if the next function changed it in place.
                 ctx.kept = output.detach(), output._version
             else:
-                response = output if bias is None else output.clone()  # in-place work often follows a bias
+                response = output
         ctx.save_for_backward(input, weight, feedback, response)
         return output
 
@@ -204,11 +203,10 @@ def register_formula(
             ctx.rule, ctx.arguments, ctx.backend = rule, list(arguments), current_backend()
             ctx.mask = ctx.needs_input_grad[1:5]
             tensors = [ctx.arguments.pop(0)] if scheduled else []
-            coefficients = Coefficients(center=rule["center"]) if scheduled else Coefficients(**rule)
-            keep = ctx.mask[2] and output_is_response(coefficients, bias)
+            keep = ctx.mask[2] and bias is None
             if keep and not scheduled:
                 geometry = geometry_of(*ctx.arguments)
-                keep = plan(geometry, input, weight, coefficients, ctx.mask, True).reads_response
+                keep = plan(geometry, input, weight, Coefficients(**rule), ctx.mask, True).reads_response
             ctx.save_for_backward(input, weight, feedback, output if keep else None, *tensors)
             return output
 
