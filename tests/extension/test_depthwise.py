@@ -239,9 +239,9 @@ def test_bad_arguments_are_refused_before_anything_is_read():
             call(**changed)
 
 
-# The CUDA kernels in the emulator on the CPU. Of the kernel of any layer, a layer takes about 10^6 thread switches, so
-# the maps are tiny. The kernels by tiles are faster: these maps have several tiles, of which the last are partial, and
-# these layers several blocks of 16 groups.
+# The CUDA kernels in the emulator on the CPU. The generic kernel takes about 10^6 thread switches for a layer, so its
+# maps are tiny. The tiled kernels take fewer, so their maps have several tiles, the last ones incomplete, and their
+# layers have several blocks of 16 groups.
 
 TILED = {
     "3x3": layer(19, (19, 11), 3, layout=1),

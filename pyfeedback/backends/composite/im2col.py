@@ -1,8 +1,8 @@
 """The backward of a 2-D convolution whose weight gradients are matrix products: another composition, for CPUs.
 
-It differs from `layer.py` only in the weight gradient, that of W and those in the rules' terms. PyTorch's own (oneDNN)
-reaches half the rate of the forward pass on some processors, and more on others, so :func:`pyfeedback.tune` measures
-both for each layer. Nothing else uses this one.
+It differs from `layer.py` only in the weight gradients: that of W, and those in the terms of the rules. Whether it is
+faster than PyTorch's own (oneDNN) depends on the layer and the processor, so :func:`pyfeedback.tune` measures both for
+each layer. Nothing else uses this module.
 """
 
 import math
@@ -28,7 +28,7 @@ class Im2col(Convolution):
     __slots__ = ()
 
     def wgrad(self, x: Tensor, y: Tensor, kernel: Tensor) -> Tensor:
-        """The gradient of <conv(x, kernel), y> with respect to the kernel, in channels_last"""
+        """The gradient of <conv(x, kernel), y> with respect to the kernel, in channels_last."""
         (k, c, *size), (n, _, p, q) = kernel.shape, y.shape
         (top, left), (down, right), (below, beside) = self.padding, self.stride, self.dilation
         inputs = math.prod(size) * c
@@ -48,7 +48,7 @@ class Im2col(Convolution):
         return total.view(k, *size, c).permute(0, 3, 1, 2)
 
     def backward(self, grad_output: Tensor, x: Tensor, kernel: Tensor, mask: Sequence[bool]) -> Any:
-        """dgrad, wgrad and the gradient of a bias; None if ``mask`` is False"""
+        """dgrad, wgrad and the gradient of a bias; None if ``mask`` is False."""
         needs_input, needs_weight, needs_bias = mask
         grad_input, grad_weight, grad_bias = None, None, None
         if needs_input or needs_bias:

@@ -83,7 +83,7 @@ def _data_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor,
 
     float16 is computed in float32: sums over a batch exceed 65504, the largest float16, long before their mean does. So
     is bfloat16 on a CPU without it: PyTorch then adds up the weight gradients of the samples of a convolution in
-    bfloat16, with an error that grows with the batch, and float32 is 3 to 5 times faster.
+    bfloat16, with an error that grows with the batch.
     """
     if x.dtype is torch.float16 or (x.dtype is torch.bfloat16 and x.is_cpu and not CPU_HAS_BFLOAT16):
         x, weight, feedback = x.float(), weight.float(), feedback.float()
