@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from pyfeedback.core.algorithm import Algorithm, needs_response
+from pyfeedback.core.tensors import DTYPES
 from pyfeedback.core.values import check_flag, check_model, describe
 from pyfeedback.init import Init, as_init, default_init_
 from pyfeedback.nn import LAYERS, FeedbackLayer, MultiheadAttention, by_use
 from pyfeedback.nn.direct import DirectFeedback, DirectInput
-from pyfeedback.nn.model import feedback_layers
+from pyfeedback.nn.model import feedback_layers, unchanged_on_error
 from pyfeedback.optim import follow
 from pyfeedback.optim.following import check_follow
 from pyfeedback.pretrained import record_rules
@@ -28,6 +30,10 @@ _log = logging.getLogger("pyfeedback")
 _NOT_FOUND = "no product of it with the input was found in the forward"
 _NO_PATTERN = "no pattern of the rules matches its name"
 _EMBEDDING = "an embedding has no input gradient, so there is nothing to feed back"
+_LAZY = "they have no shape yet: run a forward pass before the conversion"
+_LIST = "convert does not follow the module that takes them out of the list"
+_DTYPE = "their dtype is {}, expected float64, float32, bfloat16 or float16"
+_PARAMETRIZED = "it is parametrized: apply weight_norm and other parametrizations after the conversion"
 
 
 @dataclass
@@ -50,7 +56,8 @@ class Conversion:
 
     def __str__(self) -> str:
         follow = ", ".join(f"{r}" if p == "*" else f"{p} {r}" for p, r in self.rules.items())
-        lines = [f"{len(self.changed)} layers follow {follow}: {', '.join(self.changed) or 'none'}"]
+        changed = ", ".join(name or "the model" for name in self.changed)
+        lines = [f"{len(self.changed)} layers follow {follow}: {changed or 'none'}"]
         lines += [f"left {name or 'the model'}: {why}" for name, why in self.left.items()]
         if self.not_in_place:
             lines.append(f"no longer in place, the rule reads their input: {', '.join(self.not_in_place)}")
@@ -99,8 +106,9 @@ def convert(
         ``model`` itself.
 
     Raises:
-        ValueError, TypeError: an argument is invalid, or no layer would be converted and no report is returned; the
-            model has not been changed.
+        ValueError, TypeError: an argument is invalid, or no layer would be converted and no report is returned.
+
+    After any error, also one that ``init`` raises, the model is as before.
     """
     check_model(model)
     check_flag("strict", strict)
@@ -115,22 +123,11 @@ def convert(
     if optimizer is not None:
         named = (pair for name in chosen for pair in model.get_submodule(name).named_parameters(recurse=False))
         check_follow(optimizer, [p for name, p in named if name != "feedback" and p.dim() > 1], chosen)
-    report, direct = Conversion(rules, list(chosen), left), None
-    _drop_direct_feedback(model)
-    by_use.detach(model)
-    for name, follows in chosen.items():
-        module: Any = model.get_submodule(name)
-        for path, layer in _attach(name, module, follows, init):
-            layer.full_name = path
-            layer.reset_feedback(_normal_like(layer.weight))
-            if follows.direct != "no":
-                direct = direct or DirectFeedback(init, follows.direct == "shared")
-                layer.direct = DirectInput(path, direct)
-    by_use.attach_readers(model)
-    if direct is not None:
-        direct.attach(model)
+    with unchanged_on_error(model):
+        report = Conversion(rules, list(chosen), left, _give_paths(model, chosen, init))
+        if optimizer is not None:
+            follow(optimizer, model)
     record_rules(model)
-    report.not_in_place = _preserve_responses(model)
     _log.log(logging.WARNING if _leaves_most(model, left) else logging.INFO, "%s", report)
     for pattern in rules:
         if not any(fnmatchcase(name, pattern) for name in chosen):
@@ -138,8 +135,6 @@ def convert(
             _log.warning(
                 "the pattern %r of rule matches no layer%s", pattern, f"; the model has {close}" if close else ""
             )
-    if optimizer is not None:
-        follow(optimizer, model)
     return (model, report) if return_report else model
 
 
@@ -172,6 +167,25 @@ def convert_once(model: nn.Module, rule: str | Rule | Mapping[str, str | Rule], 
             )
 
 
+def _give_paths(model: nn.Module, chosen: dict[str, Rule], init: Init) -> list[str]:
+    """Give the layers their feedback paths, and return the activations that no longer work in place."""
+    direct = None
+    _drop_direct_feedback(model)
+    by_use.detach(model)
+    for name, follows in chosen.items():
+        module: Any = model.get_submodule(name)
+        for path, layer in _attach(name, module, follows, init):
+            layer.full_name = path
+            layer.reset_feedback(_normal_like(layer.weight))
+            if follows.direct != "no":
+                direct = direct or DirectFeedback(init, follows.direct == "shared")
+                layer.direct = DirectInput(path, direct)
+    by_use.attach_readers(model)
+    if direct is not None:
+        direct.attach(model)
+    return _preserve_responses(model)
+
+
 def _attach(name: str, module: Any, rule: Rule, init: Init) -> list[tuple[str, FeedbackLayer]]:
     """Give a module its feedback weights, and return the layers that hold them, by name."""
     if type(module) in LAYERS or isinstance(module, FeedbackLayer):
@@ -194,9 +208,9 @@ def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, R
         if module in unsupported:
             left[name] = unsupported[module]
             continue
-        if isinstance(module, by_use.UsedWeight):  # of an earlier conversion
+        if isinstance(module, (by_use.UsedWeight, ParametrizationList)):  # part of another layer
             continue
-        if isinstance(module, FeedbackLayer) or type(module) in LAYERS:
+        if isinstance(module, FeedbackLayer) or (type(module) in LAYERS and _has_floats(module)):
             has_path, others = True, list[str]()
         else:
             used, others = by_use.used_weights(module)
@@ -204,12 +218,27 @@ def _chosen_rules(model: nn.Module, rules: dict[str, Rule]) -> tuple[dict[str, R
         follows = next((r for pattern, r in rules.items() if fnmatchcase(name, pattern)), None)
         if has_path and follows is not None:
             chosen[name] = follows
-            left |= {f"{name}.{weight}" if name else weight: _NOT_FOUND for weight in others}
+            left |= {f"{name}.{weight}" if name else weight: _why_left(module, [weight]) for weight in others}
         elif has_path:
             left[name] = _NO_PATTERN
         elif others:
-            left[name] = f"{type(module).__name__} has weights, but {_NOT_FOUND}"
+            left[name] = f"{type(module).__name__} has weights, but {_why_left(module, others)}"
     return chosen, left
+
+
+def _has_floats(module: nn.Module) -> bool:
+    """Whether the layers of this package have an implementation for the dtypes of a module's weights."""
+    return all(p.dtype in DTYPES for p in module.parameters(recurse=False))
+
+
+def _why_left(module: nn.Module, weights: list[str]) -> str:
+    """The reason why a module has no feedback path for some of its weights."""
+    if any(is_lazy(getattr(module, name)) for name in weights):
+        return _LAZY
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return _LIST
+    unsupported = [p for p in module.parameters(recurse=False) if p.dtype not in DTYPES]
+    return _DTYPE.format(unsupported[0].dtype) if unsupported else _NOT_FOUND
 
 
 def _leaves_most(model: nn.Module, left: dict[str, str]) -> bool:
@@ -219,7 +248,7 @@ def _leaves_most(model: nn.Module, left: dict[str, str]) -> bool:
     others = 0
     for name, why in left.items():
         if why not in (_NO_PATTERN, _EMBEDDING):
-            own = [weights[name]] if name in weights else modules[name].parameters(recurse=False)
+            own = [weights[name]] if name in weights else modules[name].parameters(recurse=why == _PARAMETRIZED)
             others += sum(p.numel() for p in own if not is_lazy(p) and p.dim() > 1)
     return others > converted > 0
 
@@ -300,6 +329,8 @@ def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             reasons[module] = _EMBEDDING
+        elif is_parametrized(module) and not isinstance(module, FeedbackLayer):
+            reasons[module] = _PARAMETRIZED
         elif isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
             if type(module) is not nn.MultiheadAttention:
                 what = f"{type(module).__name__}, a subclass of MultiheadAttention"

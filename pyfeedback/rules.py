@@ -117,6 +117,8 @@ class Rule(Primitives):
             raise ValueError(f"{self} has more than one of transport, signs, direct and expansion, expected one")
         if self.expansion and (self.reads_data or self.self_):
             raise ValueError(f"expansion is {self.expansion} in {self}, expected no coefficients but tie and decay")
+        for name in (*UNITLESS, "growth"):
+            check_number(name, getattr(self, name))
         self._check_probes()
         if self.tau:
             self._remove_units()
@@ -201,8 +203,6 @@ class Rule(Primitives):
         """Replace the coefficients by those that ``tau``, ``ratio`` and ``nu`` stand for."""
         check_positive("tau", self.tau)
         check_positive("ratio", self.ratio)
-        check_number("nu", self.nu)
-        check_number("growth", self.growth)
         terms = frozenset(name for name in COEFFICIENTS if getattr(self, name)) - {"decay"}
         if terms not in _WITH_TAU or self.expansion or self.reduction != "batch":
             what = "the terms of wm, ia, sa, aa or kp, reduction batch and no expansion"

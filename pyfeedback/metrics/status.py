@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pyfeedback.core.values import check_model
+from pyfeedback.core.values import check_model, describe
 from pyfeedback.metrics.alignment import alignment
 from pyfeedback.nn import FeedbackLayer
 
@@ -67,19 +67,25 @@ def status(model: nn.Module, optimizer: HasTimeConstants | None = None) -> Statu
 
     Args:
         model: any model. Layers without a rule are those that :func:`pyfeedback.convert` left.
-        optimizer: an optimizer of :mod:`pyfeedback.optim`, for the time constants of rules with units.
+        optimizer: an optimizer of :mod:`pyfeedback.optim`, or what :func:`pyfeedback.optim.follow` has returned, for
+            the time constants of rules with units.
 
     Returns:
         A list of :class:`LayerStatus` whose ``str`` is a table.
 
     Raises:
         ValueError: weights have no values (on the meta device).
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``optimizer`` has no time constants.
     """
     check_model(model)
+    if optimizer is not None and not hasattr(optimizer, "time_constants"):
+        what = "one of pyfeedback.optim, or what pyfeedback.optim.follow has returned"
+        raise TypeError(f"optimizer is {describe(optimizer)}, expected {what}")
     readings = alignment(model)
     time_constants = {} if optimizer is None else optimizer.time_constants()
     rows = Status()
+    layers = [module for module in model.modules() if isinstance(module, FeedbackLayer)]
+    parametrizations = {p for layer in layers for p in getattr(layer, "parametrizations", {}).values()}
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, FeedbackLayer):
@@ -90,7 +96,7 @@ def status(model: nn.Module, optimizer: HasTimeConstants | None = None) -> Statu
             angle, ratio = (math.nan, math.nan) if reading is None else (reading.angle, reading.norm_ratio)
             tau = time_constants.get(name, rule.tau or math.nan)
             rows.append(LayerStatus(name, kind, rule.name, _path(module), stepped, angle, ratio, tau))
-        elif any(is_lazy(p) or p.dim() > 1 for p in _without_feedback(module)):
+        elif module not in parametrizations and any(is_lazy(p) or p.dim() > 1 for p in _without_feedback(module)):
             rows.append(LayerStatus(name, kind, "", "weight", None, math.nan, math.nan, math.nan))
     return rows
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyfeedback.core.geometry import LINEAR, Convolution, Geometry
+from pyfeedback.core.tensors import DTYPES
 from pyfeedback.core.uses import reads_attribute, weights_in_products
 from pyfeedback.init import Init
 from pyfeedback.nn.layer import FeedbackLayer, traced_call
@@ -195,7 +196,7 @@ def used_weights(module: nn.Module) -> tuple[dict[str, bool], list[str]]:
     reads besides, as a gain for each output, is neither.
     """
     named = {n: p for n, p in module.named_parameters(recurse=False) if is_lazy(p) or p.dim() > 1}
-    matrices = [name for name, p in named.items() if not is_lazy(p)]
+    matrices = [name for name, p in named.items() if not is_lazy(p) and p.dtype in DTYPES]
     found = {}
     if matrices and "forward" not in vars(module):
         found = weights_in_products(plain_class(module), matrices)

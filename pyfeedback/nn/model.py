@@ -1,11 +1,13 @@
 """The feedback layers, feedback weights and forward parameters of a model."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 
 from torch import nn
 
 from pyfeedback.core.values import check_model
-from pyfeedback.nn.layer import FeedbackLayer
+from pyfeedback.nn.layer import FeedbackLayer, attached_layers
 
 
 def feedback_layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
@@ -30,3 +32,28 @@ def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     check_model(model)
     feedback = {id(p) for p in feedback_parameters(model)}
     return (p for p in model.parameters() if id(p) not in feedback)
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore the modules of ``model`` if the block raises an error: their classes and attributes, with all hooks."""
+    before = {}
+    for module in model.modules():
+        attributes = vars(module).items()
+        saved = {name: (value, copy(value) if isinstance(value, (dict, set)) else value) for name, value in attributes}
+        before[module] = type(module), saved
+    try:
+        yield
+    except BaseException:
+        for module in list(model.modules()):
+            if module not in before or not issubclass(before[module][0], FeedbackLayer):
+                attached_layers.pop(module, None)  # type: ignore[arg-type]
+        for module, (cls, attributes) in before.items():
+            module.__class__ = cls
+            vars(module).clear()
+            for name, (value, content) in attributes.items():
+                if value is not content:  # the same object, because the handle of a hook refers to it
+                    value.clear()
+                    value.update(content)
+                vars(module)[name] = value
+        raise

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pyfeedback.backends.dispatch import current_implementation
+from pyfeedback.core.values import check_flag
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
 from pyfeedback.optim.rows import Columns, Row, feedback_row, forward_row, has_hooks, is_computed, is_tied
 from pyfeedback.rules import Rule
@@ -52,10 +53,14 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
             check_option(f"betas[{i}]", beta, 1.0)
         tied = {b: layer.rule.decay for b, layer in self._layers.items() if is_tied(layer.rule)}
         others = [b for b in self._layers if b not in tied]
-        groups = [*forward_groups(model, params), {"params": others, "weight_decay": 0.0}]
+        check_flag("amsgrad", amsgrad)
+        forward = forward_groups(model, params)
+        groups = [*forward, {"params": others, "weight_decay": 0.0}]
         groups += [{"params": [b], "weight_decay": decay} for b, decay in tied.items()]
         groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, fused=True)
+        for group in forward:
+            self._give_options(group, group["params"])
         self._warn_of_slow_feedback(total_steps)
 
     def _options(self, group: dict[str, Any]) -> tuple:

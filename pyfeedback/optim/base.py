@@ -15,10 +15,19 @@ from pyfeedback.core.step_checks import PLAIN
 from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
-from pyfeedback.nn.model import feedback_layers, forward_parameters
+from pyfeedback.nn.model import feedback_layers, feedback_parameters, forward_parameters
 from pyfeedback.optim.probes import layer_probes, probe_gradients
 from pyfeedback.optim.replay import Call, Replay
-from pyfeedback.optim.rows import Columns, LossScale, Row, has_hooks, is_computed, is_tied, without_loss_scale
+from pyfeedback.optim.rows import (
+    Columns,
+    LossScale,
+    Row,
+    has_hooks,
+    is_computed,
+    is_tied,
+    weight_parameters,
+    without_loss_scale,
+)
 from pyfeedback.rules import Rule
 
 SLOW = 0.03  # of a run: a B with a longer time constant does not find W, unless its rule is Kolen-Pollack
@@ -58,6 +67,28 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self):
         return {**super().__getstate__(), "_layers": self._layers, "_names": self._names}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of forward parameters with its own options, as in torch.optim.
+
+        The feedback weights of these parameters get the same options, except ``weight_decay``, in a group of their own.
+        Those in the group itself are left out.
+        """
+        params = listed(param_group["params"])
+        forward = [p for p in params if p not in self._layers]
+        super().add_param_group({**param_group, "params": forward or params})
+        self._give_options(param_group, forward)
+
+    def _give_options(self, param_group: dict[str, Any], forward: Iterable[nn.Parameter]) -> None:
+        """Give the options that a group of forward parameters has itself to their feedback weights as well."""
+        options = {name: v for name, v in param_group.items() if name not in ("params", "weight_decay", "noise")}
+        own = set(forward)
+        moved = {b for b, layer in self._layers.items() if not own.isdisjoint(weight_parameters(layer))}
+        for group in list(self.param_groups) if options else ():
+            if params := [p for p in group["params"] if p in moved]:
+                group["params"] = [p for p in group["params"] if p not in moved]
+                super().add_param_group({**group, **options, "params": params})
+        self.param_groups = [g for g in self.param_groups if g["params"] or not moved]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -247,9 +278,32 @@ def check_option(name: str, value: object, below: float = math.inf) -> None:
 
 
 def forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, Any]]:
-    """Parameter groups of the forward parameters: ``params`` if given, else all of ``model``."""
-    given: list = list(forward_parameters(model) if params is None else params)
-    return given if given and isinstance(given[0], dict) else [{"params": given}]
+    """Parameter groups of the forward parameters: ``params`` without feedback weights if given, else all of ``model``.
+
+    Raises:
+        TypeError: ``params`` is neither parameters nor groups of them.
+    """
+    if params is None:
+        return [{"params": list(forward_parameters(model))}]
+    given: list = listed(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    feedback = set(feedback_parameters(model))
+    return [{**group, "params": [p for p in listed(group["params"]) if p not in feedback]} for group in groups]
+
+
+def listed(params: Any) -> list:
+    """The parameters or groups of an argument ``params`` of an optimizer.
+
+    Raises:
+        TypeError: it is neither a parameter nor an iterable of parameters or groups.
+    """
+    if isinstance(params, Tensor):
+        return [params]
+    found = list(params) if isinstance(params, Iterable) and not isinstance(params, (str, bytes, dict)) else [params]
+    for value in found:
+        if not isinstance(value, (Tensor, dict)):
+            raise TypeError(f"params is or contains {describe(value)}, expected parameters, or groups of them")
+    return found
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -48,7 +48,6 @@ class Follower(FeedbackSGD):
         self._layers, self._names = layers, names
         self._optimizer = weakref.ref(optimizer)
         self._lr, self._momentum = lr, momentum
-        self._passes = PassGradients(layers, self._optimizer)
         self._taken: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._before: dict[nn.Parameter, Tensor] = {}  # W before the step, by feedback weights that take W's step
         self._held: dict[nn.Parameter, int] = {}  # versions of feedback weights that the optimizer has as well
@@ -56,6 +55,7 @@ class Follower(FeedbackSGD):
         groups: list = [{"params": [b]} for b in layers]
         Optimizer.__init__(self, groups or [{"params": []}], {**options, "weight_decay": 0.0})
         self._read_options(optimizer)
+        self._passes = PassGradients(layers, self._optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._on_step),
             optimizer.register_step_post_hook(self._on_stepped),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from pyfeedback.core.values import describe
+from pyfeedback.core.values import check_flag, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.optim.base import RowOptimizer, check_option, layers_of, set_gradients
 from pyfeedback.optim.follower import Follower
@@ -81,6 +81,7 @@ def follow(
     for name, value in {"lr": lr, "momentum": momentum, "noise": noise}.items():
         if value is not None or name == "noise":
             check_option(name, value)
+    check_flag("skip_nonfinite", skip_nonfinite)
     layers, names = layers_of(model)
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     weights = {b: weight_parameters(layer) for b, layer in layers.items()}

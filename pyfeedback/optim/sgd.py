@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from pyfeedback import functional
-from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, local
+from pyfeedback.core.values import check_flag
+from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, listed, local
 from pyfeedback.optim.rows import Columns, Row, feedback_row, forward_row, is_tied
 from pyfeedback.rules import Rule
 
@@ -57,6 +58,8 @@ class FeedbackSGD(RowOptimizer):
     ):
         for name, value in {"lr": lr, "momentum": momentum, "noise": noise}.items():
             check_option(name, value)
+        check_flag("nesterov", nesterov)
+        check_flag("skip_nonfinite", skip_nonfinite)
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True with momentum 0, expected a momentum above 0")
         self._layers, self._names = feedback_of(model)
@@ -70,13 +73,13 @@ class FeedbackSGD(RowOptimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group of feedback weights with its own options, as in torch.optim; they must belong to the model."""
-        params = param_group["params"]
-        for p in [params] if isinstance(params, torch.Tensor) else params:
+        params = listed(param_group["params"])
+        for p in params:
             if p not in self._layers:
                 raise ValueError(
                     f"params contains a tensor of shape {tuple(p.shape)}, expected feedback weights of the model"
                 )
-        super().add_param_group(param_group)
+        torch.optim.Optimizer.add_param_group(self, {**param_group, "params": params})
 
     def _options(self, group: dict[str, Any]) -> tuple:
         return group["lr"], group["momentum"], group["nesterov"], group["noise"], group["skip_nonfinite"]
@@ -140,7 +143,8 @@ class SGD(FeedbackSGD):
         model: a model with feedback layers. The optimizer updates the parameters that the model has now.
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
         params: forward parameters, or groups of them with their own options, as for torch.optim.SGD. By default, all
-            forward parameters of the model.
+            forward parameters of the model. Each B is updated with the options of the group of its W, except
+            ``weight_decay``. Feedback weights in ``params`` itself are left out.
         noise, skip_nonfinite, total_steps: as in :class:`FeedbackSGD`; noise is added to the gradients of the feedback
             only.
 
@@ -172,14 +176,18 @@ class SGD(FeedbackSGD):
             self.add_param_group(group)
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group of feedback weights or of forward parameters, with its own options, as in torch.optim."""
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        """Add a group of feedback weights or of forward parameters, with its own options, as in torch.optim.
+
+        The feedback weights of forward parameters get the same options, except ``weight_decay``.
+        """
+        params = listed(param_group["params"])
         if all(p in self._layers for p in params):
             super().add_param_group({**param_group, "params": params})
         else:
             options = {"weight_decay": self.defaults["weight_decay"], "noise": 0.0}
-            torch.optim.Optimizer.add_param_group(self, {**options, **param_group, "params": params})
+            group = {**options, **param_group, "params": [p for p in params if p not in self._layers]}
+            torch.optim.Optimizer.add_param_group(self, group)
+            self._give_options(param_group, params)
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         if p in self._layers:

@@ -285,3 +285,40 @@ def test_a_model_without_feedback_layers_is_refused(make):
         make(nn.Linear(2, 3))
     with pytest.raises(ValueError, match="weight_decay"):
         make(network("ia"), weight_decay=-1.0)
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+@pytest.mark.parametrize("given", ["forward parameters", "all parameters", "added later"])
+def test_feedback_weights_have_the_options_of_the_group_of_their_weight(given, make):
+    """Under Kolen-Pollack, W - B contracts only if both have the same learning rate."""
+    model = pyfeedback.convert(normalized_convnet(), pyfeedback.rule("kp", decay=0.1)).double()
+    layers = [layer for _, layer in pyfeedback.feedback_layers(model)]
+    before = [(layer.weight - layer.feedback).detach() for layer in layers]
+    first = list(layers[0].parameters())
+    others = [p for p in model.parameters() if all(p is not q for q in first)]
+    if given == "forward parameters":
+        first = [layers[0].weight]
+        others = [p for p in pyfeedback.forward_parameters(model) if p is not first[0]]
+    groups = [{"params": (p for p in first), "lr": 0.02}, {"params": others}]
+    optimizer = make(model, lr=0.1, weight_decay=0.1, params=groups[1:] if given == "added later" else groups)
+    if given == "added later":
+        optimizer.add_param_group(groups[0])
+    train(model, optimizer, steps=5)
+    for layer, difference, lr in zip(layers, before, [0.02] + [0.1] * len(layers), strict=False):
+        contracted = difference * (1 - lr * 0.1) ** 5
+        assert (layer.weight - layer.feedback - contracted).abs().max() < 1e-12
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+def test_wrong_flags_and_parameters_are_refused(make):
+    model = network("ia")
+    for options, what in (
+        ({"params": 3}, "params is or contains 3, expected parameters, or groups of them"),
+        ({"params": model.named_parameters()}, "params is or contains a tuple, expected parameters"),
+        ({"nesterov" if make is SGD else "amsgrad": "no"}, "is 'no', expected True or False"),
+    ):
+        with pytest.raises(TypeError, match=what):
+            make(model, lr=0.1, **options)
+    with pytest.raises(TypeError, match="skip_nonfinite is 'no', expected True or False"):
+        pyfeedback.optim.follow(torch.optim.SGD(model.parameters(), lr=0.1), model, skip_nonfinite="no")
