@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -211,9 +212,14 @@ def _model(text: str) -> Callable[[], torch.nn.Module]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form module:function")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be called without arguments: {error}") from None
+    return function
 
 
 def _positive(text: str) -> int:
@@ -234,9 +240,12 @@ def _seconds(text: str) -> float:
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.empty(0, device=text).device
+        device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError(f"{text!r} computes nothing")
+    return device
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -235,6 +235,13 @@ def scheduled_layer(
     return op(input, weight, feedback, bias, coefficients, *to_arguments(geometry), **options)
 
 
+def mix(mixing: Tensor, feedback: Tensor, decay: float) -> Tensor:
+    """Call the op ``mix``, the product [K, ...] of a fixed factor [K, M] and a feedback weight [M, ...] (pfa)."""
+    if torch._C._are_functorch_transforms_active():
+        return library.TransformableMix.apply(mixing, feedback, decay)
+    return torch.ops.pyfeedback.mix.default(mixing, feedback, decay)
+
+
 def _checked_coefficients(keywords: dict[str, Any], input: Tensor) -> Coefficients:
     """The coefficients of a call, checked."""
     rule = from_keywords(keywords)

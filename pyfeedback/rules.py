@@ -194,8 +194,10 @@ class Rule(Primitives):
             if not self.has_data_terms or self.samples or self.tie:
                 raise ValueError(f"source is probes in {self}, expected amp, null or sparse, and no samples or tie")
             object.__setattr__(self, "center", False)  # the mean of white noise is 0
-        if self.growth and not self.tau:
-            raise ValueError(f"growth is {self.growth} in {self}, expected 0 without a tau")
+        for name in ("growth", "ratio", "nu"):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default and not self.tau:
+                raise ValueError(f"{name} is {value} in {self}, expected {default:g} without a tau")
         if self.source == "data" and (self.probes or self.orthogonal or self.every != 1):
             raise ValueError(f"probes, orthogonal or every is set in {self}, expected source='probes'")
 

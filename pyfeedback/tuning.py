@@ -27,7 +27,7 @@ from pyfeedback.backends import choices, dispatch
 from pyfeedback.backends.choices import Choice, Signature
 from pyfeedback.core.call import LayerCall
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.core.values import check_model, check_positive
+from pyfeedback.core.values import check_flag, check_model, check_positive
 from pyfeedback.nn import FeedbackLayer
 
 GAIN = 1.05  # over the default, at the lower quartile of the rounds: ties go to the default
@@ -138,7 +138,8 @@ def tune(
     """
     check_model(model)
     check_positive("budget", budget)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    check_flag("progress", progress)
+    device = _device_of(model)
     signatures = list(signatures_of(model, *inputs))
     if not signatures:
         raise RuntimeError("no layer with a feedback weight ran, expected a model converted by pyfeedback.convert")
@@ -147,7 +148,7 @@ def tune(
 
 def signatures_of(model: nn.Module, *inputs: Any) -> dict[Signature, None]:
     """The signatures of all layers in one forward and backward pass of a model, whose state is restored."""
-    device = next(p.device for p in model.parameters())
+    device = _device_of(model)
     backend = dispatch.current_backend()
     if backend != "auto":
         raise ValueError(f"the backend is {backend}, expected auto, which uses what is measured")
@@ -179,6 +180,10 @@ def _restored(model: nn.Module):
                 b.copy_(before)
         for layer, was_called in zip(layers, called, strict=True):
             layer.called = was_called
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def measure(

@@ -64,6 +64,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     Raises:
         ValueError: if a name or a value is invalid.
     """
+    for name in ("workers", "checkpoint_every"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name} is {getattr(options, name)}, expected 0 or more")
     settings = _configuration(options.configuration)
     given = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
     if "milestones" in given:

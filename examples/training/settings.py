@@ -58,6 +58,10 @@ class Settings:
         for name, lowest in {"epochs": 1, "batch": 1, "every": 1, "probe": 0}.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {lowest} or more")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected a 64-bit int")
+        if any(milestone < 1 for milestone in self.milestones):
+            raise ValueError(f"milestones are {self.milestones}, expected epochs of 1 or more")
         numbers = ("lr", "momentum", "weight_decay", "warmup", "noise")
         for name in (*numbers, "feedback_lr", "feedback_momentum", "feedback_scale"):
             value = getattr(self, name)

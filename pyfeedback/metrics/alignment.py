@@ -197,6 +197,8 @@ def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bo
     finally:
         for hook in hooks:
             hook.remove()
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise TypeError(f"loss returned {describe(value)}, expected a tensor of one number")
     weights = [layer.weight for layer in layers.values()]
     outputs = [output for made in calls.values() for _, output in made]
     grads = iter(_grad(value, weights + outputs))

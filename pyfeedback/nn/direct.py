@@ -113,6 +113,14 @@ class DirectFeedback:
         inputs, self._current.inputs = self._current.inputs, None
         if not inputs:
             return None
+        for what, is_active in (
+            ("torch.func", torch._C._are_functorch_transforms_active()),
+            ("torch.export", torch.compiler.is_exporting()),
+        ):
+            if is_active:
+                raise RuntimeError(
+                    f"the model follows dfa, expected another rule under {what}, or pyfeedback.unconvert"
+                )
         if not isinstance(output, Tensor) or output.dim() < 2:
             what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(f"output is {what}, expected one tensor [N, ...]: dfa broadcasts its gradient")
@@ -120,9 +128,9 @@ class DirectFeedback:
             if len(input) != len(output):
                 shapes = f"input of {layer} has shape {tuple(input.shape)} and output {tuple(output.shape)}"
                 raise ValueError(f"{shapes}, expected the batch in dimension 0 of both")
-        sizes = [(layer, input[0].numel()) for layer, input in inputs]
+        sizes = [(layer, input.shape[1:].numel()) for layer, input in inputs]
         seed: Tensor = model.direct_feedback_seed  # type: ignore[assignment]
-        projection = self.projection(sizes, output[0].numel(), seed, output.detach())
+        projection = self.projection(sizes, output.shape[1:].numel(), seed, output.detach())
         return _Broadcast.apply(output, projection, *(input for _, input in inputs))
 
 

@@ -30,7 +30,8 @@ class FeedbackLayer(torch.nn.Module):
     """Base class of the layers, with ``rule``, and ``feedback``, a Parameter in the layout of ``weight``.
 
     ``feedback`` is None if the rule has weight transport (bp). It requires no gradient if the rule keeps its initial
-    value (fa).
+    value (fa). ``rule`` may be set to another rule whose feedback weight is of the same kind; :func:`pyfeedback.convert`
+    changes the kind, too.
     """
 
     rule: Rule
@@ -51,7 +52,7 @@ class FeedbackLayer(torch.nn.Module):
 
     def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
         """Give the layer a rule and a new feedback weight with the dtype, device and layout of ``weight``."""
-        self.rule, self.feedback_init = as_rule(rule), as_init(init)
+        vars(self)["rule"], self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
         self.called = self.has_optimizer = False
         self.last_call, self.full_name, self.drawn_version = None, "", 0
@@ -67,6 +68,15 @@ class FeedbackLayer(torch.nn.Module):
         self.register_buffer("mixing", mixing)
         attached_layers[self] = None
         self.reset_feedback()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rule":
+            value, old = as_rule(value), self.rule
+            if _kind(value) != _kind(old):
+                raise ValueError(
+                    f"rule is {value}, expected one with the kind of feedback weight of {old}, or pyfeedback.convert"
+                )
+        super().__setattr__(name, value)
 
     def weight_owner(self) -> torch.nn.Module:
         """Return the module that has W as a parameter."""
@@ -176,7 +186,8 @@ class FeedbackLayer(torch.nn.Module):
         if feedback is None or (rule.signs == "free" and not rule.expansion):
             return feedback
         if rule.expansion:
-            return torch.ops.pyfeedback.mix.default(self.mixing, feedback, rule.decay)
+            assert self.mixing is not None
+            return functional.mix(self.mixing, feedback, rule.decay)
         magnitudes: Tensor = feedback
         if random and rule.signs == "batch" and torch.is_grad_enabled():
             magnitudes = feedback * torch.randn_like(feedback)
@@ -242,6 +253,11 @@ class FeedbackLayer(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule}"
+
+
+def _kind(rule: Rule) -> tuple:
+    """What the feedback weight of a rule is, independently of how it learns."""
+    return rule.transport, rule.signs, rule.expansion, rule.direct
 
 
 def traced_call(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -211,6 +211,19 @@ def _differentiate_mix(ctx, grad: Tensor):
     return None, pulled + ctx.decay * feedback, None
 
 
+class TransformableMix(torch.autograd.Function):
+    """The op ``mix`` under torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mixing, feedback, decay):
+        return mix(mixing, feedback, decay)
+
+    setup_context = staticmethod(_save_factors)
+    backward = staticmethod(_differentiate_mix)
+
+
 torch.library.register_autograd("pyfeedback::mix", _differentiate_mix, setup_context=_save_factors, lib=LIBRARY)
 
 

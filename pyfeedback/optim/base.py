@@ -249,7 +249,12 @@ def layers_of(model: nn.Module) -> tuple[dict[nn.Parameter, FeedbackLayer], dict
         raise TypeError(f"model is a {type(model).__name__}, expected the converted model itself, not its parameters")
     if not any(isinstance(module, FeedbackLayer) for module in model.modules()):
         raise ValueError("model has no layer with a feedback weight, expected a model converted by pyfeedback.convert")
-    named = {layer.feedback: (name, layer) for name, layer in feedback_layers(model) if layer.feedback is not None}
+    named = {}
+    for name, layer in feedback_layers(model):
+        if not isinstance(layer.feedback, nn.Parameter):
+            what = "expected a parameter: only its weight may be pruned or parametrized"
+            raise ValueError(f"feedback of {name or 'the layer'} is computed from other parameters, {what}")
+        named[layer.feedback] = name, layer
     return {b: layer for b, (_, layer) in named.items()}, {b: name for b, (name, _) in named.items()}
 
 

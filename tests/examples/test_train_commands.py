@@ -123,9 +123,13 @@ def test_a_configuration_without_options_is_unchanged(monkeypatch, name):
         (["digits-bp", "--optimizer", "lion"], "optimizer is 'lion', expected one of sgd"),
         (["digits-bp", "--device", "abacus"], "device is 'abacus'"),
         (["cifar10", "--root", "nowhere"], "cifar10"),
+        (["digits-bp", "--seed", str(2**63)], f"seed is {2**63}, expected a 64-bit int"),
+        (["digits-bp", "--milestones", "0", "3"], "milestones are (0, 3), expected epochs of 1 or more"),
+        (["digits-bp", "--workers", "-1"], "workers is -1, expected 0 or more"),
+        (["digits-bp", "--checkpoint-every", "-1"], "checkpoint_every is -1, expected 0 or more"),
     ],
     ids=["configuration", "rule", "mixture", "file", "json", "coefficients", "data", "epochs", "lr", "noise",
-         "optimizer", "device", "root"],
+         "optimizer", "device", "root", "seed", "milestones", "workers", "checkpoint"],
 )  # fmt: skip
 def test_bad_input_is_one_line(monkeypatch, tmp_path, arguments, named):
     monkeypatch.chdir(tmp_path)

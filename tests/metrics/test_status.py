@@ -120,6 +120,11 @@ def test_bad_arguments():
         pyfeedback.status(torch.zeros(2))
     with pytest.raises(ValueError, match="on meta"):
         pyfeedback.status(pyfeedback.convert(nn.Linear(2, 2, device="meta"), "ia"))
+    model = pyfeedback.convert(nn.Linear(2, 2), "ia")
+    with pytest.raises(
+        TypeError, match=r"optimizer is a torch\.optim\.sgd\.SGD, expected one of pyfeedback\.optim, or"
+    ):
+        pyfeedback.status(model, torch.optim.SGD(model.parameters()))
 
 
 # The rule in a state_dict

@@ -64,12 +64,20 @@ def test_a_model_is_found_in_the_current_folder(tmp_path, monkeypatch, capsys):
         ("torch.nn", "'torch.nn' is not of the form module:function"),
         ("no_such_package:x", "No module named 'no_such_package'"),
         ("math:nothing", "module 'math' has no attribute 'nothing'"),
+        ("torch.nn:Linear", "'torch.nn:Linear' cannot be called without arguments: missing a required argument"),
+        ("torch.nn:functional", "'torch.nn:functional' cannot be called without arguments: <module"),
     ],
 )
 def test_a_model_that_does_not_exist(model, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         program.main(["convert-report", model])
     assert f"argument model: {message}" in capsys.readouterr().err
+
+
+def test_a_device_that_computes_nothing(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["tune", "--device", "meta"])
+    assert "argument --device: 'meta' computes nothing" in capsys.readouterr().err
 
 
 def test_a_check_in_json(monkeypatch, capsys):

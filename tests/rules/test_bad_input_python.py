@@ -95,6 +95,23 @@ CASES = {
     "signs flag": (lambda: Rule(signs=True), "signs is True, expected one of free, uniform, fixed, batch"),
     "direct None": (lambda: Rule(direct=None), "direct is None, expected one of no, each, shared"),
     "expansion half": (lambda: Rule(expansion=0.5), "expansion is 0.5, expected an int of 0 or more"),
+    **{
+        f"{name} {kind}": (
+            lambda name=name, value=value: pyfeedback.rule("ia", **{name: value}), f"{name} is {text}, expected a finite"
+        )
+        for name in ("tau", "growth", "ratio", "nu")
+        for kind, value, text in (("None", None, "None"), ("tensor", torch.ones(3), "a tensor of shape (3,)"))
+    },
+    "ratio without tau": (lambda: pyfeedback.rule("sa", ratio=2.0), "ratio is 2.0 in sa("),
+    "nu without tau": (lambda: pyfeedback.rule("ia", nu=0.5), "nu is 0.5 in ia("),
+    "rule of a layer": (lambda: setattr(model()[0], "rule", "xy"), "rule is 'xy', expected one of bp, fa, wm, ia, sa"),
+    "rule of another kind": (
+        lambda: setattr(model()[0], "rule", pyfeedback.rule("bp")),
+        "rule is bp(transport=True), expected one with the kind of feedback weight of ia(",
+    ),
+    "parametrized feedback": (
+        lambda: pyfeedback.optim.SGD(pruned()), "feedback of 0 is computed from other parameters, expected a parameter"
+    ),
     "name number": (lambda: Rule(name=3), "name is 3, expected a string"),
     "unknown field": (lambda: pyfeedback.rule("ia", gain=1), "gain is not a field of a rule, expected one of decay, a"),
     "unknown rule": (lambda: pyfeedback.rule("backprop"), "rule is 'backprop', expected one of bp, fa, wm, ia, sa"),
@@ -167,6 +184,10 @@ CASES = {
         lambda: pyfeedback.alignment(model(), (1, 2, 3), nn.functional.mse_loss),
         "batch is (1, 2, 3), expected a pair (input, target)",
     ),
+    "loss of a vector": (
+        lambda: pyfeedback.alignment(model(), (torch.ones(2, 3), None), lambda output, _: output),
+        "loss returned a tensor of shape (2, 2), expected a tensor of one number",
+    ),
     "monitor state": (lambda: Monitor(model()).load_state_dict([]), "state is a list, expected what state_dict return"),
     "monitor rows": (
         lambda: Monitor(model()).load_state_dict({"step": 1, "readings": [(1,)]}),
@@ -189,6 +210,12 @@ CASES = {
     "backend number": (lambda: pyfeedback.set_backend(3), "backend is 3, expected one of auto, composite, extension"),
     "backend list": (lambda: pyfeedback.backend(["auto"]).__enter__(), "backend is a list, expected one of auto, comp"),
 }  # fmt: skip
+
+
+def pruned():
+    made = model()
+    torch.nn.utils.prune.random_unstructured(made[0], "feedback", 0.5)
+    return made
 
 
 def half_on_meta():

@@ -153,6 +153,20 @@ def test_the_product_converges_to_the_weight():
     assert angles[-1] < 25
 
 
+def test_product_under_torch_func():
+    model = network("pfa")
+    x, target = batch()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x, target):
+        return F.mse_loss(torch.func.functional_call(model, parameters, (x[None],)), target[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, target)
+    for i in range(len(x)):
+        expected = torch.autograd.grad(loss(parameters, x[i], target[i]), list(parameters.values()))
+        assert largest_error([grads[i] for grads in found.values()], list(expected)) < 1e-12
+
+
 def test_product_checkpoints():
     model = network("pfa")
     again = network("fa")
@@ -250,6 +264,27 @@ def test_direct_loads_a_plain_checkpoint_and_converts_back():
     pyfeedback.convert(other, "bp")
     assert largest_error(gradients(other), gradients(plain)) < 1e-12
     assert set(other.state_dict()) == names
+
+
+def test_direct_of_an_empty_batch():
+    model = network("dfa")
+    x, _ = batch()
+    model(x[:0]).sum().backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_direct_is_refused_where_its_hook_has_no_effect():
+    model = network("dfa")
+    x, _ = batch()
+    parameters = dict(model.named_parameters())
+    with pytest.raises(
+        RuntimeError, match=r"the model follows dfa, expected another rule under torch\.func, or pyfeed"
+    ):
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+    with pytest.raises(
+        RuntimeError, match=r"the model follows dfa, expected another rule under torch\.export, or pyfe"
+    ):
+        torch.export.export(model, (x,))
 
 
 def test_failed_direct_pass_leaves_no_state():
