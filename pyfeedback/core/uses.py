@@ -54,7 +54,7 @@ def reads_attribute(cls: type, names: frozenset[str]) -> bool:
     waiting = list(_functions(cls, ["forward"], {}))
     while waiting:
         function = waiting.pop()
-        if function not in seen and not function.__module__.startswith("torch."):
+        if function not in seen and _is_foreign(function.__module__):
             seen.add(function)
             mentioned = set(_names(function.__code__))
             if mentioned & names:
@@ -97,8 +97,9 @@ def _plain_function(function: object) -> FunctionType | None:
     return function if isinstance(function, FunctionType) else None
 
 
-def _is_foreign(module: str) -> bool:
-    return module.partition(".")[0] != "torch"
+def _is_foreign(module: str | None) -> bool:
+    """Whether a module is not of torch; a function that was made by exec, as that of a GraphModule, has none."""
+    return (module or "").partition(".")[0] != "torch"
 
 
 @cache

@@ -104,7 +104,7 @@ def status(model: nn.Module, optimizer: HasTimeConstants | None = None) -> Statu
 def _without_feedback(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of a module itself, except those with a feedback weight in a child of it."""
     for name, parameter in module.named_parameters(recurse=False):
-        if not isinstance(module._modules.get(f"{name}_feedback"), FeedbackLayer):
+        if not isinstance(getattr(module, f"{name}_feedback", None), FeedbackLayer):
             yield parameter
 
 

@@ -30,8 +30,8 @@ class FeedbackLayer(torch.nn.Module):
     """Base class of the layers, with ``rule``, and ``feedback``, a Parameter in the layout of ``weight``.
 
     ``feedback`` is None if the rule has weight transport (bp). It requires no gradient if the rule keeps its initial
-    value (fa). ``rule`` may be set to another rule whose feedback weight is of the same kind; :func:`pyfeedback.convert`
-    changes the kind, too.
+    value (fa). ``rule`` may be set to another rule with the same kind of feedback weight, or its name; for a rule with
+    another kind, call :func:`pyfeedback.convert`.
     """
 
     rule: Rule

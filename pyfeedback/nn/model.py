@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 from torch import nn
 
@@ -37,19 +38,25 @@ def forward_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Restore the modules of ``model`` if the block raises an error: their classes and attributes, with all hooks."""
-    before = {}
+    before: dict[nn.Module, tuple[type, dict[str, Any]]] = {}
     for module in model.modules():
-        attributes = vars(module).items()
-        saved = {name: (value, copy(value) if isinstance(value, (dict, set)) else value) for name, value in attributes}
-        before[module] = type(module), saved
+        before[module] = (
+            type(module),
+            {
+                name: (value, copy(value) if isinstance(value, (dict, set)) else value)
+                for name, value in vars(module).items()
+            },
+        )
     try:
         yield
     except BaseException:
         for module in list(model.modules()):
-            if module not in before or not issubclass(before[module][0], FeedbackLayer):
-                attached_layers.pop(module, None)  # type: ignore[arg-type]
+            is_new = module not in before or not issubclass(before[module][0], FeedbackLayer)
+            if isinstance(module, FeedbackLayer) and is_new:
+                attached_layers.pop(module, None)
         for module, (cls, attributes) in before.items():
-            module.__class__ = cls
+            if type(module) is not cls:
+                module.__class__ = cls
             vars(module).clear()
             for name, (value, content) in attributes.items():
                 if value is not content:  # the same object, because the handle of a hook refers to it

@@ -110,6 +110,30 @@ def test_a_complex_weight_of_a_forward_is_left():
     model(torch.randn(4, 3)).sum().backward()
 
 
+class OneProduct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight = nn.Linear(3, 3), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return nn.functional.linear(self.first(x), self.weight)
+
+
+def test_a_graph_module_is_converted_as_its_source_says():
+    model, report = pyfeedback.convert(torch.fx.symbolic_trace(OneProduct()), "fa", return_report=True)
+    assert (sorted(report.changed), report.left) == (["", "first"], {})
+    model(torch.randn(4, 3)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.script is deprecated
+def test_a_module_of_torchscript_is_left():
+    model, report = pyfeedback.convert(
+        nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2)), "fa", return_report=True
+    )
+    assert (report.changed, list(report.left)) == (["1"], ["0"])
+    assert [row.path for row in pyfeedback.status(model)] == ["weight", "not called"]
+
+
 def test_the_report_names_a_model_that_is_one_layer():
     assert str(pyfeedback.convert(nn.Linear(2, 2), "fa", return_report=True)[1]) == "1 layers follow fa(): the model"
 

@@ -97,7 +97,7 @@ CASES = {
     "expansion half": (lambda: Rule(expansion=0.5), "expansion is 0.5, expected an int of 0 or more"),
     **{
         f"{name} {kind}": (
-            lambda name=name, value=value: pyfeedback.rule("ia", **{name: value}), f"{name} is {text}, expected a finite"
+            lambda name=name, value=value: pyfeedback.rule("ia", **{name: value}), f"{name} is {text}, expected a fin"
         )
         for name in ("tau", "growth", "ratio", "nu")
         for kind, value, text in (("None", None, "None"), ("tensor", torch.ones(3), "a tensor of shape (3,)"))
