@@ -272,8 +272,7 @@ def test_layers_without_a_counterpart_are_skipped_and_reported():
     _, report = pyfeedback.convert(model, "ia", return_report=True)
     assert report.changed == ["linear"]
     assert list(report.left) == [
-        "attention", "attention.out_proj", "own", "embedding", "lazy", "bilinear",
-        "normalized.parametrizations.weight",
+        "attention", "attention.out_proj", "own", "embedding", "lazy", "bilinear", "normalized"
     ]  # fmt: skip
     assert "OwnForward" in report.left["own"]
     assert "left attention.out_proj: its attention reads the weight without calling it" in str(report)
