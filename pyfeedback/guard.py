@@ -142,7 +142,7 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
     attached = {layer: versions for layer, versions in steps.versions.items() if layer in attached_layers}
     for layer, (weight_before, feedback_before) in attached.items():
         feedback, rule, name = layer.feedback, layer.rule, _name(layer)
-        if feedback is None or not rule.learns:
+        if feedback is None or not rule.learns or layer.paused:
             continue
         weight_version, feedback_version = _versions(layer)
         if not layer.called and weight_version != weight_before:

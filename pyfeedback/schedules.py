@@ -156,16 +156,19 @@ class Schedule:
 class Alternation:
     """Lets the feedback learn in one of every ``every`` steps; in the others only the task trains.
 
+    In the other steps, the optimizers of :mod:`pyfeedback.optim`, and those that are followed, do not move B.
+
     Args:
         model: a model with feedback layers.
         every: the period in steps; the feedback learns in the last step of each period, so 1 means in every step.
 
     Attributes:
-        aligns: whether the feedback learns in the current step; if True, step its optimizer.
+        aligns: whether the feedback learns in the current step; if not, an optimizer that has only B need not step.
     """
 
     def __init__(self, model: nn.Module, every: int):
         check_int("every", every, least=1)
+        self._layers = [layer for _, layer in feedback_layers(model)]
         self._learn = [p for p in feedback_parameters(model) if p.requires_grad]
         self.every, self._last = every, 0
         self._apply()
@@ -177,6 +180,8 @@ class Alternation:
 
     def _apply(self) -> None:
         self.aligns = self._last % self.every == self.every - 1
+        for layer in self._layers:
+            layer.paused = not self.aligns
         for feedback in self._learn:
             feedback.requires_grad_(self.aligns)
             if not self.aligns:

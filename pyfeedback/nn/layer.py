@@ -45,6 +45,7 @@ class FeedbackLayer(torch.nn.Module):
     # Of a layer that reads probes: the geometry, input and weight of a pass, and so its cost.
     last_call: tuple[Geometry, torch.Size, torch.Size] | None = None
     has_optimizer = False  # whether an optimizer of pyfeedback.optim was built for the feedback weight
+    paused = False  # whether the optimizers leave the feedback weight as it is, for an Alternation
     full_name = ""  # in the model that was converted, for messages
     drawn_version = 0  # the version counter of the feedback weight before its first step
     scheduled: Tensor | None = None  # the coefficients under a schedule, an input of a compiled graph
@@ -54,7 +55,7 @@ class FeedbackLayer(torch.nn.Module):
         """Give the layer a rule and a new feedback weight with the dtype, device and layout of ``weight``."""
         vars(self)["rule"], self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
-        self.called = self.has_optimizer = False
+        self.called = self.has_optimizer = self.paused = False
         self.last_call, self.full_name, self.drawn_version = None, "", 0
         feedback, mixing, weight = None, None, self.weight
         if self.rule.expansion:
@@ -85,7 +86,7 @@ class FeedbackLayer(torch.nn.Module):
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
-        del self.called, self.has_optimizer, self.last_call, self.full_name, self.drawn_version
+        del self.called, self.has_optimizer, self.paused, self.last_call, self.full_name, self.drawn_version
         attached_layers.pop(self, None)
 
     def __setstate__(self, state: dict) -> None:  # of a copy

@@ -214,7 +214,7 @@ class Follower(FeedbackSGD):
         uncalled, decayed = self._uncalled(), set()
         for b, layer in tied.items():
             own = weight_parameters(layer)
-            if b in uncalled or all(p.grad is None or p not in groups for p in own):
+            if layer.paused or b in uncalled or all(p.grad is None or p not in groups for p in own):
                 continue
             if layer.rule.tau:
                 of_weight = _group_of(layer, groups, optimizer)
@@ -228,6 +228,8 @@ class Follower(FeedbackSGD):
 
     def _row(self, p: nn.Parameter, group: dict[str, Any]) -> Row | None:
         layer, name = self._layers[p], self._names[p]
+        if layer.paused:
+            return None
         rule, step, noisy = layer.rule, group.get("feedback_step", 0), bool(group["noise"])
         if takes_step_of_weight(layer):
             w = self._before.get(p)

@@ -104,7 +104,7 @@ def _is_simple(layer: FeedbackLayer) -> bool:
 
 
 def _facts(b: nn.Parameter, layer: FeedbackLayer) -> tuple:
-    of_weight, state = layer.weight_owner()._parameters, (b.requires_grad, has_hooks(b))
+    of_weight, state = layer.weight_owner()._parameters, (b.requires_grad, has_hooks(b), layer.paused)
     return layer, layer.rule, layer._parameters, b, of_weight, layer.weight_name, layer.weight, state
 
 
@@ -115,7 +115,7 @@ def _is_unchanged(facts: tuple) -> bool:
         and layer.rule is rule
         and layer.called
         and of_weight.get(name) is w
-        and (b.requires_grad, has_hooks(b)) == state
+        and (b.requires_grad, has_hooks(b), layer.paused) == state
     )
 
 

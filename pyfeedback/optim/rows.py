@@ -95,7 +95,7 @@ def feedback_row(
     step: int = 0,
     estimate: Tensor | None = None,
 ) -> Row | None:
-    """Return the row of a feedback weight; None if its rule does not change it.
+    """Return the row of a feedback weight; None if its rule does not change it, or it is paused.
 
     Args:
         step: the number of steps made, for a time constant that grows.
@@ -103,6 +103,8 @@ def feedback_row(
     """
     if layer.feedback is not b:
         raise RuntimeError("model has other feedback weights now, expected those this optimizer was created with")
+    if layer.paused:
+        return None
     rule, w = layer.rule, layer.weight
     step_size = 1 / rule.tau_at(step) if rule.tau and not is_tied(rule) else None
     if rule.reads_probes:

@@ -121,6 +121,26 @@ def test_alternation_aligns_at_the_last_of_k_steps():
         Alternation(model, 0)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "follow"])
+@pytest.mark.parametrize("rule", ["ia", "sa", "kp", "pfa", "ia-probes"])
+def test_alternation_with_an_optimizer_of_the_whole_model(rule, kind, caplog):
+    model = network(rule)
+    if kind == "follow":
+        optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), lr=0.01)
+        pyfeedback.optim.follow(optimizer, model)
+    else:
+        optimizer = getattr(pyfeedback.optim, kind)(model, lr=0.01)
+    alternation = Alternation(model, every=4)
+    for _ in range(8):
+        backward(model)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) == (name.endswith("feedback") and not alternation.aligns), name
+        alternation.step()
+    assert "B did not change" not in caplog.text
+
+
 def test_warm_up_updates_only_the_feedback():
     model = network("aa", amp=0.05, sparse=0.05)
     parameters = list(pyfeedback.forward_parameters(model))
