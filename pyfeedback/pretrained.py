@@ -60,8 +60,8 @@ def load_feedback(model: nn.Module, path: str | os.PathLike, *, strict: bool = T
     Raises:
         FileNotFoundError: there is no such file, or the folder has none of these files.
         ImportError: the package safetensors, which reads .safetensors, is not installed.
-        ValueError, TypeError: an argument is invalid, a feedback weight has another shape, or see ``strict``; the model
-            has not been changed.
+        ValueError, TypeError: an argument is invalid, the file is damaged, a feedback weight has another shape, or see
+            ``strict``; the model has not been changed.
     """
     check_model(model)
     check_flag("strict", strict)
@@ -161,7 +161,10 @@ def _state_dict(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys() if _is_feedback(key)}, {}  # noqa: SIM118
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind, depending on the bytes
+        raise ValueError(f"path is {file}, expected a file that torch.load reads with weights_only=True") from error
     if not isinstance(state, dict):
         raise ValueError(f"path is {file}, which has {describe(state)}, expected a state dict")
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and _is_feedback(key)}

@@ -184,7 +184,9 @@ class Rule(Primitives):
         return 0 if self.samples >= batch else self.samples
 
     def _check_probes(self) -> None:
-        for name, least in (("probes", 0), ("every", 0 if self.tau else 1)):
+        if is_int(self.every) and self.every == 0 and not self.tau:
+            raise ValueError("every is 0, expected 1 or more without a tau")
+        for name, least in (("probes", 0), ("every", 0)):
             value = getattr(self, name)
             if name != "probes" or not isinstance(value, float):
                 check_int(name, value, least)

@@ -17,9 +17,11 @@
 The optimizer adds noise to the updates themselves: ``pyfeedback.optim.FeedbackSGD(model, noise=...)``.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -36,8 +38,11 @@ from pyfeedback.core.values import (
     is_int,
     is_number,
 )
+from pyfeedback.nn.layer import FeedbackLayer
 from pyfeedback.nn.model import feedback_layers, feedback_parameters, forward_parameters
-from pyfeedback.rules import UNITLESS
+from pyfeedback.rules import UNITLESS, Rule
+
+_log = logging.getLogger("pyfeedback")
 
 Curve = Callable[[int], float]
 
@@ -91,6 +96,9 @@ class Schedule:
         curves: functions of the step, starting at 0, for any of decay, amp, null, sparse, self_ and tie; for rules with
             a ``tau``, for any of tau, ratio and nu.
 
+    A model has one schedule: a later one replaces it, and a warning is logged. It leaves layers that are converted
+    again as they are.
+
     The factors of step 0 apply immediately; each :meth:`step` applies the next ones. A model that is compiled after the
     schedule was created is not recompiled when the factors change.
 
@@ -107,13 +115,19 @@ class Schedule:
                 )
             check_callable(name, curve, "a function of the step")
         self.curves = curves
-        self._rules = [(layer, layer.unscheduled or layer.rule) for _, layer in feedback_layers(model)]
+        layers = [layer for _, layer in feedback_layers(model)]
+        self._rules = [(layer, copy(layer.unscheduled or layer.rule)) for layer in layers]
         for _, rule in self._rules:
             for name in curves:
                 if rule.learns and (name in UNITLESS) != (rule.tau > 0):
                     what = "tau, ratio or nu, since the rule has a tau" if rule.tau else "a rule with a tau"
                     raise ValueError(f"{name} has no effect on {rule}, expected {what}")
         self._last = 0
+        self._scheduled()  # raises before anything is changed
+        if any(layer.unscheduled is not None for layer in layers):
+            _log.warning("the earlier Schedule of this model has no effect any more: give all curves to one Schedule")
+        for layer, rule in self._rules:
+            layer.unscheduled = rule
         self._apply()
 
     def step(self) -> None:
@@ -144,11 +158,15 @@ class Schedule:
         self._last = state["step"]
         self._apply()
 
-    def _apply(self) -> None:
+    def _scheduled(self) -> list[Rule]:
         factors = self.factors()
-        for layer, rule in self._rules:
-            layer.unscheduled = rule
-            layer.rule = replace(rule, **{name: getattr(rule, name) * factor for name, factor in factors.items()})
+        return [replace(r, **{name: getattr(r, name) * f for name, f in factors.items()}) for _, r in self._rules]
+
+    def _apply(self) -> None:
+        for (layer, rule), scheduled in zip(self._rules, self._scheduled(), strict=True):
+            if getattr(layer, "unscheduled", None) is not rule:  # converted again, or it has another schedule
+                continue
+            layer.rule = scheduled
             values = torch.tensor(layer.rule.coefficients(1, 1)[: len(COEFFICIENTS)], dtype=torch.float64)
             layer.scheduled = values if layer.scheduled is None else layer.scheduled.copy_(values)
 
@@ -181,7 +199,8 @@ class Alternation:
     def _apply(self) -> None:
         self.aligns = self._last % self.every == self.every - 1
         for layer in self._layers:
-            layer.paused = not self.aligns
+            if isinstance(layer, FeedbackLayer):  # not unconverted
+                layer.paused = not self.aligns
         for feedback in self._learn:
             feedback.requires_grad_(self.aligns)
             if not self.aligns:

@@ -93,7 +93,7 @@ def angle(a: Tensor, b: Tensor) -> float:
     """Return the angle between two tensors of the same shape, in degrees, summed in float64; nan if one is zero.
 
     Raises:
-        ValueError: the tensors differ in shape.
+        ValueError: the tensors differ in shape, dtype or device.
         TypeError: an argument is not a tensor.
     """
     for name, tensor in (("a", a), ("b", b)):
@@ -101,6 +101,8 @@ def angle(a: Tensor, b: Tensor) -> float:
             refuse_non_tensor(name, tensor)
     if a.shape != b.shape:
         raise ValueError(f"b has shape {tuple(b.shape)}, expected that of a, {tuple(a.shape)}")
+    if (a.dtype, a.device) != (b.dtype, b.device):
+        raise ValueError(f"b is {b.dtype} on {b.device}, expected the same as a, {a.dtype} on {a.device}")
     return _angle(*_products([a], [b])[0])
 
 

@@ -145,10 +145,12 @@ def test_another_checkpoint_is_refused(case, tmp_path, caplog):
 
 
 def test_invalid_arguments_are_refused(tmp_path):
+    (tmp_path / "damaged.pt").write_bytes(b"abc")
     for arguments, error, message in (
         ((normalized_convnet(), tmp_path), ValueError, "model is a .*Sequential without feedback weights"),
         ((network(), tmp_path / "x"), FileNotFoundError, "path is .*x, expected a file or folder"),
         ((network(), tmp_path), FileNotFoundError, "path is .*, which has none of model.safetensors, model.safetens"),
+        ((network(), tmp_path / "damaged.pt"), ValueError, "path is .*damaged.pt, expected a file that torch.load"),
         ((network(), 3), TypeError, "path is 3, expected a file or folder"),
         ((network().to("meta"), write_file(tmp_path, network().state_dict())), ValueError, "0.feedback .* meta device"),
     ):

@@ -197,6 +197,10 @@ CASES = {
     "angle shapes": (
         lambda: pyfeedback.metrics.angle(torch.ones(2), torch.ones(3)), "b has shape (3,), expected that of a, (2,)"
     ),
+    "angle dtypes": (
+        lambda: pyfeedback.metrics.angle(torch.ones(2), torch.ones(2).double()),
+        "b is torch.float64 on cpu, expected the same as a, torch.float32 on cpu",
+    ),
     "meta": (
         lambda: pyfeedback.alignment(model().to("meta")),
         "feedback of layer 0 is on meta, expected tensors with data",

@@ -121,6 +121,41 @@ def test_alternation_aligns_at_the_last_of_k_steps():
         Alternation(model, 0)
 
 
+def test_a_later_schedule_replaces_the_earlier_one(caplog):
+    model = network("ia")
+    rule = model[0].rule
+    first = Schedule(model, amp=schedules.constant(2.0))
+    assert not caplog.messages
+    second = Schedule(model, null=schedules.constant(3.0))
+    assert caplog.messages == [
+        "the earlier Schedule of this model has no effect any more: give all curves to one Schedule"
+    ]
+    first.step()
+    assert (model[0].rule.amp, model[0].rule.null) == (rule.amp, 3 * rule.null)
+    second.step()
+    assert (model[0].rule.amp, model[0].rule.null) == (rule.amp, 3 * rule.null)
+
+
+def test_schedules_leave_layers_that_were_converted_again_or_back():
+    for convert in (lambda model: pyfeedback.convert(model, "sa"), pyfeedback.unconvert):
+        model = network("ia")
+        schedule, alternation = Schedule(model, amp=schedules.constant(2.0)), Alternation(model, 2)
+        expected = set(vars(convert(model)[0]))
+        schedule.step(), alternation.step()
+        assert set(vars(model[0])) == expected
+        assert "rule" not in expected or model[0].rule == pyfeedback.rule("sa")
+
+
+def test_a_schedule_with_an_invalid_rule_changes_nothing():
+    model = pyfeedback.convert(
+        convnet(channels=8, side=6), {"0": pyfeedback.rule("sa", tau=8), "*": pyfeedback.rule("sa", tau=2)}
+    )
+    with pytest.raises(ValueError, match=r"tau is 0\.5 and nu 1\.0, expected a tau of 1 or more"):
+        Schedule(model, tau=schedules.constant(0.25))
+    assert [layer.rule.tau for _, layer in pyfeedback.feedback_layers(model)][:2] == [8, 2]
+    assert all(layer.unscheduled is None for _, layer in pyfeedback.feedback_layers(model))
+
+
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "follow"])
 @pytest.mark.parametrize("rule", ["ia", "sa", "kp", "pfa", "ia-probes"])
 def test_alternation_with_an_optimizer_of_the_whole_model(rule, kind, caplog):
