@@ -87,7 +87,8 @@ class RowOptimizer(torch.optim.Optimizer):
         for group in list(self.param_groups) if options else ():
             if params := [p for p in group["params"] if p in moved]:
                 group["params"] = [p for p in group["params"] if p not in moved]
-                super().add_param_group({**group, **options, "params": params})
+                kept = {name: v for name, v in group.items() if name != "initial_lr" or "lr" not in options}
+                super().add_param_group({**kept, **options, "params": params})
         self.param_groups = [g for g in self.param_groups if g["params"] or not moved]
 
     @torch.no_grad()

@@ -301,8 +301,10 @@ def test_feedback_weights_have_the_options_of_the_group_of_their_weight(given, m
         others = [p for p in pyfeedback.forward_parameters(model) if p is not first[0]]
     groups = [{"params": (p for p in first), "lr": 0.02}, {"params": others}]
     optimizer = make(model, lr=0.1, weight_decay=0.1, params=groups[1:] if given == "added later" else groups)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)  # sets initial_lr
     if given == "added later":
         optimizer.add_param_group(groups[0])
+    assert all(group.get("initial_lr", group["lr"]) == group["lr"] for group in optimizer.param_groups)
     train(model, optimizer, steps=5)
     for layer, difference, lr in zip(layers, before, [0.02] + [0.1] * len(layers), strict=False):
         contracted = difference * (1 - lr * 0.1) ** 5
