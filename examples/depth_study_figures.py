@@ -16,8 +16,12 @@ ON_DATA = (0, (1, 1))  # the dash of a rule that reads activations
 
 
 def draw(rows: Sequence[dict], out: Path) -> list[str]:
-    """Write each figure as PNG and SVG, from the rows of the cluttered digits. Returns the names of the figures."""
-    rows = [row for row in rows if row["data"] == "cluttered"]
+    """Write each figure as PNG and SVG, from the rows of the cluttered digits with the fewest epochs.
+
+    Returns the names of the figures.
+    """
+    epochs = min(row["epochs"] for row in rows)
+    rows = [row for row in rows if row["data"] == "cluttered" and row["epochs"] == epochs]
     for column in FIGURES:
         _draw(rows, column, out / column.replace(" ", "_"))
     return [column.replace(" ", "_") for column in FIGURES]
