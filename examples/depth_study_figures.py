@@ -88,7 +88,7 @@ def _scale(axes: Axes, column: str) -> None:
         axes.set_ylim(0, 101)
     else:
         axes.set_yscale("symlog", linthresh=1)
-        axes.set_ylim(min(-4, axes.get_ylim()[0]), max(90, axes.get_ylim()[1]))
+        axes.set_ylim(min(-4, axes.get_ylim()[0]), max(120, axes.get_ylim()[1]))
         axes.yaxis.set_minor_locator(NullLocator())
         ticks = [-3, -1, 0, 1, 3, 10, 30, 90]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
