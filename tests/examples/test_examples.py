@@ -67,15 +67,15 @@ def test_the_table_pairs_seeds_and_counts_divergence(example):
     two_routes = example("two_routes")
 
     def ran(accuracy, angles, loss=1.0):
-        return two_routes.Result(two_routes.SETTINGS["fa"], [10.0, accuracy], [loss], [[90.0, 90.0], angles], [2.0])
+        return two_routes.Result(two_routes.SETTINGS["fa"], [10.0, accuracy], [loss], [[90.0, 90.0], angles])
 
     results = {
         "bp": [ran(90.0, []), ran(80.0, [])],
         "fa": [ran(70.0, [30.0, 50.0]), ran(75.0, [50.0, 70.0], float("nan"))],
     }
-    bp, fa = two_routes.table(results).splitlines()[1:]
+    bp, fa = two_routes.table(results, {"bp": 1.0, "fa": 1.04}).splitlines()[1:]
     assert bp.split() == ["bp", "2", "85.0", "7.1", "0.0", "1.00", "-", "-", "(no", "feedback", "weight)"]
-    assert fa.split() == ["fa", "2", "72.5", "3.5", "12.5", "1.00", "50", "40", "60", "1", "diverged"]
+    assert fa.split() == ["fa", "2", "72.5", "3.5", "12.5", "1.04", "50", "40", "60", "1", "diverged"]
 
 
 def test_the_band_of_the_figure_is_the_range_of_the_seeds(example):
