@@ -36,6 +36,8 @@ TITLES = {
     "gpt": "character GPT",
 }
 LOOK = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200}
+EAGER = {"linestyle": "", "marker": "o", "markersize": 5}
+COMPILED = {"linestyle": "", "marker": "D", "markersize": 4.5, "markerfacecolor": "white"}
 COLUMNS = 3
 
 Ratios = dict[str, dict[str, dict[str, float]]]  # by network, mode and rule
@@ -77,13 +79,10 @@ def draw(found: Ratios, machine: str, path: Path) -> None:
         for axes in list(panels.flat)[len(names) :]:
             axes.set_visible(False)
         figure.supxlabel(f"time of a training step relative to backprop ({machine})", fontsize=9)
-        marks = [
-            plt.Line2D([], [], linestyle="", marker="o", color="#404040", markersize=5, label="eager (first number)")
-        ]
         if any("compiled" in modes for modes in found.values()):
-            style = {"marker": "D", "markerfacecolor": "white", "color": "#404040", "markersize": 4.5}
-            marks.append(plt.Line2D([], [], linestyle="", label="both compiled (second number)", **style))
-        figure.legend(handles=marks, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+            marks = {"eager (first number)": EAGER, "both compiled (second number)": COMPILED}
+            handles = [plt.Line2D([], [], color="#404040", label=label, **mark) for label, mark in marks.items()]
+            figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
         figure.savefig(path)
         plt.close(figure)
 
@@ -98,10 +97,9 @@ def _panel(axes: plt.Axes, modes: dict[str, dict[str, float]], rules: list[str])
             continue
         color, furthest = COLORS[rule.partition("-")[0]], max(times)
         axes.plot([1, furthest], [place, place], color=color, linewidth=1.2, zorder=1)
-        if rule in compiled:
-            axes.plot(compiled[rule], place, "D", color=color, markerfacecolor="white", markersize=4.5, zorder=2)
-        if rule in eager:
-            axes.plot(eager[rule], place, "o", color=color, markersize=5, zorder=3)
+        for ratios, mark in ((compiled, COMPILED), (eager, EAGER)):
+            if rule in ratios:
+                axes.plot(ratios[rule], place, color=color, zorder=2, **mark)
         text = " / ".join(f"{time:.2f}" for time in times)
         axes.annotate(text, (max(furthest, 1), place), (6, 0), textcoords="offset points", va="center", fontsize=7.5)
     axes.set_yticks(range(len(rules)), rules)
