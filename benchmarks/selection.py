@@ -75,7 +75,7 @@ class Selection:
         self.rules = self.rules or list(RULES)
         self.dtypes = self.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])
         self.against = self.against or list(BASELINES[:3])
-        self.time_limit = self.time_limit or (SAMPLE_SECONDS if self.sampled else float("inf"))
+        self.time_limit = self.time_limit or (SAMPLE_SECONDS if self.sampled and self.timed else float("inf"))
         if self.compiled and "compiled" not in self.against:
             self.against.append("compiled")
 

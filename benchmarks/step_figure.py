@@ -1,12 +1,10 @@
 """A figure of the time of whole training steps relative to backprop, from the results of one or several runs.
 
-    pytest benchmarks/test_network_steps.py benchmarks/test_probe_steps.py --benchmark-only --against plain \
-        --network demo --network gpt --benchmark-json eager.json
-    pytest benchmarks/test_network_steps.py --benchmark-only --compile -k compiled --rule fa --rule sa --rule kp \
-        --network demo --network gpt --benchmark-json compiled.json
-    python benchmarks/step_figure.py eager.json compiled.json --out steps.png
+    pytest benchmarks/test_network_steps.py benchmarks/test_probe_steps.py --benchmark-only --benchmark-json steps.json
+    python benchmarks/step_figure.py steps.json --out steps.png
 
-A panel for each network, a row for each rule. Of two runs with the same step and rule, the later file counts.
+A panel for each network, a row for each rule. If several files have the same step, the last one counts.
+[docs/networks.md](../docs/networks.md) has the commands for all networks, eager and compiled.
 """
 
 import argparse

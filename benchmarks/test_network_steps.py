@@ -2,8 +2,8 @@
 
 `plain` is the unconverted model with torch's fused SGD. `followed` is the converted model with the same optimizer,
 which the feedback weights follow; the others have `pyfeedback.optim.SGD`. `reference` is the converted model with the
-layers of the reference: the paper's regularizers by autograd. These two are timed with --network or --full only.
---compile also compares torch.compile of both models.
+layers of the reference: the paper's regularizers by autograd. A sample (without --network or --full, or with --quick)
+has neither of these two. --compile also compares torch.compile of both models.
 """
 
 import copy
