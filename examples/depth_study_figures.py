@@ -16,8 +16,12 @@ ON_DATA = (0, (1, 1))  # the dash of a rule that reads activations
 
 
 def draw(rows: Sequence[dict], out: Path) -> list[str]:
-    """Write each figure as PNG and SVG, from the rows of the cluttered digits. Returns the names of the figures."""
-    rows = [row for row in rows if row["data"] == "cluttered"]
+    """Write each figure as PNG and SVG, from the rows of the cluttered digits with the fewest epochs.
+
+    Returns the names of the figures.
+    """
+    epochs = min(row["epochs"] for row in rows)
+    rows = [row for row in rows if row["data"] == "cluttered" and row["epochs"] == epochs]
     for column in FIGURES:
         _draw(rows, column, out / column.replace(" ", "_"))
     return [column.replace(" ", "_") for column in FIGURES]
@@ -84,7 +88,7 @@ def _scale(axes: Axes, column: str) -> None:
         axes.set_ylim(0, 101)
     else:
         axes.set_yscale("symlog", linthresh=1)
-        axes.set_ylim(min(-4, axes.get_ylim()[0]), max(90, axes.get_ylim()[1]))
+        axes.set_ylim(min(-4, axes.get_ylim()[0]), max(120, axes.get_ylim()[1]))
         axes.yaxis.set_minor_locator(NullLocator())
         ticks = [-3, -1, 0, 1, 3, 10, 30, 90]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

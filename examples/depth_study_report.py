@@ -5,12 +5,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import depth_study_figures
-from depth_study_runs import Outcome, Setting
+from depth_study_runs import Job, Outcome, Setting
 from scipy.stats import t
 
-Group = tuple[str, str, str]  # network, data and rule
 NOTE = "Mean ± half of the 95 % interval (Student's t) over seeds; the number of seeds is in parentheses."
 TABLES = {  # column of the rows: title of the table, and digits
     "accuracy": ("Test accuracy (%)", 1),
@@ -18,6 +18,15 @@ TABLES = {  # column of the rows: title of the table, and digits
     "angle": ("Angle of feedback to weight (degrees, mean over the layers)", 1),
     "norm ratio": ("Norm of the feedback relative to the weight (mean over the layers)", 2),
 }
+
+
+class Group(NamedTuple):
+    """Test runs that differ only in their seed."""
+
+    network: str
+    data: str
+    rule: str
+    epochs: int
 
 
 def write(
@@ -58,20 +67,18 @@ def search_rows(tried: Mapping[Setting, Sequence[Outcome]], chosen: Mapping[str,
 
 
 def rows(results: Mapping[Group, Sequence[Outcome | None]]) -> list[dict]:
-    """One row for each network, data set and rule with at least one finished run."""
+    """One row for each group with at least one finished run."""
     found = []
-    for (network, data, name), outcomes in results.items():
+    for group, outcomes in results.items():
         done = [outcome for outcome in outcomes if outcome is not None]
         if not done:
             continue
-        bp = results.get((network, data, "bp"), [None] * len(outcomes))
+        bp = results.get(group._replace(rule="bp"), [None] * len(outcomes))
         pairs = [(a, b) for a, b in zip(outcomes, bp, strict=True) if a is not None and b is not None]
         found.append({
-            "network": network,
-            "data": data,
-            "rule": name,
+            **group._asdict(),
             **spread("accuracy", [outcome.accuracy[-1] for outcome in done]),
-            **spread("behind bp", [b.accuracy[-1] - a.accuracy[-1] for a, b in pairs] if name != "bp" else []),
+            **spread("behind bp", [b.accuracy[-1] - a.accuracy[-1] for a, b in pairs] if group.rule != "bp" else []),
             **spread("angle", [outcome.angle for outcome in done if outcome.angle is not None]),
             **spread("norm ratio", [outcome.norm_ratio for outcome in done if outcome.norm_ratio is not None]),
             "diverged": sum(outcome.diverged for outcome in done),
@@ -92,10 +99,11 @@ def _rounded(value: float | str) -> float | str:
     return value if isinstance(value, str) else round(float(value), 3)
 
 
-def title(network: str, data: str) -> str:
-    """The heading of a column: "ResNet-20" or "ResNet-20, fashion-mnist"."""
+def title(network: str, data: str, epochs: int) -> str:
+    """The heading of a column: "ResNet-20", "ResNet-20, fashion-mnist" or "ResNet-20, 24 epochs"."""
     kind = "ResNet-" if network.startswith("resnet") else "plain-"
-    return kind + network.lstrip("resntplai") + ("" if data == "cluttered" else f", {data}")
+    name = kind + network.lstrip("resntplai") + ("" if data == "cluttered" else f", {data}")
+    return name + (f", {epochs} epochs" if epochs > Job.epochs else "")
 
 
 def depth(network: str) -> int:
@@ -104,21 +112,26 @@ def depth(network: str) -> int:
 
 
 def table(found: Sequence[dict], column: str, digits: int) -> str:
-    """A table in Markdown with a line for each rule, and a column for each network and data set."""
-    cases = sorted({(row["network"], row["data"]) for row in found}, key=_place)
+    """A table in Markdown with a line for each rule, and a column for each network, data set and number of epochs."""
+    cases = sorted({case(row) for row in found}, key=_place)
     names = list(dict.fromkeys(row["rule"] for row in found))
-    cells = {(row["rule"], row["network"], row["data"]): _cell(row, column, digits) for row in found}
-    lines = [["rule", *(title(*case) for case in cases)], ["---"] * (1 + len(cases))]
+    cells = {(row["rule"], *case(row)): _cell(row, column, digits) for row in found}
+    lines = [["rule", *(title(*found) for found in cases)], ["---"] * (1 + len(cases))]
     for name in names:
-        line = [cells.get((name, *case), "") for case in cases]
+        line = [cells.get((name, *found), "") for found in cases]
         if any(line):
             lines.append([name, *line])
     return markdown(lines)
 
 
-def _place(case: tuple[str, str]) -> tuple:
-    network, data = case
-    return (network.startswith("plain"), data != "cluttered", depth(network))
+def case(row: dict) -> tuple[str, str, int]:
+    """The network, data set and number of epochs of a row."""
+    return row["network"], row["data"], row["epochs"]
+
+
+def _place(found: tuple[str, str, int]) -> tuple:
+    network, data, epochs = found
+    return (network.startswith("plain"), data != "cluttered", epochs, depth(network))
 
 
 def _cell(row: dict, column: str, digits: int) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import depth_study
 import depth_study_report
+from depth_study_report import Group
 from depth_study_runs import Outcome, Runs
 
 PAGE = Path(__file__).parent.parent / "docs" / "leaderboard.md"
@@ -55,23 +56,26 @@ measured on a busy machine, so it is no more than a hint. [study](study.md) desc
 """
 
 
-def page(results: Mapping[depth_study_report.Group, Sequence[Outcome | None]]) -> str:
+def page(results: Mapping[Group, Sequence[Outcome | None]]) -> str:
     """The whole page in Markdown."""
     return "\n".join([INTRODUCTION, *_sections(results), *map(_published, PUBLISHED)])
 
 
-def _sections(results: Mapping[depth_study_report.Group, Sequence[Outcome | None]]) -> Iterator[str]:
-    """One table for each network and data set."""
-    rows = {(row["network"], row["data"], row["rule"]): row for row in depth_study_report.rows(results)}
-    for network, data in dict.fromkeys(group[:2] for group in rows):
+def _sections(results: Mapping[Group, Sequence[Outcome | None]]) -> Iterator[str]:
+    """One table for each network, data set and number of epochs."""
+    rows = depth_study_report.rows(results)
+    for case in dict.fromkeys(map(depth_study_report.case, rows)):
+        network, data, epochs = case
         lines = [COLUMNS, ["---"] * len(COLUMNS)]
-        for name in [rule for *case, rule in rows if case == [network, data]]:
-            row = rows[network, data, name]
-            command = f"`python examples/depth_study.py --network {network} --data {data} --rule {name}`"
-            seeds = str(row["accuracy seeds"])
-            time = _time(results[network, data, name], results.get((network, data, "bp"), ()))
-            lines.append([name, _interval(row, "accuracy"), _interval(row, "behind bp"), seeds, time, command])
-        yield f"## {depth_study_report.title(network, 'cluttered')}, {DATA[data]}\n\n{_table(lines)}"
+        for row in [row for row in rows if depth_study_report.case(row) == case]:
+            group = Group(network, data, row["rule"], epochs)
+            command = " ".join(f"--{name} {value}" for name, value in group._asdict().items())
+            time = _time(results[group], results.get(group._replace(rule="bp"), ()))
+            lines.append([
+                group.rule, _interval(row, "accuracy"), _interval(row, "behind bp"), str(row["accuracy seeds"]), time,
+                f"`python examples/depth_study.py {command}`",
+            ])  # fmt: skip
+        yield f"## {depth_study_report.title(network, 'cluttered', epochs)}, {DATA[data]}\n\n{_table(lines)}"
 
 
 def _interval(row: Mapping, column: str) -> str:

@@ -32,7 +32,8 @@ class RowOptimizer(torch.optim.Optimizer):
     """Updates the rows of all groups, in as few calls as their options allow."""
 
     _layers: dict[nn.Parameter, FeedbackLayer]
-    _names: dict[nn.Parameter, str]  # of the layers, by their feedback weights
+    _released: tuple[tuple[nn.Parameter, nn.Module], ...] = ()  # the same of layers that were unconverted
+    _names: dict[nn.Parameter, str]  # of all these layers, by their feedback weights
     probe_seed: int = 0  # of the noise that rules with probes read: the same in every process
     _estimates: dict[nn.Parameter, Tensor]  # in this step, of rules that read probes
     _tied: dict[Any, Rule]  # in this step, see _tied_rules
@@ -57,7 +58,7 @@ class RowOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_layers": self._layers, "_names": self._names}
+        return {**super().__getstate__(), "_layers": self._layers, "_released": self._released, "_names": self._names}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -87,7 +88,7 @@ class RowOptimizer(torch.optim.Optimizer):
         has no decay and no other term that makes B forget, and nan if it depends on the data or on Adam's estimates.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        learning = {b: layer for b, layer in self._layers.items() if layer.rule.learns and b in groups}
+        learning = {b: layer for b, layer in self._attached().items() if layer.rule.learns and b in groups}
         return {self._names[b]: self._time_constant(layer, groups[b]) for b, layer in learning.items()}
 
     def probe_counts(self) -> dict[str, ProbeCount]:
@@ -96,7 +97,7 @@ class RowOptimizer(torch.optim.Optimizer):
         The limit on the cost depends on the batch, so the numbers are final only after a forward pass.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        reading = {b: layer for b, layer in self._layers.items() if layer.rule.reads_probes and b in groups}
+        reading = {b: layer for b, layer in self._attached().items() if layer.rule.reads_probes and b in groups}
         return {self._names[b]: layer_probes(layer, groups[b].get("feedback_step", 0)) for b, layer in reading.items()}
 
     def _time_constant(self, layer: FeedbackLayer, group: dict[str, Any]) -> float:
@@ -140,8 +141,9 @@ class RowOptimizer(torch.optim.Optimizer):
         B's update must read W before W is updated. If both share options they go in one call, B first; otherwise W is
         deferred to a second call. If W is computed from other parameters, those are deferred too.
         """
-        self._layers = {b: layer for b, layer in self._layers.items() if isinstance(layer, FeedbackLayer)}
-        released = self._names.keys() - self._layers.keys()  # of layers that were unconverted
+        attached = self._attached()
+        self._released += tuple(each for each in self._layers.items() if each[0] not in attached)
+        self._layers, released = attached, {b for b, _ in self._released}
         places: dict[nn.Parameter, list] = {}  # group, and what the rows of one call share
         for group in self.param_groups:
             options = self._options(group)
@@ -170,6 +172,16 @@ class RowOptimizer(torch.optim.Optimizer):
         for of_time in calls.values():
             for (by_torch, (_, options)), rows in of_time.items():
                 yield by_torch, options, Columns(*zip(*rows, strict=True))
+
+    def _attached(self) -> dict[nn.Parameter, FeedbackLayer]:
+        """Return the layers, by feedback weight, without those that were unconverted."""
+        for b, layer in (*self._released, *self._layers.items()):
+            if isinstance(layer, FeedbackLayer) and layer.feedback is not b:
+                raise RuntimeError(
+                    f"{self._names[b]} has another feedback weight now, expected an optimizer that was made "
+                    "after pyfeedback.convert and load_state_dict(assign=True)"
+                )
+        return {b: layer for b, layer in self._layers.items() if isinstance(layer, FeedbackLayer)}
 
     def _tied_rules(self) -> dict[Any, Rule]:
         """Return the rules of Kolen-Pollack with a time constant, by forward weight."""

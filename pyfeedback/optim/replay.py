@@ -51,6 +51,7 @@ class Replay:
             or any(by_torch or columns.step_size[0] is not None for by_torch, _, columns in calls)
             or any(isinstance(option, Tensor) for each in options for option in each)
             or any(group.get("noise") for group in optimizer.param_groups)
+            or optimizer._released  # they may be converted again
             or not all(_is_simple(layer) for layer in layers.values())
         ):
             return None

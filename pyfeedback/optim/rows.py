@@ -101,8 +101,6 @@ def feedback_row(
         step: the number of steps made, for a time constant that grows.
         estimate: the gradient of a rule that reads probes; None in a step without an estimate.
     """
-    if layer.feedback is not b:
-        raise RuntimeError("model has other feedback weights now, expected those this optimizer was created with")
     rule, w = layer.rule, layer.weight
     step_size = 1 / rule.tau_at(step) if rule.tau and not is_tied(rule) else None
     if rule.reads_probes:

@@ -94,7 +94,7 @@ def test_keys_are_unique_and_survive_a_file(study, runs):
     for name in study.RULES:
         jobs += [job for setting in study.candidates(name, 0.004) for job in scale.search_jobs(setting)]
     keys = [job.key for job in jobs]
-    assert len(set(keys)) == len(keys) == 5 * (2 * 10 + 5 * 8) + 15 * 4 * 4 + 8 * 4 * 2
+    assert len(set(keys)) == len(keys) == 5 * (2 * 10 + 5 * 8) + 15 * 4 * 4 + 8 * 3 * 3 + 8 * 4 * 2
     for job in jobs:
         read = json.loads(job.key)
         assert runs.Job(**read | {"setting": runs.Setting(**read["setting"])}) == job
@@ -104,9 +104,11 @@ def test_test_runs_go_seed_by_seed(study):
     jobs = study.jobs_of_test(study.Scale(), chosen_of(study))
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     first = [job for job in jobs if job.seed == 0]
-    assert list(dict.fromkeys((job.network, job.data) for job in first)) == [
-        ("resnet8", "cluttered"), ("resnet20", "cluttered"), ("resnet14", "cluttered"), ("resnet32", "cluttered"),
-        ("resnet20", "fashion-mnist"), ("plain7", "cluttered"), ("plain13", "cluttered"),
+    assert list(dict.fromkeys((job.network, job.data, job.epochs) for job in first)) == [
+        ("resnet8", "cluttered", 8), ("resnet20", "cluttered", 8), ("resnet14", "cluttered", 8),
+        ("resnet32", "cluttered", 8), ("resnet20", "fashion-mnist", 8), ("plain7", "cluttered", 8),
+        ("plain13", "cluttered", 8), ("resnet8", "cluttered", 24), ("resnet20", "cluttered", 24),
+        ("resnet32", "cluttered", 24),
     ]  # fmt: skip
     assert [job.setting.name for job in first[:10]] == [*study.RULES, *study.DATA_RULES]
     assert not any(job.validation for job in jobs)
@@ -287,9 +289,10 @@ def test_the_committed_leaderboard_is_that_of_the_committed_runs(monkeypatch, tm
 
 def test_the_leaderboard_has_a_command_and_distances_for_each_cell(results):
     page = example("leaderboard").page(results)
-    command = "`python examples/depth_study.py --network resnet8 --data cluttered --rule sa`"
+    command = "`python examples/depth_study.py --network resnet8 --data cluttered --rule sa --epochs 8`"
     assert f"| sa | 90.0 ± 12.7 | 2.0 ± 12.7 | 2 | 1.00 | {command} |" in page
     assert "## plain-7, cluttered digits" in page
+    assert "## ResNet-8, 24 epochs, cluttered digits" in page
     assert "| fa | 67.8 | 23.5 |" in page  # published for ResNet-20
 
 
@@ -298,11 +301,13 @@ def results(runs):
     def outcomes(*accuracies, angle=None):
         return [None if a is None else made_up(runs, a, angle) for a in accuracies]
 
+    group = example("depth_study_report").Group
     return {
-        ("resnet8", "cluttered", "bp"): outcomes(90.0, 92.0, 94.0),
-        ("resnet8", "cluttered", "sa"): outcomes(89.0, None, 91.0, angle=2.0),
-        ("plain7", "cluttered", "sa"): outcomes(None, 70.0, None, angle=3.0),
-        ("resnet20", "fashion-mnist", "bp"): outcomes(None, None, None),
+        group("resnet8", "cluttered", "bp", 8): outcomes(90.0, 92.0, 94.0),
+        group("resnet8", "cluttered", "sa", 8): outcomes(89.0, None, 91.0, angle=2.0),
+        group("plain7", "cluttered", "sa", 8): outcomes(None, 70.0, None, angle=3.0),
+        group("resnet20", "fashion-mnist", "bp", 8): outcomes(None, None, None),
+        group("resnet8", "cluttered", "bp", 24): outcomes(96.0),
     }
 
 
@@ -312,11 +317,13 @@ def test_the_test_runs_can_be_limited(study):
     assert {(job.network, job.data, job.setting.name) for job in jobs} == {
         ("resnet20", data, name) for data in ("cluttered", "fashion-mnist") for name in ("bp", "kp")
     }
-    assert set(study.jobs_of_test(study.Scale(), chosen)) > set(jobs)
+    longer = study.jobs_of_test(study.Scale(), chosen, study.Wanted(networks=["resnet8"], epochs=[24]))
+    assert {(job.setting.name, job.epochs) for job in longer} == {(name, 24) for name in ("bp", "sa", "kp")}
+    assert set(study.jobs_of_test(study.Scale(), chosen)) > {*jobs, *longer}
 
 
 def test_rows_have_intervals_and_paired_gaps(results):
-    bp, sa, plain = example("depth_study_report").rows(results)
+    bp, sa, plain, longer = example("depth_study_report").rows(results)
     assert (bp["accuracy"], bp["accuracy seeds"]) == (92.0, 3)
     assert bp["accuracy interval"] == pytest.approx(4.303 * 2 / math.sqrt(3), abs=1e-3)  # t of 2 degrees of freedom
     assert bp["angle"] == bp["behind bp"] == ""
@@ -324,31 +331,33 @@ def test_rows_have_intervals_and_paired_gaps(results):
     assert (sa["behind bp"], sa["behind bp seeds"]) == (2.0, 2)
     assert sa["behind bp interval"] == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2), abs=1e-3)
     assert (plain["accuracy"], plain["accuracy interval"], plain["behind bp seeds"]) == (70.0, "", 0)
+    assert (longer["accuracy"], longer["epochs"]) == (96.0, 24)
 
 
 def test_a_table_shows_what_is_there_and_the_number_of_seeds(results):
     report = example("depth_study_report")
     assert report.table(report.rows(results), "accuracy", 1) == (
-        "| rule | ResNet-8 | plain-7 |\n"
-        "| --- | --- | --- |\n"
-        "| bp | 92.0 ± 5.0 (3) |  |\n"
-        "| sa | 90.0 ± 12.7 (2) | 70.0 (1) |\n"
+        "| rule | ResNet-8 | ResNet-8, 24 epochs | plain-7 |\n"
+        "| --- | --- | --- | --- |\n"
+        "| bp | 92.0 ± 5.0 (3) | 96.0 (1) |  |\n"
+        "| sa | 90.0 ± 12.7 (2) |  | 70.0 (1) |\n"
     )
-    assert report.table(report.rows(results), "angle", 1).endswith("| sa | 2.0 ± 0.0 (2) | 3.0 (1) |\n")
+    assert report.table(report.rows(results), "angle", 1).endswith("| sa | 2.0 ± 0.0 (2) |  | 3.0 (1) |\n")
 
 
 def test_diverged_runs_are_counted(runs):
     report = example("depth_study_report")
     outcomes = [made_up(runs, 10.0, diverged=True), made_up(runs, 90.0)]
-    found = report.rows({("resnet20", "fashion-mnist", "aa"): outcomes})
+    found = report.rows({report.Group("resnet20", "fashion-mnist", "aa", 8): outcomes})
     assert "ResNet-20, fashion-mnist" in report.table(found, "accuracy", 1)
     assert "(2, 1 diverged) |" in report.table(found, "accuracy", 1)
 
 
 def test_a_report_of_one_run_is_complete(runs, tmp_path):
     setting = runs.Setting("bp", 0.004)
-    results = {("resnet8", "cluttered", "bp"): [made_up(runs, 90.0), None]}
-    example("depth_study_report").write({setting: []}, {"bp": setting}, results, tmp_path)
+    report = example("depth_study_report")
+    results = {report.Group("resnet8", "cluttered", "bp", 8): [made_up(runs, 90.0), None]}
+    report.write({setting: []}, {"bp": setting}, results, tmp_path)
     assert "| bp | 90.0 (1) |" in (tmp_path / "results.md").read_text()
     assert "| bp | 0.004 |  |  |  | 0 |  | yes |" in (tmp_path / "results.md").read_text()
 

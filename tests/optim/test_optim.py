@@ -378,14 +378,6 @@ def test_under_backprop_there_is_nothing_to_step():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_model_converted_again_needs_a_new_optimizer():
-    model = network("ia")
-    optimizer = FeedbackSGD(model, lr=0.1)
-    pyfeedback.convert(model, "aa")
-    with pytest.raises(RuntimeError, match="model has other feedback weights now"):
-        optimizer.step()
-
-
 def test_a_group_of_other_parameters_is_refused():
     model = network("ia")
     with pytest.raises(ValueError, match="params contains a tensor of shape"):

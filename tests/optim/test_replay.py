@@ -145,3 +145,35 @@ def test_an_unconverted_model_is_stepped_as_by_torch(rule, kind):
         step(twin, theirs, seed)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [0, 1, 2])  # as an unconverted model
+def test_a_model_that_is_converted_again_needs_a_new_optimizer(kind, steps):
+    model = model_of("sa")
+    optimizer = OPTIMIZERS[kind](model)
+    step(model, optimizer, 0)
+    pyfeedback.unconvert(model)
+    assert optimizer.time_constants() == optimizer.probe_counts() == {}
+    for seed in range(steps):
+        step(model, optimizer, seed)
+    pyfeedback.convert(model, "sa")
+    with pytest.raises(RuntimeError, match=r"^0 has another feedback weight now, expected an optimizer"):
+        step(model, optimizer, 0)
+
+
+def test_a_model_converted_to_another_rule_needs_a_new_optimizer():
+    model = model_of("ia")
+    optimizer = OPTIMIZERS["SGD"](model)
+    pyfeedback.convert(model, "aa")
+    with pytest.raises(RuntimeError, match="has another feedback weight now"):
+        optimizer.step()
+
+
+def test_a_model_with_assigned_parameters_needs_a_new_optimizer():
+    model = model_of("sa")
+    optimizer = OPTIMIZERS["SGD"](model)
+    step(model, optimizer, 0)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(assign=True\)$"):
+        step(model, optimizer, 0)
