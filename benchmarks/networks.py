@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from selection import Selection
 from timing import Step
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -124,6 +125,34 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *sizes)
 
 
+class ConvNeXtBlock(nn.Module):
+    """A depthwise 7x7 convolution, layer norm and two pointwise layers, with a scaled residual (Liu et al. 2022)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, 7, padding=3, groups=c)
+        self.norm = nn.LayerNorm(c)
+        self.mlp = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
+        self.scale = nn.Parameter(torch.full((c,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x).permute(0, 2, 3, 1)
+        return x + (self.scale * self.mlp(self.norm(y))).permute(0, 3, 1, 2)
+
+
+def convnext() -> nn.Sequential:
+    """The first stage of ConvNeXt-T, three blocks of width 96, between a patch embedding and a classifier."""
+    blocks = (ConvNeXtBlock(96) for _ in range(3))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(96), nn.Linear(96, 1000))
+    return nn.Sequential(nn.Conv2d(3, 96, 4, 4), *blocks, *head)
+
+
+def _blocks(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
+    """Blocks with layer norm before attention and before the MLP, and a last layer norm."""
+    block = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+
+
 class VisionTransformer(nn.Module):
     """ViT-Tiny (Touvron et al. 2021), with the mean of the tokens in place of a class token."""
 
@@ -131,13 +160,32 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.positions = nn.Parameter(torch.zeros(tokens, width))
-        block = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.blocks = _blocks(width, depth, heads)
         self.fc = nn.Linear(width, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         return self.fc(self.blocks(tokens + self.positions[: tokens.shape[1]]).mean(1))
+
+
+CHARACTERS = 103  # of the text of docs/transformers.md
+
+
+class GPT(nn.Module):
+    """The character GPT of examples/transformer_models.py: the logits of the next character at each position."""
+
+    def __init__(self, context: int = 64, width: int = 64, depth: int = 3, heads: int = 4):
+        super().__init__()
+        self.characters = nn.Embedding(CHARACTERS, width)
+        self.positions = nn.Parameter(torch.zeros(context, width))
+        self.blocks = _blocks(width, depth, heads)
+        self.fc = nn.Linear(width, CHARACTERS)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        length = characters.shape[1]
+        x = self.characters(characters) + self.positions[:length]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, x.device, x.dtype)
+        return self.fc(self.blocks(x, mask, is_causal=True))
 
 
 MODELS = {
@@ -147,12 +195,60 @@ MODELS = {
     "resnet50": resnet50,
     "demo": demo,
     "mlp": mlp,
+    "convnext": convnext,
     "vit-tiny": VisionTransformer,
+    "gpt": GPT,
+}
+
+SIZES = {  # network: (batch, height and width of an image or length of a text) for a full run, a quick one, a GPU
+    "resnet18": ((16, 224), (16, 64), (128, 224)),
+    "resnet18-cifar": ((64, 32), (16, 32), (512, 32)),
+    "resnet20": ((64, 32), (32, 32), (512, 32)),
+    "resnet50": ((16, 224), (8, 64), (128, 224)),
+    "demo": ((64, 32), (32, 32), (512, 32)),
+    "mlp": ((256, 32), (64, 32), (2048, 32)),
+    "convnext": ((4, 224), (2, 64), (128, 224)),
+    "vit-tiny": ((8, 224), (4, 64), (128, 224)),
+    "gpt": ((16, 64), (8, 64), (512, 64)),
 }
 
 
+def draw_batch(network: str, batch: int, size: int) -> tuple[Tensor, Tensor]:
+    """Random images [N, 3, S, S] and their labels [N]; or random texts [N, S], and the next characters [N, S]."""
+    if network == "gpt":
+        text = torch.randint(CHARACTERS, (batch, size + 1))
+        return text[:, :-1], text[:, 1:]
+    return torch.randn(batch, 3, size, size), torch.arange(batch) % 10
+
+
+def task(
+    network: str, selection: Selection, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Tensor, Tensor, dict[str, object]]:
+    """A network, a batch of inputs, their labels, and the description of both in a record."""
+    device, layout = selection.device, torch.contiguous_format if selection.contiguous else torch.channels_last
+    batch, size = SIZES[network][1 if selection.quick else 2 if device.type == "cuda" else 0]
+    batch = batch if selection.timed else 2
+    torch.manual_seed(0)
+    model = MODELS[network]().to(device, dtype, memory_format=layout)
+    inputs, labels = (t.to(device) for t in draw_batch(network, batch, size))
+    if inputs.is_floating_point():
+        inputs = inputs.to(dtype, memory_format=layout)
+    info = {
+        "network": network,
+        "size": f"{batch} of {f'{size} characters' if network == 'gpt' else f'{size}x{size}'}",
+        "layout": "contiguous" if selection.contiguous else "channels_last",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return model, inputs, labels, info
+
+
+def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of logits [N, classes] or [N, S, classes]."""
+    return F.cross_entropy(outputs.flatten(0, -2), labels.flatten())
+
+
 def training_step(
-    model: nn.Module, images: Tensor, labels: Tensor, compiled: bool = False, followed: bool = False
+    model: nn.Module, inputs: Tensor, labels: Tensor, compiled: bool = False, followed: bool = False
 ) -> Step:
     """The step of a training loop; one optimizer updates all parameters.
 
@@ -162,17 +258,17 @@ def training_step(
     run_model = torch.compile(model) if compiled else model
 
     def backward():
-        F.cross_entropy(run_model(images), labels).backward()
+        loss_of(run_model(inputs), labels).backward()
 
     return _step(model, backward, followed=followed)
 
 
-def reference_step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+def reference_step(model: nn.Module, inputs: Tensor, labels: Tensor) -> Step:
     """The same step with the layers of pyfeedback.reference: autograd computes the gradient of the rule."""
 
     def backward():
         with by_reference() as penalties:
-            loss = F.cross_entropy(model(images), labels)
+            loss = loss_of(model(inputs), labels)
         (loss + sum(penalties)).backward()
 
     return _step(model, backward, by_gradient=True)

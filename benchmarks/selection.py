@@ -24,11 +24,12 @@ RESNETS = {"resnet18": RESNET18, "resnet50": RESNET50, "resnet20": RESNET20_CIFA
 DEPTHWISE = {"mobilenet_v2": MOBILENET_V2, "efficientnet_b0": EFFICIENTNET_B0, "convnext_t": CONVNEXT_T}
 NETWORKS = RESNETS | DEPTHWISE  # of DEPTHWISE only the depthwise layers, and only if named
 
-WHOLE_NETWORKS = (*RESNETS, "resnet18-cifar", "demo", "mlp", "vit-tiny")
+WHOLE_NETWORKS = (*RESNETS, "resnet18-cifar", "demo", "mlp", "convnext", "vit-tiny", "gpt")
 
 # The sample of a run without --full or --network: small networks, and one layer of each kind: pointwise up, down and
 # strided, 3x3 dense and strided, large and small maps.
-SAMPLE_NETWORKS = ["resnet20", "demo", "mlp"]
+SAMPLE_SECONDS = 540.0  # after which no benchmark starts
+SAMPLE_NETWORKS = ["demo", "resnet20", "mlp", "convnext", "gpt"]
 SAMPLE_LAYERS = {
     "resnet50": ("64-256-1x1s1@56", "512-128-1x1s1@28", "128-128-3x3s1@28", "1024-2048-1x1s2@14"),
     "resnet18": ("256-512-3x3s2@14",),
@@ -62,7 +63,7 @@ class Selection:
     dtypes: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     budget: float = 0.0
-    time_limit: float = float("inf")
+    time_limit: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self):
@@ -74,6 +75,7 @@ class Selection:
         self.rules = self.rules or list(RULES)
         self.dtypes = self.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])
         self.against = self.against or list(BASELINES[:3])
+        self.time_limit = self.time_limit or (SAMPLE_SECONDS if self.sampled and self.timed else float("inf"))
         if self.compiled and "compiled" not in self.against:
             self.against.append("compiled")
 

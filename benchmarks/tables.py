@@ -11,6 +11,8 @@ from selection import NETWORKS, RULES, WHOLE_NETWORKS
 from pyfeedback import Rule
 
 Record = dict
+RUN = 10_000  # steps of a run with probes
+USUAL = ("eager", "channels_last", "float32")  # not in the title of a row
 TITLES = {name: name for name in BASELINES} | {"plain": "backprop"}
 
 
@@ -37,6 +39,7 @@ def report(records: list[Record], per_layer: bool = False) -> list[str]:
     lines += _optimizers([r for r in records if r["kind"] == "optimizer"])
     lines += _alignments([r for r in records if r["kind"] == "alignment"])
     lines += _overheads([r for r in records if r["kind"] == "overhead"])
+    lines += _whole_steps(records)
     return lines
 
 
@@ -104,14 +107,11 @@ def floors(records: list[Record], copy_gb_s: float, product_tflop_s: float) -> l
 
 def _network_steps(records: list[Record]) -> list[str]:
     lines = []
-    kinds = ("network", "mode", "layout", "dtype")
-    for kind in _distinct(tuple(r[name] for name in kinds) for r in records):
-        here = [r for r in records if tuple(r[name] for name in kinds) == kind]
+    for row in _distinct(map(_step_of, records)):
+        here = [r for r in records if _step_of(r) == row]
         milliseconds = 1e3 * statistics.median(r["seconds"]["plain"] for r in here)
         megabytes = here[0]["peak_bytes"]["plain"] / 1e6
-        size = f"batch {here[0]['batch']} of {here[0]['image']}x{here[0]['image']}"
-        title = ", ".join([*kind[:3], size, kind[3]])
-        lines.append(f"step of {title}: backprop {milliseconds:.1f} ms, {megabytes:.0f} MB")
+        lines.append(f"step of {', '.join(row)}: backprop {milliseconds:.1f} ms, {megabytes:.0f} MB")
         lines.append(f"  {'':24}" + "".join(f"{r['rule']:>7}" for r in here))
         for other in ("plain", "reference"):
             if any(other in r["seconds"] for r in here):
@@ -136,7 +136,7 @@ def _probe_steps(title: str, counts: dict[str, int], records: list[Record]) -> l
     if not here:
         return []
     ages = here[0]["ages"]
-    means = [age for age in ages if age >= 10_000]
+    means = [age for age in ages if age >= RUN]
     lines = [
         f"{title}, batch {here[0]['batch']}: steps with the optimizer, relative to backprop",
         f"  {'rule':12}{'no estimate':>13}"
@@ -152,21 +152,60 @@ def _probe_steps(title: str, counts: dict[str, int], records: list[Record]) -> l
         without, plain = totals[SUBJECT], totals["plain"]
         estimates = {age: totals[str(age)] - without for age in ages}
         at_ages = [(without + estimates[age] / RULES[rule].every_at(age)) / plain for age in ages]
-        run = [(without + _mean_estimate(RULES[rule], estimates, age)) / plain for age in means]
+        run = [_mean_of_run(RULES[rule], totals, age) for age in means]
         lines.append(f"  {rule:12}" + _cells([without / plain], 13) + _cells(at_ages, 14) + _cells(run, 17))
     return [*lines, ""]
 
 
-def _mean_estimate(rule: Rule, seconds: dict[int, float], steps: int) -> float:
-    """The mean time that a step of a run takes for estimates.
+def _mean_of_run(rule: Rule, seconds: dict[str, float], steps: int) -> float:
+    """The mean time of a step over a run with probes, relative to backprop.
+
+    The logarithm of the time of an estimate is linear in that of the age, in between the ages at which it was measured.
 
     Args:
-        seconds: the time of an estimate at some ages. In between, its logarithm is linear in that of the age.
+        seconds: the time of a step with an estimate at some ages, of one without, and of backprop.
     """
-    ages = sorted(seconds)
-    logarithms = [math.log(max(seconds[age], 1e-9)) for age in ages]
+    without = seconds[SUBJECT]
+    ages = [int(name) for name in seconds if name.isdigit()]
+    logarithms = [math.log(max(seconds[str(age)] - without, 1e-9)) for age in ages]
     due = [step for step in range(steps) if step % rule.every_at(step) == 0]
-    return np.exp(np.interp(np.log(np.maximum(due, 1)), np.log(ages), logarithms)).sum() / steps
+    estimates = np.exp(np.interp(np.log(np.maximum(due, 1)), np.log(ages), logarithms)).sum()
+    return (without + estimates / steps) / seconds["plain"]
+
+
+def _step_of(record: Record) -> tuple[str, ...]:
+    """What a whole training step is, but for its rule."""
+    return tuple(record[name] for name in ("network", "mode", "layout", "size", "dtype"))
+
+
+def whole_steps(records: list[Record]) -> dict[tuple[str, ...], dict[str, float]]:
+    """The time of each whole training step relative to backprop, by network, mode, layout, size and dtype, and by rule.
+
+    That of rules that read probes is the mean over a run of ``RUN`` steps.
+    """
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for r in records:
+        if r["kind"] == "network":
+            found.setdefault(_step_of(r), {})[r["rule"]] = r["ratio_to_plain"]
+        elif r["kind"] == "probes" and "network" in r:
+            found.setdefault(_step_of(r), {})[r["rule"]] = _mean_of_run(RULES[r["rule"]], r["seconds"], RUN)
+    return found
+
+
+def _whole_steps(records: list[Record]) -> list[str]:
+    found = whole_steps(records)
+    if not found:
+        return []
+    rules = [name for name in RULES if any(name in ratios for ratios in found.values())]
+    widths = [max(7, len(name) + 2) for name in rules]
+    titles = {step: ", ".join((step[0], *(part for part in step[1:] if part not in USUAL))) for step in found}
+    first = max(map(len, titles.values()))
+    lines = [f"time of a whole training step relative to backprop; with probes, the mean over {RUN:,} steps"]
+    lines.append(f"  {'':{first}}" + "".join(f"{name:>{width}}" for name, width in zip(rules, widths, strict=True)))
+    for step, title in sorted(titles.items(), key=lambda each: WHOLE_NETWORKS.index(each[0][0])):
+        cells = "".join(_cells([found[step].get(name)], width) for name, width in zip(rules, widths, strict=True))
+        lines.append(f"  {title:{first}}{cells}")
+    return [*lines, ""]
 
 
 def _peers(records: list[Record]) -> list[str]:

@@ -10,11 +10,9 @@ import copy
 import pytest
 import torch
 from implementations import SUBJECT
-from networks import MODELS
-from test_network_steps import SIZES
+from networks import MODELS, loss_of, task
 from timing import Step
 from torch import nn
-from torch.nn import functional as F
 
 import pyfeedback
 from pyfeedback.testing import conv_inputs
@@ -41,17 +39,12 @@ def test_probe_step(race, selection, layer, rule_name):
 def test_probe_network_step(race, selection, network, rule_name):
     if network not in selection.whole_networks:
         pytest.skip("not among the networks of this run")
-    batch, image = SIZES[network][1 if selection.quick else 2 if selection.device.type == "cuda" else 0]
-    batch = batch if selection.timed else 2
-    torch.manual_seed(0)
-    plain = MODELS[network]().to(selection.device, memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, image, image, device=selection.device).to(memory_format=torch.channels_last)
-    labels = torch.arange(batch, device=selection.device) % 10
+    plain, inputs, labels, info = task(network, selection)
 
     def backward(model):
-        F.cross_entropy(model(images), labels).backward()
+        loss_of(model(inputs), labels).backward()
 
-    compare(race, plain, rule_name, backward, layer=network, batch=f"{batch} of {image}x{image}")
+    compare(race, plain, rule_name, backward, layer=network, batch=info["size"], mode="eager", **info)
 
 
 def compare(race, plain, rule_name, backward, **info):

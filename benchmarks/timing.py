@@ -88,7 +88,7 @@ class Clock:
 
 
 class Race:
-    """Times steps alternately, A B C A B C, so that other load on the machine affects all of them alike.
+    """Times steps alternately, A B C C B A, so that other load on the machine affects all of them alike.
 
     Args:
         steps: by name; the others are compared with ``subject``.
@@ -112,8 +112,9 @@ class Race:
 
     def round(self) -> None:
         """Run and time each step once."""
-        for name, step in self.steps.items():
-            self.seconds[name].append(self._timer(step))
+        backwards = len(self.seconds[self.subject]) % 2
+        for name in list(self.steps)[:: -1 if backwards else 1]:
+            self.seconds[name].append(self._timer(self.steps[name]))
         self._clock.now += self.seconds[self.subject][-1]
 
     def median(self, name: str) -> float:

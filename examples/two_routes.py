@@ -29,7 +29,7 @@ import cluttered_digits
 import demo_figure
 import sklearn
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
@@ -38,6 +38,7 @@ from tuned import LR, MOMENTUM, PAPER, SETTINGS, WITH_UNITS, Setting, network
 import pyfeedback
 
 BATCH = 64
+AGES, ROUNDS = 8, 6  # steps of a run at which the time of a step is measured, and how often at each of them
 EPOCHS = {"cluttered": 7, "digits": 30}
 TITLES = {
     "bp": "backprop",
@@ -64,7 +65,6 @@ class Result:
     accuracy: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     angles: list[list[float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -73,6 +73,44 @@ class Result:
     @property
     def mean_angles(self) -> list[float]:
         return [statistics.fmean(layers) for layers in self.angles if layers]
+
+
+class Trainer:
+    """A new network, its rule and its optimizers. This class shows all that is needed to use the package.
+
+    Args:
+        steps: of the whole run.
+    """
+
+    def __init__(self, setting: Setting, training, steps: int, seed: int, build: Callable[[int], nn.Module] = network):
+        torch.manual_seed(seed)
+        self.model = model = build(training.images.shape[-1])
+        # The stem has no layer below it to send an error to, so the feedback path starts after it.
+        pyfeedback.convert(model[1], setting.rule, init=setting.init)
+        model.to(training.images.device)
+
+        decay = setting.weight_decay
+        optimizer: torch.optim.Optimizer
+        if setting.rule.tau:
+            optimizer = pyfeedback.optim.SGD(model, LR, MOMENTUM, weight_decay=decay, noise=setting.noise)
+        else:
+            optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), LR, MOMENTUM, weight_decay=decay)
+        self.optimizers, self.schedules = [optimizer], [CosineAnnealingLR(optimizer, steps)]
+        if setting.rule.learns and not setting.rule.tau:
+            feedback = pyfeedback.optim.FeedbackSGD(model, setting.lr, setting.momentum, noise=setting.noise)
+            self.optimizers.append(feedback)
+            if setting.cosine:
+                self.schedules.append(CosineAnnealingLR(feedback, steps))
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """Train on a batch, and return its loss."""
+        loss = F.cross_entropy(self.model(images), labels)
+        for each in self.optimizers:
+            each.zero_grad()
+        loss.backward()
+        for each in self.optimizers + self.schedules:
+            each.step()
+        return loss.item()
 
 
 def train(
@@ -84,43 +122,20 @@ def train(
     after_epoch: Callable = lambda _: None,
     build: Callable[[int], nn.Module] = network,
 ) -> Result:
-    """Train a new network by one rule. This function shows all that is needed to use the package."""
+    """Train a new network by one rule."""
     training, test = data
-    torch.manual_seed(seed)
-    model = build(training.images.shape[-1])
-    # The stem has no layer below it to send an error to, so the feedback path starts after it.
-    pyfeedback.convert(model[1], setting.rule, init=setting.init)
-    model.to(training.images.device)
-
     steps = len(training.images) // BATCH
-    decay = setting.weight_decay
-    optimizer: torch.optim.Optimizer
-    if setting.rule.tau:
-        optimizer = pyfeedback.optim.SGD(model, LR, MOMENTUM, weight_decay=decay, noise=setting.noise)
-    else:
-        optimizer = torch.optim.SGD(pyfeedback.forward_parameters(model), LR, MOMENTUM, weight_decay=decay)
-    optimizers, schedules = [optimizer], [CosineAnnealingLR(optimizer, epochs * steps)]
-    if setting.rule.learns and not setting.rule.tau:
-        optimizers.append(pyfeedback.optim.FeedbackSGD(model, setting.lr, setting.momentum, noise=setting.noise))
-        if setting.cosine:
-            schedules.append(CosineAnnealingLR(optimizers[-1], epochs * steps))
-
+    trainer = Trainer(setting, training, epochs * steps, seed, build)
+    model = trainer.model
     result = Result(setting)
     observe(result, model, test)
     for _ in range(epochs):
         model.train()
-        start, total = time.perf_counter(), 0.0
+        total = 0.0
         order = torch.randperm(len(training.images)).to(training.images.device)
         for chosen in order[: steps * BATCH].split(BATCH):
-            loss = F.cross_entropy(model(training.images[chosen]), training.labels[chosen])
-            for each in optimizers:
-                each.zero_grad()
-            loss.backward()
-            for each in optimizers + schedules:
-                each.step()
-            total += loss.item()
+            total += trainer.step(training.images[chosen], training.labels[chosen])
             after_step()
-        result.seconds.append(time.perf_counter() - start)
         result.loss.append(total / steps)
         observe(result, model, test)
         after_epoch(result)
@@ -183,19 +198,63 @@ def _channels_last(size: int) -> nn.Module:
     return network(size).to(memory_format=torch.channels_last)
 
 
-def table(results: dict[str, list[Result]]) -> str:
+def step_times(names: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """The time of a training step by each rule relative to bp, on one thread: processor time on a CPU.
+
+    The rules alternate step by step, so that other load on the machine affects all of them alike. The time of probes
+    changes over a run. A figure is therefore a mean over steps at regular intervals of a run; that of each is the
+    median over the rounds of the ratio within a round.
+    """
+    torch.set_num_threads(1)
+    training, _ = _load(options.data, options.device)
+    steps = options.epochs * (len(training.images) // BATCH)
+    trainers = {
+        name: Trainer(SETTINGS[name], training, steps, options.seed, _channels_last)
+        for name in dict.fromkeys(["bp", *names])
+    }
+    batch = training.images[:BATCH], training.labels[:BATCH]
+    for trainer in trainers.values():  # warm up
+        trainer.step(*batch)
+    medians: dict[str, list[float]] = {name: [] for name in trainers}
+    for age in tqdm(range(0, steps, math.ceil(steps / AGES)), "time of a step", dynamic_ncols=True):
+        rounds = [_round(trainers, batch, age, backwards=bool(i % 2)) for i in range(ROUNDS)]
+        for name, found in medians.items():
+            found.append(statistics.median(seconds[name] / seconds["bp"] for seconds in rounds))
+    return {name: statistics.fmean(found) for name, found in medians.items()}
+
+
+def _round(trainers: dict[str, Trainer], batch: tuple[Tensor, Tensor], age: int, backwards: bool) -> dict[str, float]:
+    """Time a step by each rule, as if it came after ``age`` others."""
+    seconds = {}
+    for name in sorted(trainers, reverse=backwards):
+        for group in trainers[name].optimizers[0].param_groups:
+            if "feedback_step" in group:
+                group["feedback_step"] = age - 1  # the number of the step before
+        start = _clock(batch[0].device)
+        trainers[name].step(*batch)
+        seconds[name] = _clock(batch[0].device) - start
+    return seconds
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def table(results: dict[str, list[Result]], times: dict[str, float]) -> str:
     """The last epoch of each rule: means over the seeds, and the standard deviation of the accuracy.
 
-    The distance to bp is that of equal seeds. Time is relative to bp, in seconds per epoch. Angles are in degrees.
+    The distance to bp is that of equal seeds. Time is that of a step, relative to bp. Angles are in degrees.
     """
     lines = ["rule  seeds  test %  std  behind bp  time  angle  of each layer, first to last"]
     for name, runs in results.items():
         reached, bp = [result.accuracy[-1] for result in runs], results.get("bp", [])
         std = f"{statistics.stdev(reached):.1f}" if len(runs) > 1 else "-"
-        behind = slower = "-"
+        behind = "-"
         if bp:
             behind = f"{statistics.fmean(b.accuracy[-1] - r.accuracy[-1] for b, r in zip(bp, runs, strict=False)):.1f}"
-            slower = f"{_epoch_seconds(runs) / _epoch_seconds(bp):.2f}"
         layers = [statistics.fmean(layer) for layer in zip(*(result.angles[-1] for result in runs), strict=True)]
         angle = f"{statistics.fmean(layers):.0f}" if layers else "-"
         each = " ".join(f"{a:3.0f}" for a in layers) or "  - (no feedback weight)"
@@ -203,13 +262,9 @@ def table(results: dict[str, list[Result]]) -> str:
         note = f"  {failed} diverged" if failed else ""
         mean = f"{statistics.fmean(reached):.1f}"
         lines.append(
-            f"{name:4}  {len(runs):5}  {mean:>6}  {std:>3}  {behind:>9}  {slower:>4}  {angle:>5}  {each}{note}"
+            f"{name:4}  {len(runs):5}  {mean:>6}  {std:>3}  {behind:>9}  {times[name]:4.2f}  {angle:>5}  {each}{note}"
         )
     return "\n".join(lines)
-
-
-def _epoch_seconds(runs: list[Result]) -> float:
-    return statistics.median(itertools.chain(*(result.seconds for result in runs)))
 
 
 def sweep(data, epochs: int, seed: int) -> dict:
@@ -307,12 +362,17 @@ def main() -> None:
             raise SystemExit("interrupted: nothing written") from None
         write_json(options.out / "two_routes_sweep.json", options, found)
         return
-    results = run(list(dict.fromkeys(options.rule)), options)
+    names = list(dict.fromkeys(options.rule))
+    try:
+        times = step_times(names, options)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: nothing written") from None
+    results = run(names, options)
     if not results:
         raise SystemExit("interrupted before the first run finished: nothing written")
-    print(table(results))
+    print(table(results, times))
     found = {name: [asdict(result) for result in runs] for name, runs in results.items()}
-    write_json(options.out / "two_routes.json", options, {"results": found})
+    write_json(options.out / "two_routes.json", options, {"times": times, "results": found})
     accuracy = {name: [result.accuracy for result in runs] for name, runs in results.items()}
     angles = {name: [result.mean_angles for result in runs] for name, runs in results.items()}
     demo_figure.draw(accuracy, angles, TITLES, options.out / "two_routes.png")

@@ -249,3 +249,8 @@ def find(
         return found
     except TypeError:  # symbolic sizes have no hash
         return None
+
+
+def find_unsaved(geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, mask: Mask) -> Choice | None:
+    """The choice for the same layer with a saved response. It is not a call, so ``recorded`` does not collect it."""
+    return tables[input.device].get(str(signature_of(geometry, input, weight, rule, mask, True)))

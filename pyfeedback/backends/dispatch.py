@@ -158,8 +158,7 @@ def plan(
         except TypeError:  # symbolic sizes have no hash
             algorithm, reads_response = _algorithm(geometry, input.shape, weight.shape, rule, response_saved)
     if backend == "auto" and use_measured and tables[input.device]:
-        choice = choices.find(geometry, input, weight, rule, mask, response_saved)
-        call = choice and _call(choice, geometry, input, weight, rule, mask)
+        call = _measured(geometry, input, weight, rule, mask, response_saved)
         if call is not None:
             return call
     for found, chosen, missing in _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1):
@@ -172,6 +171,22 @@ def plan(
     # The last candidate is the composition, which supports every layer: `missing` is what PyTorch's kernels lack.
     name = next(name for name in missing if getattr(rule, name))
     raise NotImplementedError(f"{name} is {getattr(rule, name)}, expected 0: no backend of this layer implements it")
+
+
+def _measured(
+    geometry: Geometry, input: Tensor, weight: Tensor, rule: Coefficients, mask: Mask, response_saved: bool
+) -> LayerCall | None:
+    """The call that was measured to be the fastest; None if this layer was not measured.
+
+    A compiled graph saves the response only if the choice for a layer that has it reads it. Without a response, a
+    choice that does not read it is therefore used as well.
+    """
+    choice = choices.find(geometry, input, weight, rule, mask, response_saved)
+    if choice is not None:
+        return _call(choice, geometry, input, weight, rule, mask)
+    choice = choices.find_unsaved(geometry, input, weight, rule, mask) if mask[2] and not response_saved else None
+    call = choice and _call(choice, geometry, input, weight, rule, mask)
+    return call if call is not None and not call.reads_response else None
 
 
 def layer_calls(

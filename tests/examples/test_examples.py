@@ -57,6 +57,8 @@ def test_a_short_run_writes_table_json_and_picture(tmp_path):
     assert first["setting"]["rule"]["source"] == "probes"
     assert first["loss"] != second["loss"]  # another seed
     assert report["versions"]["torch"] == torch.__version__
+    assert report["times"]["bp"] == 1.0
+    assert 0.5 < report["times"]["ia"] < 10.0
 
     picture = (tmp_path / "two_routes.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
@@ -67,15 +69,29 @@ def test_the_table_pairs_seeds_and_counts_divergence(example):
     two_routes = example("two_routes")
 
     def ran(accuracy, angles, loss=1.0):
-        return two_routes.Result(two_routes.SETTINGS["fa"], [10.0, accuracy], [loss], [[90.0, 90.0], angles], [2.0])
+        return two_routes.Result(two_routes.SETTINGS["fa"], [10.0, accuracy], [loss], [[90.0, 90.0], angles])
 
     results = {
         "bp": [ran(90.0, []), ran(80.0, [])],
         "fa": [ran(70.0, [30.0, 50.0]), ran(75.0, [50.0, 70.0], float("nan"))],
     }
-    bp, fa = two_routes.table(results).splitlines()[1:]
+    bp, fa = two_routes.table(results, {"bp": 1.0, "fa": 1.04}).splitlines()[1:]
     assert bp.split() == ["bp", "2", "85.0", "7.1", "0.0", "1.00", "-", "-", "(no", "feedback", "weight)"]
-    assert fa.split() == ["fa", "2", "72.5", "3.5", "12.5", "1.00", "50", "40", "60", "1", "diverged"]
+    assert fa.split() == ["fa", "2", "72.5", "3.5", "12.5", "1.04", "50", "40", "60", "1", "diverged"]
+
+
+def test_a_step_is_timed_as_one_of_its_age(example, cluttered_digits):
+    two_routes = example("two_routes")
+    training, _ = cluttered_digits.load("digits")
+    batch = training.images[:4], training.labels[:4]
+    trainers = {name: two_routes.Trainer(two_routes.SETTINGS[name], training, 200, seed=0) for name in ("bp", "ia")}
+    for trainer in trainers.values():
+        trainer.step(*batch)
+    for backwards, order in ((False, ["bp", "ia"]), (True, ["ia", "bp"])):
+        seconds = two_routes._round(trainers, batch, 100, backwards)
+        assert list(seconds) == order
+        assert min(seconds.values()) > 0
+    assert trainers["ia"].optimizers[0].param_groups[0]["feedback_step"] == 100
 
 
 def test_the_band_of_the_figure_is_the_range_of_the_seeds(example):

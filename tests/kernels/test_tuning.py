@@ -206,6 +206,16 @@ def unfinished(composed, call, *args):
     return tuple(grad if grad is None else grad * float("nan") for grad in composed(call, *args))
 
 
+def counting(used):
+    """A backward that appends its algorithm to ``used``."""
+
+    def counted(composed, call, *args):
+        used.append(call.algorithm)
+        return composed(call, *args)
+
+    return counted
+
+
 def test_wrong_and_broken_candidates_are_refused(monkeypatch):
     fake_backends(monkeypatch, wrong=wrong, broken=broken, unfinished=unfinished, slower=slower)
     input, weight = tensors(2, 16, 3, 3, kernel=3)
@@ -231,12 +241,7 @@ def test_a_default_that_fails_raises(monkeypatch):
 
 def test_a_faster_candidate_wins_and_trains_the_model(monkeypatch):
     used = []
-
-    def counted(composed, call, *args):
-        used.append(call.algorithm)
-        return composed(call, *args)
-
-    fake_backends(monkeypatch, counted=counted)
+    fake_backends(monkeypatch, counted=counting(used))
     monkeypatch.setattr(tuning, "timer_of", lambda device: lambda run: 1.0 if uses(run, used) else 2.0)
     for rule in ("ia", "fa"):
         model = pyfeedback.convert(nn.Conv2d(16, 8, 3), rule)
@@ -317,19 +322,32 @@ def test_the_state_of_the_model_is_restored():
     assert json.loads(report.path.read_text())["fingerprint"] == choices.fingerprint(CPU)
 
 
-def test_a_compiled_model_uses_the_choices():
+def test_a_compiled_model_uses_the_choices(monkeypatch):
+    used = []
+    fake_backends(monkeypatch, counted=counting(used))
     model = pyfeedback.convert(nn.Conv2d(16, 8, 1, bias=False), "ia")
     input = torch.randn(2, 16, 3, 3)
     pyfeedback.tune(model, input, budget=0.05, progress=False)
     (key,) = choices.read(CPU)
-    for choice in (DIRECT, GRAM):
-        choices.write(CPU, {key: choice})
+    for algorithm in (Algorithm.DIRECT, Algorithm.INPUT_GRAM, Algorithm.RESPONSE_GRAM):
+        choices.write(CPU, {key: Choice("counted", algorithm)})
+        torch._dynamo.reset()
+        used.clear()
         gradients = []
         for each in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
             model.zero_grad()
             each(input).sum().backward()
             gradients.append(model.feedback.grad.clone())
         torch.testing.assert_close(*gradients)
+        assert used == [algorithm, algorithm]
+
+
+def test_a_choice_that_reads_a_response_is_not_used_without_one():
+    input, weight = tensors(2, 16, 3, 3)
+    arguments = Convolution(), input, weight, IA, (True,) * 4, False
+    for choice in (DIRECT, GRAM):
+        choices.write(CPU, {str(signature(input, weight)): choice})
+        assert (dispatch.plan(*arguments).algorithm is choice.algorithm) == (choice is GRAM)
 
 
 def test_bad_input(monkeypatch):
