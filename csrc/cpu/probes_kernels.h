@@ -1,0 +1,150 @@
+// The kernel of extension_probe_gradients over some outputs. In an unnamed namespace, see scalar.h.
+//
+// Products with probes are transforms by the whole basis, of which the elements of the other probes are dropped: n log n
+// additions for each output instead of n M multiply-adds. Sylvester's factor is transformed in place, except for its
+// lowest bits, the lanes of a vector: these are summed for the elements of probes alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../probes.h"
+#include "depthwise_rows.h"
+
+namespace pyfeedback::cpu {
+namespace {
+
+// The transform by the higher bits of Sylvester's matrix of order `block`, of each block of the values.
+template <typename T>
+void transform_sylvester(T* values, int64_t size, int64_t block) {
+  constexpr int64_t kLanes = kLanesOf<T>;
+  int64_t half = kLanes;
+  int bits = 0;
+  while (half << bits < block) ++bits;
+  if (bits % 2) {
+    for (int64_t i = 0; i < size; i += 2 * half) {
+      LanesVector<T> a, b;
+      load_lanes(values + i, &a), load_lanes(values + i + half, &b);
+      const LanesVector<T> sum = a + b, difference = a - b;
+      store_lanes(&sum, values + i), store_lanes(&difference, values + i + half);
+    }
+    half *= 2;
+  }
+  for (; half < block; half *= 4) {
+    for (int64_t i = 0; i < size; i += 4 * half) {
+      for (T* at = values + i; at < values + i + half; at += kLanes) {
+        LanesVector<T> in[4];
+        for (int k = 0; k < 4; ++k) load_lanes(at + k * half, in + k);
+        const LanesVector<T> sum = in[0] + in[1], difference = in[0] - in[1];
+        const LanesVector<T> upper_sum = in[2] + in[3], upper_difference = in[2] - in[3];
+        const LanesVector<T> out[4] = {sum + upper_sum, difference + upper_difference, sum - upper_sum,
+                                       difference - upper_difference};
+        for (int k = 0; k < 4; ++k) store_lanes(out + k, at + k * half);
+      }
+    }
+  }
+}
+
+// to[i] = sum of paley[i * row + j * column] from[j] over blocks j.
+template <typename T>
+void transform_paley(const T* paley, int64_t order, int64_t row, int64_t column, const T* from, T* to, int64_t block) {
+  constexpr int64_t kRows = 4, kVectors = 2, kLanes = kLanesOf<T>;
+  for (int64_t at = 0; at < block; at += kVectors * kLanes) {
+    for (int64_t i = 0; i < order; i += kRows) {
+      LanesVector<T> sums[kRows][kVectors] = {};
+      for (int64_t j = 0; j < order; ++j) {
+        LanesVector<T> values[kVectors];
+        for (int64_t v = 0; v < kVectors; ++v) load_lanes(from + j * block + at + v * kLanes, values + v);
+        for (int64_t k = 0; k < kRows; ++k) {
+          const T sign = paley[(i + k) * row + j * column];
+          for (int64_t v = 0; v < kVectors; ++v) sums[k][v] += sign * values[v];
+        }
+      }
+      for (int64_t k = 0; k < kRows; ++k) {
+        for (int64_t v = 0; v < kVectors; ++v) store_lanes(sums[k] + v, to + (i + k) * block + at + v * kLanes);
+      }
+    }
+  }
+}
+
+// b * feedback - w * weight, exact for b == w when feedback is close to weight. An operand without factor is not read.
+template <typename T>
+inline T blend(T b, const T* feedback, T w, const T* weight, int64_t e) {
+  if (b == 0) return w == 0 ? T(0) : -w * weight[e];
+  if (w == 0) return b * feedback[e];
+  return b == w ? b * (feedback[e] - weight[e]) : b * feedback[e] - w * weight[e];
+}
+
+template <typename T>
+inline T sum_lanes(const LanesVector<T>& values) {
+  typedef T Half __attribute__((vector_size(16)));
+  Half halves[2];
+  std::memcpy(halves, &values, sizeof(values));
+  const Half sum = halves[0] + halves[1];
+  if constexpr (sizeof(T) == 8) {
+    return sum[0] + sum[1];
+  } else {
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  }
+}
+
+template <typename T>
+void probe_gradients_of(const ProbeOperands& p, int64_t begin, int64_t end, T* memory) {
+  constexpr int64_t kLanes = kLanesOf<T>;
+  LanesVector<T> lane_signs[kLanes];  // Sylvester's matrix
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) lane_signs[i][j] = __builtin_popcount(i & j) % 2 ? T(-1) : T(1);
+  }
+  const T *signs = static_cast<const T*>(p.signs), *paley = static_cast<const T*>(p.paley);
+  const T decay = static_cast<T>(p.decay), self = static_cast<T>(p.self), scale = static_cast<T>(p.scale);
+  const T of_feedback = static_cast<T>(p.of_feedback), of_weight = static_cast<T>(p.of_weight);
+  const int64_t block = p.size / p.order;
+  T *values = memory, *other = memory + p.size, *const own = memory + 2 * p.size;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* weight = static_cast<const T*>(p.weight) + row * p.inputs;
+    const T* feedback = static_cast<const T*>(p.feedback) + row * p.inputs;
+    T* response = p.response ? static_cast<T*>(p.response) + row * p.probes : own;
+    for (int64_t e = 0; e < p.inputs; ++e) values[e] = signs[e] * blend(of_feedback, feedback, of_weight, weight, e);
+    std::fill(values + p.inputs, values + p.size, T(0));
+    if (p.order > 1) {
+      transform_paley(paley, p.order, p.order, 1, values, other, block);
+      std::swap(values, other);
+    }
+    transform_sylvester(values, p.size, block);
+    for (int64_t i = 0; i < p.probes; ++i) {
+      const int64_t lane = p.rows[i] % kLanes;
+      LanesVector<T> lanes;
+      load_lanes(values + p.rows[i] - lane, &lanes);
+      lanes *= lane_signs[lane];
+      response[i] = sum_lanes<T>(lanes);
+    }
+    std::fill(values, values + p.size, T(0));
+    for (int64_t i = 0; i < p.probes; ++i) {
+      const int64_t lane = p.rows[i] % kLanes;
+      LanesVector<T> lanes;
+      load_lanes(values + p.rows[i] - lane, &lanes);
+      lanes += response[i] * lane_signs[lane];
+      store_lanes(&lanes, values + p.rows[i] - lane);
+    }
+    transform_sylvester(values, p.size, block);
+    if (p.order > 1) {
+      transform_paley(paley, p.order, 1, p.order, values, other, block);
+      std::swap(values, other);
+    }
+    T* gradient = static_cast<T*>(p.gradient) + row * p.inputs;
+    for (int64_t e = 0; e < p.inputs; ++e) {
+      gradient[e] = blend(decay, feedback, self, weight, e) + scale * signs[e] * values[e];
+    }
+  }
+}
+
+void probe_gradients(const ProbeOperands& operands, int64_t begin, int64_t end, void* memory) {
+  if (operands.dtype == Dtype::kFloat64) {
+    probe_gradients_of(operands, begin, end, static_cast<double*>(memory));
+  } else {
+    probe_gradients_of(operands, begin, end, static_cast<float*>(memory));
+  }
+}
+
+}  // namespace
+}  // namespace pyfeedback::cpu
