@@ -372,15 +372,6 @@ def test_a_rule_that_no_optimizer_steps_is_reported_once(caplog):
     assert not caplog.records
 
 
-def test_a_sharded_weight_is_refused():
-    model = pyfeedback.convert(nn.Linear(4, 4), pyfeedback.rule("wm", source="probes", tau=8.0))
-    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
-    model.weight.to_local = lambda: model.weight  # as a DTensor has
-    model.weight.detach = lambda: model.weight
-    with pytest.raises(RuntimeError, match="weight is sharded, expected a whole one"):
-        optimizer.step()
-
-
 def test_a_compiled_model():
     model = converted()
     optimizer = sgd(model)
