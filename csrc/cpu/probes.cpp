@@ -10,7 +10,8 @@
 namespace pyfeedback::cpu {
 
 void Backend::probe_gradients(const ProbeOperands& operands) const {
-  const int64_t bytes = (2 * operands.size + operands.probes) * element_size(operands.dtype);
+  const int64_t elements = 2 * operands.size + operands.order * operands.order + operands.probes;
+  const int64_t bytes = elements * element_size(operands.dtype);
   const int64_t grain = std::max<int64_t>(1, kGrain / operands.size);
   torch::stable::parallel_for(0, operands.outputs, grain, [&](int64_t begin, int64_t end) {
     constexpr size_t kAlignment = 64;

@@ -33,21 +33,22 @@ void transform_sylvester(T* values, int64_t size, int64_t block) {
   for (; half < block; half *= 4) {
     for (int64_t i = 0; i < size; i += 4 * half) {
       for (T* at = values + i; at < values + i + half; at += kLanes) {
-        LanesVector<T> in[4];
-        for (int k = 0; k < 4; ++k) load_lanes(at + k * half, in + k);
-        const LanesVector<T> sum = in[0] + in[1], difference = in[0] - in[1];
-        const LanesVector<T> upper_sum = in[2] + in[3], upper_difference = in[2] - in[3];
-        const LanesVector<T> out[4] = {sum + upper_sum, difference + upper_difference, sum - upper_sum,
-                                       difference - upper_difference};
-        for (int k = 0; k < 4; ++k) store_lanes(out + k, at + k * half);
+        LanesVector<T> a, b, c, d;  // not an array, which compilers keep in memory
+        load_lanes(at, &a), load_lanes(at + half, &b);
+        load_lanes(at + 2 * half, &c), load_lanes(at + 3 * half, &d);
+        const LanesVector<T> sum = a + b, difference = a - b, upper_sum = c + d, upper_difference = c - d;
+        a = sum + upper_sum, b = difference + upper_difference;
+        c = sum - upper_sum, d = difference - upper_difference;
+        store_lanes(&a, at), store_lanes(&b, at + half);
+        store_lanes(&c, at + 2 * half), store_lanes(&d, at + 3 * half);
       }
     }
   }
 }
 
-// to[i] = sum of paley[i * row + j * column] from[j] over blocks j.
+// to[i] = sum of matrix[i, j] from[j] over blocks j.
 template <typename T>
-void transform_paley(const T* paley, int64_t order, int64_t row, int64_t column, const T* from, T* to, int64_t block) {
+void transform_blocks(const T* matrix, int64_t order, const T* from, T* to, int64_t block) {
   constexpr int64_t kRows = 4, kVectors = 2, kLanes = kLanesOf<T>;
   for (int64_t at = 0; at < block; at += kVectors * kLanes) {
     for (int64_t i = 0; i < order; i += kRows) {
@@ -56,7 +57,7 @@ void transform_paley(const T* paley, int64_t order, int64_t row, int64_t column,
         LanesVector<T> values[kVectors];
         for (int64_t v = 0; v < kVectors; ++v) load_lanes(from + j * block + at + v * kLanes, values + v);
         for (int64_t k = 0; k < kRows; ++k) {
-          const T sign = paley[(i + k) * row + j * column];
+          const T sign = matrix[(i + k) * order + j];
           for (int64_t v = 0; v < kVectors; ++v) sums[k][v] += sign * values[v];
         }
       }
@@ -67,12 +68,29 @@ void transform_paley(const T* paley, int64_t order, int64_t row, int64_t column,
   }
 }
 
-// b * feedback - w * weight, exact for b == w when feedback is close to weight. An operand without factor is not read.
+// out = b * feedback - w * weight, exact for b == w when feedback is close to weight. An operand without factor is not
+// read.
 template <typename T>
-inline T blend(T b, const T* feedback, T w, const T* weight, int64_t e) {
-  if (b == 0) return w == 0 ? T(0) : -w * weight[e];
-  if (w == 0) return b * feedback[e];
-  return b == w ? b * (feedback[e] - weight[e]) : b * feedback[e] - w * weight[e];
+void blend(T b, const T* __restrict feedback, T w, const T* __restrict weight, T* __restrict out, int64_t count) {
+  if (b == 0) {
+    for (int64_t e = 0; e < count; ++e) out[e] = w == 0 ? T(0) : -w * weight[e];
+  } else if (w == 0) {
+    for (int64_t e = 0; e < count; ++e) out[e] = b * feedback[e];
+  } else if (b == w) {
+    for (int64_t e = 0; e < count; ++e) out[e] = b * (feedback[e] - weight[e]);
+  } else {
+    for (int64_t e = 0; e < count; ++e) out[e] = b * feedback[e] - w * weight[e];
+  }
+}
+
+template <typename T>
+void multiply(const T* __restrict signs, T* __restrict values, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) values[e] *= signs[e];
+}
+
+template <typename T>
+void add_product(T scale, const T* __restrict signs, const T* __restrict values, T* __restrict out, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) out[e] += scale * signs[e] * values[e];
 }
 
 template <typename T>
@@ -99,20 +117,25 @@ void probe_gradients_of(const ProbeOperands& p, int64_t begin, int64_t end, T* m
   const T decay = static_cast<T>(p.decay), self = static_cast<T>(p.self), scale = static_cast<T>(p.scale);
   const T of_feedback = static_cast<T>(p.of_feedback), of_weight = static_cast<T>(p.of_weight);
   const int64_t block = p.size / p.order;
-  T *values = memory, *other = memory + p.size, *const own = memory + 2 * p.size;
+  T *values = memory, *other = memory + p.size;
+  T *const transposed = memory + 2 * p.size, *const own = transposed + p.order * p.order;
+  for (int64_t i = 0; i < p.order; ++i) {
+    for (int64_t j = 0; j < p.order; ++j) transposed[j * p.order + i] = paley[i * p.order + j];
+  }
   for (int64_t row = begin; row < end; ++row) {
     const T* weight = static_cast<const T*>(p.weight) + row * p.inputs;
     const T* feedback = static_cast<const T*>(p.feedback) + row * p.inputs;
     T* response = p.response ? static_cast<T*>(p.response) + row * p.probes : own;
-    for (int64_t e = 0; e < p.inputs; ++e) values[e] = signs[e] * blend(of_feedback, feedback, of_weight, weight, e);
+    blend(of_feedback, feedback, of_weight, weight, values, p.inputs);
+    multiply(signs, values, p.inputs);
     std::fill(values + p.inputs, values + p.size, T(0));
     if (p.order > 1) {
-      transform_paley(paley, p.order, p.order, 1, values, other, block);
+      transform_blocks(paley, p.order, values, other, block);
       std::swap(values, other);
     }
     transform_sylvester(values, p.size, block);
     for (int64_t i = 0; i < p.probes; ++i) {
-      const int64_t lane = p.rows[i] % kLanes;
+      const int64_t lane = p.rows[i] & (kLanes - 1);
       LanesVector<T> lanes;
       load_lanes(values + p.rows[i] - lane, &lanes);
       lanes *= lane_signs[lane];
@@ -120,7 +143,7 @@ void probe_gradients_of(const ProbeOperands& p, int64_t begin, int64_t end, T* m
     }
     std::fill(values, values + p.size, T(0));
     for (int64_t i = 0; i < p.probes; ++i) {
-      const int64_t lane = p.rows[i] % kLanes;
+      const int64_t lane = p.rows[i] & (kLanes - 1);
       LanesVector<T> lanes;
       load_lanes(values + p.rows[i] - lane, &lanes);
       lanes += response[i] * lane_signs[lane];
@@ -128,13 +151,12 @@ void probe_gradients_of(const ProbeOperands& p, int64_t begin, int64_t end, T* m
     }
     transform_sylvester(values, p.size, block);
     if (p.order > 1) {
-      transform_paley(paley, p.order, 1, p.order, values, other, block);
+      transform_blocks(transposed, p.order, values, other, block);
       std::swap(values, other);
     }
     T* gradient = static_cast<T*>(p.gradient) + row * p.inputs;
-    for (int64_t e = 0; e < p.inputs; ++e) {
-      gradient[e] = blend(decay, feedback, self, weight, e) + scale * signs[e] * values[e];
-    }
+    blend(decay, feedback, self, weight, gradient, p.inputs);
+    add_product(scale, signs, values, gradient, p.inputs);
   }
 }
 

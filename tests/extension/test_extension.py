@@ -13,8 +13,9 @@ def test_a_forced_backend_uses_the_kernels_that_exist_and_composes_the_rest():
     for op in ("feedback_step_", "alignment_products", "center", "add_centered_"):
         chosen = [dispatch._choose(op, device, "extension") for device in ("cpu", "cuda", "meta")]
         assert chosen == ["extension", on_cuda, "composite"]
-    chosen = [dispatch._choose("adamw_step_", device, "extension") for device in ("cpu", "cuda")]
-    assert chosen == ["extension", "composite"]
+    for op in ("adamw_step_", "probe_gradients"):
+        chosen = [dispatch._choose(op, device, "extension") for device in ("cpu", "cuda")]
+        assert chosen == ["extension", "composite"]
 
 
 @cpu

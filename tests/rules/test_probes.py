@@ -155,6 +155,18 @@ def test_every_layer_finds_its_weight_by_a_whole_basis(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_matrices_of_a_layer(name):
+    """They are views of its memory, in channels_last as well."""
+    build, _ = LAYERS[name]
+    for layer in (layer for _, layer in pyfeedback.feedback_layers(pyfeedback.convert(build(), "wm-probes"))):
+        matrices = layer.as_matrices(layer.weight)
+        assert matrices.data_ptr() == layer.weight.data_ptr()
+        back = layer.from_matrices(matrices)
+        assert torch.equal(back, layer.weight)
+        assert back.stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_finds_its_weight(name):
     """The angle of the weight mirror ends at the noise floor, and that of aa at zero.
 

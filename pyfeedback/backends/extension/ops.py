@@ -111,7 +111,7 @@ def _transformed_gradient(problem: ProbeProblem, generator: torch.Generator) -> 
     )
     gradient = gradient.view(b.shape)
     if rule.null:
-        composite_probes.add_null_(gradient, response.view(*b.shape[:2], -1).mT, b, rule, scale)
+        composite_probes.add_null_(gradient, response.view(*b.shape[:2], len(rows)).mT, b, rule, scale)
     return gradient
 
 
