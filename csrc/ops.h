@@ -93,8 +93,8 @@ DepthwiseGradients depthwise_backward(const Tensor& grad_output, const Tensor& i
 // For CPUs only: there is no CUDA kernel.
 template <typename Backend>
 std::tuple<Tensor, Tensor> probe_gradients(const Tensor& weight, const Tensor& feedback, const Tensor& signs,
-                                          const Tensor& rows, const Tensor& paley,
-                                          const std::vector<double>& coefficients, bool need_response) {
+                                           const Tensor& rows, const Tensor& paley,
+                                           const std::vector<double>& coefficients, bool need_response) {
   const ProbePlan plan = plan_probes({weight, feedback, signs, rows, paley, coefficients, need_response});
   Backend(device_of(weight.get())).probe_gradients(plan.operands);
   return {plan.gradient, plan.response};

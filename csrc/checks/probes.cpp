@@ -23,9 +23,9 @@ const int64_t* checked_rows(const Tensor& rows, int64_t limit, const Device& dev
   const Shape shape = shape_of(rows.get());
   int32_t code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(rows.get(), &code));
-  STD_TORCH_CHECK(code == aoti_torch_dtype_int64() && shape.dims == 1 && shape.contiguous &&
-                      device_of(rows.get()) == device,
-                  "rows is not a contiguous vector of int64 on the device of weight");
+  STD_TORCH_CHECK(
+      code == aoti_torch_dtype_int64() && shape.dims == 1 && shape.contiguous && device_of(rows.get()) == device,
+      "rows is not a contiguous vector of int64 on the device of weight");
   const int64_t* data = static_cast<const int64_t*>(rows.const_data_ptr());
   for (int64_t i = 0; i < shape.numel; ++i) {
     STD_TORCH_CHECK(data[i] >= 0 && data[i] < limit, "rows[", i, "] is ", data[i], "; expected 0 to ", limit - 1);
@@ -53,8 +53,9 @@ ProbePlan plan_probes(const ProbeArguments& arguments) {
   STD_TORCH_CHECK(matrix.size[1] == operands.order && (operands.order == 1 || operands.order % 4 == 0),
                   "paley has the wrong shape; expected a square of order 1 or a multiple of 4");
   const int64_t block = operands.order ? operands.size / operands.order : 0;
-  STD_TORCH_CHECK(block >= (operands.order == 1 ? kLeastBasis : kLeastBlock) && block * operands.order == operands.size &&
-                      (block & (block - 1)) == 0 && operands.size >= operands.inputs,
+  const int64_t least = operands.order == 1 ? kLeastBasis : kLeastBlock;
+  STD_TORCH_CHECK(block >= least && (block & (block - 1)) == 0 && block * operands.order == operands.size &&
+                      operands.size >= operands.inputs,
                   "signs has ", operands.size, " elements; expected the order of paley times a power of two, at least ",
                   operands.inputs);
   operands.rows = checked_rows(rows, operands.size, w.device);

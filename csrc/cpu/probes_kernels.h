@@ -1,8 +1,8 @@
 // The kernel of extension_probe_gradients over some outputs. In an unnamed namespace, see scalar.h.
 //
-// Products with probes are transforms by the whole basis, of which the elements of the other probes are dropped: n log n
-// additions for each output instead of n M multiply-adds. Sylvester's factor is transformed in place, except for its
-// lowest bits, the lanes of a vector: these are summed for the elements of probes alone.
+// A product with the probes is a transform by their whole basis, of which only the elements of the probes are kept:
+// about n log n additions for each output instead of n M multiply-adds. The transform stops at the lanes of a vector,
+// the lowest bits of Sylvester's factor: lanes are summed with their signs for each probe.
 #pragma once
 
 #include <algorithm>
@@ -106,13 +106,44 @@ inline T sum_lanes(const LanesVector<T>& values) {
   }
 }
 
+// Sylvester's matrix for the lanes of a vector.
+template <typename T>
+struct LaneSigns {
+  static constexpr int64_t kLanes = kLanesOf<T>;
+  LanesVector<T> row[kLanes];
+
+  LaneSigns() {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < kLanes; ++j) row[i][j] = __builtin_popcount(i & j) % 2 ? T(-1) : T(1);
+    }
+  }
+
+  // The elements of the probes, from values that are transformed up to the lanes.
+  void take(const T* values, const int64_t* rows, int64_t probes, T* response) const {
+    for (int64_t i = 0; i < probes; ++i) {
+      const int64_t lane = rows[i] & (kLanes - 1);
+      LanesVector<T> lanes;
+      load_lanes(values + rows[i] - lane, &lanes);
+      lanes *= row[lane];
+      response[i] = sum_lanes<T>(lanes);
+    }
+  }
+
+  // The transpose of `take`.
+  void add(const T* response, const int64_t* rows, int64_t probes, T* values) const {
+    for (int64_t i = 0; i < probes; ++i) {
+      const int64_t lane = rows[i] & (kLanes - 1);
+      LanesVector<T> lanes;
+      load_lanes(values + rows[i] - lane, &lanes);
+      lanes += response[i] * row[lane];
+      store_lanes(&lanes, values + rows[i] - lane);
+    }
+  }
+};
+
 template <typename T>
 void probe_gradients_of(const ProbeOperands& p, int64_t begin, int64_t end, T* memory) {
-  constexpr int64_t kLanes = kLanesOf<T>;
-  LanesVector<T> lane_signs[kLanes];  // Sylvester's matrix
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < kLanes; ++j) lane_signs[i][j] = __builtin_popcount(i & j) % 2 ? T(-1) : T(1);
-  }
+  const LaneSigns<T> lane_signs;
   const T *signs = static_cast<const T*>(p.signs), *paley = static_cast<const T*>(p.paley);
   const T decay = static_cast<T>(p.decay), self = static_cast<T>(p.self), scale = static_cast<T>(p.scale);
   const T of_feedback = static_cast<T>(p.of_feedback), of_weight = static_cast<T>(p.of_weight);
@@ -134,21 +165,9 @@ void probe_gradients_of(const ProbeOperands& p, int64_t begin, int64_t end, T* m
       std::swap(values, other);
     }
     transform_sylvester(values, p.size, block);
-    for (int64_t i = 0; i < p.probes; ++i) {
-      const int64_t lane = p.rows[i] & (kLanes - 1);
-      LanesVector<T> lanes;
-      load_lanes(values + p.rows[i] - lane, &lanes);
-      lanes *= lane_signs[lane];
-      response[i] = sum_lanes<T>(lanes);
-    }
+    lane_signs.take(values, p.rows, p.probes, response);
     std::fill(values, values + p.size, T(0));
-    for (int64_t i = 0; i < p.probes; ++i) {
-      const int64_t lane = p.rows[i] & (kLanes - 1);
-      LanesVector<T> lanes;
-      load_lanes(values + p.rows[i] - lane, &lanes);
-      lanes += response[i] * lane_signs[lane];
-      store_lanes(&lanes, values + p.rows[i] - lane);
-    }
+    lane_signs.add(response, p.rows, p.probes, values);
     transform_sylvester(values, p.size, block);
     if (p.order > 1) {
       transform_blocks(transposed, p.order, values, other, block);

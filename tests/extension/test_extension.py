@@ -34,3 +34,7 @@ def test_the_ops_pass_opcheck_on_their_schema():
     torch.library.opcheck(
         torch.ops.pyfeedback.extension_center.default, (torch.ones(4, 3), 2), test_utils="test_schema"
     )
+    probes = torch.ones(4, 6), torch.ones(4, 6), torch.ones(8), torch.arange(3), torch.ones(1, 1)
+    torch.library.opcheck(
+        torch.ops.pyfeedback.extension_probe_gradients.default, (*probes, [1.0] * 5, True), test_utils="test_schema"
+    )

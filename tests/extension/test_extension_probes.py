@@ -132,8 +132,3 @@ def test_memory_is_checked(message):
     with pytest.raises(RuntimeError) as raised:
         op(**(OPERANDS | WRONG[message]))
     assert message in str(raised.value)
-
-
-def test_the_schema():
-    op = torch.ops.pyfeedback.extension_probe_gradients.default
-    torch.library.opcheck(op, tuple(OPERANDS.values()), test_utils="test_schema")
