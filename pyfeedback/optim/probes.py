@@ -74,7 +74,7 @@ def _computed(problems: dict[nn.Parameter, ProbeProblem], due: Due, seed: int, s
 def layer_probes(layer: FeedbackLayer, step: int) -> ProbeCount:
     """Return the number of probes of a layer in this step, and the noise of its angle, for the last batch."""
     rule = layer.rule
-    size = layer.as_matrices(torch.empty(layer.weight.shape, device="meta")).shape[-1]
+    size = layer.as_matrices(torch.zeros(()).expand(layer.weight.shape)).shape[-1]  # a sharded one is not gathered
     step_size = 1 / rule.tau_at(step) if rule.tau else 0.0
     return count_probes(
         rule.probes, size, step_size, rule.every_at(step), rule.null != 0, layer.positions(), rule.orthogonal,
