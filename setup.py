@@ -150,7 +150,7 @@ def plan() -> tuple[list[Extension], dict[str, Any], dict[str, Any]]:
         info["missing_cuda"] = info["missing_cpu"]
         print(
             f"pyfeedback: note: {info['missing_cpu']}: the package is pure Python, and all of it works, but steps of "
-            "the optimizers, alignment and depthwise layers are slower",
+            "the optimizers, alignment, depthwise layers and probes are slower",
             file=sys.stderr,
         )
         return [], {}, info

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -87,6 +88,16 @@ DepthwiseGradients depthwise_backward(const Tensor& grad_output, const Tensor& i
                                              stride, padding, dilation, groups, coefficients, samples, mask});
   Backend(device_of(input.get())).depthwise_backward(plan.layer);
   return plan.gradients;
+}
+
+// For CPUs only: there is no CUDA kernel.
+template <typename Backend>
+std::tuple<Tensor, Tensor> probe_gradients(const Tensor& weight, const Tensor& feedback, const Tensor& signs,
+                                           const Tensor& rows, const Tensor& paley,
+                                           const std::vector<double>& coefficients, bool need_response) {
+  const ProbePlan plan = plan_probes({weight, feedback, signs, rows, paley, coefficients, need_response});
+  Backend(device_of(weight.get())).probe_gradients(plan.operands);
+  return {plan.gradient, plan.response};
 }
 
 // Registers the ops that all devices have.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback.core.deprecation import renamed_attribute, renamed_keyword
+from pyfeedback.core.tensors import shard_like, unsharded
 from pyfeedback.core.values import check_callable, check_choice, check_number, describe, is_int, is_number
 
 SIGNS = ("free", "weight")
@@ -61,7 +62,7 @@ class Init:
             self._fill(drawn, weight, default)
             feedback.copy_(drawn)
             return
-        drawn, whole = torch.empty(feedback.shape), _unsharded(weight).detach().to("cpu", torch.float32)
+        drawn, whole = torch.empty(feedback.shape), unsharded(weight).detach().to("cpu", torch.float32)
         generator = torch.default_generator  # of the CPU; torch.manual_seed would seed every GPU as well
         with _seeding:
             state = generator.get_state()
@@ -70,12 +71,7 @@ class Init:
                 self._fill(drawn, whole, default)
             finally:
                 generator.set_state(state)
-        if hasattr(feedback, "placements"):  # a DTensor: every rank draws the same values and keeps its shard
-            from torch.distributed.tensor import distribute_tensor
-
-            mesh, placements = feedback.device_mesh, feedback.placements  # type: ignore[attr-defined]
-            drawn = distribute_tensor(drawn, mesh, placements, src_data_rank=None)
-        feedback.copy_(drawn)
+        feedback.copy_(shard_like(drawn, feedback))  # every rank draws the same values
 
     def of_layer(self, name: str) -> "Init":
         """The same initialization with a seed that is specific to the layer ``name``."""
@@ -92,11 +88,6 @@ class Init:
 
 
 Init.__init__ = renamed_keyword("law", "init_fn")(Init.__init__)  # type: ignore[method-assign]
-
-
-def _unsharded(tensor: Tensor) -> Tensor:
-    """The full tensor if it is sharded over ranks, otherwise the tensor itself."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def as_init(init: "Init | Callable[[Tensor], object] | None") -> Init:

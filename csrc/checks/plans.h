@@ -11,6 +11,7 @@
 #include "../alignment.h"
 #include "../center.h"
 #include "../depthwise.h"
+#include "../probes.h"
 #include "../step.h"
 #include "tensors.h"
 
@@ -80,5 +81,21 @@ struct DepthwisePlan {
 };
 
 DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments);
+
+// The kernel transforms vectors of up to eight elements, and two of them at once if the basis has Paley's factor.
+constexpr int64_t kLeastBasis = 8, kLeastBlock = 16;
+
+struct ProbeArguments {
+  const Tensor &weight, &feedback, &signs, &rows, &paley;
+  const std::vector<double>& coefficients;  // decay, self, of_feedback, of_weight, scale
+  bool need_response;
+};
+
+struct ProbePlan {
+  ProbeOperands operands;
+  Tensor gradient, response;  // uninitialized; the operands point into them
+};
+
+ProbePlan plan_probes(const ProbeArguments& arguments);
 
 }  // namespace pyfeedback

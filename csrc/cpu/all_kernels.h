@@ -5,6 +5,7 @@
 #include "center_kernels.h"
 #include "depthwise_kernels.h"
 #include "kernels.h"
+#include "probes_kernels.h"
 #include "step_kernels.h"
 
 namespace pyfeedback::cpu {
@@ -18,7 +19,8 @@ constexpr Kernels kKernels = {step<FeedbackRow, FeedbackOptions>,
                               add_centered,
                               depthwise_bytes,
                               depthwise,
-                              depthwise_finish};
+                              depthwise_finish,
+                              probe_gradients};
 
 }  // namespace
 }  // namespace pyfeedback::cpu

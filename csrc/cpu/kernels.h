@@ -7,6 +7,7 @@
 #include "../alignment.h"
 #include "../center.h"
 #include "../depthwise.h"
+#include "../probes.h"
 #include "../step.h"
 
 namespace pyfeedback::cpu {
@@ -46,6 +47,8 @@ struct Kernels {
   // The gradients of the weights of one block, from the sums of its chunks, which are `step` apart.
   void (*depthwise_finish)(const DepthwiseLayer& layer, int64_t block, const double* sums, int64_t chunks,
                            int64_t step);
+  // The gradients of outputs begin .. end - 1. The memory has 2 size + order^2 + probes elements.
+  void (*probe_gradients)(const ProbeOperands& operands, int64_t begin, int64_t end, void* memory);
 };
 
 // The fastest kernels that this processor can run.

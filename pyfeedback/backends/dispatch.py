@@ -56,14 +56,18 @@ for _name, _fused in (("triton", True), ("triton-unfused", False)):
     _backward = partial(triton.layer_backward, fused=_fused)
     _LAYER_BACKENDS[_name] = LayerBackend(_backward, triton.IMPLEMENTED, triton.supports)
 
-# Each of these is an op of its name and one with the prefix extension_. adamw_step_ and alignment_products are only the
-# latter, because users do not call them.
+# Each of these is an op of its name and one with the prefix extension_. adamw_step_, alignment_products and
+# probe_gradients are only the latter, because users do not call them.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "adamw_step_": {"composite": steps.adamw_step_, "extension": ops.adamw_step_},
     "add_centered_": {"composite": center.add_centered_, "extension": ops.add_centered_},
     "alignment_products": {"composite": alignment.alignment_products, "extension": ops.alignment_products},
     "center": {"composite": center.center, "extension": ops.center},
-    "probe_gradients": {"composite": probes.probe_gradients, "triton": triton.probe_gradients},
+    "probe_gradients": {
+        "composite": probes.probe_gradients,
+        "extension": ops.probe_gradients,
+        "triton": triton.probe_gradients,
+    },
     "feedback_step_": {"composite": steps.feedback_step_, "extension": ops.feedback_step_},
 }
 

@@ -31,6 +31,11 @@ class Part(NamedTuple):
     power: int
     paley: tuple[int, ...]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all probes of the basis."""
+        return self.stop - self.start == len(self.paley) << self.power
+
 
 class ProbeProblem(NamedTuple):
     """One estimate of a layer: the gradient of its feedback weight under a rule that reads probes.

@@ -13,6 +13,24 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def unsharded(tensor: Tensor) -> Tensor:
+    """The full tensor if it is sharded over ranks, otherwise the tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The part of a tensor that this rank keeps if ``like`` is sharded over ranks, without communication.
+
+    Args:
+        tensor: the same on every rank.
+    """
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 def match_strides(grad: Tensor | None, like: Tensor) -> Tensor | None:
     """``grad`` with the strides of ``like``; ``grad`` itself if it already has them."""
     if grad is None or grad.stride() == like.stride():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pyfeedback.core.geometry import Convolution
 from pyfeedback.core.layer_checks import check_padded
+from pyfeedback.core.tensors import memory_format_of
 from pyfeedback.init import Init
 from pyfeedback.nn.layer import FeedbackLayer, traced_call
 from pyfeedback.rules import Rule
@@ -22,6 +23,18 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
     ):
         super().__init__(*args, **options)
         self.attach_feedback(rule, init)
+
+    def as_matrices(self, kernel: Tensor) -> Tensor:
+        return super().as_matrices(kernel.movedim(1, -1) if self._is_channels_last() else kernel)
+
+    def from_matrices(self, matrices: Tensor) -> Tensor:
+        if not self._is_channels_last():
+            return super().from_matrices(matrices)
+        outputs, channels, *window = self.weight.shape
+        return matrices.reshape(outputs, *window, channels).movedim(-1, 1)
+
+    def _is_channels_last(self) -> bool:
+        return memory_format_of(self.weight) is not torch.contiguous_format
 
 
 class _Conv(_ConvNd):
@@ -46,7 +59,7 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
         return super().as_matrices(kernel).mT
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
-        return matrices.mT.reshape(self.weight.shape)
+        return super().from_matrices(matrices.mT)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if not isinstance(input, Tensor):

@@ -195,7 +195,10 @@ class FeedbackLayer(torch.nn.Module):
         return torch.copysign(magnitudes, self.weight.detach())
 
     def as_matrices(self, kernel: Tensor) -> Tensor:
-        """Return a weight or feedback weight as one matrix [outputs, inputs] for each group: [G, K/G, d]."""
+        """Return a weight or feedback weight as one matrix [outputs, inputs] for each group: [G, K/G, d].
+
+        The inputs are in the order of ``weight`` in memory: by channel, or in channels_last by position.
+        """
         groups = getattr(self, "groups", 1)
         return kernel.reshape(groups, kernel.shape[0] // groups, -1)
 

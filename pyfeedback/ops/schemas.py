@@ -31,6 +31,10 @@ _ADAMW = (
     "float lr, float beta1, float beta2, float eps"
 )
 
+_PROBES = (
+    "Tensor weight, Tensor feedback, Tensor signs, Tensor rows, Tensor paley, float[] coefficients, bool need_response"
+)
+
 _ADD_CENTERED = "(Tensor(a!) self, Tensor input, float beta, float alpha) -> ()"
 
 _DEPTHWISE = (
@@ -54,6 +58,7 @@ SCHEMAS = {
     "extension_depthwise_backward": f"({_DEPTHWISE}) -> {_GRADS}",
     "extension_feedback_step_": f"({_STEP}) -> ()",
     "extension_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",
+    "extension_probe_gradients": f"({_PROBES}) -> (Tensor gradient, Tensor response)",
     "mix": "(Tensor mixing, Tensor feedback, float decay) -> Tensor",
     "center": "(Tensor input, SymInt samples) -> Tensor",
     "add_centered_": _ADD_CENTERED,

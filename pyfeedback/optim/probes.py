@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyfeedback.backends import dispatch
 from pyfeedback.core.probes import ProbeCount, ProbeProblem, count_probes, part_of
+from pyfeedback.core.tensors import shard_like, unsharded
 from pyfeedback.nn import FeedbackLayer
 
 LOUD = 0.5  # radians: more noise than this in the angle is reported
@@ -28,19 +29,18 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
         due: by feedback weight, the layer, its name, and the step and index that determine its noise with ``seed``.
 
     Raises:
-        RuntimeError: a weight is sharded, or a CUDA graph is being captured.
+        RuntimeError: a CUDA graph is being captured.
     """
     if due and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured, expected an optimizer step outside of it: replays would repeat the probes"
         )
     problems: dict[int, dict[nn.Parameter, ProbeProblem]] = {}  # by step
+    found: dict[nn.Parameter, Tensor] = {}
     noisy = {}
     for b, (layer, name, (step, index)) in due.items():
-        w = layer.weight.detach()
-        if hasattr(w, "to_local"):
-            raise RuntimeError(f"{name}.weight is sharded, expected a whole one: probes are inputs of the whole layer")
-        weight, feedback = layer.as_matrices(w), layer.as_matrices(b.detach())
+        # A sharded weight is gathered: a null term reads the response of the whole layer.
+        weight, feedback = (layer.as_matrices(unsharded(t.detach())) for t in (layer.weight, b))
         probes = layer_probes(layer, step)
         if probes.noise_floor > LOUD and not layer.rule.growth and layer not in _warned:
             noisy[name] = probes
@@ -49,12 +49,12 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
         rule = layer.rule.probe_coefficients()
         rule = rule._replace(amp=rule.amp * probes.reach, sparse=rule.sparse * probes.reach)
         problem = ProbeProblem(weight, feedback, probes.probes, rule, index, part)
-        problems.setdefault(step, {})[b] = problem
-    found = {}
+        if hasattr(b, "placements"):  # one layer at a time is whole
+            found |= _computed({b: problem}, due, seed, step)
+        else:
+            problems.setdefault(step, {})[b] = problem
     for step, of_step in problems.items():
-        gradients = dispatch.probe_gradients(list(of_step.values()), seed, step)
-        for b, gradient in zip(of_step, gradients, strict=True):
-            found[b] = due[b][0].from_matrices(gradient).to(b.dtype)
+        found |= _computed(of_step, due, seed, step)
     if noisy:
         described = ", ".join(f"{name} {math.degrees(probes.noise_floor):.0f}" for name, probes in noisy.items())
         _log.warning(
@@ -64,10 +64,18 @@ def probe_gradients(due: Due, seed: int) -> dict[nn.Parameter, Tensor]:
     return found
 
 
+def _computed(problems: dict[nn.Parameter, ProbeProblem], due: Due, seed: int, step: int) -> dict[nn.Parameter, Tensor]:
+    """Return the gradients of these problems, sharded like the feedback weights."""
+    gradients = dispatch.probe_gradients(list(problems.values()), seed, step)
+    pairs = zip(problems, gradients, strict=True)
+    return {b: shard_like(due[b][0].from_matrices(gradient).to(b.dtype), b) for b, gradient in pairs}
+
+
 def layer_probes(layer: FeedbackLayer, step: int) -> ProbeCount:
     """Return the number of probes of a layer in this step, and the noise of its angle, for the last batch."""
     rule = layer.rule
-    size, step_size = layer.as_matrices(layer.weight.detach()).shape[-1], 1 / rule.tau_at(step) if rule.tau else 0.0
+    size = layer.as_matrices(torch.zeros(()).expand(layer.weight.shape)).shape[-1]  # a sharded one is not gathered
+    step_size = 1 / rule.tau_at(step) if rule.tau else 0.0
     return count_probes(
         rule.probes, size, step_size, rule.every_at(step), rule.null != 0, layer.positions(), rule.orthogonal,
         has_sparse=rule.sparse != 0,

@@ -13,8 +13,9 @@ def test_a_forced_backend_uses_the_kernels_that_exist_and_composes_the_rest():
     for op in ("feedback_step_", "alignment_products", "center", "add_centered_"):
         chosen = [dispatch._choose(op, device, "extension") for device in ("cpu", "cuda", "meta")]
         assert chosen == ["extension", on_cuda, "composite"]
-    chosen = [dispatch._choose("adamw_step_", device, "extension") for device in ("cpu", "cuda")]
-    assert chosen == ["extension", "composite"]
+    for op in ("adamw_step_", "probe_gradients"):
+        chosen = [dispatch._choose(op, device, "extension") for device in ("cpu", "cuda")]
+        assert chosen == ["extension", "composite"]
 
 
 @cpu
@@ -32,4 +33,8 @@ def test_the_ops_pass_opcheck_on_their_schema():
     )
     torch.library.opcheck(
         torch.ops.pyfeedback.extension_center.default, (torch.ones(4, 3), 2), test_utils="test_schema"
+    )
+    probes = torch.ones(4, 6), torch.ones(4, 6), torch.ones(8), torch.arange(3), torch.ones(1, 1)
+    torch.library.opcheck(
+        torch.ops.pyfeedback.extension_probe_gradients.default, (*probes, [1.0] * 5, True), test_utils="test_schema"
     )

@@ -5,10 +5,16 @@ import torch
 
 import pyfeedback
 from pyfeedback import reference
-from pyfeedback.backends.composite.probes import orthogonal_probes, probe_gradient, random_signs
+from pyfeedback.backends import dispatch
+from pyfeedback.backends.composite.probes import (
+    orthogonal_probes,
+    probe_gradient,
+    random_signs,
+    whole_basis_gradient,
+)
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.hadamard import basis_size
-from pyfeedback.core.probes import count_probes
+from pyfeedback.core.probes import ProbeProblem, count_probes, part_of
 
 RULES = {
     "wm": {"amp": 1.0, "decay": 1.0},
@@ -55,6 +61,18 @@ def test_a_feedback_of_zero_has_no_null_term():
     noise = random_signs(50, 6, weight, generator())
     found = probe_gradient(weight, torch.zeros_like(weight), noise, Coefficients(amp=2.0, null=1.0, normalize=True))
     torch.testing.assert_close(found, -2.0 * weight @ noise.t() @ noise / 50)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("terms", RULES)
+def test_a_whole_basis_is_not_computed(terms, normalize):
+    """Its second moment is the identity, so the gradient is that of all its probes without a product with them."""
+    weight, feedback = (torch.randn(2, 5, 9, dtype=torch.float64, generator=generator(seed)) for seed in (1, 2))
+    rule = Coefficients(**RULES[terms], normalize=normalize)
+    expected = probe_gradient(weight, feedback, orthogonal_probes(9, 0, 16, weight, generator()), rule)
+    torch.testing.assert_close(whole_basis_gradient(weight, feedback, rule), expected)
+    problem = ProbeProblem(weight, feedback, 0, rule, 3, part_of(count_probes(16, 9, 0.1, 1, True, 0, True), 9, 4))
+    torch.testing.assert_close(dispatch.probe_gradients([problem], 0, 4)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

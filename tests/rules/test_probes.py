@@ -155,6 +155,18 @@ def test_every_layer_finds_its_weight_by_a_whole_basis(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_matrices_of_a_layer(name):
+    """They are views of its memory, in channels_last as well."""
+    build, _ = LAYERS[name]
+    for layer in (layer for _, layer in pyfeedback.feedback_layers(pyfeedback.convert(build(), "wm-probes"))):
+        matrices = layer.as_matrices(layer.weight)
+        assert matrices.data_ptr() == layer.weight.data_ptr()
+        back = layer.from_matrices(matrices)
+        assert torch.equal(back, layer.weight)
+        assert back.stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_finds_its_weight(name):
     """The angle of the weight mirror ends at the noise floor, and that of aa at zero.
 
@@ -370,15 +382,6 @@ def test_a_rule_that_no_optimizer_steps_is_reported_once(caplog):
     model = converted()
     train(model, sgd(model), range(3))
     assert not caplog.records
-
-
-def test_a_sharded_weight_is_refused():
-    model = pyfeedback.convert(nn.Linear(4, 4), pyfeedback.rule("wm", source="probes", tau=8.0))
-    optimizer = pyfeedback.optim.FeedbackSGD(model, lr=1.0)
-    model.weight.to_local = lambda: model.weight  # as a DTensor has
-    model.weight.detach = lambda: model.weight
-    with pytest.raises(RuntimeError, match="weight is sharded, expected a whole one"):
-        optimizer.step()
 
 
 def test_a_compiled_model():

@@ -25,9 +25,10 @@ RULES = {
     "aa": pyfeedback.rule("aa", amp=0.05, sparse=0.05),
     "kp": pyfeedback.rule("kp"),
     "centered": pyfeedback.rule("ia", amp=0.1, null=0.05, decay=0.05, center=True),
+    "probes": pyfeedback.rule("ia", source="probes", orthogonal=True, tau=8.0, probes=0.5),
     "sampled": pyfeedback.rule("wm", amp=0.1, decay=0.05, center=False, samples=2),
 }
-FOLLOWED = ("ia", "sa", "kp")
+FOLLOWED = ("ia", "sa", "kp", "probes")
 STEPS, BATCH = 3, 8
 
 

@@ -15,19 +15,26 @@ from pyfeedback.core.tensors import acc_dtype, blend
 
 def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> list[Tensor]:
     """The gradient of each problem, in float32 or wider; its noise is that of a generator of its device."""
-    generators: dict[torch.device, torch.Generator] = {}
-    found = []
-    for weight, feedback, count, rule, index, part in problems:
-        generator = generators.setdefault(weight.device, torch.Generator(weight.device))
-        draw, inputs = part.draw if part else step, weight.shape[-1]
-        generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + index) % 2**63)
-        if part is None:
-            noise = random_signs(count, inputs, weight, generator)
-        else:
-            noise = orthogonal_probes(inputs, part.start, part.stop, weight, generator)
-            noise = noise if part.scale == 1 else noise.mul_(part.scale)
-        found.append(probe_gradient(weight, feedback, noise, rule))
-    return found
+    return [composed_gradient(problem, generator_of(problem, seed, step)) for problem in problems]
+
+
+def generator_of(problem: ProbeProblem, seed: int, step: int) -> torch.Generator:
+    """The generator of the noise of a problem."""
+    draw = problem.part.draw if problem.part else step
+    generator = torch.Generator(problem.weight.device)
+    return generator.manual_seed(((seed * 1_000_003 + draw) * 1_000_003 + problem.layer_index) % 2**63)
+
+
+def composed_gradient(problem: ProbeProblem, generator: torch.Generator) -> Tensor:
+    """The gradient of one problem."""
+    weight, feedback, count, rule, _, part = problem
+    inputs = weight.shape[-1]
+    if part is None:
+        return probe_gradient(weight, feedback, random_signs(count, inputs, weight, generator), rule)
+    if part.is_whole:
+        return whole_basis_gradient(weight, feedback, rule)
+    noise = orthogonal_probes(inputs, part.start, part.stop, weight, generator)
+    return probe_gradient(weight, feedback, noise if part.scale == 1 else noise.mul_(part.scale), rule)
 
 
 def probe_gradient(weight: Tensor, feedback: Tensor, noise: Tensor, rule: Coefficients) -> Tensor:
@@ -53,19 +60,34 @@ def probe_gradient(weight: Tensor, feedback: Tensor, noise: Tensor, rule: Coeffi
     elif rule.amp:
         total.add_((w @ noise.t()) @ noise, alpha=-rule.amp / n)
     if rule.null:
-        spread = _spread(noise @ w.mT, b)
-        power = (spread * b).sum()
-        scale = torch.where(power > 0, b.square().sum() / power, 0.0) if rule.normalize else 1 / n
-        total.add_(spread.mul_(rule.null * scale))
+        add_null_(total, noise @ w.mT, b, rule, 1 / n)
     return total
 
 
-def _spread(response: Tensor, b: Tensor) -> Tensor:
-    """y'y B, by the product that is cheaper."""
+def whole_basis_gradient(weight: Tensor, feedback: Tensor, rule: Coefficients) -> Tensor:
+    """:func:`probe_gradient` with a whole orthogonal basis, for which x'x = n I."""
+    wide = acc_dtype(weight.dtype)
+    w, b = weight.to(wide), feedback.to(wide)
+    total = blend(b, w, rule.decay + rule.sparse, rule.self_ + rule.amp)
+    if rule.null:
+        add_null_(total, w.mT, b, rule, 1.0)
+    return total
+
+
+def add_null_(total: Tensor, response: Tensor, b: Tensor, rule: Coefficients, scale: float) -> None:
+    """Add the null term: null scale y'y B, or null <B, B> / <B, y'y B> y'y B with ``normalize``.
+
+    Args:
+        response: y [G, n, K]
+    """
     n, k, d = response.shape[-2], *b.shape[-2:]
-    if n * k + k * d < 2 * n * d:
-        return (response.mT @ response) @ b
-    return response.mT @ (response @ b)
+    by_gram = n * k + k * d < 2 * n * d  # cheaper
+    spread = response.mT @ response @ b if by_gram else response.mT @ (response @ b)
+    if not rule.normalize:
+        total.add_(spread, alpha=rule.null * scale)
+        return
+    power = (spread * b).sum()
+    total.addcmul_(spread, torch.where(power > 0, rule.null * b.square().sum() / power, 0.0))
 
 
 def random_signs(count: int, size: int, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,17 +106,26 @@ def orthogonal_probes(inputs: int, start: int, stop: int, like: Tensor, generato
     The basis is a Hadamard matrix with random signs of the columns and its rows in random order, without the columns
     behind d. All of it has x'x = n I, with n = :func:`pyfeedback.core.hadamard.basis_size` of d.
     """
-    size, dtype = basis_size(inputs), acc_dtype(like.dtype)
-    order, power = basis_factors(size)
-    signs = random_signs(1, size, like, generator)
-    rows = torch.randperm(size, generator=generator, device=like.device)[start:stop]
-    found = _paley(order, dtype, like.device)[rows >> power]
+    signs, rows = draw_basis(inputs, start, stop, like, generator)
+    order, power = basis_factors(signs.numel())
+    found = paley_matrix(order, signs.dtype, like.device)[rows >> power]
     while power:
-        bits = min(power, 6)
-        factor = _sylvester(bits, dtype, like.device)[rows % 2**bits]
+        bits = power % 6 or 6
+        power -= bits
+        factor = _sylvester(bits, signs.dtype, like.device)[(rows >> power) % 2**bits]
         found = (found.unsqueeze(2) * factor.unsqueeze(1)).flatten(1)
-        rows, power = rows >> bits, power - bits
-    return found[:, :inputs] * signs[:, :inputs]
+    return found[:, :inputs] * signs[:inputs]
+
+
+def draw_basis(inputs: int, start: int, stop: int, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The signs [n] of the columns of a random orthogonal basis, and the rows of the probes in the Hadamard matrix.
+
+    The matrix is the Kronecker product of Paley's, of the order that :func:`pyfeedback.core.hadamard.basis_factors`
+    returns, and Sylvester's.
+    """
+    size = basis_size(inputs)
+    signs = random_signs(1, size, like, generator).view(size)
+    return signs, torch.randperm(size, generator=generator, device=like.device)[start:stop]
 
 
 @cache
@@ -107,7 +138,7 @@ def _sylvester(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def _paley(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def paley_matrix(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Paley's Hadamard matrix of this order."""
     bits = torch.tensor(paley_rows(order))[:, None] >> torch.arange(order) & 1
     return (1 - 2 * bits).to(device, dtype)

@@ -4,13 +4,20 @@ A kernel checks its tensors before it writes, in a fraction of the time that Pyt
 repeated in Python for an error of one line that names the argument.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyfeedback.backends.composite import center as composite_center
+from pyfeedback.backends.composite import probes as composite_probes
 from pyfeedback.backends.composite import steps as composite_steps
 from pyfeedback.core import step_checks
+from pyfeedback.core.probes import ProbeProblem
 from pyfeedback.core.step_options import StepOptions
+from pyfeedback.core.tensors import acc_dtype
+
+LEAST_BASIS = 8  # probes of the smallest basis that the kernel of probe_gradients transforms
 
 _ops = torch.ops.pyfeedback
 
@@ -70,6 +77,42 @@ def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, 
         step_checks.check_adamw_tensors(param, weight, grad, moments, step, options)
         raise step_checks.kernel_error(error) from None
     torch.autograd.graph.increment_version([*param, *exp_avg, *exp_avg_sq, *step])
+
+
+def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> list[Tensor]:
+    """The kernel multiplies by orthogonal probes in a fast transform of their basis; other problems are composed."""
+    found = []
+    for problem in problems:
+        compute = _transformed_gradient if _has_transform(problem) else composite_probes.composed_gradient
+        found.append(compute(problem, composite_probes.generator_of(problem, seed, step)))
+    return found
+
+
+def _has_transform(problem: ProbeProblem) -> bool:
+    """Whether the kernel computes this problem; with sparse and null, it would have to transform W as well."""
+    part, rule = problem.part, problem.rule
+    if part is None or part.is_whole or len(part.paley) << part.power < LEAST_BASIS:
+        return False
+    return problem.weight.device.type == "cpu" and not (rule.sparse and rule.null)
+
+
+def _transformed_gradient(problem: ProbeProblem, generator: torch.Generator) -> Tensor:
+    """As :func:`pyfeedback.backends.composite.probes.composed_gradient`, for a part of a basis."""
+    weight, feedback, _, rule, _, part = problem
+    assert part is not None
+    wide, inputs = acc_dtype(weight.dtype), weight.shape[-1]
+    w, b = (t.to(wide).contiguous() for t in (weight, feedback))
+    signs, rows = composite_probes.draw_basis(inputs, part.start, part.stop, weight, generator)
+    paley = composite_probes.paley_matrix(len(part.paley), wide, weight.device)
+    scale = part.scale**2 / len(rows)
+    of_weight = (rule.sparse, rule.amp, scale) if rule.sparse else (0.0, -1.0, -rule.amp * scale)
+    gradient, response = _ops.extension_probe_gradients.default(
+        w.view(-1, inputs), b.view(-1, inputs), signs, rows, paley, [rule.decay, rule.self_, *of_weight], rule.null != 0
+    )
+    gradient = gradient.view(b.shape)
+    if rule.null:
+        composite_probes.add_null_(gradient, response.view(*b.shape[:2], len(rows)).mT, b, rule, scale)
+    return gradient
 
 
 def _compact(values):
