@@ -19,7 +19,8 @@ from .launch import WORKSPACE, Launch, check, needs, start, workspace
 Getter = Callable[[dict[str, Any]], tuple[Any, ...]]
 
 # The tensors whose addresses and dtypes the caller determines; dW and f have the dtype of its weight. The others are
-# allocated for the plan, which has all shapes in its key.
+# allocated for the plan. Shapes and layouts need no check in each call: the plan's key has the shapes of input and
+# weight, autograd compares that of grad_output with the output's, and the blocks that are made of them are contiguous.
 GIVEN = ("x", "x_used", "dy", "y", "u", "B", "weight", "feedback", "dW", "f")
 ALIGNMENT = 16  # bytes: the only property of an address for which Triton specializes a kernel on NVIDIA GPUs
 # The versions of Triton whose launchers take the arguments that a handle passes. After 3.6, a launcher takes those of
@@ -104,7 +105,8 @@ class Launcher:
         """Run the launches with the tensors and numbers in ``values``; the device must be the current device.
 
         Raises:
-            ValueError: an operand does not have the shape, dtype and layout that the kernels read.
+            ValueError: in a call by the JIT, an operand does not have the shape, dtype and layout that the kernels
+                read.
         """
         scratch = workspace(self.needs, self.device)
         allowed = handles_allowed()

@@ -112,7 +112,9 @@ class Plan(NamedTuple):
 
     table: list[list[int]]
     paley: tuple[int, ...]  # behind the table: rows of Paley's matrices
-    outputs: tuple[tuple[int, tuple, tuple], ...]  # offset, shape and strides of each gradient, in order of the problems
+    outputs: tuple[
+        tuple[int, tuple, tuple], ...
+    ]  # offset, shape and strides of each gradient, in order of the problems
     sparse: bool  # whether a response reads B
     tiles: tuple[int, int, int]  # of the three launches
     work: int  # elements of the workspace
@@ -177,6 +179,9 @@ def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step:
     return [out.as_strided(shape, strides, start + offset) for offset, shape, strides in plan.outputs]
 
 
+_handles: dict[tuple, Handle | None] = {}  # by kernel, dtype, device and constants
+
+
 def _start(launch: Launch, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
     """Start a launch: through Triton's JIT at first, then by a handle of the compiled kernel.
 
@@ -194,9 +199,6 @@ def _start(launch: Launch, tensors: dict[str, Tensor], numbers: dict[str, int]) 
     compiled = launch.kernel[(launch.programs,)](**arguments, **launch.constants, **launch.options)
     if allowed:
         _handles[key] = make_handle(compiled)
-
-
-_handles: dict[tuple, Handle | None] = {}  # by kernel, dtype, device and constants
 
 
 def _layer(problem, seed: int) -> Layer:
@@ -282,7 +284,7 @@ def make_plan(layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile) -> Plan
             row[T.paley] = bases[part.paley] - place * T.COLUMNS
         table.append(row)
         outputs[i] = out, layer.shape, found.strides
-        first = tuple(start + count for start, count in zip(first, found.tiles, strict=True))
+        first = first[0] + found.tiles[0], first[1] + found.tiles[1], first[2] + found.tiles[2]
         work, out = work + found.work, out + found.out
     rest = (1 << (len(layers) - 1).bit_length()) - len(layers)
     table += [[NEVER if column in FIRST else 0 for column in range(T.COLUMNS)]] * rest
