@@ -146,7 +146,7 @@ def check(needed: Needs, values: dict[str, Any]) -> None:
 
 
 def workspace(needed: Needs, device: torch.device) -> tuple[Tensor, ...]:
-    """The tensors of WORKSPACE, in which split-K reductions keep partial sums and count arrivals; () if there are none."""
+    """The tensors of WORKSPACE, in which split-K reductions keep partial sums and count arrivals; or none."""
     if not needed.semaphores:
         return ()
     partial_sums = torch.empty(needed.workspace, dtype=torch.float32, device=device)

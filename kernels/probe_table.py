@@ -112,9 +112,7 @@ class Plan(NamedTuple):
 
     table: list[list[int]]
     paley: tuple[int, ...]  # behind the table: rows of Paley's matrices
-    outputs: tuple[
-        tuple[int, tuple, tuple], ...
-    ]  # offset, shape and strides of each gradient, in order of the problems
+    outputs: tuple[tuple[int, tuple, tuple], ...]  # offset, shape and strides of the gradient of each problem
     sparse: bool  # whether a response reads B
     tiles: tuple[int, int, int]  # of the three launches
     work: int  # elements of the workspace
