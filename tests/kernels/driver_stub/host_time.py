@@ -74,7 +74,7 @@ def main() -> None:
         shortest(partial(launches.layer_backward, small, tensors), allowed) for allowed in (False, True)
     ]
     for name, call in (
-        ("wm-probes, 1 layer", probes(1)),
+        ("wm-probes, 2 layers", probes(2)),
         (f"wm-probes, {LAYERS} layers", probes(LAYERS)),
         (f"wm-probes, {LAYERS} layers, orthogonal", probes(LAYERS, orthogonal=True)),
     ):
