@@ -14,24 +14,49 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from .launch import Launch, check, needs, start, workspace
+from .launch import WORKSPACE, Launch, check, needs, start, workspace
 
-# The operands that hold what the caller passes. All others are allocated for the sizes of the plan.
-ACTIVATIONS = ("x", "x_used", "dy", "y", "u")
+Getter = Callable[[dict[str, Any]], tuple[Any, ...]]
+
+# The tensors whose addresses and dtypes the caller determines; dW and f have the dtype of its weight. The others are
+# allocated for the plan. Shapes and layouts need no check in each call: the plan's key has the shapes of input and
+# weight, autograd compares that of grad_output with the output's, and the blocks that are made of them are contiguous.
+GIVEN = ("x", "x_used", "dy", "y", "u", "B", "weight", "feedback", "dW", "f")
 ALIGNMENT = 16  # bytes: the only property of an address for which Triton specializes a kernel on NVIDIA GPUs
 # The versions of Triton whose launchers take the arguments that a handle passes. After 3.6, a launcher takes those of
 # the kernel as one tuple.
 OLDEST, NEWEST = (3, 6), (3, 9)
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 PACKED = VERSION > OLDEST
+RUNTIME = triton.knobs.runtime
 
 
 class Handle(NamedTuple):
-    """A compiled kernel, and how the arguments of its launch are taken from those of all launches."""
+    """A compiled kernel that is launched without Triton's JIT."""
 
     launch: Callable[..., None]  # Triton's launcher, in C
-    grid: tuple[int, int, int]
     options: tuple[Any, ...]  # its arguments between the stream and those of the kernel
+
+    def start(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        """Launch on the current stream of the current device.
+
+        Args:
+            arguments: addresses and numbers for all parameters of the kernel; what is passed for a constant is not
+                read. An address must be aligned if that of the JIT's launch was.
+        """
+        active = triton.runtime.driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        if PACKED:
+            self.launch(*grid, stream, *self.options, arguments)
+        else:
+            self.launch(*grid, stream, *self.options, *arguments)
+
+
+class Start(NamedTuple):
+    """One launch of a plan: a handle, and how its arguments are taken from those of all launches."""
+
+    handle: Handle
+    grid: tuple[int, int, int]
     tuples: tuple[itemgetter, ...]  # the first arguments of the kernel, which are tuples
     arguments: itemgetter  # all others, by position
 
@@ -39,30 +64,24 @@ class Handle(NamedTuple):
 class Bound(NamedTuple):
     """The handles of all launches of a plan, and what they were compiled for."""
 
-    handles: tuple[Handle, ...]
-    tensors: itemgetter  # of the named values: the activations, then the others
-    dtypes: list[torch.dtype]  # of the tensors
-    shapes: list[tuple[int, ...]]  # of the activations, which must be contiguous
-    numbers: itemgetter  # of the named values
+    starts: list[Start]
+    tensors: Getter  # of the named values: those of GIVEN, then the others
+    dtypes: list[torch.dtype]  # of those of GIVEN
+    numbers: Getter  # of the named values
     constants: tuple[Any, ...]
     stream: Callable[[int], int]  # the current stream of a device
     device: int
 
-    def run(self, values: dict[str, Any]) -> bool:
+    def run(self, values: dict[str, Any], scratch: tuple[Tensor, ...]) -> bool:
         """Start the launches; False, before any, if the tensors differ from those the kernels were compiled for."""
         tensors = self.tensors(values)
-        activations = tensors[: len(self.shapes)]
-        addresses = tuple(map(Tensor.data_ptr, tensors))
-        if (
-            reduce(or_, addresses) % ALIGNMENT
-            or [t.dtype for t in tensors] != self.dtypes
-            or [t.shape for t in activations] != self.shapes
-            or not all(map(Tensor.is_contiguous, activations))
-        ):
+        given = tensors[: len(self.dtypes)]
+        addresses = [t.data_ptr() for t in (*tensors, *scratch)]
+        if reduce(or_, addresses[: len(given)]) % ALIGNMENT or [t.dtype for t in given] != self.dtypes:
             return False
-        named = addresses + self.numbers(values) + self.constants
+        named = (*addresses, *self.numbers(values), *self.constants)
         stream = self.stream(self.device)
-        for launch, grid, options, tuples, arguments in self.handles:
+        for (launch, options), grid, tuples, arguments in self.starts:
             kernel_arguments = arguments(named)
             if tuples:
                 kernel_arguments = (*[elements(named) for elements in tuples], *kernel_arguments)
@@ -86,13 +105,15 @@ class Launcher:
         """Run the launches with the tensors and numbers in ``values``; the device must be the current device.
 
         Raises:
-            ValueError: an operand does not have the shape, dtype and layout that the kernels read.
+            ValueError: in a call by the JIT, an operand does not have the shape, dtype and layout that the kernels
+                read.
         """
-        values |= workspace(self.needs, self.device)
+        scratch = workspace(self.needs, self.device)
         allowed = handles_allowed()
-        if allowed and self.bound is not None and self.bound.run(values):
+        if allowed and self.bound is not None and self.bound.run(values, scratch):
             return
         check(self.needs, values)
+        values |= zip(WORKSPACE, scratch, strict=False)
         compiled = [start(launch, values) for launch in self.launches]
         if allowed and self.bound is None:
             self.bound = bind(self.launches, compiled, values)
@@ -100,14 +121,26 @@ class Launcher:
 
 def handles_allowed() -> bool:
     """Whether a launch by a handle does what one by the JIT does: no hook is called, and nothing is instrumented."""
-    if not OLDEST <= VERSION <= NEWEST:
+    enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook  # chains of hooks, or functions instead
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         return False
-    runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a chain of hooks, or a function that has replaced it
-            return False
-    instrumented = triton.knobs.compilation.instrumentation_mode
-    return not (runtime.debug or runtime.add_stages_inspection_hook or instrumented)
+    return not (RUNTIME.debug or RUNTIME.add_stages_inspection_hook or triton.knobs.compilation.instrumentation_mode)
+
+
+def make_handle(compiled: Any) -> Handle | None:
+    """The handle of what the JIT returned for a launch; None if the next launch may need another kernel."""
+    if not (isinstance(compiled, CompiledKernel) and OLDEST <= VERSION <= NEWEST):
+        return None  # the interpreter compiles nothing
+    if triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return None  # AMD's compiler specializes for the sizes of tensors too
+    if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
+        return None
+    launcher, hooks, scratch = compiled.run, (None, None, None), (None, None)
+    options = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    if PACKED:
+        options = (*options, compiled.packed_metadata, *hooks, *scratch)
+        return Handle(launcher.launch, (*options, launcher.arg_annotations, launcher.kernel_signature))
+    return Handle(launcher.launch, (*options, *scratch, compiled.packed_metadata, *hooks))
 
 
 def bind(launches: Sequence[Launch], compiled: Sequence[Any], values: dict[str, Any]) -> Bound | None:
@@ -116,16 +149,14 @@ def bind(launches: Sequence[Launch], compiled: Sequence[Any], values: dict[str, 
     Args:
         compiled: what the JIT returned for each launch with these values.
     """
-    if not launches or not all(isinstance(kernel, CompiledKernel) for kernel in compiled):
-        return None  # the interpreter compiles nothing
-    active = triton.runtime.driver.active
-    if active.get_current_target().backend != "cuda":  # AMD's compiler specializes for the sizes of tensors too
+    handles = [handle for kernel in compiled if (handle := make_handle(kernel))]
+    if not launches or len(handles) < len(launches):
         return None
-    if any(kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size for kernel in compiled):
-        return None
-    shapes = {n: shape for n, (shape, _) in needs(launches).operands.items() if n in ACTIVATIONS}
     names = {name for launch in launches for value in launch.arguments.values() for name in names_in(value)}
-    tensors = [*shapes, *sorted(name for name in names - shapes.keys() if isinstance(values[name], Tensor))]
+    given = [name for name in GIVEN if name in names]
+    others = sorted(name for name in names - {*given, *WORKSPACE} if isinstance(values[name], Tensor))
+    scratch = [name for name in WORKSPACE if name in values]
+    tensors = [*given, *others, *scratch]
     numbers = sorted(names - set(tensors))
     # The JIT compiles for the value of an int, and for addresses that are aligned.
     if any(type(values[name]) is not float for name in numbers):
@@ -141,28 +172,17 @@ def bind(launches: Sequence[Launch], compiled: Sequence[Any], values: dict[str, 
         constants.append(value)
         return len(places) + len(constants) - 1
 
-    handles = []
-    for launch, kernel in zip(launches, compiled, strict=True):
-        # Constants are part of the code, and what is passed for them is not read.
+    starts = []
+    for launch, handle in zip(launches, handles, strict=True):
         arguments = [launch.arguments.get(parameter) for parameter in launch.kernel.arg_names]
         tuples = [itemgetter(*map(place, value)) for value in arguments if isinstance(value, tuple)]
         rest = itemgetter(*map(place, arguments[len(tuples) :]))
-        options = launcher_options(kernel)
-        handles.append(Handle(kernel.run.launch, (*launch.grid, 1, 1)[:3], options, tuple(tuples), rest))
-    dtypes = [values[name].dtype for name in tensors]
+        starts.append(Start(handle, (*launch.grid, 1, 1)[:3], tuple(tuples), rest))
+    active = triton.runtime.driver.active
     return Bound(
-        tuple(handles), getter(tensors), dtypes, list(shapes.values()), getter(numbers),
-        tuple(constants), active.get_current_stream, active.get_current_device(),
+        starts, getter([*given, *others]), [values[name].dtype for name in given], getter(numbers), tuple(constants),
+        active.get_current_stream, active.get_current_device(),
     )  # fmt: skip
-
-
-def launcher_options(kernel: CompiledKernel) -> tuple[Any, ...]:
-    """The arguments of Triton's launcher between the stream and those of the kernel: no hooks, no scratch memory."""
-    launcher, hooks, scratch = kernel.run, (None, None, None), (None, None)
-    first = kernel.function, launcher.launch_cooperative_grid, launcher.launch_pdl
-    if PACKED:
-        return (*first, kernel.packed_metadata, *hooks, *scratch, launcher.arg_annotations, launcher.kernel_signature)
-    return (*first, *scratch, kernel.packed_metadata, *hooks)
 
 
 def names_in(value: Any) -> tuple[str, ...]:
@@ -170,7 +190,7 @@ def names_in(value: Any) -> tuple[str, ...]:
     return tuple(v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str))
 
 
-def getter(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+def getter(names: Sequence[str]) -> Getter:
     """A function that returns the values of these names, as a tuple of any length."""
     if len(names) > 1:
         return itemgetter(*names)

@@ -11,6 +11,7 @@ from .geometry import Geometry
 from .tiles import Target, Tile
 
 DTYPES = ("float16", "bfloat16", "float32")
+WORKSPACE = ("workspace", "semaphores")  # the names of tensors that launches with a split sum share
 MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may extend past them
 
 
@@ -91,7 +92,7 @@ def make_launch(
         expected = f"one for each position of a sample (a multiple of {g.H * g.W} that divides {inputs})"
         raise ValueError(f"mean has {sample} rows, expected {expected}")
     if splits > 1:
-        named = named | {"workspace": "workspace", "semaphores": "semaphores"}
+        named = named | dict(zip(WORKSPACE, WORKSPACE, strict=True))
     defaults = {"N": g.N, "scale": 1.0, "z_scale": 1.0}
     arguments = {}  # in the order of the kernel's parameters, without constants and those of nested calls
     for parameter in kernel.arg_names:
@@ -144,12 +145,12 @@ def check(needed: Needs, values: dict[str, Any]) -> None:
             raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
 
 
-def workspace(needed: Needs, device: torch.device) -> dict[str, Tensor]:
-    """The tensors in which the split-K reductions of the launches keep partial sums and count arrivals."""
+def workspace(needed: Needs, device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors of WORKSPACE, in which split-K reductions keep partial sums and count arrivals; or none."""
     if not needed.semaphores:
-        return {}
+        return ()
     partial_sums = torch.empty(needed.workspace, dtype=torch.float32, device=device)
-    return {"workspace": partial_sums, "semaphores": semaphores(needed.semaphores, device)}
+    return partial_sums, semaphores(needed.semaphores, device)
 
 
 def start(launch: Launch, values: dict[str, Any]) -> Any:
@@ -169,7 +170,7 @@ def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
     """
     needed = needs((launch,))
     check(needed, values)
-    start(launch, values | workspace(needed, device))
+    start(launch, values | dict(zip(WORKSPACE, workspace(needed, device), strict=False)))
 
 
 @cache

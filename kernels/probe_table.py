@@ -3,6 +3,8 @@
 import itertools
 import random
 import struct
+from array import array
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from .handles import Handle, handles_allowed, make_handle
 from .launch import DTYPES, architecture
 from .probes import gradient_kernel, moment_kernel, response_kernel
 
@@ -70,6 +73,7 @@ class Columns(NamedTuple):
 
 T = Columns()
 FIRST = (T.first_response, T.first_moment, T.first_gradient)
+OFFSETS = (T.u, T.y, T.moment, T.partials)  # in the workspace
 
 
 class ProbeTile(NamedTuple):
@@ -102,20 +106,14 @@ class Layer(NamedTuple):
     part: Any = None  # of a basis, if the probes are orthogonal
     order: tuple[int, int] = (1, 0)  # of its rows: a factor and a shift
 
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """The strides of the gradient: as the feedback if its matrices are transposed, otherwise without gaps."""
-        _, rows, columns = self.shape
-        transposed = (rows * columns, 1, rows)
-        return transposed if columns > 1 and self.b_strides == transposed else (rows * columns, columns, 1)
-
 
 class Plan(NamedTuple):
     """The table of a set of problems, and the sizes of the launches."""
 
     table: list[list[int]]
     paley: tuple[int, ...]  # behind the table: rows of Paley's matrices
-    outputs: tuple[tuple[int, Layer], ...]  # the offset of each gradient, in the order of the problems
+    outputs: tuple[tuple[int, tuple, tuple], ...]  # offset, shape and strides of the gradient of each problem
+    sparse: bool  # whether a response reads B
     tiles: tuple[int, int, int]  # of the three launches
     work: int  # elements of the workspace
     out: int  # and of all gradients
@@ -167,16 +165,38 @@ def _launch(problems, device: torch.device, dtype: torch.dtype, seed: int, step:
     layers = tuple(_layer(problem, seed) for problem in problems)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     tile = choose_tile(NAMES[dtype], tf32, any(p.rule.sparse for p in problems), torch.version.hip is not None)
-    plan, table = _table(layers, dtype.itemsize, tile, device)
-    work = torch.empty(plan.work, dtype=torch.float32, device=device)
-    out = torch.empty(plan.out, dtype=dtype, device=device)
     numbers = {"seed_low": signed(seed), "seed_high": signed(seed >> 32), "step": signed(step)}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        plan, table = _table(layers, dtype.itemsize, tile, device, stream)
+        work = torch.empty(plan.work, dtype=torch.float32, device=device)
+        out = torch.empty(plan.out, dtype=dtype, device=device)
         for launch in launches(plan, tile):
-            arguments = {name: value for name, value in numbers.items() if name in launch.kernel.arg_names}
-            launch.kernel[(launch.programs,)](table, work, out, **arguments, **launch.constants, **launch.options)
+            _start(launch, {"p_table": table, "p_work": work, "p_out": out}, numbers)
     start = out.storage_offset()
-    return [out.as_strided(layer.shape, layer.strides, start + offset) for offset, layer in plan.outputs]
+    return [out.as_strided(shape, strides, start + offset) for offset, shape, strides in plan.outputs]
+
+
+_handles: dict[tuple, Handle | None] = {}  # by kernel, dtype, device and constants
+
+
+def _start(launch: Launch, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+    """Start a launch: through Triton's JIT at first, then by a handle of the compiled kernel.
+
+    The kernel is compiled for the constants and the dtype of p_out. Addresses are always aligned: those of whole
+    tensors. The JIT does not specialize it for the numbers.
+    """
+    key = (launch.kernel.__name__, tensors["p_out"].dtype, tensors["p_out"].device, *launch.constants.values())
+    allowed, names = handles_allowed(), launch.kernel.arg_names
+    handle = _handles.get(key) if allowed else None
+    if handle is not None:
+        values = {name: t.data_ptr() for name, t in tensors.items()} | numbers
+        handle.start((launch.programs, 1, 1), tuple(map(values.get, names)))
+        return
+    arguments = tensors | {name: value for name, value in numbers.items() if name in names}
+    compiled = launch.kernel[(launch.programs,)](**arguments, **launch.constants, **launch.options)
+    if allowed:
+        _handles[key] = make_handle(compiled)
 
 
 def _layer(problem, seed: int) -> Layer:
@@ -187,6 +207,7 @@ def _layer(problem, seed: int) -> Layer:
     return Layer(*found, problem.layer_index, part, order)
 
 
+@lru_cache(4096)  # the estimates of a sweep have one order
 def row_order(seed: int, index: int, draw: int) -> tuple[int, int]:
     """A random odd factor and a shift below 2^16: i -> factor i + shift permutes the numbers below a power of two."""
     generator = random.Random(f"{seed} {index} {draw}")
@@ -194,10 +215,13 @@ def row_order(seed: int, index: int, draw: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8)
-def _table(layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile, device: torch.device) -> tuple[Plan, Tensor]:
-    """The plan of these layers, and its table on the device."""
+def _table(
+    layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile, device: torch.device, stream: int
+) -> tuple[Plan, Tensor]:
+    """The plan of these layers, and its table on the device, which only this stream reads: it is copied there."""
     plan = make_plan(layers, itemsize, tile)
-    table = torch.tensor([*itertools.chain(*plan.table), *plan.paley], dtype=torch.int64)
+    numbers = array("q", itertools.chain(*plan.table, plan.paley))
+    table = torch.frombuffer(numbers, dtype=torch.int64)
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     return plan, table
@@ -222,7 +246,7 @@ def launches(plan: Plan, tile: ProbeTile) -> list[Launch]:
     """The launches of a plan; those without programs are left out."""
     constants = {"PROBLEMS": len(plan.table), "T": T, "TILE": tile}
     options = {"num_warps": 8, "num_stages": tile.stages, "enable_fp_fusion": True}
-    response = constants | {"USE_FEEDBACK": any(layer.rule.sparse for _, layer in plan.outputs)}
+    response = constants | {"USE_FEEDBACK": plan.sparse}
     gradient = constants | {"HAS_NULL": plan.tiles[1] > 0}
     kernels = ((response_kernel, response), (moment_kernel, constants), (gradient_kernel, gradient))
     return [
@@ -238,34 +262,60 @@ def make_plan(layers: tuple[Layer, ...], itemsize: int, tile: ProbeTile) -> Plan
     The problems with the longest sums come first, so that their programs do not end last.
     """
     order = sorted(range(len(layers)), key=lambda i: -(layers[i].probes + layers[i].shape[2]))
-    table, first, work, out, offsets = [], [0, 0, 0], 0, 0, {}
-    for i in order:
-        row, tiles, size = _row(layers[i], itemsize, tile, work, out)
-        for column, start in zip(FIRST, first, strict=True):
-            row[column] = start
-        offsets[i] = out
-        table.append([row[column] for column in range(T.COLUMNS)])
-        first = [start + count for start, count in zip(first, tiles, strict=True)]
-        groups, rows, columns = layers[i].shape
-        work, out = work + size, out + padded(groups * rows * columns)
+    bases = {layer.part.paley: 0 for layer in layers if layer.part}
+    behind = T.COLUMNS << (len(layers) - 1).bit_length()  # the table has a power of two rows
+    for paley in bases:
+        bases[paley], behind = behind, behind + len(paley)
+    table, first, work, out, outputs = [], (0, 0, 0), 0, 0, {}
+    for place, i in enumerate(order):
+        layer, part = layers[i], layers[i].part
+        scale, power = (1.0, -1) if part is None else (part.scale, part.power)
+        found = _template(*layer[2:6], layer.rule, scale, power, itemsize, tile)
+        row = list(found.row)
+        for column in OFFSETS:
+            row[column] += work
+        row[T.weight], row[T.feedback], row[T.index], row[T.out] = layer.weight, layer.feedback, layer.index, out
+        row[T.aligned] = int(found.dense and (layer.weight | layer.feedback) % 16 == 0)
+        row[T.first_response], row[T.first_moment], row[T.first_gradient] = first
+        if part is not None:
+            row[T.draw], row[T.start], (row[T.factor], row[T.shift]) = part.draw, part.start, layer.order
+            row[T.paley] = bases[part.paley] - place * T.COLUMNS
+        table.append(row)
+        outputs[i] = out, layer.shape, found.strides
+        first = first[0] + found.tiles[0], first[1] + found.tiles[1], first[2] + found.tiles[2]
+        work, out = work + found.work, out + found.out
     rest = (1 << (len(layers) - 1).bit_length()) - len(layers)
     table += [[NEVER if column in FIRST else 0 for column in range(T.COLUMNS)]] * rest
-    bases = {layer.part.paley: None for layer in layers if layer.part}
-    behind = dict(zip(bases, itertools.accumulate(map(len, bases), initial=T.COLUMNS * len(table)), strict=False))
-    for place, i in enumerate(order):
-        if (part := layers[i].part) is not None:
-            table[place][T.paley] = behind[part.paley] - place * T.COLUMNS
-    outputs = tuple((offsets[i], layer) for i, layer in enumerate(layers))
-    return Plan(table, tuple(itertools.chain(*bases)), outputs, tuple(first), work, out)
+    sparse = any(layer.rule.sparse for layer in layers)
+    return Plan(
+        table, tuple(itertools.chain(*bases)), tuple(outputs[i] for i in range(len(layers))), sparse, first, work, out
+    )
 
 
-def _row(
-    layer: Layer, itemsize: int, tile: ProbeTile, work: int, out: int
-) -> tuple[dict[int, int], tuple[int, int, int], int]:
-    """One row of the table by column, without the first tiles; the tiles of each launch, and the workspace it takes."""
-    (groups, k, d), m, rule = layer.shape, layer.probes, layer.rule
-    rows, part = groups * k, layer.part
-    weight = 1 / m if part is None else part.scale**2 / m  # of a probe
+class Template(NamedTuple):
+    """The row of a layer whose parts of the workspace begin at 0, without addresses, its index and what is drawn."""
+
+    row: tuple[int, ...]
+    tiles: tuple[int, int, int]  # of the three launches
+    work: int  # elements of the workspace
+    out: int  # and of the gradient, which has these strides
+    strides: tuple[int, int, int]
+    dense: bool  # whether every row of the weights and of the gradient begins at a multiple of 16 bytes if they do
+
+
+@lru_cache(4096)
+def _template(
+    shape: tuple[int, int, int], w_strides: tuple[int, int, int], b_strides: tuple[int, int, int], probes: int,
+    rule: Any, scale: float, power: int, itemsize: int, tile: ProbeTile,
+) -> Template:  # fmt: skip
+    """What a row of the table has in every estimate with this number of probes.
+
+    Args:
+        scale, power: of orthogonal probes; 1 and -1 if they are independent.
+    """
+    (groups, k, d), m = shape, probes
+    rows = groups * k
+    weight = scale**2 / m  # of a probe
     reads, both = bool(rule.amp or rule.sparse), bool(rule.sparse and rule.null)
     projects = bool(rule.null) and groups == 1 and projection_is_cheaper(m, k, d)
     response = ceil(m, tile.BM) * ceil(rows, tile.BR)
@@ -274,29 +324,26 @@ def _row(
     y_stride, moment_stride = padded(rows), padded(d if projects else k)
     sizes = [padded(m * y_stride), padded(m * y_stride) if both else 0]
     sizes += [(m if projects else rows) * moment_stride if rule.null else 0, padded(2 * moment_tiles)]
-    u, y, moment, partials = (work + sum(sizes[:i]) for i in range(4))
+    u, y, moment, partials = (sum(sizes[:i]) for i in range(4))
+    transposed = d > 1 and b_strides == (k * d, 1, k)  # then the gradient is, too; otherwise it has no gaps
+    strides = b_strides if transposed else (k * d, d, 1)
     values = {
-        "weight": layer.weight, "feedback": layer.feedback, "aligned": is_aligned(layer, itemsize),
-        "probes": m, "rows": rows, "group_rows": k, "inputs": d, "index": layer.index,
-        "out": out, "u": u, "y": y if both else u, "y_stride": y_stride,
+        "probes": m, "rows": rows, "group_rows": k, "inputs": d, "u": u, "y": y if both else u, "y_stride": y_stride,
         "moment": moment, "moment_stride": moment_stride, "moment_columns": moment_columns,
         "moment_tiles": moment_tiles, "partials": partials, "projects": projects, "normalize": rule.normalize,
         "u_feedback": bits(rule.sparse), "u_weight": bits(rule.amp if rule.sparse else -1.0),
         "u_scale": bits((1.0 if rule.sparse else -rule.amp) * weight),
         "null": bits(rule.null if rule.normalize else rule.null * weight),
-        "decay": bits(rule.decay), "self_": bits(rule.self_),
-        "power": part.power if part else -1, "draw": part.draw if part else 0, "start": part.start if part else 0,
-        "factor": layer.order[0], "shift": layer.order[1], "paley": 0,
+        "decay": bits(rule.decay), "self_": bits(rule.self_), "power": power, "factor": 1,
     }  # fmt: skip
-    row = {getattr(T, name): int(value) for name, value in values.items()}
-    for start, strides in (
-        (T.w_strides, layer.w_strides),
-        (T.b_strides, layer.b_strides),
-        (T.o_strides, layer.strides),
-    ):
-        row |= {start + i: stride for i, stride in enumerate(strides)}
+    row = [0] * T.COLUMNS
+    for name, value in values.items():
+        row[getattr(T, name)] = int(value)
+    for start, three in ((T.w_strides, w_strides), (T.b_strides, b_strides), (T.o_strides, strides)):
+        row[start : start + 3] = three
     tiles = (response * (1 + both) if reads or rule.null else 0, moment_tiles, ceil(rows, tile.BR) * ceil(d, 128))
-    return row, tiles, sum(sizes)
+    dense = is_dense((w_strides, b_strides, strides), d, 16 // itemsize)
+    return Template(tuple(row), tiles, sum(sizes), padded(rows * d), strides, dense)
 
 
 def projection_is_cheaper(probes: int, rows: int, inputs: int) -> bool:
@@ -314,12 +361,10 @@ def widest_span(rows: int, group_rows: int, block: int) -> int:
     return max(spans)
 
 
-def is_aligned(layer: Layer, itemsize: int) -> bool:
-    """Whether every row of the weights and of the gradient is dense and begins at a multiple of 16 bytes."""
-    vector = 16 // itemsize
-    all_strides = (layer.w_strides, layer.b_strides, layer.strides)
+def is_dense(all_strides: Sequence[tuple[int, int, int]], columns: int, vector: int) -> bool:
+    """Whether all rows have no gaps and begin at multiples of ``vector`` elements from the first, and end at one."""
     dense = all(s[2] == 1 and s[0] % vector == 0 and s[1] % vector == 0 for s in all_strides)
-    return dense and layer.shape[2] % vector == 0 and layer.weight % 16 == 0 and layer.feedback % 16 == 0
+    return dense and columns % vector == 0
 
 
 def padded(size: int) -> int:

@@ -60,16 +60,17 @@ struct DepthwiseThread {
     return centered(layer.input, mean, n, group * layer.I + i, h, w);
   }
 
-  // The output that a tap connects to input position (h, w); zero outside the map.
-  __device__ __forceinline__ T over(const FeatureMap& map, const FeatureMap& mean, int64_t n, int64_t j, int tap, int h,
-                                    int w) const {
+  // visit(output) for the output that a tap connects to input position (h, w), if there is one.
+  template <typename Visitor>
+  __device__ __forceinline__ void over(const FeatureMap& map, const FeatureMap& mean, int64_t n, int64_t j, int tap,
+                                       int h, int w, const Visitor& visit) const {
     const int columns = static_cast<int>(layer.S);
     const int down = static_cast<int>(layer.stride[0]), right = static_cast<int>(layer.stride[1]);
     const int above = h + static_cast<int>(layer.padding[0]) - static_cast<int>(layer.dilation[0]) * (tap / columns);
     const int left = w + static_cast<int>(layer.padding[1]) - static_cast<int>(layer.dilation[1]) * (tap % columns);
     const int p = above / down, q = left / right;
-    if (above < 0 || left < 0 || p >= layer.P || q >= layer.Q || p * down != above || q * right != left) return T(0);
-    return centered(map, mean, n, group * layer.J + j, p, q);
+    if (above < 0 || left < 0 || p >= layer.P || q >= layer.Q || p * down != above || q * right != left) return;
+    visit(centered(map, mean, n, group * layer.J + j, p, q));
   }
 
   // visit(n, row, column) for the positions of this thread in samples first .. last - 1 of a map.
@@ -88,7 +89,8 @@ struct DepthwiseThread {
     T total = 0;
     for (int64_t j = 0; j < layer.J; ++j) {
       for (int tap = 0; tap < taps(); ++tap) {
-        total += weight(layer.feedback, weight_index(j, i, tap)) * over(map, mean, n, j, tap, h, w);
+        over(map, mean, n, j, tap, h, w,
+             [&](T output) { total += weight(layer.feedback, weight_index(j, i, tap)) * output; });
       }
     }
     return total;
@@ -142,7 +144,7 @@ struct DepthwiseThread {
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         if (begin + t >= taps()) break;
-        of_data[t] += z * over(layer.response, layer.response_mean, n, j, begin + t, h, w);
+        over(layer.response, layer.response_mean, n, j, begin + t, h, w, [&](T output) { of_data[t] += z * output; });
       }
     });
   }

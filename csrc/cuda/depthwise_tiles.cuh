@@ -95,9 +95,16 @@ struct DepthwiseTile {
   struct Place {
     int top, left, height, width;
   };
+  // The map of the inputs ends where the last window does. What is below or to the right is taken as zero, because the
+  // outputs behind the last one, which are zero, are multiplied with it.
   __device__ __forceinline__ Place input_place() const {
-    return {kStride * p - static_cast<int>(layer.padding[0]), kStride * q - static_cast<int>(layer.padding[1]),
-            static_cast<int>(layer.H), static_cast<int>(layer.W)};
+    const int top = kStride * p - static_cast<int>(layer.padding[0]);
+    const int left = kStride * q - static_cast<int>(layer.padding[1]);
+    return {top, left, read_size(0, layer.P, layer.H), read_size(1, layer.Q, layer.W)};
+  }
+  __device__ __forceinline__ int read_size(int d, int64_t outputs, int64_t inputs) const {
+    const int64_t end = kStride * (outputs - 1) + kSide - layer.padding[d];
+    return static_cast<int>(kStride > 1 && end < inputs ? end : inputs);
   }
   __device__ __forceinline__ Place output_place() const {
     return {p - kReach, q - kReach, static_cast<int>(layer.P), static_cast<int>(layer.Q)};
@@ -170,9 +177,12 @@ struct DepthwiseTile {
 
   // Writes the inputs of the tile to a map.
   __device__ __forceinline__ void store(const FeatureMap& map) {
+    Place place = input_place();
+    place.height = static_cast<int>(layer.H);
+    place.width = static_cast<int>(layer.W);
     visit_float_dtype(layer.dtype, [&](auto scalar) {
       auto* data = static_cast<decltype(scalar)*>(map.data);
-      for_each_element<kStride * kRows, kStride * kColumns>(shared.input, map, n, input_place(),
+      for_each_element<kStride * kRows, kStride * kColumns>(shared.input, map, n, place,
                                                             [&](T& x, int64_t offset, bool inside) {
                                                               decltype(scalar) rounded;
                                                               from_acc(x, rounded);

@@ -243,6 +243,10 @@ def test_bad_arguments_are_refused_before_anything_is_read():
 # maps are tiny. The tiled kernels take fewer, so their maps have several tiles, the last ones incomplete, and their
 # layers have several blocks of 16 groups.
 
+UNREAD = {
+    "5x5 stride 2": layer(16, (18, 10), 5, stride=2, padding=0),
+    "stride beyond the kernel": layer(2, (6, 5), 2, stride=3, padding=0),
+}
 TILED = {
     "3x3": layer(19, (19, 11), 3, layout=1),
     "3x3 stride 2": layer(19, (21, 18), 3, stride=2, layout=1),
@@ -252,7 +256,7 @@ TILED = {
     "7x7 stride 2": layer(6, (17, 19), 7, stride=2, layout=1),
     "3x3 without padding": layer(33, (3, 12), 3, padding=0, layout=1),
     "3x3 stride 2, wide padding": layer(4, (4, 9), 3, stride=2, padding=7),
-    "5x5 stride 2, unread inputs": layer(16, (18, 10), 5, stride=2, padding=0),
+    "5x5 stride 2, unread inputs": UNREAD["5x5 stride 2"],
     "7x7 on a smaller map": layer(16, (2, 3), 7),
 }
 SMALL = {
@@ -298,6 +302,24 @@ def test_the_cuda_kernels_by_tiles(on_cuda_emulator, name):
         assert_as_accurate(TILED[name], {**RULES[rule], "samples": 2}, torch.float32)
     for dtype in DTYPES[2:]:
         assert_as_accurate(TILED[name], {**RULES["everything"], "samples": 2}, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", UNREAD)
+def test_the_cuda_kernels_do_not_multiply_unread_inputs(on_cuda_emulator, name):
+    """Infinities and nans between windows, and behind the last one."""
+    case = UNREAD[name]
+    grad_output, x, *weights = arguments(case)
+    counted = x.clone().requires_grad_()
+    torch.conv2d(counted, torch.ones(case.weight), None, *case.window).sum().backward()
+    unread = counted.grad == 0
+    assert unread.any()
+    expected = backward(case, grad_output, x.masked_fill(unread, 0), *weights)
+    for value in (float("inf"), float("nan")):
+        found = backward(case, grad_output, x.masked_fill(unread, value), *weights)
+        for name, a, b in zip(("input", "weight", "feedback", "bias"), found, expected, strict=True):
+            assert torch.equal(a, b), (name, value)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_each_backward_has_a_workspace_of_its_own(monkeypatch):
 
     def workspace(*args):
         found = real(*args)
-        made.extend(found.values())
+        made.extend(found)
         return found
 
     monkeypatch.setattr(handles, "workspace", workspace)

@@ -78,7 +78,7 @@ class Function(NamedTuple):
 
     name: str
     registers: int  # of a thread
-    local: int  # bytes of a thread: spilled registers
+    stack: int  # bytes of a thread: those of spilled registers, and some that no instruction uses
 
 
 class Stub:

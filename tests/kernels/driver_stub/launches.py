@@ -6,9 +6,11 @@ Prints a line for each launch, and ends with an error at the first fault. Nothin
 tensors, and the outputs stay as they were allocated.
 """
 
+import gc
 import os
 import struct
 import sys
+from collections import Counter
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ import pyfeedback  # noqa: E402
 from pyfeedback.core.coefficients import Coefficients  # noqa: E402
 from pyfeedback.core.probes import ProbeProblem  # noqa: E402
 from pyfeedback.kernels import backward, handles, probe_table  # noqa: E402
+from pyfeedback.kernels.launch import WORKSPACE  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -96,6 +99,7 @@ class Started(NamedTuple):
 
 STARTED: list[Started] = []
 run_jit, run_launches, workspace = JITFunction.run, handles.Launcher.run, handles.workspace
+start_probes = probe_table._start
 
 
 def run_and_record(kernel: JITFunction, *args, grid, warmup, **named) -> Any:
@@ -109,9 +113,19 @@ def run_twice(launcher: handles.Launcher, values: dict[str, Any]) -> None:
     """Replacement of Launcher.run: launches by the JIT and then by handles, and checks that both are the same."""
     run_launches(launcher, values)
     by_jit = check_started(STUB.take())
-    handles.workspace = lambda *_: {}  # the same again
+    handles.workspace = lambda *_: tuple(values[name] for name in WORKSPACE if name in values)  # the same again
     run_launches(launcher, values)
     handles.workspace = workspace
+    assert not STARTED, "a handle was not used"
+    assert STUB.take() == by_jit, "a handle launches something else than the JIT"
+
+
+def start_probes_twice(launch: probe_table.Launch, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+    """Replacement of probe_table._start: by the JIT and then by a handle, and checks that both are the same."""
+    probe_table._handles.clear()
+    start_probes(launch, tensors, numbers)
+    by_jit = check_started(STUB.take())
+    start_probes(launch, tensors, numbers)
     assert not STARTED, "a handle was not used"
     assert STUB.take() == by_jit, "a handle launches something else than the JIT"
 
@@ -125,7 +139,7 @@ def check_started(recorded: list[Recorded]) -> list[Recorded]:
         launched.append(function.name.removesuffix("_kernel"))
         print(
             f"{launched[-1]:10} {r.grid[0]:5} x {r.grid[1]:3} programs of {r.block[0]} threads, {function.registers:3} "
-            f"registers, {r.shared:6} bytes of shared memory, {function.local} of spilled registers",
+            f"registers, {r.shared:6} bytes of shared memory, {function.stack} of stack",
             flush=True,
         )
     STARTED.clear()
@@ -181,13 +195,12 @@ def layer_backward(case: Case, operands: list[Tensor] | None = None) -> None:
     )  # fmt: skip
 
 
-def probe_gradients(rule: Coefficients) -> None:
-    """The gradients of two layers that read probes."""
-    problems = [
-        ProbeProblem(torch.zeros(1, rows, 64), torch.zeros(1, rows, 64), 32, rule, i) for i, rows in enumerate((64, 48))
+def probe_problems(rule: Coefficients, rows: tuple[int, ...] = (64, 48), dtype=FP32) -> list[ProbeProblem]:
+    """Layers with so many rows, 64 inputs and 32 probes each."""
+    return [
+        ProbeProblem(*(torch.zeros(1, count, 64, dtype=dtype) for _ in range(2)), 32, rule, i)
+        for i, count in enumerate(rows)
     ]
-    probe_table.probe_gradients(problems, 2**40 + 3, 5)
-    check_started(STUB.take())
 
 
 def check_falling_back(case: Case) -> None:
@@ -199,20 +212,19 @@ def check_falling_back(case: Case) -> None:
     (launcher, values), *_ = calls
     STUB.take()
     STARTED.clear()
-    assert launcher.bound.run(values)
+    scratch = handles.workspace(launcher.needs, launcher.device)
+    assert launcher.bound.run(values, scratch)
     assert len(STUB.take()) == 1
-    others = {
-        "alignment": {"dW": torch.zeros(values["dW"].numel() + 1, dtype=BF16)[1:]},
-        "dtype": {"dW": values["dW"].float()},
-        "shape": {"y": values["y"][1:]},
-        "strides": {"x": values["x"].transpose(0, 1)},
-    }
-    for name, other in others.items():
-        assert not launcher.bound.run(values | other), name
+    (launch,) = launcher.launches
+    for name in set(launch.arguments.values()) & set(handles.GIVEN):
+        t = values[name]
+        shifted = torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+        for other in (shifted, t.float()):
+            assert not launcher.bound.run(values | {name: other}, scratch), name
     assert STUB.take() == []
-    for wrong in ("shape", "strides"):
+    for wrong in ({"y": values["y"][1:]}, {"x": values["x"].transpose(0, 1)}):
         with pytest.raises(ValueError, match="expected"):
-            launcher.run(values | others[wrong])
+            handles.Launcher(launcher.launches, launcher.device).run(values | wrong)
     seen: list[str] = []
     chain = triton.knobs.runtime.launch_enter_hook
     chain.add(lambda metadata: seen.append(metadata.get()["name"]))
@@ -222,6 +234,49 @@ def check_falling_back(case: Case) -> None:
     assert seen == ["pointwise_kernel"]
     assert len(STARTED) == 1  # by the JIT
     assert len(STUB.take()) == 2
+
+
+def check_probes_of_other_layers() -> None:
+    """A handle launches for other layers, seeds and steps, of one dtype."""
+    rule, _ = PROBE_CASES["ia-probes"]
+    probe_table._handles.clear()
+    probe_table.probe_gradients(probe_problems(rule), 1, 1)
+    started, first = len(STARTED), STUB.take()
+    probe_table.probe_gradients(probe_problems(rule, (640, 80)), 2**40 + 3, -5)
+    assert len(STARTED) == started == 3
+    found = STUB.take()
+    assert [r.function for r in found] == [r.function for r in first]
+    assert [r.grid for r in found] == [(12, 1, 1), (2, 1, 1), (12, 1, 1)]
+    assert found[2].parameters[3:6] == tuple(struct.pack("<i", number) for number in (3, 2**8, -5))
+    assert {dtype for _, dtype, *_ in probe_table._handles} == {FP32}
+    STARTED.clear()
+
+
+def check_nothing_is_kept(case: Case) -> None:
+    """Not even by the first call: its tensors may be in the memory pool of a CUDA graph, which gives them to others.
+
+    They are also in a warm-up under mode="reduce-overhead", where nothing is captured. Probes are refused there, and
+    keep their table.
+    """
+    backward.planned.cache_clear()
+    operands, (rule, _) = tensors(case), PROBE_CASES["wm-probes"]
+    problems = probe_problems(rule, (96, 48))
+    gc.collect()
+    before = living_tensors()
+    for _ in range(2):  # by the JIT and by handles
+        layer_backward(case, operands)
+        STARTED.clear()
+    assert living_tensors() == before
+    for _ in range(2):
+        probe_table.probe_gradients(problems, 1, 1)
+        STARTED.clear()
+    assert sorted(living_tensors() - before) == [(torch.int64, 2 * probe_table.T.COLUMNS)]
+    STUB.take()
+
+
+def living_tensors() -> Counter[tuple[torch.dtype, int]]:
+    """The dtypes and sizes of all tensors in the process."""
+    return Counter((t.dtype, t.numel()) for t in gc.get_objects() if type(t) is Tensor)
 
 
 def check_refusals(kernel: Any) -> None:
@@ -260,14 +315,20 @@ def main() -> None:
     """All cases on one device."""
     answer_as_the_device()
     JITFunction.run, handles.Launcher.run = run_and_record, run_twice
+    probe_table._start = start_probes_twice
     layers = {name: (lambda case=case: layer_backward(case), case.kernels) for name, case in CASES.items()}
-    probes = {name: (lambda rule=rule: probe_gradients(rule), kernels) for name, (rule, kernels) in PROBE_CASES.items()}
+    probes = {
+        name: (lambda rule=rule: probe_table.probe_gradients(probe_problems(rule), 2**40 + 3, 5), kernels)
+        for name, (rule, kernels) in PROBE_CASES.items()
+    }
     for name, (run, kernels) in (layers | probes).items():
         print(f"{name}:", flush=True)
         launched.clear()
         run()
         assert launched == kernels.split(), f"{name} launches {launched}, expected {kernels.split()}"
-    JITFunction.run, handles.Launcher.run = run_and_record, run_launches
+    handles.Launcher.run, probe_table._start = run_launches, start_probes
+    check_probes_of_other_layers()
+    check_nothing_is_kept(CASES["ia"])
     check_falling_back(CASES["wm, pointwise"])
     check_refusals(STARTED[-1].compiled)
     STARTED.clear()
