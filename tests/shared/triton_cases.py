@@ -36,7 +36,7 @@ MARKS = [
     pytest.mark.skipif(not GPU and OLD and NUMPY >= (2, 4), reason="Triton 3.6 interprets no loop with numpy 2.4"),
 ]
 
-# The storage dtype, and whether x has a mean subtracted while it is loaded and the second product is in units.
+# The storage dtype, and whether means are subtracted while blocks are loaded and the second product is in units.
 VARIANTS = [(torch.float32, False), (torch.float16, True), *([(torch.bfloat16, True)] if GPU else [])]
 UNIT = 8.0
 
@@ -114,6 +114,15 @@ def options(case: Case, centered: bool) -> tuple[dict, torch.Tensor | float, flo
     _, c, h, w = case.input
     both = mean_and_unit(h * w, c)
     return both, both["mean"].view(h, w, c).permute(2, 0, 1), UNIT
+
+
+def mean_of_u(case: Case, centered: bool) -> tuple[dict, torch.Tensor | float]:
+    """The argument u_mean of wgrad_launch, or none; what is subtracted from u [N, K, P, Q]."""
+    if not centered:
+        return {}, 0.0
+    g = case.geometry
+    mean = mean_and_unit(g.P * g.Q, g.K)["mean"]
+    return {"u_mean": mean}, mean.view(g.P, g.Q, g.K).permute(2, 0, 1)
 
 
 def products(x, kernel, y, case: Case, dtype=torch.float64):
