@@ -21,7 +21,6 @@ Convolution = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 Center = Callable[[Tensor, int], Tensor]
 
 FEWEST_CHANNELS = 16  # one step of a tensor core; with fewer, as in the first layer of a network, most is padding
-SHIFT_SAMPLES = 8  # whose mean is near that of all: it is off by a third of the standard deviation
 NAMES = {getattr(torch, name): name for name in DTYPES}
 _INTERPRETED = not isinstance(wgrad_kernel, JITFunction)
 
@@ -187,7 +186,8 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
         if f"{factor}_mean" in names:
             values[f"{factor}_mean"] = _samples(values[block], n).mean(0, dtype=torch.float32)
         if f"{factor}_shift" in names:
-            values[f"{factor}_shift"] = _samples(values[block], n)[:SHIFT_SAMPLES].mean(0)
+            # The mean of 1/16 of any n values is off by at most about 4 of their standard deviations.
+            values[f"{factor}_shift"] = _samples(values[block], n)[: max(n // 16, 8)].mean(0)
     if "u" in names:
         largest = max(abs(rule.sparse), abs(rule.amp))
         # If B is close to W, the difference of two convolutions would cancel; the combined kernel is exact.

@@ -1,6 +1,6 @@
 """Importing the Triton kernels for a test, on the interpreter where there is no GPU; tiny layers, and what is allowed.
 
-The interpreter multiplies the raw bits of bfloat16, so there only float32 and float16 are tested; it is slow, so the
+The interpreter multiplies the raw bits of bfloat16, so there mostly float32 and float16 are tested; it is slow, so the
 layers are tiny.
 """
 
@@ -159,6 +159,34 @@ def described(describe, geometry: Geometry, *args, prefix="", tile=None, **opera
 def run_kernel(describe, geometry: Geometry, *args, **operands) -> None:
     """The launch of these tensors and numbers, by parameter."""
     run(*described(describe, geometry, *args, **operands), torch.device(DEVICE))
+
+
+@contextmanager
+def bfloat16_products():
+    """Within it, the interpreter rounds to the nearest bfloat16, which it truncates to, and multiplies its values."""
+    if GPU:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+    def converted(data, source, to, mode):
+        if (source.name, to.name) != ("fp32", "bf16"):
+            return _convert_float(data, source, to, mode)
+        wide = np.ascontiguousarray(data).view(np.float32)
+        return torch.from_numpy(wide.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    def multiplied(builder, a, b, *rest):
+        a, b = (
+            TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), float32) if t.dtype.name == "bf16" else t
+            for t in (a, b)
+        )
+        return dot(builder, a, b, *rest)
+
+    dot, float32 = InterpreterBuilder.create_dot, triton.language.float32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("triton.runtime.interpreter._convert_float", converted)
+        patch.setattr(InterpreterBuilder, "create_dot", multiplied)
+        yield
 
 
 def record_launches(monkeypatch, **choices) -> list[Launch]:
