@@ -167,8 +167,8 @@ def _means(p: Problem, x: str | None = None, u: str | None = None) -> dict[str, 
     """The arguments of a launch that subtract these means from x and u if the rule centers them.
 
     The sum of (x - s)(y - t) over the samples is that of centered factors if either s or t is the mean, in float32. The
-    other may be any value near the mean: a shift, the mean of a few samples. In float32, both are means: the rounding of
-    one would otherwise show in the product.
+    other may be any value near the mean: a shift, the mean of a few samples, in 16 bits. float32 products show the
+    rounding of a mean if the other factor is only shifted, so both are means there.
     """
     if "center" not in p.fields:
         return {}

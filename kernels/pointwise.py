@@ -70,27 +70,22 @@ def pointwise_kernel(
         z_scale /= unit
         x_scale /= unit
     samples = N // FLAGS.SAMPLE
-    if FLAGS.CENTERED:
-        blocks = (samples + TILE.BP - 1) // TILE.BP * FLAGS.SAMPLE
-    else:
-        blocks = (N + TILE.BP - 1) // TILE.BP
+    blocks = (samples + TILE.BP - 1) // TILE.BP * FLAGS.SAMPLE
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
     # At least one block, even if entirely masked: ptxas serializes the wgmma of a loop that may run zero times (Triton
     # 3.6, sm_90, warning C7515).
     for i in range(tl.maximum(tl.minimum(blocks - first, per_split), 1)):
         i_block = first + i
-        if FLAGS.CENTERED:  # one position of many samples, so that a block of the mean is one row
-            i_pixel = i_block % FLAGS.SAMPLE
-            o_n = i_block // FLAGS.SAMPLE * TILE.BP + tl.arange(0, TILE.BP)
-            o_p = o_n * FLAGS.SAMPLE + i_pixel
-            m_p = o_n < samples
-        else:
-            o_p = i_block * TILE.BP + tl.arange(0, TILE.BP)
-            m_p = o_p < N
+        # One position of many samples, so that a mean is one row. Without means, every position is a sample.
+        i_pixel = i_block % FLAGS.SAMPLE
+        o_n = i_block // FLAGS.SAMPLE * TILE.BP + tl.arange(0, TILE.BP)
+        o_p = o_n * FLAGS.SAMPLE + i_pixel
+        m_p = o_n < samples
         m_y = (o_k < GEO.K)[:, None] & (m_p & (o_p < used))[None, :]
         if FLAGS.WIDE:
             o_p = o_p.to(tl.int64)
+            i_pixel = i_pixel.to(tl.int64)  # of one sample, a mean is as large as the sample
         o_x = o_p[:, None] * GEO.C + o_c[None, :]
         m_x = m_p[:, None] & (o_c < GEO.C)[None, :]
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
@@ -173,7 +168,7 @@ def pointwise_launch(
             absent), "cross" (scale * unit * y'x + ...), "z" (scale * unit * y'z + ..., z = (z_scale * y feedback -
             x_scale * x) / unit), or "gram" (only x'x). Means are subtracted from x and y.
         used: the number of entries of dimension N of y.
-        sample: rows of the means.
+        sample: rows of the means; 1 without means.
         named: the parameters of ``pointwise_kernel`` without ``p_``. The blocks are contiguous and have one dtype; dw
             may be float32, and so is f for "gram".
 

@@ -175,7 +175,7 @@ def choose_pointwise(geometry: Geometry, term: str, target: Target, samples: int
 
 
 def _depth(samples: int, most: int) -> int:
-    """The positions of a step; if means are subtracted, those of at most so many samples, of which few do not exist."""
+    """The rows of a step: ``most``, or if they are samples the largest power of two of which there are as many."""
     return min(most, max(1 << (samples.bit_length() - 1), 16)) if samples else most
 
 

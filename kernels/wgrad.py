@@ -86,7 +86,7 @@ def wgrad_kernel(
     for i in range(count):
         i_block = first + i
         if FLAGS.CENTERED:
-            # One position of many samples, so that a mean is one row.
+            # One position of many samples, so that a mean is one row. Where x is not read, its mean is zero.
             i_pixel = i_block % PIXELS
             o_n = i_block // PIXELS * TILE.BP + tl.arange(0, TILE.BP)
             o_p = o_n * PIXELS + i_pixel
@@ -115,6 +115,9 @@ def wgrad_kernel(
         if FLAGS.WIDE:
             o_p = o_p.to(tl.int64)
             o_pixel = o_pixel.to(tl.int64)
+            if FLAGS.CENTERED:  # of one sample, a mean is as large as the sample
+                i_read = i_read.to(tl.int64)
+                i_pixel = i_pixel.to(tl.int64)
         m_x = m_pixel[:, None] & (o_c < GEO.C)[None, :]
         b_x = tl.load(p_x + o_pixel[:, None] * GEO.C + o_c[None, :], mask=m_x, other=0.0)
         # Row operands are loaded through transposed pointers: transposing a loaded block spills on sm_80.
@@ -189,9 +192,10 @@ def wgrad_launch(
     tile: WgradTile | None = None,
     **named: str | float | None,
 ) -> Launch:
-    """dw = wgrad(x, a), and f = scale * unit * wgrad(x - mean, u - u_mean) + decay * feedback - self_ * weight + tie * dw.
+    """dw = wgrad(x, a), and the gradient f of the feedback.
 
-    Sums are kept in float32 and are bitwise reproducible.
+    f = scale * unit * wgrad(x - mean, u - u_mean) + decay * feedback - self_ * weight + tie * dw. Sums are kept in
+    float32 and are bitwise reproducible.
 
     Args:
         u_channels: of ``u``; K by default.
