@@ -16,7 +16,8 @@ launch runs the launch of dW and that of dx together.
 
 The names of the tensors are: x, dy, y, u and z; x_used, the samples of x that the rule reads; B in the layout that the
 kernels read; weight and feedback with the strides of f, for its epilogue; dx, dW and f; gram (x'x or y'y) and cross
-(y'x); f_sparse, to which the null term is added; mean, that of x; z_unit and u_unit, for float16.
+(y'x); f_sparse, to which the null term is added; x_mean and y_mean, in float32, and x_shift and y_shift, which are near
+them; z_unit and u_unit, for float16.
 """
 
 from functools import lru_cache
