@@ -163,7 +163,12 @@ def choose_pointwise(geometry: Geometry, term: str, target: Target, samples: int
         bc = 64 * 128 // k if hopper or k == 64 else 0
     else:
         bc = (64 * 256 if hopper else 64 * 128) // k
-    bc = min(bc, c, 128 if samples else 512)
+    depth = 64 if hopper else 32
+    if samples:  # 128 channels with z spill on sm_90, steps of 32 with z on sm_80, and 256 rows of y minus its mean
+        most = 64 if term == "z" and hopper else 128 if term != "cross" or k <= 128 else 0
+        depth = _depth(samples, 16 if term == "z" and k * min(bc, c) == 64 * 64 and not hopper else depth)
+        bc = min(bc, most)
+    bc = min(bc, c)
     if target.itemsize == 4 or bc < 64 or not geometry.pointwise or max(geometry.C, geometry.K) > 512:
         return None
     small = k * bc == 64 * 64
@@ -171,7 +176,7 @@ def choose_pointwise(geometry: Geometry, term: str, target: Target, samples: int
     columns, blocks = -(-geometry.C // bc), -(-geometry.positions // 64)
     # Two programs of four warps, or one of eight, for each processor.
     splits = max(min(target.processors * (2 if small else 1) // columns, blocks // FEWEST_BLOCKS), 1)
-    return PointwiseTile(k, bc, _depth(samples, 64 if hopper else 32), splits, warps, stages)
+    return PointwiseTile(k, bc, depth, splits, warps, stages)
 
 
 def _depth(samples: int, most: int) -> int:
