@@ -33,7 +33,7 @@ from pyfeedback.kernels.tiles import DgradTile, Target, WgradTile, choose_joint,
 from pyfeedback.kernels.wgrad import wgrad_kernel, wgrad_launch
 from pyfeedback.testing import RESNET20_CIFAR, RESNET50
 
-BATCH = 32
+BATCH = 64
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 PROCESSORS = {80: 108, 90: 132}
 LAYERS = (
@@ -86,15 +86,16 @@ WGRADS = {
     "wgrad pair": "a dw u f decay self_ tie",
     "wgrad+gram": "a dw u f",
     "gram": "u f",
-    "wgrad pair centered": "a dw u f decay mean",
-    "wgrad+gram centered": "a dw u f mean",
-    "gram centered": "u f mean",
+    "wgrad pair centered": "a dw u f decay mean=x_mean u_mean=y_shift",
+    "wgrad pair shifted": "a dw u f decay mean=x_shift u_mean=y_mean",
+    "wgrad+gram centered": "a dw u f mean=x_mean",
+    "gram centered": "u f mean=x_mean",
 }
 DGRADS = {
     "dgrad": "dy dx",
     "dgrad z": "y z x x_scale",
     "dgrad dual": "dy dx y z x x_scale",
-    "dgrad dual centered": "dy dx y z x x_scale mean",
+    "dgrad dual centered": "dy dx y z x x_scale mean=x_shift",
 }
 JOINT = {
     "joint kp": ("wgrad+kp", "dgrad"),
@@ -108,9 +109,10 @@ POINTWISE = {  # the second word is the term
     "pointwise cross": "y decay",
     "pointwise z": "y x_scale decay",
     "pointwise gram": "",
-    "pointwise cross centered": "y decay mean",
-    "pointwise z centered": "y x_scale decay mean",
-    "pointwise gram centered": "mean",
+    "pointwise cross centered": "y decay mean=x_mean y_mean=y_shift",
+    "pointwise cross shifted": "y decay mean=x_shift y_mean=y_mean",
+    "pointwise z centered": "y x_scale decay mean=x_shift y_mean=y_mean",
+    "pointwise gram centered": "mean=x_mean",
 }
 PROBES = {  # the kernel and the rule; the layer is that of all launches, its sizes are in a table
     "probes response": ("response_kernel", Coefficients(amp=1.0)),
@@ -119,7 +121,7 @@ PROBES = {  # the kernel and the rule; the layer is that of all launches, its si
     "probes gradient": ("gradient_kernel", Coefficients(amp=1.0)),
     "probes gradient with null": ("gradient_kernel", Coefficients(amp=1.0, null=1.0, normalize=True)),
 }
-FLOATS = ("p_workspace", "p_mean", "p_unit", "p_work")  # in float32 whatever the dtype
+FLOATS = ("workspace", "unit", "work")  # tensors in float32 whatever the dtype, and those that end with "mean"
 INTEGERS = ("N", "used", "wgrad_tiles", "dgrad_tiles", "seed_low", "seed_high", "step")
 
 
@@ -167,9 +169,12 @@ def target(job: Job) -> Target:
 
 
 def named(job: Job, on: str, *others: str) -> dict[str, str]:
-    """Each parameter by its own name, and the unit that float16 alone has."""
-    names = [*on.split(), *others, *(["unit"] if job.dtype == "fp16" else [])]
-    return {name: name for name in names} | ({"sample": sample(job)} if "mean" in names else {})
+    """Each parameter by its own name or one that is given, and the unit that float16 alone has."""
+    words = [*on.split(), *others, *(["unit"] if job.dtype == "fp16" else [])]
+    names = {name: value or name for name, _, value in (word.partition("=") for word in words)}
+    if job.dtype in ("fp32", "tf32"):
+        names = {name: value.replace("shift", "mean") for name, value in names.items()}
+    return names | ({"sample": sample(job)} if "mean" in names else {})
 
 
 def wgrad(job: Job, tile: WgradTile | None = None) -> Launch:
@@ -192,21 +197,22 @@ def joint(job: Job) -> Launch:
     """The launch of both."""
     g, (first, second) = layer_geometry(job.layer), JOINT[job.op]
     rows = (g.K, g.K if " u " in WGRADS[first] else 0)
-    tiles = choose_joint(g, rows, "dual" in second, target(job), int("mean" in WGRADS[first]))
+    tiles = choose_joint(g, rows, "dual" in second, target(job), BATCH * ("mean" in WGRADS[first]))
     both = wgrad(job._replace(op=first), tiles[0]), dgrad(job._replace(op=second), tiles[1])
     return joint_launch(*both, target(job).processors)
 
 
 def pointwise_tile(job: Job) -> object:
     """The tile of a one-pass backward, None where the layer has none."""
-    term, centered = job.op.split()[1], "centered" in job.op
-    return choose_pointwise(layer_geometry(job.layer), term, target(job), centered)
+    samples = BATCH * ("mean" in POINTWISE[job.op])
+    return choose_pointwise(layer_geometry(job.layer), job.op.split()[1], target(job), samples)
 
 
 def pointwise(job: Job) -> Launch:
     """The launch of a one-pass backward."""
     options = named(job, POINTWISE[job.op], "x", "dy", "dx", "dw", "f", "weight", "feedback")
-    return pointwise_launch(layer_geometry(job.layer), target(job), job.op.split()[1], used=17, **options)
+    g = layer_geometry(job.layer)
+    return pointwise_launch(g, target(job), job.op.split()[1], used=g.N, **options)
 
 
 class ProbeLaunch(NamedTuple):
@@ -245,8 +251,7 @@ def compile_job(job: Job) -> Code:
 
 def compile_launch(launch: "Launch | ProbeLaunch", dtype: str, device: GPUTarget, wide: bool) -> Any:
     """Compile a launch whose tensors have this type and are aligned to 16 bytes; f is float32 if ``wide``."""
-    element = {"p_semaphores": "i32", "p_table": "i64", **dict.fromkeys(FLOATS, "fp32")}
-    element |= {"p_f": "fp32"} if wide else {}
+    element = {"p_semaphores": "i32", "p_table": "i64"} | ({"p_f": "fp32"} if wide else {})
     signature, constants, aligned = {}, dict(launch.constants), {}
 
     def type_of(name: str, value: object, path: tuple[int, ...]) -> str:
@@ -255,7 +260,8 @@ def compile_launch(launch: "Launch | ProbeLaunch", dtype: str, device: GPUTarget
             return "constexpr"
         if name.startswith("p_"):
             aligned[path] = [["tt.divisibility", 16]]
-            return "*" + element.get(name, dtype)
+            wide_tensor = value.removeprefix("p_") in FLOATS or value.endswith("mean")
+            return "*" + element.get(name, "fp32" if wide_tensor else dtype)
         return "i32" if name in INTEGERS else "fp32"
 
     for i, name in enumerate(launch.kernel.arg_names):
@@ -342,8 +348,9 @@ def faults(job: Job, code: Code) -> list[str]:
             found.append("serialized wgmma")
     # wgmma reads float32 operands K-major only: Triton transposes the others on their way, in copies of 4 bytes.
     transposed = job.dtype == "tf32" and job.capability >= 90
-    # The kernels of probes have a branch for weights that are not aligned, with narrow loads.
-    width = code.loads[-1] if job.op in PROBES else code.loads[0]
+    # The kernels of probes have a branch for weights that are not aligned, with narrow loads; the row of a mean is one.
+    narrow = job.op in PROBES or job.op.endswith(("centered", "shifted"))
+    width = code.loads[-1] if narrow else code.loads[0]
     if width < 16 and not transposed:
         found.append("narrow loads")
     return found

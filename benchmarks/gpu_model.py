@@ -193,7 +193,11 @@ def programs_of(launch: Launch) -> tuple[int, float, float]:
     if launch.kernel.__name__.startswith("dgrad"):
         steps = g.R * g.S / math.prod(g.stride) * -(-g.K // tile.BK)
         return programs, steps, 2.0 * (flags.HAS_DX + flags.HAS_Z) * positions * g.C * g.K * g.R * g.S
-    steps = -(-positions // (tile.BP * tile.splits))
+    blocks = -(-positions // tile.BP)
+    if flags.CENTERED:  # of one position each
+        samples = n * g.H * g.W // flags.SAMPLE
+        blocks = positions // samples * -(-samples // tile.BP)
+    steps = -(-blocks // tile.splits)
     if launch.kernel.__name__.startswith("wgrad"):
         rows = g.K * flags.HAS_A + flags.U * flags.HAS_U * (0.5 if flags.SYMMETRIC else 1.0)
         return programs, steps, 2.0 * positions * rows * g.C * g.R * g.S

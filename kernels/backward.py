@@ -174,14 +174,20 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
     for name, kernel in (("weight", weight), ("feedback", feedback)):
         if name in names:
             values[name] = match_strides(kernel, values["f"])
-    # Both factors of every product are centered, each by its own mean. A product with one centered factor, or one from
-    # which the product of the means is subtracted, cancels if the mean is large relative to the standard deviation.
+    # Both factors of every product are centered. A product with one centered factor, or one from which the product of
+    # the means is subtracted, cancels if the mean is large relative to the standard deviation.
     if "x" in values:
-        x = values["x_used"] = values["x"][: len(values["x"]) // len(input) * n]
-    if "mean" in names:
-        values["mean"] = x.view(n, -1, x.shape[-1]).mean(0, dtype=torch.float32)
+        values["x_used"] = values["x"][: len(values["x"]) // len(input) * n]
     if "y" in names:
-        values["y"] = layer.block(layer.sampled(layer.fprop(input[:n], weight) if response is None else response))
+        y = layer.fprop(input[:n], weight) if response is None else response
+        in_kernels = names & {"y_mean", "y_shift"}
+        values["y"] = layer.block(y[:n] if in_kernels else layer.sampled(y))
+    for factor, block in (("x", "x_used"), ("y", "y")):
+        if f"{factor}_mean" in names:
+            values[f"{factor}_mean"] = _samples(values[block], n).mean(0, dtype=torch.float32)
+        if f"{factor}_shift" in names:
+            # The mean of 1/16 of any n values is off by at most about 4 of their standard deviations.
+            values[f"{factor}_shift"] = _samples(values[block], n)[: max(n // 16, 8)].mean(0)
     if "u" in names:
         largest = max(abs(rule.sparse), abs(rule.amp))
         # If B is close to W, the difference of two convolutions would cancel; the combined kernel is exact.
@@ -203,25 +209,31 @@ def _add_feedback_operands(values: dict[str, Any], names: frozenset[str], layer:
             values[name] = weight.new_empty(size, dtype=torch.float32)
 
 
+def _samples(block: Tensor, n: int) -> Tensor:
+    """The block of n samples as [n, positions, channels]."""
+    return block.view(n, -1, block.shape[-1])
+
+
 def _composed_gradient(finish: str, values: dict[str, Any], layer: _Layer) -> Tensor:
     """f from the products [K, C] and the terms without data, in float32 and the shape of the weight."""
-    weight, feedback, rule = layer.weight, layer.feedback, layer.rule
+    weight, feedback, rule, n = layer.weight, layer.feedback, layer.rule, layer.n
     if finish == "blend":
         return blend(feedback, weight, rule.decay, rule.self_)
     w, b = (t.reshape(t.shape[0], -1).float() for t in (weight, feedback))
+    rest, share = (blend(b, w, rule.decay, rule.self_), 1.0) if rule.self_ else (b, rule.decay)
+    gram = values["gram"]
     if finish == "input_gram":  # (sparse B - amp W) G + null W G W' B, with G = x'x
-        total = blend(b, w, rule.sparse, rule.amp) @ values["gram"]
+        kernel, scale = (blend(b, w, rule.sparse, rule.amp), 1.0) if rule.sparse else (w, -rule.amp)
+        total = torch.addmm(rest, kernel, gram, beta=share, alpha=scale / n)
         if rule.null:
-            mixed = w @ values["gram"]
-            spread = (mixed @ w.t()) @ b if w.shape[0] < w.shape[1] else mixed @ (w.t() @ b)
-            total = total.add_(spread, alpha=rule.null)
+            mixed = w @ gram
+            factors = (mixed @ w.t(), b) if w.shape[0] < w.shape[1] else (mixed, w.t() @ b)
+            total = total.addmm_(*factors, alpha=rule.null / n)
     else:  # null Y B - amp y'x, with Y = y'y
-        total = rule.null * (values["gram"] @ b)
+        total = torch.addmm(rest, gram, b, beta=share, alpha=rule.null / n)
         if rule.amp:
-            total = total.sub_(values["cross"], alpha=rule.amp)
-    total = total.reshape(weight.shape) / layer.n
-    if rule.decay or rule.self_:
-        total = total + blend(feedback, weight, rule.decay, rule.self_)
+            total = total.sub_(values["cross"], alpha=rule.amp / n)
+    total = total.reshape(weight.shape)
     return total.add_(values["dW"], alpha=rule.tie) if rule.tie else total
 
 

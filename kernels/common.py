@@ -6,14 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def subtract_mean(b, p_mean, o_mean, m):
-    """The block minus its mean, in float32, and zero where the mask is false.
+    """The block minus its mean, in float32.
 
     Args:
-        b: the block, loaded with mask ``m`` and zeros elsewhere.
-        p_mean: float32, one value for each position of a sample and each channel.
-        o_mean: offsets into the mean, in the shape of the block.
+        p_mean: one value for each position of a sample and each channel.
+        o_mean, m: offsets into the mean, and where it is not zero; of the block's shape, or of a row or column.
     """
-    return b.to(tl.float32) - tl.load(p_mean + o_mean, mask=m, other=0.0)
+    return b.to(tl.float32) - tl.load(p_mean + o_mean, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -132,7 +132,7 @@ def dgrad_launch(
     """dx = convT(dy, feedback), and z = (z_scale * convT(y, feedback) - x_scale * (x - mean)) / unit.
 
     Args:
-        sample: rows of the mean.
+        sample: the number of input positions of a sample, the rows of the mean.
         named: the parameters of ``dgrad_kernel`` without ``p_``; the blocks are contiguous and have one dtype. Without
             ``dy`` or ``y``, its product is not computed; ``x`` is read if ``x_scale`` is not 0.
     """

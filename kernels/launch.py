@@ -28,13 +28,14 @@ class Flags(NamedTuple):
     USE_WEIGHT: bool = False
     USE_TIE: bool = False
     TERM: str = "none"  # the second sum of a pointwise layer's backward
-    GRAM: bool = False  # u is x, and is centered if x is
     SYMMETRIC: bool = False  # only the blocks on and below the diagonal are computed, and mirrored
     POINTWISE: bool = False
     U: int = 0  # rows of u and f
     ROWS: int = 0  # tiles that cover the rows
     LEVELS: int = 0  # of the tree that adds the splits
     SAMPLE: int = 1  # rows of the mean
+    CENTERED: bool = False  # a step reads one position of many samples
+    TAIL: bool = False  # some of these samples do not exist
     WIDE: bool = False  # offsets are int64
     PRECISION: str = "ieee"
 
@@ -76,7 +77,8 @@ def make_launch(
         named: for each parameter, without ``p_``, the name of a tensor, or the name or value of a number. By default, a
             tensor is None, a scale 1 and any other number 0.
         writes: the parameters that are written.
-        shapes: of the contiguous parameters; the mean, in float32, has a row for each position of a sample.
+        shapes: of the contiguous parameters; the mean has a row for each position of a sample. A tensor whose name ends
+            with "mean" is float32.
         sums: the number of elements that each program adds up, if the sum is split.
 
     Raises:
@@ -101,8 +103,8 @@ def make_launch(
             arguments[parameter] = named.get(name)
         elif name in defaults or not (name.isupper() or name.startswith("i_")):
             arguments[parameter] = named.get(name, defaults.get(name, 0.0))
-    types = {"mean": "float32"}
-    operands = {named[p]: (shape, types.get(p, target.dtype)) for p, shape in shapes.items() if named.get(p)}
+    found = {named[p]: shape for p, shape in shapes.items() if named.get(p)}
+    operands = {name: (shape, "float32" if name.endswith("mean") else target.dtype) for name, shape in found.items()}
     products = tuple(named[p] for p in writes if named.get(p))
     levels, programs = (splits - 1).bit_length(), grid[0] * grid[1] if splits > 1 else 0
     constants |= {"GEO": g.constants(), "TILE": tile}

@@ -16,7 +16,8 @@ launch runs the launch of dW and that of dx together.
 
 The names of the tensors are: x, dy, y, u and z; x_used, the samples of x that the rule reads; B in the layout that the
 kernels read; weight and feedback with the strides of f, for its epilogue; dx, dW and f; gram (x'x or y'y) and cross
-(y'x); f_sparse, to which the null term is added; mean, that of x; z_unit and u_unit, for float16.
+(y'x); f_sparse, to which the null term is added; x_mean and y_mean, in float32, and x_shift and y_shift, which are near
+them; z_unit and u_unit, for float16.
 """
 
 from functools import lru_cache
@@ -62,6 +63,11 @@ class Problem(NamedTuple):
     def rows_read(self) -> int:
         """The number of entries of dimension N that the rule reads."""
         return self.samples * self.rows_per_sample
+
+    @property
+    def batch(self) -> int:
+        """The number of samples of the whole batch."""
+        return self.geometry.N // self.rows_per_sample
 
     @property
     def x(self) -> str:
@@ -131,29 +137,46 @@ def plan_backward(p: Problem) -> Plan:
 
 def data_products(p: Problem) -> tuple[tuple[Product, ...], str]:
     """The products that f consists of, in order, and Plan.finish."""
-    mean = {"mean": "mean", "sample": p.rows_per_sample * p.geometry.H * p.geometry.W} if "center" in p.fields else {}
     epilogue = {name: name for name in EPILOGUE if name in p.fields} | {"weight": "weight", "feedback": "feedback"}
     half = p.target.dtype == "float16"
     if p.algorithm == "none":
         return ((Product("f", "x", arguments=epilogue),), "") if "dW" in p.task else ((), "blend")
     if p.algorithm == "input_gram":
-        return (Product("gram", p.x, p.x, arguments=mean),), "input_gram"
+        return (Product("gram", p.x, p.x, arguments=_means(p, x="x_mean")),), "input_gram"
     z, unit = {"z_scale": "z_scale"}, {"unit": "z_unit"} if half else {}
     if "amp" in p.fields and "sparse" not in p.fields:
-        z |= {"x": p.x, "x_scale": "x_scale", **mean}
+        z |= {"x": p.x, "x_scale": "x_scale", **_means(p, x="x_shift")}
     null = Product("f", "z", "y", z, epilogue | {"scale": "scale"} | unit)
     if p.algorithm == "response_gram" and not _one_pass_tile(p, p.task, null):
-        cross = Product("cross", p.x, "y", arguments=mean)
-        return (Product("gram", "y", "y"), *([cross] if "amp" in p.fields else [])), "response_gram"
+        gram = Product("gram", "y", "y", arguments=_means(p, x="y_mean"))
+        cross = Product("cross", p.x, "y", arguments=_means(p, x="x_shift", u="y_mean"))
+        return (gram, *([cross] if "amp" in p.fields else [])), "response_gram"
     if "sparse" not in p.fields:
-        response = Product("f", p.x, "y", arguments=mean | epilogue | {"scale": "scale"})
+        g = p.geometry
+        means = ("x_mean", "y_shift") if g.H * g.W * g.C < g.P * g.Q * g.K else ("x_shift", "y_mean")
+        response = Product("f", p.x, "y", arguments=_means(p, *means) | epilogue | {"scale": "scale"})
         return (null if "null" in p.fields else response,), ""
-    epilogue |= mean | {"scale": "u_scale"} | ({"unit": "u_unit"} if half else {})
+    epilogue |= _means(p, x="x_shift") | {"scale": "u_scale"} | ({"unit": "u_unit"} if half else {})
     if "null" not in p.fields:
         return (Product("f", p.x, "u", arguments=epilogue),), ""
     null = null._replace(arguments={**null.arguments, "feedback": "f_sparse", "decay": 1.0, "self_": 0.0})
     null.arguments.pop("tie", None)
     return (Product("f_sparse", p.x, "u", arguments=epilogue), null), ""
+
+
+def _means(p: Problem, x: str | None = None, u: str | None = None) -> dict[str, Any]:
+    """The arguments of a launch that subtract these means from x and u if the rule centers them.
+
+    The sum of (x - s)(y - t) over the samples is that of centered factors if either s or t is the mean, in float32. The
+    other may be any value near the mean: a shift, the mean of a few samples, in 16 bits. float32 products show the
+    rounding of a mean if the other factor is only shifted, so both are means there.
+    """
+    if "center" not in p.fields:
+        return {}
+    exact = p.target.dtype == "float32"
+    named = {"mean": x, "u_mean": u}
+    named = {name: value.replace("shift", "mean") if exact else value for name, value in named.items() if value}
+    return {**named, "sample": p.rows_per_sample * p.geometry.H * p.geometry.W}
 
 
 def scales(rule, n: int) -> dict[str, float]:
@@ -179,6 +202,9 @@ def _launches(p: Problem, remaining: frozenset[str], product: Product) -> tuple[
         options = product.arguments | (product.z or {}) | ONE_PASS | {"f": product.f}
         if product.term in ("cross", "z"):
             options |= {"y": product.u, "used": p.rows_read}
+        if product.term == "z":
+            options |= _means(p, u="y_mean")
+        options["y_mean"] = options.pop("u_mean", None)
         return [pointwise_launch(p.geometry, p.target, product.term, tile=tile, **options)], frozenset()
     launches = []
     if product.z is not None:
@@ -207,7 +233,8 @@ def _wgrad(p: Problem, remaining: frozenset[str], product: Product) -> tuple[Lau
     rows = (g.K if shared else 0, channels if product.u else 0)
     tiles = None
     if "dx" in remaining:
-        tiles = _joint_tiles(p, remaining, rows, False, (1 + gram) * ("mean" in product.arguments))
+        n = p.batch if product.x == "x" else p.samples
+        tiles = _joint_tiles(p, remaining, rows, False, n if "sample" in product.arguments else 0)
     n = g.N if product.x == "x" else p.rows_read
     wgrad = wgrad_launch(g._replace(N=n), p.target, u_channels=channels, tile=tiles and tiles[0], **options)
     if tiles is None:
@@ -244,13 +271,14 @@ def _one_pass_tile(p: Problem, remaining: frozenset[str], product: Product) -> P
         return None
     if product.arguments.get("feedback", "feedback") != "feedback":
         return None
-    return choose_pointwise(g, product.term, p.target, "mean" in (product.z or product.arguments))
+    centered = product.term != "none" and "center" in p.fields
+    return choose_pointwise(g, product.term, p.target, p.batch if centered else 0)
 
 
 def _joint_tiles(
-    p: Problem, remaining: frozenset[str], rows: tuple[int, int], dual: bool, means: int = 0
+    p: Problem, remaining: frozenset[str], rows: tuple[int, int], dual: bool, samples: int = 0
 ) -> tuple[WgradTile, DgradTile] | None:
     """The tiles of a joint launch of a small layer; None if a one-pass launch computes dx and dW."""
     if not p.fused or _one_pass_tile(p, remaining, DW_ALONE):
         return None
-    return choose_joint(p.geometry, rows, dual, p.target, means)
+    return choose_joint(p.geometry, rows, dual, p.target, samples)

@@ -9,7 +9,7 @@ feedback's gradient in registers; x, dy and y are read once. TERM selects the se
     z      y'z, z = (z_scale * y B - x_scale * x) / unit
     gram   x'x [C, C], written without the rule's other terms
 
-If there is a mean, it is subtracted from x, except in dW.
+Means are subtracted from x, except in dW, and from y.
 """
 
 import triton
@@ -31,7 +31,8 @@ def pointwise_kernel(
     p_dx,  # [N, C]: dy B
     p_dw,  # [K, C]: dy'x
     p_f,  # [K, C]: scale * unit * the second sum + the terms of add_rule_terms; or [C, C]
-    p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
+    p_mean,  # [SAMPLE, C], of x at each position of a sample
+    p_y_mean,  # [SAMPLE, K], of y
     p_unit,  # [1] float32, the value of a 1 in y or z
     p_workspace,  # [channel blocks, splits, rows of both sums, BC] float32, partial sums
     p_semaphores,  # [channel blocks, splits] int32, zero before and after
@@ -68,17 +69,23 @@ def pointwise_kernel(
         unit = tl.load(p_unit)
         z_scale /= unit
         x_scale /= unit
-    blocks = (N + TILE.BP - 1) // TILE.BP
+    samples = N // FLAGS.SAMPLE
+    blocks = (samples + TILE.BP - 1) // TILE.BP * FLAGS.SAMPLE
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
     # At least one block, even if entirely masked: ptxas serializes the wgmma of a loop that may run zero times (Triton
     # 3.6, sm_90, warning C7515).
     for i in range(tl.maximum(tl.minimum(blocks - first, per_split), 1)):
-        o_p = (first + i) * TILE.BP + tl.arange(0, TILE.BP)
-        m_p = o_p < N
-        m_y = (o_k < GEO.K)[:, None] & (o_p < used)[None, :]
+        i_block = first + i
+        # One position of many samples, so that a mean is one row. Without means, every position is a sample.
+        i_pixel = i_block % FLAGS.SAMPLE
+        o_n = i_block // FLAGS.SAMPLE * TILE.BP + tl.arange(0, TILE.BP)
+        o_p = o_n * FLAGS.SAMPLE + i_pixel
+        m_p = o_n < samples
+        m_y = (o_k < GEO.K)[:, None] & (m_p & (o_p < used))[None, :]
         if FLAGS.WIDE:
             o_p = o_p.to(tl.int64)
+            i_pixel = i_pixel.to(tl.int64)  # of one sample, a mean is as large as the sample
         o_x = o_p[:, None] * GEO.C + o_c[None, :]
         m_x = m_p[:, None] & (o_c < GEO.C)[None, :]
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
@@ -90,11 +97,19 @@ def pointwise_kernel(
         b_dw = tl.dot(b_dy, b_x, b_dw, input_precision=FLAGS.PRECISION)
         if TERM == "cross" or TERM == "z":
             b_y = tl.load(p_y + o_y, mask=m_y, other=0.0)
+            if p_y_mean is not None:
+                m_mean = (o_k < tl.where(i_block < blocks, GEO.K, 0))[:, None]
+                b_y = subtract_mean(b_y, p_y_mean, (i_pixel * GEO.K + o_k)[:, None], m_mean).to(b_y.dtype)
+                if FLAGS.TAIL:
+                    b_y = tl.where(m_y, b_y, 0.0)
         if TERM == "z":
             b_z = z_scale * tl.dot(tl.trans(b_y), b_feedback, input_precision=FLAGS.PRECISION)
         b_read = b_x
         if p_mean is not None:
-            b_read = subtract_mean(b_x, p_mean, (o_p % FLAGS.SAMPLE)[:, None] * GEO.C + o_c[None, :], m_x)
+            m_mean = (o_c < tl.where(i_block < blocks, GEO.C, 0))[None, :]
+            b_read = subtract_mean(b_x, p_mean, (i_pixel * GEO.C + o_c)[None, :], m_mean)
+            if FLAGS.TAIL and TERM == "gram":
+                b_read = tl.where(m_x, b_read, 0.0)
         if TERM == "cross":
             b_f = tl.dot(b_y, b_read.to(b_x.dtype), b_f, input_precision=FLAGS.PRECISION)
         elif TERM == "z":
@@ -151,9 +166,9 @@ def pointwise_launch(
     Args:
         term: the sum in f, with decay, self_ and tie as in :func:`wgrad_launch`: "none" (only those terms; f may be
             absent), "cross" (scale * unit * y'x + ...), "z" (scale * unit * y'z + ..., z = (z_scale * y feedback -
-            x_scale * x) / unit), or "gram" (only x'x). The mean is subtracted from x.
+            x_scale * x) / unit), or "gram" (only x'x). Means are subtracted from x and y.
         used: the number of entries of dimension N of y.
-        sample: rows of the mean.
+        sample: rows of the means; 1 without means.
         named: the parameters of ``pointwise_kernel`` without ``p_``. The blocks are contiguous and have one dtype; dw
             may be float32, and so is f for "gram".
 
@@ -161,19 +176,21 @@ def pointwise_launch(
         ValueError: no tile for these sizes fits a processor.
     """
     g, f = geometry, named.get("f") is not None
-    tile = tile or choose_pointwise(g, term, target, named.get("mean") is not None)
+    decay, self_, tie = (f and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
+    read = {"mean": term != "none", "y_mean": term in ("cross", "z"), "weight": self_}
+    named = {name: value for name, value in named.items() if read.get(name, True)} | {"used": used}
+    samples = g.N // sample if named.get("mean") or named.get("y_mean") else 0
+    tile = tile or choose_pointwise(g, term, target, samples)
     if tile is None:
         raise ValueError(f"term is {term!r} of {g.C} -> {g.K} channels, expected sums that fit")
     if term == "gram" and g.C > tile.BC:
         raise ValueError(f"tile is {tile}, expected BC >= {g.C} if the term is a Gram matrix")
-    decay, self_, tie = (f and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     flags = {"TERM": term, "HAS_F": f, "USE_X": term == "z" and named.get("x_scale", 0) != 0}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie}
-    read = {"mean": term != "none", "weight": self_}
-    named = {name: value for name, value in named.items() if read.get(name, True)} | {"used": used}
+    flags |= {"CENTERED": samples > 0, "TAIL": samples % tile.BP != 0 or used not in (0, g.N)}
     inputs = (g.N, 1, 1, g.C)
     shapes = {"x": inputs, "dx": inputs, "dy": (g.N, 1, 1, g.K), "y": (used, 1, 1, g.K)}
-    shapes |= {"feedback": (g.K, 1, 1, g.C), "mean": (sample, g.C)}
+    shapes |= {"feedback": (g.K, 1, 1, g.C), "mean": (sample, g.C), "y_mean": (sample, g.K)}
     grid, writes = (-(-g.C // tile.BC), tile.splits), ("dx", "dw", "f")
     sums = (tile.BK + {"none": 0, "gram": tile.BC}.get(term, tile.BK)) * tile.BC
     return make_launch(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)

@@ -77,7 +77,7 @@ Tile = WgradTile | DgradTile | PointwiseTile
 
 
 def choose_wgrad(
-    geometry: Geometry, rows: tuple[int, int], target: Target, symmetric=False, small=False, means: int = 0
+    geometry: Geometry, rows: tuple[int, int], target: Target, symmetric=False, small=False, samples: int = 0
 ) -> WgradTile:
     """The tile of a weight gradient.
 
@@ -85,7 +85,7 @@ def choose_wgrad(
         rows: the channels of the operands a and u, 0 if one is absent.
         symmetric: whether only half of the blocks are computed.
         small: whether to use the blocks of a joint launch.
-        means: the number of operands of f that are centered while they are loaded (x, or x and u).
+        samples: of the batch, if means are subtracted; 0 if not.
     """
     dual = 0 not in rows
     if target.itemsize == 4:
@@ -93,19 +93,13 @@ def choose_wgrad(
         most, columns, depth, stages = 64, 64, 16, 3
     elif target.large:
         most, columns, depth, stages = 128, 128, 64, 3 if dual else 4
-        if means:
-            # A block of a mean is float32: it needs twice the shared memory of the block from which it is subtracted.
-            stages = 4 - means
     else:
-        # On sm_80 these spill: dual 128x128, 128x128 with both operands centered, and steps of 32 positions with a long
-        # epilogue (Triton 3.6).
-        most = columns = 64 if dual or means == 2 else 128
+        # On sm_80 these spill: dual 128x128, and steps of 32 positions with a long epilogue (Triton 3.6).
+        most = columns = 64 if dual else 128
         depth, stages = 64, 3
     if small:
         most, columns, stages = 64, 64, 3
-    if means and target.itemsize == 4:
-        columns = 32  # 64 spill on sm_90
-        most = columns if symmetric else most
+    depth = _depth(samples, depth)
     smallest = 64 if target.large and target.itemsize == 2 else 16
     bk, bu = (_block(r, smallest, most) if r else 16 for r in rows)
     bc = _block(geometry.C, 16, columns)
@@ -144,32 +138,37 @@ def choose_dgrad(geometry: Geometry, dual: bool, target: Target, small: bool = F
 
 
 def choose_joint(
-    geometry: Geometry, rows: tuple[int, int], dual: bool, target: Target, means: int = 0
+    geometry: Geometry, rows: tuple[int, int], dual: bool, target: Target, samples: int = 0
 ) -> tuple[WgradTile, DgradTile] | None:
     """Both tiles of a joint launch, with equal warps and stages; None if the layer is not small."""
     if MOST_WAVES * target.processors < -(-geometry.N * geometry.H * geometry.W // 64) * -(-geometry.C // 64):
         return None
-    wgrad = choose_wgrad(geometry, rows, target, small=True, means=means)
+    wgrad = choose_wgrad(geometry, rows, target, small=True, samples=samples)
     return wgrad, choose_dgrad(geometry, dual, target, small=True)
 
 
-def choose_pointwise(geometry: Geometry, term: str, target: Target, centered: bool = False) -> PointwiseTile | None:
+def choose_pointwise(geometry: Geometry, term: str, target: Target, samples: int = 0) -> PointwiseTile | None:
     """The tile of a one-pass pointwise backward; None if its sums do not fit a processor.
 
     Args:
         term: as in ``pointwise_launch``.
-        centered: whether x is centered while it is loaded.
+        samples: of the batch, if means are subtracted; 0 if not.
     """
     c, k = _block(geometry.C, 64, 512), _block(geometry.K, 64, 512)
     hopper = target.large
-    # The largest blocks of dW without spills; z, x'x and a mean need further registers.
+    # The largest blocks of dW without spills; z, x'x and means need further registers.
     if term == "gram":
-        bc = c if c <= (128 if hopper else 64) and k <= (256 if hopper or not centered else 128) else 0
+        bc = c if c <= (128 if hopper else 64) and k <= (256 if hopper or not samples else 128) else 0
     elif term == "z":
         bc = 64 * 128 // k if hopper or k == 64 else 0
     else:
         bc = (64 * 256 if hopper else 64 * 128) // k
-    bc = min(bc, c, 128 if centered else 512)
+    depth = 64 if hopper else 32
+    if samples:  # 128 channels with z spill on sm_90, steps of 32 with z on sm_80, and 256 rows of y minus its mean
+        most = 64 if term == "z" and hopper else 128 if term != "cross" or k <= 128 else 0
+        depth = _depth(samples, 16 if term == "z" and k * min(bc, c) == 64 * 64 and not hopper else depth)
+        bc = min(bc, most)
+    bc = min(bc, c)
     if target.itemsize == 4 or bc < 64 or not geometry.pointwise or max(geometry.C, geometry.K) > 512:
         return None
     small = k * bc == 64 * 64
@@ -177,7 +176,12 @@ def choose_pointwise(geometry: Geometry, term: str, target: Target, centered: bo
     columns, blocks = -(-geometry.C // bc), -(-geometry.positions // 64)
     # Two programs of four warps, or one of eight, for each processor.
     splits = max(min(target.processors * (2 if small else 1) // columns, blocks // FEWEST_BLOCKS), 1)
-    return PointwiseTile(k, bc, 64 if hopper else 32, splits, warps, stages)
+    return PointwiseTile(k, bc, depth, splits, warps, stages)
+
+
+def _depth(samples: int, most: int) -> int:
+    """The rows of a step: ``most``, or if they are samples the largest power of two of which there are as many."""
+    return min(most, max(1 << (samples.bit_length() - 1), 16)) if samples else most
 
 
 def _block(size: int, smallest: int, most: int) -> int:

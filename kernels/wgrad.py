@@ -22,8 +22,9 @@ def wgrad_kernel(
     p_a,  # [N, P, Q, K], the output gradient
     p_u,  # [N, P, Q, U]
     p_dw,  # [K, R, S, C] by its strides: wgrad(x, a)
-    p_f,  # [U, R, S, C] by its strides: scale * unit * wgrad(x - mean, u) + the terms of add_rule_terms
-    p_mean,  # [SAMPLE, C] float32, of x at each position of a sample
+    p_f,  # [U, R, S, C] by its strides: scale * unit * wgrad(x - mean, u - u_mean) + the terms of add_rule_terms
+    p_mean,  # [SAMPLE, C], of x at each position of a sample
+    p_u_mean,  # [PIXELS, U], of u
     p_unit,  # [1] float32, the value of a 1 in x or u
     p_weight,  # as p_f
     p_feedback,  # as p_f
@@ -47,6 +48,9 @@ def wgrad_kernel(
     BC: tl.constexpr = TILE.BC
     SPLITS: tl.constexpr = TILE.splits
     CHANNEL_BLOCKS: tl.constexpr = (GEO.C + BC - 1) // BC
+    # Of a sample: entries of dimension N, and output positions.
+    ENTRIES: tl.constexpr = FLAGS.SAMPLE // (GEO.H * GEO.W) if FLAGS.CENTERED else 1
+    PIXELS: tl.constexpr = ENTRIES * GEO.P * GEO.Q
     if i_tile is None:
         i_tile = tl.program_id(0)
         i_split = tl.program_id(1)
@@ -66,8 +70,11 @@ def wgrad_kernel(
     o_k = i_row * BK + tl.arange(0, BK)
     o_u = i_row * BU + tl.arange(0, BU)
 
-    positions = N * GEO.P * GEO.Q
-    blocks = (positions + TILE.BP - 1) // TILE.BP
+    samples = N // ENTRIES
+    if FLAGS.CENTERED:
+        blocks = (samples + TILE.BP - 1) // TILE.BP * PIXELS
+    else:
+        blocks = (samples * PIXELS + TILE.BP - 1) // TILE.BP
     per_split = (blocks + SPLITS - 1) // SPLITS
     first = i_split * per_split
     # A split without work still runs one masked block: ptxas serializes the wgmma of a loop that may run
@@ -77,20 +84,40 @@ def wgrad_kernel(
     b_dw = tl.full([BK, BC], 0.0, dtype=tl.float32)
     b_du = tl.full([BU, BC], 0.0, dtype=tl.float32)
     for i in range(count):
-        o_p = (first + i) * TILE.BP + tl.arange(0, TILE.BP)
-        m_p = o_p < positions
-        if FLAGS.POINTWISE:
-            o_pixel = o_p
-            m_pixel = m_p
+        i_block = first + i
+        if FLAGS.CENTERED:
+            # One position of many samples, so that a mean is one row. Where x is not read, its mean is zero.
+            i_pixel = i_block % PIXELS
+            o_n = i_block // PIXELS * TILE.BP + tl.arange(0, TILE.BP)
+            o_p = o_n * PIXELS + i_pixel
+            m_p = o_n < samples
+            i_read = i_pixel
+            read = i_block < blocks
+            if not FLAGS.POINTWISE:
+                i_h = i_pixel // GEO.Q * GEO.stride[0] - GEO.padding[0] + i_r * GEO.dilation[0]
+                i_w = i_pixel % GEO.Q * GEO.stride[1] - GEO.padding[1] + i_s * GEO.dilation[1]
+                i_read = i_h * GEO.W + i_w
+                read = read & (i_h >= 0) & (i_h < GEO.H) & (i_w >= 0) & (i_w < GEO.W)
+            o_pixel = o_n * FLAGS.SAMPLE + i_read
+            m_pixel = o_n < tl.where(read, samples, 0)
         else:
-            o_rest = o_p % (GEO.P * GEO.Q)
-            o_h = o_rest // GEO.Q * GEO.stride[0] - GEO.padding[0] + i_r * GEO.dilation[0]
-            o_w = o_rest % GEO.Q * GEO.stride[1] - GEO.padding[1] + i_s * GEO.dilation[1]
-            o_pixel = (o_p // (GEO.P * GEO.Q) * GEO.H + o_h) * GEO.W + o_w
-            m_pixel = m_p & (o_h >= 0) & (o_h < GEO.H) & (o_w >= 0) & (o_w < GEO.W)
+            o_p = i_block * TILE.BP + tl.arange(0, TILE.BP)
+            m_p = o_p < samples * PIXELS
+            if FLAGS.POINTWISE:
+                o_pixel = o_p
+                m_pixel = m_p
+            else:
+                o_rest = o_p % PIXELS
+                o_h = o_rest // GEO.Q * GEO.stride[0] - GEO.padding[0] + i_r * GEO.dilation[0]
+                o_w = o_rest % GEO.Q * GEO.stride[1] - GEO.padding[1] + i_s * GEO.dilation[1]
+                o_pixel = (o_p // PIXELS * GEO.H + o_h) * GEO.W + o_w
+                m_pixel = m_p & (o_h >= 0) & (o_h < GEO.H) & (o_w >= 0) & (o_w < GEO.W)
         if FLAGS.WIDE:
             o_p = o_p.to(tl.int64)
             o_pixel = o_pixel.to(tl.int64)
+            if FLAGS.CENTERED:  # of one sample, a mean is as large as the sample
+                i_read = i_read.to(tl.int64)
+                i_pixel = i_pixel.to(tl.int64)
         m_x = m_pixel[:, None] & (o_c < GEO.C)[None, :]
         b_x = tl.load(p_x + o_pixel[:, None] * GEO.C + o_c[None, :], mask=m_x, other=0.0)
         # Row operands are loaded through transposed pointers: transposing a loaded block spills on sm_80.
@@ -102,10 +129,13 @@ def wgrad_kernel(
             m_u = (o_u < FLAGS.U)[:, None] & m_p[None, :]
             b_u = tl.load(p_u + o_p[None, :] * FLAGS.U + o_u[:, None], mask=m_u, other=0.0)
             if p_mean is not None:
-                o_mean = o_pixel % FLAGS.SAMPLE
-                b_x = subtract_mean(b_x, p_mean, o_mean[:, None] * GEO.C + o_c[None, :], m_x).to(b_x.dtype)
-                if FLAGS.GRAM:
-                    b_u = subtract_mean(b_u, p_mean, o_mean[None, :] * GEO.C + o_u[:, None], m_u).to(b_u.dtype)
+                m_mean = (o_c < tl.where(read, GEO.C, 0))[None, :]
+                b_x = subtract_mean(b_x, p_mean, (i_read * GEO.C + o_c)[None, :], m_mean).to(b_x.dtype)
+            if p_u_mean is not None:
+                m_mean = (o_u < tl.where(i_block < blocks, FLAGS.U, 0))[:, None]
+                b_u = subtract_mean(b_u, p_u_mean, (i_pixel * FLAGS.U + o_u)[:, None], m_mean).to(b_u.dtype)
+                if FLAGS.TAIL:
+                    b_u = tl.where(m_u, b_u, 0.0)
             b_du = tl.dot(b_u, b_x, b_du, input_precision=FLAGS.PRECISION)
 
     last = True
@@ -162,38 +192,44 @@ def wgrad_launch(
     tile: WgradTile | None = None,
     **named: str | float | None,
 ) -> Launch:
-    """dw = wgrad(x, a), and f = scale * unit * wgrad(x - mean, u) + decay * feedback - self_ * weight + tie * dw.
+    """dw = wgrad(x, a), and the gradient f of the feedback.
 
-    Sums are kept in float32 and are bitwise reproducible.
+    f = scale * unit * wgrad(x - mean, u - u_mean) + decay * feedback - self_ * weight + tie * dw. Sums are kept in
+    float32 and are bitwise reproducible.
 
     Args:
         u_channels: of ``u``; K by default.
         w_strides, f_strides: of dw and of f as [K, R, S, C].
-        sample: rows of the mean.
+        sample: the number of input positions of a sample, the rows of the mean.
         named: the parameters of ``wgrad_kernel`` without ``p_``. x, a and u are contiguous and have one dtype; dw and
-            f may be float32. Without ``a``, dw is only read; without ``u``, its term is 0. If ``u`` is ``x``, it is
-            centered too. ``tie`` requires u_channels == K and equal strides.
+            f may be float32. Without ``a``, dw is only read; without ``u``, its term is 0. If ``u`` is ``x``, it has
+            the same mean. ``tie`` requires u_channels == K and equal strides.
     """
     g, a, u, f = geometry, named.get("a"), named.get("u"), named.get("f")
     u_channels, gram = u_channels or g.K, u == named["x"]
+    if gram:
+        named["u_mean"] = named.get("mean")
     rows = (g.K if a else 0, u_channels if u else 0)
     decay, self_, tie = (f is not None and named.get(name, 0) != 0 for name in ("decay", "self_", "tie"))
     symmetric = gram and a is None and g.pointwise and not (decay or self_ or tie)
     if tie and u_channels != g.K:
         raise ValueError(f"tie is {named['tie']}, expected 0 if u has {u_channels} channels and W {g.K} rows")
+    read = {"mean": u, "u_mean": u, "unit": u, "dw": a or tie, "weight": self_, "feedback": decay}
+    named = {name: value for name, value in named.items() if read.get(name, True)}
+    samples = g.N * g.H * g.W // max(sample, 1) if named.get("mean") or named.get("u_mean") else 0
     if tile is None:
-        tile = choose_wgrad(g, rows, target, symmetric, means=(1 + gram) * bool(u and named.get("mean")))
+        tile = choose_wgrad(g, rows, target, symmetric, samples=samples)
     if tie and a and u and tile.BK != tile.BU:
         raise ValueError(f"tile is {tile}, expected BK == BU if tie uses both products")
     if symmetric and g.C > tile.BC and tile.BU != tile.BC:
         raise ValueError(f"tile is {tile}, expected BU == BC if the product is symmetric")
-    flags = {"HAS_A": bool(a), "HAS_U": bool(u), "HAS_F": bool(f), "GRAM": gram, "SYMMETRIC": symmetric}
+    flags = {"HAS_A": bool(a), "HAS_U": bool(u), "HAS_F": bool(f), "SYMMETRIC": symmetric}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie, "POINTWISE": g.pointwise, "U": u_channels}
+    flags |= {"CENTERED": samples > 0, "TAIL": samples % tile.BP != 0}
     flags["ROWS"] = row_tiles(rows, (tile.BK, tile.BU))
-    read = {"mean": u, "unit": u, "dw": a or tie, "weight": self_, "feedback": decay}
-    named = {name: value for name, value in named.items() if read.get(name, True)}
     outputs = (g.N, g.P, g.Q)
     shapes = {"u": (*outputs, u_channels), "a": (*outputs, g.K), "x": (g.N, g.H, g.W, g.C), "mean": (sample, g.C)}
+    shapes["u_mean"] = (sample // (g.H * g.W) * g.P * g.Q, u_channels)
     grid = (wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric), tile.splits)
     writes, sums = ("dw", "f") if a else ("f",), (tile.BK + tile.BU) * tile.BC
     strides = {"W_STRIDES": w_strides, "F_STRIDES": f_strides}

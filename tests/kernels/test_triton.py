@@ -11,6 +11,7 @@ from triton_cases import (
     fresh,
     inner,
     layer,
+    mean_of_u,
     options,
     products,
     run_kernel,
@@ -41,6 +42,7 @@ CASES = {
     "4x3 stride 3 and 2": Case((2, 4, 8, 7), (3, 4, 4, 3), (3, 2), (2, 1), splits=5),
     "5x2 stride 3 and 2": Case((2, 17, 10, 6), (9, 17, 5, 2), (3, 2), (1, 0), (2, 1)),
     "3x3 stride 4 and 1": Case((1, 4, 9, 5), (3, 4, 3, 3), (4, 1), (0, 1)),
+    "3x1 of 32 samples": Case((32, 4, 3, 2), (5, 4, 3, 1), (1, 1), (1, 0), splits=3),
 }
 
 # Path of the kernels: the cases that take it.
@@ -58,6 +60,7 @@ COVERED = {
     "classes without taps": ["1x1 stride 3 and 2", "3x3 stride 2 and 3, dilation 2", "3x3 stride 4 and 1"],
     "stride and dilation without a common factor": ["5x2 stride 3 and 2"],
     "batch of one": ["3x3", "1x1 ragged"],
+    "steps of 16 samples, none of which is missing": ["3x1 of 32 samples"],
     "offsets in int64": ["3x2 stride 2 and 1"],
 }
 
@@ -84,18 +87,19 @@ def run_pair(case: Case, dtype=torch.float32, tile=None, centered=False, **terms
     """dW and the feedback gradient of one launch, and what they are beside: composed, and in float64."""
     t = layer(case, dtype)
     both, mean, unit = options(case, centered)
+    of_u, u_mean = mean_of_u(case, centered)
     terms = {"scale": 1.0, "decay": 0.0, "self_": 0.0, "tie": 0.0} | terms
     dw, f = fresh(t.weight), fresh(t.weight)
     run_kernel(
         wgrad_launch, case.geometry, x=inner(t.x), a=inner(t.dy), u=inner(t.other), dw=channels_last(dw),
         f=channels_last(f), weight=channels_last(surround(t.weight)), feedback=channels_last(surround(t.feedback)),
-        tile=tile or small(case), **both, **terms,
+        tile=tile or small(case), **both, **of_u, **terms,
     )  # fmt: skip
     expected = []
     for wide in (dtype, torch.float64):
         wider = torch.promote_types(wide, torch.float32)
         first = products(t.x, t.weight, t.dy, case, wide)[1]
-        second = products(t.x.to(wider) - mean, t.weight, t.other, case, wide)[1]
+        second = products(t.x.to(wider) - mean, t.weight, t.other.to(wider) - u_mean, case, wide)[1]
         second = second.to(wider) * unit * terms["scale"] + terms["tie"] * first.to(wider)
         second += terms["decay"] * t.feedback.to(wider) - terms["self_"] * t.weight.to(wider)
         expected.append((first, second.to(wide)))

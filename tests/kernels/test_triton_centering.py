@@ -4,7 +4,16 @@ import pytest
 import torch
 import triton_cases
 from cases import norm_error, percentile
-from triton_cases import Case, assert_near, data_terms, layer_backward, one_pass, target, terms_in_one_pass
+from triton_cases import (
+    Case,
+    assert_near,
+    bfloat16_products,
+    data_terms,
+    layer_backward,
+    one_pass,
+    target,
+    terms_in_one_pass,
+)
 
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.kernels.geometry import Geometry
@@ -82,12 +91,20 @@ def test_error_at_most_four_times_that_of_centering_both_factors(launches, case,
 
 @pytest.mark.parametrize("launches", ["one pass", "joint"])
 @pytest.mark.parametrize(
-    ("rule", "algorithm"), [("wm", Algorithm.DIRECT), ("ia", Algorithm.DIRECT), ("ia", Algorithm.INPUT_GRAM)]
+    ("rule", "algorithm", "dtype"),
+    [
+        ("wm", Algorithm.DIRECT, torch.float16),
+        ("ia", Algorithm.DIRECT, torch.float16),
+        ("ia", Algorithm.INPUT_GRAM, torch.float16),
+        ("wm", Algorithm.DIRECT, torch.bfloat16),
+        ("ia", Algorithm.DIRECT, torch.bfloat16),
+    ],
 )
-def test_error_in_float16(launches, rule, algorithm, monkeypatch):
+def test_error_in_16_bits(launches, rule, algorithm, dtype, monkeypatch):
     if launches == "one pass":
         one_pass(monkeypatch)
-    ratios = error_ratios("1x1", RULES[rule], algorithm, torch.float16)
+    with bfloat16_products():
+        ratios = error_ratios("1x1", RULES[rule], algorithm, dtype)
     assert percentile(ratios, 95) <= 4, ratios
 
 
@@ -122,23 +139,22 @@ def test_a_sample_alone_is_its_mean(launches, monkeypatch):
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_chosen_tiles(capability, itemsize):
-    """Every mean takes shared memory and registers: smaller tiles, fewer stages. Whether they fit, codegen.py says."""
+    """Means change the positions of a step, and in one pass the largest blocks. Whether they fit, codegen.py says."""
+    device = target(itemsize, capability)
     for c, k in [(16, 16), (64, 256), (256, 64), (512, 1024)]:
-        for rows, symmetric, means in (((k, k), False, 1), ((0, k), False, 1), ((k, c), False, 2), ((0, c), True, 2)):
-            g = Geometry(10**5, c, k)
-            tile = choose_wgrad(g, rows, target(itemsize, capability), symmetric, means=means)
-            assert all(b >= 16 and b & (b - 1) == 0 for b in (tile.BK, tile.BU, tile.BC, tile.BP))
-            assert not symmetric or c <= tile.BC or tile.BU == tile.BC
-            plain = choose_wgrad(g, rows, target(itemsize, capability), symmetric)
-            assert (tile.BC, tile.stages) <= (plain.BC, plain.stages)
-            assert itemsize == 2 or tile.BC <= 32
-            assert (capability, itemsize) != (90, 2) or tile.stages == 4 - means
-            small = choose_joint(g._replace(N=50), rows, True, target(itemsize, capability), means)
+        for rows, symmetric in (((k, k), False), ((0, k), False), ((0, c), True)):
+            plain, centered = (choose_wgrad(Geometry(10**5, c, k), rows, device, symmetric, samples=n) for n in (0, 40))
+            assert centered == plain._replace(BP=min(plain.BP, 32))
+            small = choose_joint(Geometry(50, c, k), rows, True, device, 40)
+            assert small[0].BP == centered.BP
             assert len({(t.warps, t.stages) for t in small}) == 1
     for term in ("cross", "z", "gram"):
-        tile = choose_pointwise(Geometry(10**5, 64, 64), term, target(2, capability), True)
+        tile = choose_pointwise(Geometry(10**5, 64, 64), term, target(2, capability), 128)
         assert (tile.BK, tile.BC) == (64, 64)
-    assert choose_pointwise(Geometry(10**5, 256, 64), "cross", target(2, 90), True).BC == 128
-    assert (choose_pointwise(Geometry(10**5, 64, 256), "gram", target(2, capability), True) is None) == (
+        depth = 64 if capability == 90 else 16 if term == "z" else 32
+        assert tile == tile._replace(BP=depth)
+    assert choose_pointwise(Geometry(10**5, 256, 64), "cross", target(2, 90), 128).BC == 128
+    assert choose_pointwise(Geometry(10**5, 512, 256), "cross", target(2, 90), 128) is None
+    assert (choose_pointwise(Geometry(10**5, 64, 256), "gram", target(2, capability), 128) is None) == (
         capability == 80
     )

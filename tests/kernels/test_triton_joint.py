@@ -13,6 +13,7 @@ from triton_cases import (
     fresh,
     inner,
     layer,
+    mean_of_u,
     names,
     options,
     products,
@@ -61,11 +62,12 @@ def run(case: Case, dtype=torch.float32, programs=None, centered=False):
     """
     t, g = layer(case, dtype), case.geometry
     both, mean, unit = options(case, centered)
+    of_u, u_mean = mean_of_u(case, centered)
     others = {name: surround(-2 * value) for name, value in both.items()}
     x, y, dy, kernel = (inner(v) for v in (t.x, t.other, t.dy, t.feedback))
     dw, f, dx, z = fresh(kernel), fresh(kernel), fresh(x), fresh(x)
     first, values = described(
-        wgrad_launch, g, x=x, a=dy, u=y, dw=dw, f=f, scale=0.5, feedback=kernel, decay=0.3, **both,
+        wgrad_launch, g, x=x, a=dy, u=y, dw=dw, f=f, scale=0.5, feedback=kernel, decay=0.3, **both, **of_u,
         tile=WgradTile(16, 16, 16, 16, case.splits, 4, 2),
     )  # fmt: skip
     second, others = described(
@@ -77,7 +79,8 @@ def run(case: Case, dtype=torch.float32, programs=None, centered=False):
     for wide in (dtype, torch.float64):
         wider = torch.promote_types(wide, torch.float32)
         dx_, dw_ = products(t.x, t.feedback, t.dy, case, wide)
-        z_, f_ = products(t.x.to(wider) - mean, t.feedback, t.other, case, wide)
+        z_ = products(t.x, t.feedback, t.other, case, wide)[0]
+        f_ = products(t.x.to(wider) - mean, t.feedback, t.other.to(wider) - u_mean, case, wide)[1]
         f_ = 0.5 * unit * f_.to(wider) + 0.3 * t.feedback.to(wider)
         z_ = (z_.to(wider) - 1.5 * (t.x.to(wider) + 2 * mean)) / (-2 * unit if centered else 1.0)
         expected.append([inner(v.to(wide)) for v in (dw_, f_, dx_, z_)])

@@ -176,16 +176,43 @@ def test_a_weight_in_another_layout_has_no_one_pass_launch():
     assert [str(v) for v in plan_backward(p._replace(strides=(1, 1, 1, 64))).launches] == ["wgrad(dW, f)", "dgrad(dx)"]
 
 
+def means(layer, fields, algorithm, **options) -> set[str]:
+    operands = plan_backward(problem(layer, fields, algorithm, **options)).operands
+    return {name for name in operands if name.endswith(("mean", "shift"))}
+
+
 @pytest.mark.parametrize("layer", LAYERS)
-def test_centering_subtracts_the_mean_where_x_is_read(layer):
-    for fields, algorithm, reader in ((WM, "direct", "f"), (AA, "direct", "f"), (IA, "direct", "z")):
-        for centered in (False, True):
-            plan = plan_backward(problem(layer, (*fields, *(["center"] if centered else [])), algorithm))
-            assert ("mean" in plan.operands) == centered
-            (launch,) = [v for v in plan.launches if reader in v.products or "pointwise" in str(v)]
-            means = [v for v in launch.arguments.values() if v == "mean" or (isinstance(v, tuple) and "mean" in v)]
-            assert len(means) == centered
-    assert "mean" not in plan_backward(problem(layer, ("null", "center"), "direct")).operands  # x is not read
+def test_one_factor_of_each_product_is_centered_by_its_mean(layer):
+    """That of the smaller tensor if it may be either; the other by a shift, in float32 by its mean."""
+    input, weight, _ = LAYERS[layer]
+    more_outputs = weight[0] > input[1]
+    assert means(layer, (*WM, "center"), "direct") == ({"x_mean", "y_shift"} if more_outputs else {"x_shift", "y_mean"})
+    assert means(layer, (*WM, "center"), "direct", dtype="float32") == {"x_mean", "y_mean"}
+    # If z is stored, it is computed from a centered copy of y.
+    in_one_pass = launches(layer, IA, "direct") == ["pointwise(dx, dW, f)"]
+    assert means(layer, (*IA, "center"), "direct") == ({"x_shift", "y_mean"} if in_one_pass else {"x_shift"})
+    assert means(layer, (*AA, "center"), "direct") == {"x_shift"}  # u is the response to a centered copy of x
+    for fields in (WM, IA, AA):
+        assert not means(layer, fields, "direct")
+    assert "x_shift" not in means(layer, ("null", "center"), "direct")  # x is not read
+
+
+def test_means_of_gram_matrices():
+    assert means("1x1", (*IA, "center"), "input_gram") == {"x_mean"}
+    for dtype, of_x in (("bfloat16", "x_shift"), ("float32", "x_mean")):
+        found = means("1x1 of many channels", (*IA, "center"), "response_gram", dtype=dtype)
+        assert found == {"y_mean", of_x}
+
+
+@pytest.mark.parametrize(("n", "depth"), [(256, 64), (100, 64), (48, 32), (4, 16)])
+def test_a_step_of_a_centered_rule_reads_few_samples_that_do_not_exist(n, depth):
+    for layer in ("3x3", "small 3x3", "1x1"):
+        p = problem(layer, (*WM, "center"), "direct")
+        g = p.geometry._replace(N=n * p.rows_per_sample)
+        launch = plan_backward(p._replace(geometry=g, samples=n)).launches[0]
+        flags = launch.constants.get("FLAGS") or launch.constants["WGRAD_FLAGS"]
+        assert depth == launch.tile.BP
+        assert (n % depth != 0) == flags.TAIL
 
 
 def test_units_belong_to_float16():

@@ -54,6 +54,7 @@ CASES = {
     "whole": Case(36, 36, 9, 32, 32, splits=3),
     "ragged": Case(21, 14, 7, 19, 23, splits=5),
     "one position": Case(1, 1, 1, 16, 32),
+    "steps of 16 samples": Case(64, 64, 2, 16, 16, splits=3, BC=16, BK=16),
     "channel blocks": Case(40, 24, 8, 41, 16, BC=16, BK=16, splits=3),
 }
 
@@ -66,6 +67,7 @@ COVERED = {
     "several blocks of channels, not for a Gram matrix": ["channel blocks"],
     "the response of part of the batch": ["ragged", "channel blocks"],
     "the last block of positions ragged": ["whole", "ragged"],
+    "no block of samples ragged": ["steps of 16 samples"],
 }
 
 
@@ -86,7 +88,7 @@ def expected(case: Case, term: str, dtype, scales: dict):
     dx, dw = dy @ b, dy.t() @ x
     wide = torch.promote_types(dtype, torch.float32)
     mean, unit = scales["mean"].repeat(case.positions // case.sample, 1), scales["unit"]
-    x = (x.to(wide) - mean).to(dtype)
+    x, y = (x.to(wide) - mean).to(dtype), (y.to(wide) - scales["y_mean"]).to(dtype)
     if term == "gram":
         return dx, dw, x.to(wide).t() @ x.to(wide)
     rest = REST["decay"] * b.to(wide) - REST["self_"] * w.to(wide) + REST["tie"] * dw.to(wide)
@@ -106,11 +108,12 @@ def run(case: Case, term: str, dtype=torch.float32, centered=False):
     f = fresh(x.new_empty(case.C, case.C), torch.float32) if term == "gram" else fresh(b)
     tile = PointwiseTile(case.BK, case.BC, 16, case.splits, 4, 2)
     rest = {} if term == "gram" else {**REST, "scale": scales["scale"], "weight": w}
-    scales |= {"mean": torch.zeros(case.sample, case.C, device=DEVICE), "unit": 1.0}
+    scales |= {"mean": torch.zeros(case.sample, case.C, device=DEVICE), "y_mean": 0.0, "unit": 1.0}
     if centered:
         both = mean_and_unit(case.sample, case.C)
-        rest |= both if term in ("cross", "z") else {"mean": both["mean"]}
-        scales |= {"mean": both["mean"], "unit": UNIT}
+        y_mean = mean_and_unit(case.sample, case.K)["mean"]
+        rest |= both | {"y_mean": y_mean} if term in ("cross", "z") else {"mean": both["mean"]}
+        scales |= {"mean": both["mean"], "unit": UNIT, "y_mean": y_mean.repeat(case.used // case.sample, 1)}
     run_kernel(
         pointwise_launch, Geometry(case.positions, case.C, case.K), term,
         x=block(x), dy=block(dy), dx=block(dx), dw=dw, feedback=block(b), f=f,

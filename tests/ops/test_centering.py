@@ -78,6 +78,11 @@ def composed(x, w, b, options, amp=0.0, null=0.0, sparse=0.0):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_error_at_most_four_times_that_of_centering_both_factors(layer, rule, dtype):
     """The order of our sums differs. Centering only one factor would be worse by a factor of mean squared."""
+    check_errors(layer, rule, dtype)
+
+
+def check_errors(layer, rule, dtype):
+    """Of every mean, over the seeds."""
     (shape, kernel_shape, options), terms = LAYERS[layer], RULES[rule]
     for mean in MEANS:
         ratios = []
@@ -93,6 +98,34 @@ def test_error_at_most_four_times_that_of_centering_both_factors(layer, rule, dt
             plain = norm_error(composed(x, w, b, options, **terms), exact.grad)
             ratios.append(norm_error(feedback.grad, exact.grad) / (plain + torch.finfo(dtype).eps / 4))
         assert percentile(ratios, 95) <= 4, (mean, ratios)
+
+
+@pytest.mark.parametrize(("layer", "rule"), [("linear down", "ia"), ("strided", "wm"), ("3x3", "all three")])
+def test_error_of_the_response_to_a_centered_input(layer, rule, monkeypatch):
+    """GPUs compute it where that is faster than centering the response."""
+    responses = []
+    choice = lambda x, y, weight: responses.append(y) or True  # noqa: E731
+    monkeypatch.setattr("pyfeedback.backends.composite.layer.responds_to_centered", choice)
+    with pyfeedback.backend("composite"):
+        check_errors(layer, rule, torch.float32)
+    assert len(responses) == len(MEANS) * len(SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_shape", "dtype", "expected"),
+    [
+        ((8, 3, 32, 32), (64, 3, 7, 7), torch.bfloat16, True),
+        ((8, 3, 32, 32), (64, 3, 7, 7), torch.float32, False),
+        ((8, 64, 32, 32), (64, 64, 3, 3), torch.bfloat16, False),
+    ],
+)
+def test_which_layers_respond_to_a_centered_input(shape, kernel_shape, dtype, expected):
+    for device in ("meta", "cpu"):
+        x, w = (torch.empty(s, dtype=dtype, device=device) for s in (shape, kernel_shape))
+        on_gpu = device == "meta"
+        assert centered_factors.responds_to_centered(x, None, w) == on_gpu
+        y = torch.empty(shape[0], kernel_shape[0], *shape[2:], dtype=dtype, device=device)
+        assert centered_factors.responds_to_centered(x, y, w) == (on_gpu and expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -1,6 +1,6 @@
 """Importing the Triton kernels for a test, on the interpreter where there is no GPU; tiny layers, and what is allowed.
 
-The interpreter multiplies the raw bits of bfloat16, so there only float32 and float16 are tested; it is slow, so the
+The interpreter multiplies the raw bits of bfloat16, so there mostly float32 and float16 are tested; it is slow, so the
 layers are tiny.
 """
 
@@ -36,7 +36,7 @@ MARKS = [
     pytest.mark.skipif(not GPU and OLD and NUMPY >= (2, 4), reason="Triton 3.6 interprets no loop with numpy 2.4"),
 ]
 
-# The storage dtype, and whether x has a mean subtracted while it is loaded and the second product is in units.
+# The storage dtype, and whether means are subtracted while blocks are loaded and the second product is in units.
 VARIANTS = [(torch.float32, False), (torch.float16, True), *([(torch.bfloat16, True)] if GPU else [])]
 UNIT = 8.0
 
@@ -116,6 +116,15 @@ def options(case: Case, centered: bool) -> tuple[dict, torch.Tensor | float, flo
     return both, both["mean"].view(h, w, c).permute(2, 0, 1), UNIT
 
 
+def mean_of_u(case: Case, centered: bool) -> tuple[dict, torch.Tensor | float]:
+    """The argument u_mean of wgrad_launch, or none; what is subtracted from u [N, K, P, Q]."""
+    if not centered:
+        return {}, 0.0
+    g = case.geometry
+    mean = mean_and_unit(g.P * g.Q, g.K)["mean"]
+    return {"u_mean": mean}, mean.view(g.P, g.Q, g.K).permute(2, 0, 1)
+
+
 def products(x, kernel, y, case: Case, dtype=torch.float64):
     """convT(y, kernel) and wgrad(x, y) of PyTorch."""
     y, x, kernel = (t.to(dtype) for t in (y, x, kernel))
@@ -150,6 +159,34 @@ def described(describe, geometry: Geometry, *args, prefix="", tile=None, **opera
 def run_kernel(describe, geometry: Geometry, *args, **operands) -> None:
     """The launch of these tensors and numbers, by parameter."""
     run(*described(describe, geometry, *args, **operands), torch.device(DEVICE))
+
+
+@contextmanager
+def bfloat16_products():
+    """Within it, the interpreter rounds to the nearest bfloat16, which it truncates to, and multiplies its values."""
+    if GPU:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+    def converted(data, source, to, mode):
+        if (source.name, to.name) != ("fp32", "bf16"):
+            return _convert_float(data, source, to, mode)
+        wide = np.ascontiguousarray(data).view(np.float32)
+        return torch.from_numpy(wide.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    def multiplied(builder, a, b, *rest):
+        a, b = (
+            TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), float32) if t.dtype.name == "bf16" else t
+            for t in (a, b)
+        )
+        return dot(builder, a, b, *rest)
+
+    dot, float32 = InterpreterBuilder.create_dot, triton.language.float32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("triton.runtime.interpreter._convert_float", converted)
+        patch.setattr(InterpreterBuilder, "create_dot", multiplied)
+        yield
 
 
 def record_launches(monkeypatch, **choices) -> list[Launch]:

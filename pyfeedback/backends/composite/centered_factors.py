@@ -15,12 +15,24 @@ from pyfeedback.core.tensors import acc_dtype
 
 LARGE = 2**18  # elements of an input whose copy is worth avoiding
 BLOCK = 2**18  # elements of a block
+MOST_MACS_OF_OUTPUT = 256  # of a layer that is bound by memory
 FEWEST_MACS = 128  # for each element that is centered; with fewer, blocks are not faster
 
 
 def centered(x: Tensor, call: LayerCall) -> Tensor:
     """x, or x minus its mean over the samples."""
     return call.chosen.center(x, x.shape[0]) if call.rule.center else x
+
+
+def responds_to_centered(x: Tensor, y: Tensor | None, weight: Tensor) -> bool:
+    """Whether conv(x, W) of the centered x takes less time than centering y, which is None if it was not saved.
+
+    On a GPU, a layer with few products for each output, as the first of a network, is bound by memory. Its response is
+    written once, and centering would move it three times.
+    """
+    if x.is_cpu or y is None:
+        return not x.is_cpu
+    return x.itemsize == 2 and weight[0].numel() <= MOST_MACS_OF_OUTPUT and x.numel() <= y.numel()
 
 
 def centered_factor(x: Tensor, call: LayerCall) -> Tensor:

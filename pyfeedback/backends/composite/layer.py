@@ -16,6 +16,7 @@ from pyfeedback.backends.composite.centered_factors import (
     centered_gram,
     centered_products,
     combined,
+    responds_to_centered,
 )
 from pyfeedback.backends.composite.normalized import normalized_gradient
 from pyfeedback.core.algorithm import Algorithm
@@ -88,7 +89,10 @@ def _data_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor,
     if x.dtype is torch.float16 or (x.dtype is torch.bfloat16 and x.is_cpu and not CPU_HAS_BFLOAT16):
         x, weight, feedback = x.float(), weight.float(), feedback.float()
         y = y.float() if y is not None else None
-    if y is None and call.reads_response:
+    if call.reads_response and call.rule.center and responds_to_centered(x, y, weight):
+        x = centered(x, call)
+        y, call = call.geometry.fprop(x, weight), call._replace(rule=call.rule._replace(center=False))
+    elif y is None and call.reads_response:
         y = call.geometry.fprop(x, weight)
     if call.rule.normalize:
         return normalized_gradient(call, x, y, weight, feedback)
