@@ -1,7 +1,7 @@
 """Whether the backward of a centered rule may read the output of a layer with a bias in place of its response.
 
-In exact arithmetic, centering removes the bias. In rounded arithmetic, the error of the output is that of the response
-plus the rounding of the sum, which is no larger if the bias is not. With a larger bias, the response is computed again.
+In exact arithmetic, centering removes the bias. In rounded arithmetic, the sum of response and bias is rounded once
+more, by about as much as the response itself if the bias is no larger. Otherwise, the response is computed again.
 """
 
 from torch import Tensor
@@ -15,17 +15,16 @@ FEWEST_MACS = 2**22
 FEWEST_MACS_PER_ELEMENT = 64
 
 
-def is_costly(geometry: Geometry, output: Tensor, input: Tensor, weight: Tensor) -> bool:
-    """Whether to compute the response again takes several times as long as to compare its size with that of the bias.
+def is_costly(geometry: Geometry, output: Tensor, input: Tensor, weight: Tensor, samples: int) -> bool:
+    """Whether computing the response of the samples again takes several times as long as comparing it with the bias.
 
     False if the comparison would synchronize a device, and in 16 bits, in which the sum loses the response's own bits.
     """
     elements, plain = output.numel(), type(output) is Tensor and output.is_cpu
     if elements < FEWEST_ELEMENTS or not plain or output.dtype is not acc_dtype(output.dtype):
         return False
-    return pass_macs(geometry.sizes(input.shape, weight.shape, 0)) >= max(
-        FEWEST_MACS, FEWEST_MACS_PER_ELEMENT * elements
-    )
+    macs = pass_macs(geometry.sizes(input.shape, weight.shape, samples))
+    return macs >= max(FEWEST_MACS, FEWEST_MACS_PER_ELEMENT * elements)
 
 
 def exceeds_bias(output: Tensor, bias: Tensor, channel: int) -> bool:

@@ -114,10 +114,11 @@ class EagerLayer(torch.autograd.Function):
         if output._is_view():
             output = output.data  # like not_a_view, which takes 3 microseconds
         mask = ctx.needs_input_grad[:4]
-        saves = bias is None or (rule.center and is_costly(geometry, output, input, weight))
+        saves = bias is None or (rule.center and is_costly(geometry, output, input, weight, rule.samples))
         call = plan(geometry, input, weight, rule, mask, saves)
-        if bias is not None and saves and call.reads_response and not exceeds_bias(output, bias, geometry.channel):
-            saves, call = False, plan(geometry, input, weight, rule, mask, False)
+        if saves and call.reads_response and bias is not None:
+            saves = exceeds_bias(output[: rule.samples or None], bias, geometry.channel)
+            call = call if saves else plan(geometry, input, weight, rule, mask, False)
         ctx.call = call
         response = ctx.kept = None
         if call.reads_response and saves:

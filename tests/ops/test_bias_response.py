@@ -65,6 +65,7 @@ def test_the_error_is_at_most_twice_pytorchs_whatever_the_bias(kind, rule, mean)
         ({"center": False}, 2),  # nothing removes the bias
         ({"dtype": torch.bfloat16}, 2),
         ({"batch": 1}, 2),  # too small to compare
+        ({"samples": 1}, 2),
         ({"in_place": True}, 2),
         ({"hooks": True}, 2),  # a saved tensor, which an in-place activation would invalidate
     ],
@@ -75,7 +76,7 @@ def test_when_the_response_is_computed_again(kind, change, products, monkeypatch
     x, w, b, bias = tensors(kind, change.get("offset", 0.01))
     bias[0] = change.get("channel", bias[0])
     x, w, b, bias = (t.detach().to(change.get("dtype", torch.float32)) for t in (x, w, b, bias))
-    rule = {**RULES["wm-centered"], "center": change.get("center", True)}
+    rule = RULES["wm-centered"] | {name: change[name] for name in ("center", "samples") if name in change}
     count, owner = [], Linear if kind == "linear" else Convolution
     fprop = owner.fprop
     monkeypatch.setattr(owner, "fprop", lambda *arguments: count.append(1) or fprop(*arguments))
