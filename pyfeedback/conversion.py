@@ -359,9 +359,9 @@ def _normal_like(weight: Tensor) -> Callable[[Tensor], object]:
 def _preserve_responses(model: nn.Module) -> list[str]:
     """Switch off in-place activations directly after a layer whose output the rule reads in the backward pass.
 
-    Only layers without a bias are affected: with a bias, the output is not the response, which is computed again
-    instead. The order is that of ``named_modules``, with each occurrence of a shared module. A response that a
-    functional in-place call overwrites is computed again in the backward pass, which takes longer.
+    Only layers without a bias are affected: with a bias, few outputs can be read as the response. The order is that of
+    ``named_modules``, with each occurrence of a shared module. A response that an in-place call overwrites is computed
+    again in the backward pass, which takes longer.
     """
     leaves = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if not any(m.children())]
     leaves = [(name, m) for name, m in leaves if not isinstance(m, (nn.Identity, nn.Flatten))]  # these do not copy

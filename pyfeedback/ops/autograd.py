@@ -25,6 +25,7 @@ from pyfeedback.backends.dispatch import current_backend, is_composed, is_plain,
 from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
+from pyfeedback.core.response import exceeds_bias, is_costly
 from pyfeedback.ops.schemas import LIBRARY
 
 
@@ -112,13 +113,19 @@ class EagerLayer(torch.autograd.Function):
         output = geometry.fprop(input, weight, bias)
         if output._is_view():
             output = output.data  # like not_a_view, which takes 3 microseconds
-        call = ctx.call = plan(geometry, input, weight, rule, ctx.needs_input_grad[:4], bias is None)
+        mask = ctx.needs_input_grad[:4]
+        saves = bias is None or (rule.center and is_costly(geometry, output, input, weight, rule.samples))
+        call = plan(geometry, input, weight, rule, mask, saves)
+        if saves and call.reads_response and bias is not None:
+            saves = exceeds_bias(output[: rule.samples or None], bias, geometry.channel)
+            call = call if saves else plan(geometry, input, weight, rule, mask, False)
+        ctx.call = call
         response = ctx.kept = None
-        if call.reads_response and bias is None:
+        if call.reads_response and saves:
             if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
                 # Not a saved tensor: autograd would raise an error if the next function changed it in place.
                 ctx.kept = output.detach(), output._version
-            else:
+            elif bias is None:  # in-place work often follows a bias
                 response = output
         ctx.save_for_backward(input, weight, feedback, response)
         return output
