@@ -72,11 +72,20 @@ def _computed(problems: dict[nn.Parameter, ProbeProblem], due: Due, seed: int, s
 
 
 def layer_probes(layer: FeedbackLayer, step: int) -> ProbeCount:
-    """Return the number of probes of a layer in this step, and the noise of its angle, for the last batch."""
+    """Return the number of probes of a layer in this step, and the noise of its angle, for the last batch.
+
+    The batches of several processes may differ, but not their numbers of probes, so there the cost has no limit.
+    """
     rule = layer.rule
+    positions = 0 if _several_processes() else layer.positions()
     size = layer.as_matrices(torch.zeros(()).expand(layer.weight.shape)).shape[-1]  # a sharded one is not gathered
     step_size = 1 / rule.tau_at(step) if rule.tau else 0.0
     return count_probes(
-        rule.probes, size, step_size, rule.every_at(step), rule.null != 0, layer.positions(), rule.orthogonal,
+        rule.probes, size, step_size, rule.every_at(step), rule.null != 0, positions, rule.orthogonal,
         has_sparse=rule.sparse != 0,
     )  # fmt: skip
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -105,6 +105,20 @@ def test_the_number_of_probes_of_a_model_follows_its_batch():
     assert optimizer.probe_counts()[""].probes == 180
 
 
+def test_the_number_of_probes_is_that_of_other_processes_whose_batch_is_another(monkeypatch):
+    model = pyfeedback.convert(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), "ia-probes")
+    optimizer, found = pyfeedback.optim.SGD(model, lr=0.1), []
+    for ranks in (1, 2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda ranks=ranks: ranks > 1)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
+        for samples in (1, 500):
+            model(torch.randn(samples, 8, 6, 6)).sum().backward()
+            found.append(optimizer.probe_counts()["0"])
+    assert found[0].probes < found[1].probes < found[1].wanted
+    assert found[2] == found[3]
+    assert found[2].probes == found[2].wanted
+
+
 def test_noise_that_hides_w_is_reported_once(caplog):
     model = pyfeedback.convert(nn.Conv2d(8, 4, 3), pyfeedback.rule("wm", source="probes", tau=20, probes=1))
     optimizer = pyfeedback.optim.SGD(model, lr=0.1)
