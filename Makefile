@@ -34,7 +34,7 @@ help:
 	@echo "make test-long  all tests, with those that take too long for every change"
 	@echo "make test-fast  a subset with tests of every area, in less than a minute on two cores"
 	@echo "make fuzz       random cases for SECONDS=$(SECONDS), from a random SEED unless one is given"
-	@echo "make mutants    mutation testing: each fault in a copy of the code must fail a test; writes mutants.md"
+	@echo "make mutants    mutation testing: each fault in a copy of the code must fail a test"
 	@echo "make zoo        almost 190 models of other packages, in an environment of their own; writes docs/models.md"
 	@echo "make asan       the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make tsan       the compiled ops under ThreadSanitizer"

@@ -2,8 +2,8 @@
 
 The working tree is not modified: the copy in `.cache/mutants` has its own environment on top of the current packages.
 Results are cached there. A fault is tried again only if its file, its tests or the fault itself changed, so an
-interrupted run resumes. First, the tests of all faults must pass on the unmodified code. The results are written to
-`tests/mutants/mutants.md`.
+interrupted run resumes. First, the tests of all faults must pass on the unmodified code. The table of the results is
+mutants.md, beside the copy.
 
     python tests/mutants/mutants.py --only "philox rounds"       # a single fault
     python tests/mutants/mutants.py --minutes 20                 # as many faults as fit in the time
@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = sorted((Path(__file__).parent / "mutations").glob("*.txt"))
-TABLE = Path(__file__).with_name("mutants.md")
 LONGEST = 300  # time limit of a test command in seconds
 SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 FAILED = re.compile(r"^(?:FAILED|ERROR) ([^\s\[]+)", re.MULTILINE)  # without the parametrization
@@ -245,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = results[mutant.name]
         found = f"found by {outcome['by']}" if outcome["killed"] else "NOT FOUND"
         print(f"{number}/{len(left)} {mutant.name}: {found} ({outcome['seconds']} s)", flush=True)
-    TABLE.write_text(table(results))
+    (options.work / "mutants.md").write_text(table(results))
     return int(not all(results[mutant.name]["killed"] for mutant in chosen if mutant.name in results))
 
 
