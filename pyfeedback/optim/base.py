@@ -303,6 +303,8 @@ def forward_groups(model: nn.Module, params: Params | None) -> list[dict[str, An
     """
     if params is None:
         return [{"params": list(forward_parameters(model))}]
+    if isinstance(params, Tensor):  # as in torch.optim
+        raise TypeError(f"params is {describe(params)}, expected parameters, or groups of them")
     given: list = listed(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     feedback = set(feedback_parameters(model))
