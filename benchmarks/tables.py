@@ -144,33 +144,37 @@ def _probe_steps(title: str, counts: dict[str, int], records: list[Record]) -> l
         + "".join(f"{f'mean to {age:,}':>17}" for age in means),
     ]
     for rule in _distinct(r["rule"] for r in here):
-        totals = dict.fromkeys([SUBJECT, *map(str, ages), "plain"], 0.0)
-        for record in here:
-            if record["rule"] == rule:
-                for name in totals:
-                    totals[name] += counts[record["layer"]] * record["seconds"][name]
-        without, plain = totals[SUBJECT], totals["plain"]
-        estimates = {age: totals[str(age)] - without for age in ages}
-        at_ages = [(without + estimates[age] / RULES[rule].every_at(age)) / plain for age in ages]
-        run = [_mean_of_run(RULES[rule], totals, age) for age in means]
-        lines.append(f"  {rule:12}" + _cells([without / plain], 13) + _cells(at_ages, 14) + _cells(run, 17))
+        of_rule = [r for r in here if r["rule"] == rule]
+        totals: dict[str, float] = {}
+        for record in of_rule:
+            for name, seconds in record["seconds"].items():
+                totals[name] = totals.get(name, 0.0) + counts[record["layer"]] * seconds
+        without = weighted_ratio(of_rule, counts, "plain")
+        estimates = _estimates(totals)
+        at_ages = [without + estimates[age] / RULES[rule].every_at(age) for age in ages]
+        run = [_mean_of_run(RULES[rule], without, estimates, age) for age in means]
+        lines.append(f"  {rule:12}" + _cells([without], 13) + _cells(at_ages, 14) + _cells(run, 17))
     return [*lines, ""]
 
 
-def _mean_of_run(rule: Rule, seconds: dict[str, float], steps: int) -> float:
+def _estimates(seconds: dict[str, float]) -> dict[int, float]:
+    """The time of an estimate at each age, relative to a step of backprop."""
+    return {int(age): (seconds[age] - seconds["update"]) / seconds["plain"] for age in seconds if age.isdigit()}
+
+
+def _mean_of_run(rule: Rule, without: float, estimates: dict[int, float], steps: int) -> float:
     """The mean time of a step over a run with probes, relative to backprop.
 
     The logarithm of the time of an estimate is linear in that of the age, in between the ages at which it was measured.
 
     Args:
-        seconds: the time of a step with an estimate at some ages, of one without, and of backprop.
+        without: the time of a step without an estimate.
+        estimates: that of an estimate, by age.
     """
-    without = seconds[SUBJECT]
-    ages = [int(name) for name in seconds if name.isdigit()]
-    logarithms = [math.log(max(seconds[str(age)] - without, 1e-9)) for age in ages]
+    logarithms = [math.log(max(estimate, 1e-9)) for estimate in estimates.values()]
     due = [step for step in range(steps) if step % rule.every_at(step) == 0]
-    estimates = np.exp(np.interp(np.log(np.maximum(due, 1)), np.log(ages), logarithms)).sum()
-    return (without + estimates / steps) / seconds["plain"]
+    total = np.exp(np.interp(np.log(np.maximum(due, 1)), np.log(list(estimates)), logarithms)).sum()
+    return without + total / steps
 
 
 def _step_of(record: Record) -> tuple[str, ...]:
@@ -188,7 +192,8 @@ def whole_steps(records: list[Record]) -> dict[tuple[str, ...], dict[str, float]
         if r["kind"] == "network":
             found.setdefault(_step_of(r), {})[r["rule"]] = r["ratio_to_plain"]
         elif r["kind"] == "probes" and "network" in r:
-            found.setdefault(_step_of(r), {})[r["rule"]] = _mean_of_run(RULES[r["rule"]], r["seconds"], RUN)
+            run = _mean_of_run(RULES[r["rule"]], r["ratio_to_plain"], _estimates(r["seconds"]), RUN)
+            found.setdefault(_step_of(r), {})[r["rule"]] = run
     return found
 
 

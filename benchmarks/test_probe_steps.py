@@ -1,11 +1,13 @@
 """A training step with rules that read probes, with its optimizer, at several ages of a run: layers and whole networks.
 
-In the presets, tau grows with the number of steps, so estimates become rarer and need fewer probes. A step with an
-estimate is timed at each age, as is one without (`no estimate`). The tables weight them by their frequency. `plain` is
-backprop with torch's fused SGD.
+A step without an estimate is compared with `plain`, backprop with torch's fused SGD. Estimates are made in the
+optimizer's step, so only that is timed with an estimate at each age, and without one (`update`): the difference of two
+whole steps would be less than their noise. In the presets, tau grows with the number of steps, so estimates become
+rarer and need fewer probes. The tables weight them by their frequency.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -53,12 +55,27 @@ def compare(race, plain, rule_name, backward, **info):
     optimizer = pyfeedback.optim.SGD(ours, **UPDATE)
     rule = pyfeedback.rule(rule_name)
     every = [rule.every_at(age) for age in AGES]
-    # `feedback_step` is that of the step before; an estimate is due in multiples of `every`.
-    starts = {str(age): age - age % count - 1 for age, count in zip(AGES, every, strict=True)}
-    steps = {name: training_step(ours, optimizer, backward, start) for name, start in starts.items()}
-    steps[SUBJECT] = training_step(ours, optimizer, backward, AGES[-1])
-    steps["plain"] = training_step(plain, torch.optim.SGD(plain.parameters(), fused=True, **UPDATE), backward)
-    assert every[-1] > 1, "the last step must have no estimate"
+    assert every[-1] > 1, "the step after the last age must have no estimate"
+    backward(ours)
+    gradients = {parameter: parameter.grad for parameter in ours.parameters()}
+
+    def prepare(step):
+        """Let the next step be the one after ``step``."""
+        for group in optimizer.param_groups:
+            group["feedback_step"] = step
+
+    def prepare_update(step):
+        prepare(step)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+    steps = {
+        SUBJECT: Step(training_step(ours, optimizer, backward), partial(prepare, AGES[-1])),
+        "plain": Step(training_step(plain, torch.optim.SGD(plain.parameters(), fused=True, **UPDATE), backward)),
+        "update": Step(optimizer.step, partial(prepare_update, AGES[-1])),
+    }
+    for age, count in zip(AGES, every, strict=True):  # an estimate is due in multiples of `every`
+        steps[str(age)] = Step(optimizer.step, partial(prepare_update, age - age % count - 1))
     group = f"{rule_name} {info['layer']}"
     race("probes", steps, group=group, rule=rule_name, ages=list(AGES), **info)
 
@@ -68,12 +85,8 @@ def convolution(layer):
     return nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel, *layer.window, bias=False)
 
 
-def training_step(model, optimizer, backward, start=None):
-    """The step of a training loop, from step number ``start``."""
-
-    def prepare():
-        for group in optimizer.param_groups if start is not None else ():
-            group["feedback_step"] = start
+def training_step(model, optimizer, backward):
+    """The step of a training loop."""
 
     def run():
         backward(model)
@@ -81,7 +94,7 @@ def training_step(model, optimizer, backward, start=None):
         for parameter in model.parameters():
             parameter.grad = None
 
-    return Step(run, prepare)
+    return run
 
 
 def check(plain, rule_name):
