@@ -1,14 +1,17 @@
 """The networks of the benchmarks, in their simplest form, and their training steps."""
 
+import copy
 from collections.abc import Callable
 
 import torch
+from costs import sampled
 from selection import Selection
 from timing import Step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyfeedback
+from pyfeedback.core.algorithm import algorithms, pass_macs
 from pyfeedback.testing import by_reference
 
 UPDATE = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 2e-3}  # small: a thousand steps change nothing
@@ -240,6 +243,24 @@ def task(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return model, inputs, labels, info
+
+
+def multiply_adds(model: nn.Module, inputs: Tensor, rule: pyfeedback.Rule) -> float:
+    """Those of a step of all layers with a feedback weight, by the cheapest algorithm, relative to backprop.
+
+    Everything else in the network, such as normalization, and the update of B are not counted.
+    """
+    model = pyfeedback.convert(copy.deepcopy(model), "wm-probes")  # its layers remember the shapes of their last call
+    model(inputs)
+    ours = plain = 0
+    for i, (_, layer) in enumerate(pyfeedback.feedback_layers(model)):
+        geometry, input, weight = layer.last_call
+        sizes = geometry.sizes(input, weight, 0)
+        passes = (3 if i or not inputs.is_floating_point() else 2) * pass_macs(sizes)  # no gradient of the images
+        read = sizes._replace(positions=sizes.positions * sampled(rule, len(inputs)))
+        ours += passes + min(algorithms(read, rule.coefficients(len(inputs), 1), True).values())
+        plain += passes
+    return ours / plain
 
 
 def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:

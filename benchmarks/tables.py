@@ -119,6 +119,7 @@ def _network_steps(records: list[Record]) -> list[str]:
                 lines.append(f"  {f'time to {TITLES[other]}':24}{_cells(times, 7)}")
                 peaks = [_ratio(r["peak_bytes"], other) for r in here]
                 lines.append(f"  {f'memory to {TITLES[other]}':24}{_cells(peaks, 7)}")
+        lines.append(f"  {'multiply-adds':24}{_cells([r['multiply_adds'] for r in here], 7)}")
         if any("followed" in r["seconds"] for r in here):
             pairs = [(r["ratio_to_plain"], r.get("ratio_to_followed")) for r in here]
             times = [plain / followed if followed else None for plain, followed in pairs]

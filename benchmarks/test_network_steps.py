@@ -3,7 +3,8 @@
 `plain` is the unconverted model with torch's fused SGD. `followed` is the converted model with the same optimizer,
 which the feedback weights follow; the others have `pyfeedback.optim.SGD`. `reference` is the converted model with the
 layers of the reference: the paper's regularizers by autograd. A sample (without --network or --full, or with --quick)
-has neither of these two. --compile also compares torch.compile of both models.
+has neither of these two. --compile also compares torch.compile of both models. The multiply-adds of all layers,
+relative to backprop, show what a rule costs at least.
 """
 
 import copy
@@ -11,7 +12,7 @@ import copy
 import pytest
 import torch
 from implementations import SUBJECT
-from networks import MODELS, reference_step, task, training_step
+from networks import MODELS, multiply_adds, reference_step, task, training_step
 from selection import DTYPES, RULES
 
 import pyfeedback
@@ -48,5 +49,6 @@ def test_training_step(race, selection, network, mode, rule_name, dtype_name):
         mode=mode,
         rule=rule_name,
         **info,
+        multiply_adds=multiply_adds(model, inputs, RULES[rule_name]),
         peak_bytes={name: peak_bytes(step.run, selection.device) for name, step in steps.items()},
     )
