@@ -118,8 +118,8 @@ def tune(
     launches.
 
     The model runs forward and backward once, in its current mode. Its gradients, buffers and the random state are
-    restored. A layer is known by its sizes, dtype, memory format and rule, so the result does not depend on the values
-    of ``inputs``, but on their shapes.
+    restored. A layer is identified by its sizes, dtype, memory format and rule, so the result depends on the shapes of
+    ``inputs``, but not on their values.
 
     Args:
         model: a converted model on one device.

@@ -17,7 +17,7 @@ DOCS = "docs/"
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Pages made of sections of CONTRIBUTING.md: the title and the sections. Other sections remain on its own page.
 SECTIONS = {
-    "architecture.md": ("Architecture", ["A call, from the layer to the kernel"]),
+    "architecture.md": ("Architecture", ["The layers of the code", "A call, from the layer to the kernel"]),
     "adding_a_rule.md": ("Adding a rule or a layer", ["A new rule", "A new layer"]),
     "adding_a_kernel.md": ("Adding a kernel", ["A new kernel", "Compiled code", "CUDA without a GPU"]),
 }

@@ -98,6 +98,22 @@ def test_transport_takes_no_coefficients(field):
     assert_one_line(error, "transport is True", "expected no coefficients")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"signs": "random"}, "signs is 'random', expected one of free, uniform, fixed, batch"),
+        ({"direct": True}, "direct is True, expected one of no, each, shared"),
+        ({"expansion": -1}, "expansion is -1, expected an int of 0 or more"),
+        ({"expansion": 2, "amp": 1.0}, "expansion is 2 in .*, expected no coefficients but tie and decay"),
+        ({"signs": "fixed", "decay": 1.0}, "signs is fixed and direct no in .*, expected no coefficients"),
+        ({"signs": "fixed", "direct": "each"}, "more than one of transport, signs, direct and expansion"),
+    ],
+)
+def test_fields_that_exclude_each_other_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Rule(**fields)
+
+
 @pytest.mark.parametrize("name", ["backprop", "IA", "", 3, None], ids=repr)
 def test_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match="rule is") as error:

@@ -1,4 +1,4 @@
-"""Rules over time: curves, schedules, alternation and warm-up."""
+"""Rules over time: curves, schedules, alternation, warm-up and growth control."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from small_networks import convnet
 
 import pyfeedback
 from pyfeedback import schedules
-from pyfeedback.schedules import Alternation, Schedule, alignment_only
+from pyfeedback.schedules import Alternation, GrowthControl, Schedule, alignment_only
 
 
 def network(rule="ia", **options):
@@ -218,3 +218,17 @@ def test_a_schedule_does_not_recompile_at_every_step(compiler):
         for schedule in running:
             schedule.step()
     assert counts[-1] == counts[0] == 1
+
+
+def test_growth_control_sets_the_spread_of_what_noise_excites():
+    """The variance of B' u over the units, averaged over u uniform in [0, 1), has a closed form."""
+    torch.manual_seed(0)
+    model = network("wm").double()
+    control = GrowthControl(model, std=0.5)
+    with torch.no_grad():
+        for b in pyfeedback.feedback_parameters(model):
+            b.mul_(30)
+    control.step()
+    for b in pyfeedback.feedback_parameters(model):
+        made = torch.rand(20000, b.shape[0], dtype=torch.float64) @ b.detach().flatten(1)
+        assert float(made.var(1, correction=0).mean().sqrt()) == pytest.approx(0.5, rel=0.02)
