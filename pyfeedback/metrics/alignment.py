@@ -171,11 +171,13 @@ def inner_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list
 
 
 def angle_of(bb: float, ww: float, bw: float) -> float:
+    """The angle between B and W in degrees, from their :func:`inner_products`; nan if one is zero or not finite."""
     norms = math.sqrt(bb) * math.sqrt(ww)
     return math.degrees(math.acos(min(1.0, max(-1.0, bw / norms)))) if 0 < norms < math.inf else math.nan
 
 
 def norm_ratio_of(bb: float, ww: float, bw: float) -> float:
+    """|B| / |W|, from their :func:`inner_products`; nan if W is zero."""
     return math.sqrt(bb / ww) if ww > 0 else math.nan
 
 
