@@ -57,7 +57,7 @@ NOT_FINITE = (
 )
 NOT_FINITE_WITHOUT_UNITS = (
     "B has infinities or nans after {count} steps of {optimizer}. A rule without units moves B towards W whatever the "
-    "learning rate, so it is W that diverges: reduce the learning rate of W"
+    "learning rate, so most likely W diverges: reduce the learning rate of W"
 )
 
 
