@@ -55,6 +55,10 @@ NOT_FINITE = (
     "B has infinities or nans after {count} steps of {optimizer}: the rule diverges. Reduce its coefficients or B's "
     "learning rate, or use a rule without units, such as ia-probes"
 )
+NOT_FINITE_WITHOUT_UNITS = (
+    "B has infinities or nans after {count} steps of {optimizer}. A rule without units moves B towards W whatever the "
+    "learning rate, so most likely W diverges: reduce the learning rate of W"
+)
 
 
 class Steps:
@@ -203,10 +207,12 @@ def _search(optimizer: Optimizer, count: int) -> None:
             (feedback,) = local([layer.feedback])
             if feedback.numel():
                 by_device.setdefault(feedback.device, {})[layer] = feedback
-    bad = []
+    bad: dict[str, list[str]] = {}
     for layers in by_device.values():
         norms = torch._foreach_norm(list(layers.values()), torch.inf)
         finite = torch.stack([norm.double() for norm in norms]).isfinite().tolist()
-        bad += [_name(layer) for layer, is_finite in zip(layers, finite, strict=True) if not is_finite]
-    if bad:
-        _log.warning("%s: %s", _listed(bad), NOT_FINITE.format(count=count, optimizer=type(optimizer).__name__))
+        for layer, is_finite in zip(layers, finite, strict=True):
+            if not is_finite:
+                bad.setdefault(NOT_FINITE_WITHOUT_UNITS if layer.rule.tau else NOT_FINITE, []).append(_name(layer))
+    for message, names in bad.items():
+        _log.warning("%s: %s", _listed(names), message.format(count=count, optimizer=type(optimizer).__name__))

@@ -46,9 +46,10 @@ def alignment(
 
     Args:
         model: a model with feedback layers.
-        batch: ``(input, target)``, needed for the projection and gradient angles. The model runs on it twice. The
-            gradients of parameters, the buffers and the random state do not change.
-        loss: ``loss(model(input), target)`` returns the scalar loss; required with ``batch``.
+        batch: ``(input, target)``, for the projection and gradient angles. The model runs on it twice. The gradients of
+            parameters, the buffers and the random state do not change.
+        loss: ``loss(model(input), target)`` returns the scalar loss; required with ``batch``. Without a batch,
+            ``loss()`` runs the model itself and returns the loss, for models with several inputs or outputs.
 
     Returns:
         A dict of :class:`LayerAlignment`; empty for a model without feedback layers.
@@ -58,12 +59,7 @@ def alignment(
         TypeError: an argument has the wrong type.
     """
     check_model(model)
-    if batch is not None:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"batch is {describe(batch)}, expected a pair (input, target)")
-        if loss is None:
-            raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
-        check_callable("loss", loss, "a function of the model's output and the target")
+    evaluate = loss_of(model, batch, loss)
     layers = {name: layer for name, layer in _layers(model) if layer.feedback is not None or layer.direct is not None}
     for name, layer in layers.items():
         _check_values(name, layer)
@@ -71,22 +67,43 @@ def alignment(
     with torch.no_grad():
         paths = [layer.effective_feedback(random=False) for layer in layers.values()]
         feedback = [torch.zeros_like(w.weight) if b is None else b for w, b in zip(layers.values(), paths, strict=True)]
-    products = _products(feedback, [layer.weight for layer in layers.values()])
+    products = inner_products(feedback, [layer.weight for layer in layers.values()])
     weights = {
-        name: (_angle(*p), math.nan if b is None else _norm_ratio(*p), math.sqrt(p[1]))
+        name: (angle_of(*p), math.nan if b is None else norm_ratio_of(*p), math.sqrt(p[1]))
         for name, b, p in zip(layers, paths, products, strict=True)
     }
-    if batch is None:
+    if evaluate is None:
         return {name: LayerAlignment(*found) for name, found in weights.items()}
-    assert loss is not None
-    with _preserving_state(model):
-        gradients, projections = _gradients(model, layers, batch, loss, observe=True)
-    with _preserving_state(model), weight_transport(model):
-        true_gradients, _ = _gradients(model, layers, batch, loss, observe=False)
+    with preserving_state(model):
+        gradients, projections = _gradients(layers, evaluate, observe=True)
+    with preserving_state(model), weight_transport(model):
+        true_gradients, _ = _gradients(layers, evaluate, observe=False)
     return {
         name: LayerAlignment(*weights[name], projections.get(name, math.nan), angle(g, t))
         for name, g, t in zip(layers, gradients, true_gradients, strict=True)
     }
+
+
+def loss_of(model: nn.Module, batch: tuple | None, loss: Callable[..., Tensor] | None) -> Callable[[], Tensor] | None:
+    """The function without arguments that computes the loss on a batch, and checks it; None without both."""
+    if batch is None and loss is None:
+        return None
+    if batch is not None:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"batch is {describe(batch)}, expected a pair (input, target)")
+        if loss is None:
+            raise ValueError("loss is None with a batch, expected a function of the model's output and the target")
+    assert loss is not None
+    what = "no argument, without a batch" if batch is None else "the model's output and the target"
+    check_callable("loss", loss, f"a function of {what}")
+
+    def evaluate() -> Tensor:
+        value = loss() if batch is None else loss(model(batch[0]), batch[1])
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TypeError(f"loss returned {describe(value)}, expected a tensor of one number")
+        return value
+
+    return evaluate
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -103,7 +120,7 @@ def angle(a: Tensor, b: Tensor) -> float:
         raise ValueError(f"b has shape {tuple(b.shape)}, expected that of a, {tuple(a.shape)}")
     if (a.dtype, a.device) != (b.dtype, b.device):
         raise ValueError(f"b is {b.dtype} on {b.device}, expected the same as a, {a.dtype} on {a.device}")
-    return _angle(*_products([a], [b])[0])
+    return angle_of(*inner_products([a], [b])[0])
 
 
 @contextmanager
@@ -136,7 +153,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, FeedbackLayer]]:
 
 
 @torch.no_grad()
-def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tuple[float, float, float]]:
+def inner_products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tuple[float, float, float]]:
     """<B, B>, <W, W> and <B, W> of each pair, summed in float64: one pass over the pairs of each device."""
     places: dict[torch.device, list[int]] = {}
     for i, b in enumerate(feedback):
@@ -153,17 +170,19 @@ def _products(feedback: Sequence[Tensor], weight: Sequence[Tensor]) -> list[tupl
     return [found[i] for i in range(len(feedback))]
 
 
-def _angle(bb: float, ww: float, bw: float) -> float:
+def angle_of(bb: float, ww: float, bw: float) -> float:
+    """The angle between B and W in degrees, from their :func:`inner_products`; nan if one is zero or not finite."""
     norms = math.sqrt(bb) * math.sqrt(ww)
     return math.degrees(math.acos(min(1.0, max(-1.0, bw / norms)))) if 0 < norms < math.inf else math.nan
 
 
-def _norm_ratio(bb: float, ww: float, bw: float) -> float:
+def norm_ratio_of(bb: float, ww: float, bw: float) -> float:
+    """|B| / |W|, from their :func:`inner_products`; nan if W is zero."""
     return math.sqrt(bb / ww) if ww > 0 else math.nan
 
 
 @contextmanager
-def _preserving_state(model: nn.Module) -> Iterator[None]:
+def preserving_state(model: nn.Module) -> Iterator[None]:
     """Restore the buffers and the random state after the block."""
     saved = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -177,7 +196,7 @@ def _preserving_state(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, buffer)  # the forward may have replaced the buffer
 
 
-def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bool):
+def _gradients(layers: dict[str, FeedbackLayer], evaluate: Callable[[], Tensor], observe: bool):
     """The weight gradients of one pass and, if ``observe``, the projection angle of each layer."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -194,16 +213,13 @@ def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bo
 
     hooks = [layer.register_forward_hook(remember(name)) for name, layer in layers.items()] if observe else []
     try:
-        input, target = batch
-        value = loss(model(input), target)
+        value = evaluate()
     finally:
         for hook in hooks:
             hook.remove()
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise TypeError(f"loss returned {describe(value)}, expected a tensor of one number")
     weights = [layer.weight for layer in layers.values()]
     outputs = [output for made in calls.values() for _, output in made]
-    grads = iter(_grad(value, weights + outputs))
+    grads = iter(gradients_of(value, weights + outputs))
     weight_grads = [next(grads) for _ in weights]
     projections = {
         name: _projection_angle(layers[name], [(x, next(grads)) for x, _ in made]) for name, made in calls.items()
@@ -211,7 +227,7 @@ def _gradients(model, layers: dict[str, FeedbackLayer], batch, loss, observe: bo
     return weight_grads, projections
 
 
-def _grad(value: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def gradients_of(value: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """Gradients of ``value``; zero for tensors that are frozen or that it does not depend on."""
     live = [t for t in tensors if t.requires_grad]
     grads = iter(torch.autograd.grad(value, live, allow_unused=True) if live else ())

@@ -34,8 +34,8 @@ class Monitor:
     Args:
         model: a model with feedback layers.
         every: number of steps between readings. The first reading is made immediately, at step 0.
-        batch, loss: as for :func:`pyfeedback.alignment`, for the projection and gradient angles. A reading then costs
-            two training steps more.
+        batch, loss: as for :func:`pyfeedback.alignment`, for the projection and gradient angles; a loss alone runs the
+            model itself. A reading then costs two training steps more.
         writer: gets each reading as well, under names such as ``angle/conv1``: a SummaryWriter of TensorBoard or
             another object with ``add_scalar(name, value, step)``, or a run of W&B or another object with
             ``log(values, step=step)``.

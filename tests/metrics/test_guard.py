@@ -264,6 +264,18 @@ def test_infinities_and_nans(value, caplog):
     assert guard.NOT_FINITE.format(count=100, optimizer="SGD") in caplog.messages[1]
 
 
+def test_a_diverging_weight_under_a_rule_without_units(caplog):
+    """B follows W there, so the rule has nothing to reduce."""
+    model = pyfeedback.convert(perceptron(4, 8, 4), {"0": pyfeedback.rule("sa", tau=5), "2": "fa"})
+    optimizer = pyfeedback.optim.SGD(model, lr=0.01)
+    train(model, optimizer, 9)
+    with torch.no_grad():
+        model[0].weight[0, 1] = float("inf")
+    train(model, optimizer, 1)
+    assert caplog.messages == [f"0: {guard.NOT_FINITE_WITHOUT_UNITS.format(count=10, optimizer='SGD')}"]
+    assert "reduce the learning rate of W" in caplog.messages[0]
+
+
 def test_the_first_five_of_many_layers_are_named(caplog):
     model = perceptron(*[4] * 8)
     optimizer = sgd(model)
