@@ -199,14 +199,18 @@ def layer(
     if torch._C._is_any_autocast_enabled() and autograd.autocasts(input.device.type):
         input, weight, feedback, bias = _cast(input, weight, feedback, bias)
     check_layer(geometry, input, weight, feedback, bias)
-    eager = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if not weight.numel():  # there is no feedback
+        return geometry.fprop(input, weight, bias)
+    # torch.jit.trace records only ops, not a Function.
+    by_op = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    eager = not by_op and not torch._C._are_functorch_transforms_active()
     if eager and not feedback.requires_grad:
         output = autograd.forward_with_feedback(geometry, input, weight, feedback, bias)
         if output is not None:
             return output
     if torch._C._are_functorch_transforms_active():
         return autograd.TransformableLayer.apply(input, weight, feedback, bias, geometry, rule, current_backend())
-    if torch.compiler.is_compiling():
+    if by_op:
         ops, tensors, options = torch.ops.pyfeedback, (input, weight, feedback, bias), rule._asdict()
         if not isinstance(geometry, Convolution):
             return ops.fa_linear.default(*tensors, **options)

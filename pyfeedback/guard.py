@@ -51,6 +51,10 @@ LATE = (
     "B reads a W that the other optimizer has already updated: step FeedbackSGD before the optimizer of W, or use "
     "pyfeedback.optim.follow"
 )
+SINGLE = (
+    "B only decays: its rule subtracts the mean over the samples of the batch, and there is one. Use larger batches, "
+    "or a rule that reads no batch, such as ia-probes"
+)
 NOT_FINITE = (
     "B has infinities or nans after {count} steps of {optimizer}: the rule diverges. Reduce its coefficients or B's "
     "learning rate, or use a rule without units, such as ia-probes"
@@ -146,7 +150,7 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
     attached = {layer: versions for layer, versions in steps.versions.items() if layer in attached_layers}
     for layer, (weight_before, feedback_before) in attached.items():
         feedback, rule, name = layer.feedback, layer.rule, _name(layer)
-        if feedback is None or not rule.learns or layer.paused:
+        if feedback is None or not feedback.numel() or not rule.learns or layer.paused:
             continue
         weight_version, feedback_version = _versions(layer)
         if not layer.called and weight_version != weight_before:
@@ -165,6 +169,8 @@ def _problems(optimizer: Optimizer, steps: Steps) -> dict[str, list[str]]:
                 problem = SCALED
             elif decay and not is_tied(rule):
                 problem = DECAYED.format(decay=decay, optimizer=type(optimizer).__name__)
+        if problem is None and layer.has_single_sample and rule.reads_data and rule.center:
+            problem = SINGLE
         if problem is None and is_tied(rule) and not rule.tau and not rule.expansion:
             weight_decay = groups.get(id(weight_parameters(layer)[0]), {}).get("weight_decay")
             if weight_decay is not None and abs(weight_decay - rule.decay) > 1e-3 * rule.decay:

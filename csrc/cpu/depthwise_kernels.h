@@ -64,6 +64,7 @@ class DepthwiseStrip {
     Arena arena(memory);
     taps_ = arena.allocate<Tap<T>>(std::max(layer_.I, layer_.J) * layer_.R * layer_.S);
     columns_ = arena.allocate<KernelColumn>(layer_.S);
+    unread_ = arena.allocate<int64_t>(layer_.W);
     shared_ = arena.used();
     const auto ring = [&](bool needed, int64_t channels, int64_t rows, int64_t left, int64_t right) {
       const int64_t columns = needed ? left + right : 0;
@@ -90,6 +91,7 @@ class DepthwiseStrip {
   // Adds to the sums of each block: [weight, data][J, I, R, S, lanes], then [J, lanes] of the bias.
   void run(int64_t first, int64_t last, double* sums) {
     load_weights();
+    find_unread_columns();
     for (int64_t n = first; n < last; ++n) {
       run_sample(n, n < layer_.samples && rule_.reads_data());
       const int64_t size = (2 * weights_ + layer_.J) * kLanes;
@@ -125,6 +127,19 @@ class DepthwiseStrip {
     }
   }
 
+  // Columns of the input that no window reads. Their values must not meet the zeros around the response, which would
+  // turn an infinity into a nan.
+  void find_unread_columns() {
+    for (int64_t w = 0; w < layer_.W; ++w) {
+      bool is_read = false;
+      for (int64_t s = 0; s < layer_.S && !is_read; ++s) {
+        const int64_t column = w + layer_.padding[1] - layer_.dilation[1] * s;
+        is_read = column >= 0 && column % layer_.stride[1] == 0 && column / layer_.stride[1] < layer_.Q;
+      }
+      if (!is_read) unread_[unread_count_++] = w;
+    }
+  }
+
   // An input row is complete as soon as the last output row that reads it is loaded.
   void run_sample(int64_t n, bool learns) {
     int64_t loaded = 0, complete = 0;
@@ -145,10 +160,13 @@ class DepthwiseStrip {
       for (int64_t b = 0; b < blocks_; ++b) {
         Vector* x = x_.row(i, h) + b * step_;
         load_row<Scalar>(row<const Scalar>(layer_.input, n, b, i, layer_.I, h), x, layer_.W, lanes(b));
-        if (!learns || !layer_.mean.data) continue;
+        if (!learns) continue;
         Vector* centered = centered_.row(i, h) + b * step_;
-        load_row<T>(row<const T>(layer_.mean, 0, b, i, layer_.I, h), centered, layer_.W, lanes(b));
-        for (int64_t w = 0; w < layer_.W; ++w) centered[w] = x[w] - centered[w];
+        if (layer_.mean.data) {
+          load_row<T>(row<const T>(layer_.mean, 0, b, i, layer_.I, h), centered, layer_.W, lanes(b));
+          for (int64_t w = 0; w < layer_.W; ++w) centered[w] = x[w] - centered[w];
+        }
+        for (int64_t k = 0; k < unread_count_; ++k) centered[unread_[k]] = Vector{};
       }
     }
   }
@@ -296,6 +314,8 @@ class DepthwiseStrip {
   // Shared by all blocks.
   Tap<T>* taps_;
   KernelColumn* columns_;  // sorted by `first`
+  int64_t* unread_;        // the columns of the input that no window reads
+  int64_t unread_count_ = 0;
   int64_t shared_;         // bytes of both
 };
 

@@ -148,7 +148,7 @@ class Linear(NamedTuple):
 
     def wgrad(self, x: Tensor, y: Tensor, kernel: Tensor) -> Tensor:
         """y'x"""
-        return torch.mm(y.reshape(-1, y.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+        return torch.mm(y.flatten(0, -2).t(), x.flatten(0, -2))
 
     def gram(self, x: Tensor) -> Tensor:
         """x'x"""
@@ -159,7 +159,7 @@ class Linear(NamedTuple):
         return (
             self.dgrad(grad_output, kernel, x) if mask[0] else None,
             self.wgrad(x, grad_output, kernel) if mask[1] else None,
-            grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if mask[2] else None,
+            grad_output.flatten(0, -2).sum(0) if mask[2] else None,
         )
 
     def skips_positions(self, kernel: Shape) -> bool:

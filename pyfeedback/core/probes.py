@@ -111,6 +111,8 @@ def count_probes(
         orthogonal: whether the probes of consecutive estimates are orthogonal.
         has_sparse: whether the rule compares the responses of B and W, as aa does.
     """
+    if not inputs:
+        return ProbeCount(0, 0, 0.0)
     share = min(1.0, every * step_size)  # of the way to an estimate
     if has_sparse:
         return _count_compared(probes, inputs, share, orthogonal)

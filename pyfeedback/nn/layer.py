@@ -45,6 +45,7 @@ class FeedbackLayer(torch.nn.Module):
     # Of a layer that reads probes: the geometry, input and weight of a pass, and so its cost.
     last_call: tuple[Geometry, torch.Size, torch.Size] | None = None
     has_optimizer = False  # whether an optimizer of pyfeedback.optim was built for the feedback weight
+    has_single_sample = False  # whether a centered rule had a single sample in the last pass, so that it read zeros
     paused = False  # whether the optimizers leave the feedback weight as it is, for an Alternation
     full_name = ""  # in the model that was converted, for messages
     drawn_version = 0  # the version counter of the feedback weight before its first step
@@ -55,7 +56,7 @@ class FeedbackLayer(torch.nn.Module):
         """Give the layer a rule and a new feedback weight with the dtype, device and layout of ``weight``."""
         vars(self)["rule"], self.feedback_init = as_rule(rule), as_init(init)
         self.scheduled = self.unscheduled = self.direct = None
-        self.called = self.has_optimizer = self.paused = False
+        self.called = self.has_optimizer = self.has_single_sample = self.paused = False
         self.last_call, self.full_name, self.drawn_version = None, "", 0
         feedback, mixing, weight = None, None, self.weight
         if self.rule.expansion:
@@ -86,7 +87,8 @@ class FeedbackLayer(torch.nn.Module):
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
-        del self.called, self.has_optimizer, self.paused, self.last_call, self.full_name, self.drawn_version
+        del self.called, self.has_optimizer, self.has_single_sample, self.paused
+        del self.last_call, self.full_name, self.drawn_version
         attached_layers.pop(self, None)
 
     def __setstate__(self, state: dict) -> None:  # of a copy
@@ -102,7 +104,7 @@ class FeedbackLayer(torch.nn.Module):
             return
         init.draw(feedback, self.weight, init_fn)
         if self.mixing is not None:
-            std = self.mixing.shape[1] ** -0.5
+            std = max(1, self.mixing.shape[1]) ** -0.5
             init.of_layer("mixing").draw(self.mixing, self.mixing, lambda mixing: mixing.normal_(0.0, std))
         if self.rule.signs in ("uniform", "batch"):
             with torch.no_grad():
@@ -156,6 +158,9 @@ class FeedbackLayer(torch.nn.Module):
         rule, scheduled = self.rule, self.scheduled
         if rule.needs_optimizer and not torch.compiler.is_compiling():
             object.__setattr__(self, "last_call", (geometry, input.shape, weight.shape))
+        if rule.center and not torch.compiler.is_compiling():
+            batch = input.shape[0]
+            object.__setattr__(self, "has_single_sample", (rule.samples_of(batch) or batch) == 1)
         coefficients = rule.fixed
         if scheduled is not None and (steps > 1 or not torch.compiler.is_compiling()):
             scheduled = None
@@ -190,6 +195,8 @@ class FeedbackLayer(torch.nn.Module):
             assert self.mixing is not None
             return functional.mix(self.mixing, feedback, rule.decay)
         magnitudes: Tensor = feedback
+        if random and rule.signs == "batch" and torch._C._get_tracing_state() is not None:
+            raise RuntimeError("a layer follows brsf, expected another rule: torch.jit.trace compares two passes")
         if random and rule.signs == "batch" and torch.is_grad_enabled():
             magnitudes = feedback * torch.randn_like(feedback)
         return torch.copysign(magnitudes, self.weight.detach())
@@ -200,7 +207,7 @@ class FeedbackLayer(torch.nn.Module):
         The inputs are in the order of ``weight`` in memory: by channel, or in channels_last by position.
         """
         groups = getattr(self, "groups", 1)
-        return kernel.reshape(groups, kernel.shape[0] // groups, -1)
+        return kernel.reshape(groups, kernel.shape[0] // groups, math.prod(kernel.shape[1:]))
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
         """Undo :meth:`as_matrices`."""
@@ -216,11 +223,15 @@ class FeedbackLayer(torch.nn.Module):
     def factor_gradient(self, grad: Tensor) -> Tensor:
         """Compute the gradient of a feedback weight that is a factor (pfa) from the gradient of the product."""
         assert self.mixing is not None
-        return (self.mixing.t() @ grad.flatten(1)).view(-1, *self.weight.shape[1:])
+        return (self.mixing.t() @ grad.flatten(1)).view(self.mixing.shape[1], *self.weight.shape[1:])
 
     def detach_input(self, input: Tensor) -> Tensor:
         """Detach the input if the error comes directly from the model's output (dfa)."""
-        return input if self.direct is None else self.direct.detach(input)
+        if self.direct is None:
+            return input
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError("a layer follows dfa, expected another rule: torch.jit.trace records no hook of a model")
+        return self.direct.detach(input)
 
     def reset_parameters(self) -> None:
         """Draw weight, bias and feedback again."""

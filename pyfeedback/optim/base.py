@@ -228,7 +228,7 @@ class RowOptimizer(torch.optim.Optimizer):
         for group in {id(places[b][0]): places[b][0] for b in counting}.values():
             group["feedback_step"] = group.get("feedback_step", -1) + 1
         for index, (b, layer) in enumerate(self._layers.items()):
-            if layer.rule.reads_probes and b in places and b not in uncalled and not layer.paused:
+            if layer.rule.reads_probes and b in places and b not in uncalled and not layer.paused and b.numel():
                 step = places[b][0]["feedback_step"]
                 if step % layer.rule.every_at(step) == 0:
                     due[b] = (layer, self._names[b], (step, index))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import RULES, gradients, largest_error
 from labeled_models import Labeled, in_order, rows_of
+from lightning_modules import classifier
 from small_networks import classification, normalized_convnet
 from torch import nn
 from torch.nn import functional as F
@@ -344,19 +345,7 @@ def assert_same(found, expected):
 
 
 def lightning_module(lightning, rule):
-    class Classifier(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.network = network(rule)
-
-        def training_step(self, batch, index):
-            x, target = batch
-            return F.cross_entropy(self.network(x), target)
-
-        def configure_optimizers(self):
-            return optimizer_of(self)
-
-    return Classifier()
+    return classifier(lightning, network(rule), optimizer_of)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

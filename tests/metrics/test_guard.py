@@ -223,6 +223,18 @@ def test_gradients_cleared_before_the_step(caplog):
     assert caplog.messages == [f"0, 2: {guard.NO_GRADIENT}"]
 
 
+@pytest.mark.parametrize("rule", ["ia", "wm", "oja"])
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_centered_rule_with_one_sample(rule, samples, caplog):
+    model = pyfeedback.convert(perceptron(4, 8, 4), pyfeedback.rule(rule, samples=samples))
+    optimizer = pyfeedback.optim.SGD(model, lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(3 if samples else 1, 4)).square().sum().backward()
+        optimizer.step()
+    assert caplog.messages == [f"0, 2: {guard.SINGLE}"]
+
+
 @pytest.mark.parametrize(("rule", "why"), [("ia-probes", "reads probes"), ("kp", "makes W and B decay")])
 def test_a_rule_that_needs_our_optimizer(rule, why, caplog):
     model = pyfeedback.convert(perceptron(4, 8, 4), pyfeedback.rule(rule, tau=20.0))
