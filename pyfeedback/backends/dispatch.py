@@ -84,8 +84,8 @@ _LAYERS = {  # the implementations of each kind of layer
 _NO_TERMS = Coefficients()
 
 _default = "auto"  # set by set_backend
-_innermost: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
-_open_blocks: list[str] = []  # set by the open blocks of all threads
+innermost: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
+open_blocks: list[str] = []  # set by the open blocks of all threads
 
 
 @cache
@@ -154,7 +154,7 @@ def plan(
     """
     device_type = "cpu" if input.is_cpu else input.device.type  # creating the string takes 5 microseconds
     # current_backend(), inlined: a Python call less for each layer.
-    backend = backend or _innermost.get() or (current_backend() if _open_blocks else _default)
+    backend = backend or innermost.get() or (current_backend() if open_blocks else _default)
     algorithm, reads_response = Algorithm.NONE, False
     if mask[2] and input.shape[0]:
         try:
@@ -292,10 +292,10 @@ def _candidate(name: str, device_type: str, backend: str) -> Candidate:
 
 def current_backend() -> str:
     """The backend in use: that of the innermost ``backend`` block, else that of ``set_backend``, else "auto"."""
-    name = _innermost.get()
+    name = innermost.get()
     if name is not None:
         return name
-    return _default if not _open_blocks else _of_this_thread()
+    return _default if not open_blocks else _of_this_thread()
 
 
 def _of_this_thread() -> str:
@@ -305,7 +305,7 @@ def _of_this_thread() -> str:
     Its forward pass is not known, so the block that was entered last decides.
     """
     foreign = isinstance(threading.current_thread(), threading._DummyThread)
-    return next(iter(_open_blocks[-1:]), _default) if foreign else _default
+    return next(iter(open_blocks[-1:]), _default) if foreign else _default
 
 
 def set_backend(name: str) -> None:
@@ -324,6 +324,7 @@ def set_backend(name: str) -> None:
     _candidates.cache_clear()
     _candidate.cache_clear()
     is_plain.cache_clear()
+    choices.decide_again()
 
 
 @contextmanager
@@ -336,22 +337,23 @@ def backend(name: str) -> Iterator[None]:
     Raises the same errors as :func:`set_backend`.
     """
     name = _available_backend(name, 4)
-    _open_blocks.append(name)
+    open_blocks.append(name)
+    choices.decide_again()
     try:
         with use_backend(name):
             yield
     finally:
-        _open_blocks.remove(name)
+        open_blocks.remove(name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Use the backend of the forward pass, without the checks of :func:`backend`, in a backward pass."""
-    token = _innermost.set(name)
+    token = innermost.set(name)
     try:
         yield
     finally:
-        _innermost.reset(token)
+        innermost.reset(token)
 
 
 def _available_backend(name: str, stacklevel: int) -> str:

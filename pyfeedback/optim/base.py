@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyfeedback import functional
 from pyfeedback.core.probes import ProbeCount
-from pyfeedback.core.step_checks import PLAIN
+from pyfeedback.core.tensors import PLAIN
 from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled

@@ -115,7 +115,7 @@ def test_blocks_nest_and_close_when_something_is_raised():
     with pytest.raises(ValueError, match="backend is 'cudnn'"), pyfeedback.backend("cudnn"):
         pass
     assert pyfeedback.current_backend() == "auto"
-    assert dispatch._open_blocks == []
+    assert dispatch.open_blocks == []
 
 
 def test_a_thread_that_python_did_not_start_uses_the_open_block():
