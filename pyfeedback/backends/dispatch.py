@@ -2,7 +2,8 @@
 
 "composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
-"im2col" is that of "composite" with weight gradients as matrix products.
+"im2col" is that of "composite" with weight gradients as matrix products, and "dense" one call of the compiled library,
+for small layers.
 Under "auto", a layer that :func:`pyfeedback.tune` has measured on this device uses what was fastest (`choices.py`).
 Every other op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
 faster than those after it. On a GPU, all layers are composed, and so are the gradients of rules that read probes.
@@ -24,7 +25,7 @@ from torch import Tensor
 from pyfeedback.backends import choices, triton
 from pyfeedback.backends.choices import Choice, tables
 from pyfeedback.backends.composite import alignment, center, im2col, layer, probes, steps
-from pyfeedback.backends.extension import depthwise, loading, ops
+from pyfeedback.backends.extension import dense, depthwise, loading, ops
 from pyfeedback.core.algorithm import Algorithm, algorithms, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
@@ -45,11 +46,13 @@ class LayerBackend(NamedTuple):
     implemented: frozenset[str]  # coefficients
     supports: Callable[..., bool] | None = None  # (geometry, input, weight, rule, algorithm); None: all layers
     reads_response: Callable[[Coefficients, str], bool] | None = None  # (rule, device type); None: as the algorithm
+    needs_terms: bool = False  # whether it supports only layers with data terms
 
 
 _LAYER_BACKENDS = {
     "composite": LayerBackend(layer.backward, layer.IMPLEMENTED),
     "im2col": LayerBackend(im2col.backward, layer.IMPLEMENTED, im2col.supports),
+    "dense": LayerBackend(dense.backward, dense.IMPLEMENTED, dense.supports, dense.reads_response, needs_terms=True),
     "extension": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
     "depthwise": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.is_faster, depthwise.reads_response),
 }
@@ -76,10 +79,11 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
 _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
     **{(op, "cpu"): ("extension", "composite") for op in _IMPLEMENTATIONS},
     ("grouped layer", "cpu"): ("depthwise", "composite"),
+    ("layer", "cpu"): ("dense", "composite"),
 }
 _LAYERS = {  # the implementations of each kind of layer
     "grouped layer": ("composite", "extension", "depthwise"),
-    "layer": ("composite", "im2col", "triton", "triton-unfused"),
+    "layer": ("composite", "dense", "im2col", "triton", "triton-unfused"),
 }
 
 _NO_TERMS = Coefficients()
@@ -252,7 +256,8 @@ def _kind(geometry: Geometry) -> str:
 @lru_cache(maxsize=4096)
 def is_plain(geometry: Geometry, weight: Shape, device_type: str, backend: str) -> bool:
     """Whether the gradients of input and weight are those of PyTorch's own layer, with B in place of W."""
-    preferred, *_ = _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1)
+    candidates = _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1)
+    preferred = next(candidate for candidate in candidates if not candidate.backend.needs_terms)
     return preferred.backend is _LAYER_BACKENDS["composite"] and not geometry.skips_positions(weight)
 
 
@@ -392,7 +397,8 @@ def _choose(op: str, device_type: str, backend: str) -> str:
 
 
 def _is_available(name: str, op: str, device_type: str) -> bool:
-    if name in ("extension", "depthwise"):
+    if name in ("extension", "depthwise", "dense"):
+        op = "dense_backward" if name == "dense" else op
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
         return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::extension_{op}", key)
     if name == "triton" and op == "probe_gradients":
