@@ -38,8 +38,8 @@ FeatureMap map_of(const View& view) {
 View checked_view(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size, Dtype dtype,
                   const Tensor& like) {
   const View view = read_view(tensor.get(), name);
-  STD_TORCH_CHECK(image_of(view.shape).size == size, name,
-                  " has the wrong shape; expected (", size[0], ", ", size[1], ", ", size[2], ", ", size[3], ")");
+  STD_TORCH_CHECK(image_of(view.shape).size == size, name, " has the wrong shape; expected (", size[0], ", ", size[1],
+                  ", ", size[2], ", ", size[3], ")");
   STD_TORCH_CHECK(view.dtype == dtype && view.device == device_of(like.get()), name,
                   " has the wrong dtype or device; expected those of input, or float32 for the mean of a 16-bit input");
   return view;

@@ -12,8 +12,8 @@
 namespace pyfeedback::cpu {
 namespace {
 
-// out[rows, columns] += a[rows, inner] b[inner, columns]. The rounding error of a sum grows with the size and the number
-// of the blocks that it is divided into, not with the number of its terms.
+// out[rows, columns] += a[rows, inner] b[inner, columns]. The rounding error of a sum grows with the size and the
+// number of the blocks that it is divided into, not with the number of its terms.
 template <typename T>
 void multiply(const T* a, int64_t rows, int64_t inner, const T* b, int64_t columns, T* out, T* scratch) {
   constexpr int64_t kBlock = 64;
@@ -251,18 +251,17 @@ class DenseBackward {
   const DepthwiseLayer& layer_;
   const DepthwiseRule<T> rule_;
   const int64_t rows_, columns_, weights_;
-  T *image_, *folded_;        // [N, H, W, I]
-  T *windows_, *products_;    // [N * P * Q, R * S * I]
-  T *output_, *transposed_;   // [N * P * Q, J], and the transpose
+  T *image_, *folded_;                                      // [N, H, W, I]
+  T *windows_, *products_;                                  // [N * P * Q, R * S * I]
+  T *output_, *transposed_;                                 // [N * P * Q, J], and the transpose
   T *weight_, *feedback_, *kernel_, *grad_weight_, *data_;  // [J, R, S, I]
-  T* columns_first_;  // the transpose of a kernel
-  T* scratch_;        // a row of a product
+  T* columns_first_;                                        // the transpose of a kernel
+  T* scratch_;                                              // a row of a product
   int64_t bytes_;
 };
 
 int64_t dense_bytes(const DepthwiseLayer& layer) {
-  return visit_dtype(layer.dtype,
-                     [&](auto scalar) { return DenseBackward<decltype(scalar)>(layer, nullptr).bytes(); });
+  return visit_dtype(layer.dtype, [&](auto scalar) { return DenseBackward<decltype(scalar)>(layer, nullptr).bytes(); });
 }
 
 void dense(const DepthwiseLayer& layer, bool center, void* memory) {

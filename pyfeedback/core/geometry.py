@@ -138,7 +138,9 @@ class Linear(NamedTuple):
         """The sizes that determine the cost; 0 ``samples`` are the whole batch."""
         return Sizes((samples or x[0]) * math.prod(x[1:-1]), kernel[1], kernel[0])
 
-    fprop = staticmethod(F.linear)  # (x, kernel, bias=None): x kernel' + bias
+    def fprop(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x kernel' + bias"""
+        return F.linear(x, kernel, bias)
 
     def dgrad(self, y: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
         """y kernel"""

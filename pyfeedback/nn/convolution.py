@@ -1,7 +1,7 @@
 """Convolutions and transposed convolutions with a feedback path, in one to three dimensions."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
 
 class _Conv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
+        padding: Any = self.padding
         geometry = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
         if not torch.compiler.is_dynamo_compiling() and (recalled := self.recalled) is not None:
             output = recalled.repeat(self, geometry, input) if self.padding_mode == "zeros" else None

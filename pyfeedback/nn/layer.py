@@ -127,7 +127,8 @@ class FeedbackLayer(torch.nn.Module):
 
     def run_and_recall(self, geometry: Geometry, input: Tensor, feedback: Tensor) -> Tensor:
         """:meth:`run` with the layer's own weight and bias, to be repeated if the next call is like it."""
-        output = self.run(geometry, input, self.weight, feedback, self.bias)
+        bias: Any = self.bias
+        output = self.run(geometry, input, self.weight, feedback, bias)
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "recalled", functional.Recalled.of(self, geometry, input, output))
         return output

@@ -118,7 +118,7 @@ def read_feedback(node: Any, attribute: str, is_transposed: bool, feedback: Tens
 class EagerLayer(torch.autograd.Function):
     """A layer called outside of torch.func and torch.compile.
 
-    The optional last argument is the plan of an earlier call, for a layer whose response may be its output without bias.
+    The optional last argument is the plan of an earlier call, if that did not depend on the values of the output.
     """
 
     @staticmethod

@@ -6,16 +6,19 @@ autocast, torch.func, inference) and on the few facts of :meth:`Recalled.repeat`
 path, which checks everything.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from pyfeedback.backends.dispatch import choices, innermost, open_blocks, plan, tables
 from pyfeedback.core.call import LayerCall
-from pyfeedback.core.geometry import Geometry
+from pyfeedback.core.coefficients import Coefficients
+from pyfeedback.core.geometry import Convolution, Geometry
 from pyfeedback.core.response import is_costly
 from pyfeedback.core.tensors import PLAIN
 from pyfeedback.ops.autograd import EagerLayer, keeps_plain, read_feedback, saved_weight, with_feedback
@@ -29,7 +32,22 @@ _NO_BIAS = torch.empty(0)  # TensorGuards compares tensors only, and no tensor t
 class Recalled:
     """The last call of a layer of :mod:`pyfeedback.nn` in eager mode, with its own weights, and how it was computed."""
 
-    __slots__ = ("_call", "_coefficients", "_generation", "_geometry", "_same_tensors", "_saved_weight")
+    __slots__ = ("_call", "_coefficients", "_fprop", "_generation", "_geometry", "_same_tensors", "_saved_weight")
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        geometry: Geometry,
+        coefficients: Coefficients,
+        call: LayerCall | None,
+        saved: tuple[str, bool] | None,
+    ):
+        self._same_tensors = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        self._geometry, self._coefficients = geometry, coefficients
+        self._fprop = geometry.fprop if isinstance(geometry, Convolution) else F.linear  # a Python call less
+        self._call = call  # None if PyTorch's own backward is used, with B in place of W
+        self._saved_weight = saved  # the attribute of its node
+        self._generation = choices.generation
 
     def __reduce__(self):
         """A copy of a layer recalls nothing."""
@@ -46,6 +64,7 @@ class Recalled:
             or rule.expansion
             or any(layer._parameters.get(name) is not t for name, t in (("weight", weight), ("bias", bias)))
             or not PLAIN.issuperset(map(type, tensors))
+            or any(isinstance(numbers, list) for numbers in geometry)  # may change in place
             or input.dim() < weight.dim()
             or tables[input.device]
             or open_blocks
@@ -62,12 +81,8 @@ class Recalled:
             call = plan(geometry, input, weight, rule.fixed, mask, bias is None)
         elif not keeps_plain(geometry, input, weight, feedback, bias):
             return None
-        found = cls()
-        found._same_tensors = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        found._geometry, found._coefficients, found._call = geometry, rule.fixed, call
-        found._saved_weight = saved_weight(output.grad_fn) if input.requires_grad else None
-        found._generation = choices.generation
-        return found
+        saved = saved_weight(output.grad_fn) if input.requires_grad else None
+        return cls(tensors, geometry, rule.fixed, call, saved)
 
     def repeat(self, layer: Any, geometry: Geometry, input: Tensor) -> Tensor | None:
         """The output of the layer for another input; None if the call differs from this one in more than values."""
@@ -75,7 +90,7 @@ class Recalled:
         weight, feedback, bias = parameters.get("weight"), parameters.get("feedback"), parameters.get("bias")
         if not (
             self._same_tensors(input, weight, feedback, _NO_BIAS if bias is None else bias)
-            and (geometry is self._geometry or geometry == self._geometry)
+            and (geometry is self._geometry or all(map(is_, geometry, self._geometry)))  # 1.0 equals 1, but is refused
             and self._generation == choices.generation
             and innermost.get() is None
             and not _function_mode_is_enabled()
@@ -85,7 +100,7 @@ class Recalled:
             return None
         if self._call is not None and torch.is_grad_enabled():
             return EagerLayer.apply(input, weight, feedback, bias, geometry, self._coefficients, self._call)
-        output = geometry.fprop(input, weight, bias)
+        output = self._fprop(input, weight, bias)
         node = output.grad_fn
         if node is None:
             return output

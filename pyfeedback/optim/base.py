@@ -63,7 +63,7 @@ class RowOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _prepare(self, columns: Columns, *options) -> Callable[[list[Tensor], float], None] | None:
-        """`_update` as a function of the gradients and the learning rate, the first option; None if it is not faster."""
+        """`_update` as a function of gradients and learning rate, the first option; None if that is not faster."""
         return None
 
     def _update_by_torch(self, columns: Columns, *options) -> None:
@@ -104,16 +104,16 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler, like grad_scale
-        if found_inf is None or not found_inf:
-            if self._replay is None or not self._replay.repeat(self):
-                calls = list(self._calls())
-                for by_torch, options, columns in calls:
-                    if columns.step_size[0] is not None:
-                        self._relax(columns, *options)
-                    else:
-                        (self._update_by_torch if by_torch else self._update)(columns, *options)
-                if self._can_replay:
-                    self._replay = Replay.of(self, calls)
+        skipped = found_inf is not None and found_inf
+        if not skipped and (self._replay is None or not self._replay.repeat(self)):
+            calls = list(self._calls())
+            for by_torch, options, columns in calls:
+                if columns.step_size[0] is not None:
+                    self._relax(columns, *options)
+                else:
+                    (self._update_by_torch if by_torch else self._update)(columns, *options)
+            if self._can_replay:
+                self._replay = Replay.of(self, calls)
         return loss
 
     def time_constants(self) -> dict[str, float]:

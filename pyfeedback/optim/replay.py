@@ -82,7 +82,7 @@ class Replay:
         for p in self._without_gradient:
             if p.grad is not None:
                 return False
-        grads = []
+        grads: list[list[Any]] = []
         for columns, sources in zip(self._columns, self._sources, strict=True):
             read = zip(columns.grad, sources, strict=True)
             grads.append([kept if source is None else source.grad for kept, source in read])
@@ -90,12 +90,12 @@ class Replay:
                 if grad is None or grad.is_sparse:
                     return False
         is_same_backend = current_backend() == self._backend
-        for i, grad in enumerate(grads):
-            current, prepared = options[self._groups[i]], self._prepared[i] if is_same_backend else None
+        for i, current in enumerate(options[group] for group in self._groups):
+            prepared = self._prepared[i] if is_same_backend else None
             if prepared is not None and _differs_in_rate_only(current, self._options[i]):
-                prepared(grad, current[0])
+                prepared(grads[i], current[0])
             else:
-                optimizer._update(self._columns[i]._replace(grad=tuple(grad)), *current)
+                optimizer._update(self._columns[i]._replace(grad=tuple(grads[i])), *current)
         return True
 
 

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from pyfeedback.backends.extension.depthwise import IMPLEMENTED as IMPLEMENTED
-from pyfeedback.backends.extension.depthwise import KERNEL_ORDER
 from pyfeedback.core.algorithm import Algorithm, pass_macs
 from pyfeedback.core.call import Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution, Geometry
 from pyfeedback.core.tensors import match_strides
 
-# Multiply-adds of a pass up to which the kernel, which has one thread, was measured to be faster than PyTorch's kernels.
+# Multiply-adds of a pass up to which the kernel, on one thread, was measured to be faster than PyTorch's kernels.
 MOST_MACS, MOST_MACS_LINEAR = 2**17, 2**16
 
 _backward = torch.ops.pyfeedback.extension_dense_backward.default
@@ -44,11 +43,11 @@ def backward(
     """The gradients of a layer that :func:`supports` accepts."""
     geometry, rule, mask = call.geometry, call.rule, call.mask
     window = geometry[:3] if isinstance(geometry, Convolution) else ((1, 1), (0, 0), (1, 1))
-    decay, amp, null, sparse, self_, tie, center, samples, _ = rule
+    *coefficients, center, samples, _ = rule  # in the order of KERNEL_ORDER of depthwise.py
     need_input, need_weight, need_feedback, need_bias = mask
     grad_input, grad_weight, grad_feedback, grad_bias = _backward(
         grad_output, input, weight.contiguous(), feedback.contiguous(), *window,
-        [decay, amp, null, sparse, self_, tie], center, samples or input.shape[0], *mask,
+        coefficients, center, samples or input.shape[0], *mask,
     )  # fmt: skip
     return (
         grad_input if need_input else None,
