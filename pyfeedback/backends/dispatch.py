@@ -32,7 +32,6 @@ from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
 from pyfeedback.core.deprecation import warn_renamed
 from pyfeedback.core.geometry import LINEAR, Geometry, Shape
 from pyfeedback.core.probes import ProbeProblem
-from pyfeedback.core.step_options import StepOptions
 from pyfeedback.core.values import check_choice
 
 BACKENDS = ("auto", "composite", "extension", "triton", "triton-unfused")
@@ -102,14 +101,6 @@ def implementation(op: str, device_type: str, backend: str) -> Callable:
 def current_implementation(op: str, device_type: str) -> Callable:
     """The implementation of ``op`` on a device of this type, for the current backend."""
     return implementation(op, device_type, current_backend())
-
-
-def prepare_feedback_step(device_type: str, coefficients: dict, options: StepOptions) -> Callable[..., None]:
-    """The op feedback_step_ with numbers that were checked, as a function of the tensors and the learning rate."""
-    step = current_implementation("feedback_step_", device_type)
-    if step is ops.feedback_step_:
-        return ops.prepare_feedback_step(coefficients, options)
-    return lambda *tensors_and_lr: step(*tensors_and_lr[:-1], coefficients, options._replace(lr=tensors_and_lr[-1]))
 
 
 def probe_gradients(problems: Sequence[ProbeProblem], seed: int, step: int) -> list[Tensor]:

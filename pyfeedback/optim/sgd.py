@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from pyfeedback import functional
-from pyfeedback.backends.dispatch import prepare_feedback_step
+from pyfeedback.backends.dispatch import current_implementation
 from pyfeedback.core.step_options import StepOptions
 from pyfeedback.core.values import check_flag
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, listed, local
@@ -116,12 +116,13 @@ class FeedbackSGD(RowOptimizer):
 
     def _prepare(self, columns: Columns, *options) -> Callable[[list[Tensor], float], None] | None:
         lr, momentum, nesterov, noise, skip_nonfinite = options
-        if noise or isinstance(lr, Tensor):
-            return None
         param, weight, _, decay, self_, tie, *_ = columns
+        prepare = getattr(current_implementation("feedback_step_", param[0].device.type), "prepare", None)
+        if prepare is None or noise or isinstance(lr, Tensor):
+            return None
         coefficients = {"decay": decay, "self_": self_, "tie": tie}
         given = StepOptions(float(lr), momentum, nesterov, skip_nonfinite=skip_nonfinite)
-        step = prepare_feedback_step(param[0].device.type, coefficients, given)
+        step = prepare(coefficients, given)
 
         def update(grad: list[Tensor], lr: float) -> None:
             step(param, weight, grad, [self._buffer(p) for p in param] if momentum else [], lr)

@@ -78,6 +78,9 @@ def prepare_feedback_step(coefficients: dict, options: StepOptions) -> Callable[
     return step
 
 
+setattr(feedback_step_, "prepare", prepare_feedback_step)  # noqa: B010  # for those that call it again and again
+
+
 def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
     """See :func:`pyfeedback.backends.composite.steps.adamw_step_`, which also implements amsgrad and other devices."""
     if max_exp_avg_sq or param[0].device.type != "cpu":
