@@ -92,6 +92,21 @@ DepthwiseGradients depthwise_backward(const Tensor& grad_output, const Tensor& i
 
 // For CPUs only: there is no CUDA kernel.
 template <typename Backend>
+DepthwiseGradients dense_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                  const Tensor& feedback, const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                  const std::vector<double>& coefficients, bool center, int64_t samples,
+                                  bool need_input, bool need_weight, bool need_feedback, bool need_bias) {
+  const std::array<bool, 4> mask = {need_input, need_weight, need_feedback, need_bias};
+  const std::optional<Tensor> none;
+  const DepthwisePlan plan = plan_depthwise({grad_output, input, weight, feedback, none, none, none, stride, padding,
+                                             dilation, 1, coefficients, samples, mask});
+  Backend(device_of(input.get())).dense_backward(plan.layer, center);
+  return plan.gradients;
+}
+
+// For CPUs only: there is no CUDA kernel.
+template <typename Backend>
 std::tuple<Tensor, Tensor> probe_gradients(const Tensor& weight, const Tensor& feedback, const Tensor& signs,
                                            const Tensor& rows, const Tensor& paley,
                                            const std::vector<double>& coefficients, bool need_response) {

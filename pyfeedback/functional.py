@@ -18,6 +18,7 @@ from pyfeedback.core.coefficients import Coefficients, from_keywords
 from pyfeedback.core.geometry import LINEAR, Convolution, Geometry, to_arguments
 from pyfeedback.core.layer_checks import check_coefficients, check_layer, check_lengths
 from pyfeedback.ops import autograd, library
+from pyfeedback.ops.recalled import Recalled as Recalled
 
 
 def fa_conv2d(

@@ -9,8 +9,28 @@ namespace pyfeedback {
 
 namespace {
 
+// The sizes and strides [N, channels, rows, columns] of an activation or a kernel. Those of a linear layer, [N, C] or
+// [N, positions, C], have one row.
+struct Image {
+  std::array<int64_t, 4> size, stride;
+};
+
+Image image_of(const Shape& shape) {
+  const int64_t *size = shape.size, *stride = shape.stride;
+  switch (shape.dims) {
+    case 4:
+      return {{size[0], size[1], size[2], size[3]}, {stride[0], stride[1], stride[2], stride[3]}};
+    case 3:
+      return {{size[0], size[2], 1, size[1]}, {stride[0], stride[2], 0, stride[1]}};
+    case 2:
+      return {{size[0], size[1], 1, 1}, {stride[0], stride[1], 0, 0}};
+    default:
+      STD_TORCH_CHECK(false, "a tensor has ", shape.dims, " dimensions; expected 2 to 4");
+  }
+}
+
 FeatureMap map_of(const View& view) {
-  const int64_t* stride = view.shape.stride;
+  const auto stride = image_of(view.shape).stride;
   return {view.data, stride[0], stride[1], stride[2], stride[3]};
 }
 
@@ -18,8 +38,8 @@ FeatureMap map_of(const View& view) {
 View checked_view(const Tensor& tensor, const char* name, const std::array<int64_t, 4>& size, Dtype dtype,
                   const Tensor& like) {
   const View view = read_view(tensor.get(), name);
-  STD_TORCH_CHECK(view.shape.dims == 4 && std::equal(size.begin(), size.end(), view.shape.size), name,
-                  " has the wrong shape; expected (", size[0], ", ", size[1], ", ", size[2], ", ", size[3], ")");
+  STD_TORCH_CHECK(image_of(view.shape).size == size, name, " has the wrong shape; expected (", size[0], ", ", size[1],
+                  ", ", size[2], ", ", size[3], ")");
   STD_TORCH_CHECK(view.dtype == dtype && view.device == device_of(like.get()), name,
                   " has the wrong dtype or device; expected those of input, or float32 for the mean of a 16-bit input");
   return view;
@@ -31,9 +51,10 @@ DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments) {
   const auto& [grad_output, input, weight, feedback, mean, response, response_mean, stride, padding, dilation, groups,
                coefficients, samples, mask] = arguments;
   const View x_view = read_view(input.get(), "input");
-  const Shape &x = x_view.shape, w = shape_of(weight.get());
-  STD_TORCH_CHECK(x.dims == 4 && w.dims == 4, "input and weight have ", x.dims, " and ", w.dims,
-                  " dimensions; expected 4");
+  const Shape &x_shape = x_view.shape, w_shape = shape_of(weight.get());
+  STD_TORCH_CHECK(w_shape.dims == (x_shape.dims == 4 ? 4 : 2), "input and weight have ", x_shape.dims, " and ",
+                  w_shape.dims, " dimensions; expected 4, or 2 or 3 and 2");
+  const Image x = image_of(x_shape), w = image_of(w_shape);
   STD_TORCH_CHECK(groups > 0 && x.size[1] == groups * w.size[1] && w.size[0] % groups == 0, "groups is ", groups,
                   "; expected a divisor of the channels that fits weight");
   STD_TORCH_CHECK(coefficients.size() == 6, "coefficients has ", coefficients.size(), " values; expected 6");
@@ -59,8 +80,8 @@ DepthwisePlan plan_depthwise(const DepthwiseArguments& arguments) {
   const View dy = checked_view(grad_output, "grad_output", out_size, layer.dtype, input);
   const View weight_view = checked_view(weight, "weight", kernel_size, layer.dtype, input);
   const View feedback_view = checked_view(feedback, "feedback", kernel_size, layer.dtype, input);
-  STD_TORCH_CHECK(w.contiguous && feedback_view.shape.contiguous, "weight or feedback is not contiguous");
-  STD_TORCH_CHECK(is_dense(4, x.size, x.stride), "input is not dense");
+  STD_TORCH_CHECK(w_shape.contiguous && feedback_view.shape.contiguous, "weight or feedback is not contiguous");
+  STD_TORCH_CHECK(is_dense(x_shape.dims, x_shape.size, x_shape.stride), "input is not dense");
   layer.input = map_of(x_view);
   layer.grad_output = map_of(dy);
   layer.weight = weight_view.data;

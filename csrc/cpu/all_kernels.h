@@ -3,6 +3,7 @@
 
 #include "alignment_kernels.h"
 #include "center_kernels.h"
+#include "dense_kernels.h"
 #include "depthwise_kernels.h"
 #include "kernels.h"
 #include "probes_kernels.h"
@@ -20,6 +21,8 @@ constexpr Kernels kKernels = {step<FeedbackRow, FeedbackOptions>,
                               depthwise_bytes,
                               depthwise,
                               depthwise_finish,
+                              dense_bytes,
+                              dense,
                               probe_gradients};
 
 }  // namespace

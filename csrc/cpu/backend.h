@@ -21,6 +21,7 @@ class Backend {
   void center(const CenterOperands& operands) const;
   void add_centered(const CenterOperands& operands, double beta, double alpha) const;
   void depthwise_backward(const DepthwiseLayer& layer) const;
+  void dense_backward(const DepthwiseLayer& layer, bool center) const;
   void probe_gradients(const ProbeOperands& operands) const;
 };
 

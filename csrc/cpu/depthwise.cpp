@@ -1,4 +1,5 @@
-// Divides the depthwise backward among threads; the kernels are in depthwise_kernels.h.
+// Divides the depthwise backward among threads, and gives memory to that of a small layer without groups; the kernels
+// are in depthwise_kernels.h and dense_kernels.h.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -50,6 +51,11 @@ void Backend::depthwise_backward(const DepthwiseLayer& layer) const {
       kernel.depthwise_finish(layer, block, &sums[block * size], chunks, blocks * size);
     }
   });
+}
+
+void Backend::dense_backward(const DepthwiseLayer& layer, bool center) const {
+  const std::unique_ptr<char[]> memory(new char[kernels().dense_bytes(layer)]);
+  kernels().dense(layer, center, memory.get());
 }
 
 }  // namespace pyfeedback::cpu

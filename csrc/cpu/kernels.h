@@ -47,6 +47,10 @@ struct Kernels {
   // The gradients of the weights of one block, from the sums of its chunks, which are `step` apart.
   void (*depthwise_finish)(const DepthwiseLayer& layer, int64_t block, const double* sums, int64_t chunks,
                            int64_t step);
+  // The bytes of scratch memory that `dense` needs.
+  int64_t (*dense_bytes)(const DepthwiseLayer& layer);
+  // All gradients of a layer without groups.
+  void (*dense)(const DepthwiseLayer& layer, bool center, void* memory);
   // The gradients of outputs begin .. end - 1. The memory has 2 size + order^2 + probes elements.
   void (*probe_gradients)(const ProbeOperands& operands, int64_t begin, int64_t end, void* memory);
 };

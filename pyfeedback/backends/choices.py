@@ -214,6 +214,7 @@ class _Tables(dict[torch.device, Table]):
 
 tables = _Tables()
 _found: dict[tuple, Choice | None] = {}
+generation = 0  # changes with everything that decides how a layer is computed, besides the layer itself
 
 
 def mode() -> str:
@@ -223,8 +224,15 @@ def mode() -> str:
     return found
 
 
+def decide_again() -> None:
+    """Let every layer decide again how it is computed."""
+    global generation
+    generation += 1
+
+
 def forget() -> None:
     """Read the files again when they are next needed."""
+    decide_again()
     tables.clear()
     _found.clear()
 

@@ -2,7 +2,8 @@
 
 "composite" composes PyTorch's own kernels and is always available. "extension" is the compiled library (csrc). "triton"
 is the backward of a layer by the Triton kernels, and "triton-unfused" the same without one-pass and joint launches.
-"im2col" is that of "composite" with weight gradients as matrix products.
+"im2col" is that of "composite" with weight gradients as matrix products, and "dense" one call of the compiled library,
+for small layers.
 Under "auto", a layer that :func:`pyfeedback.tune` has measured on this device uses what was fastest (`choices.py`).
 Every other op uses the first available implementation in its row of `_FASTEST`. On a CPU, each was measured to be
 faster than those after it. On a GPU, all layers are composed, and so are the gradients of rules that read probes.
@@ -24,7 +25,7 @@ from torch import Tensor
 from pyfeedback.backends import choices, triton
 from pyfeedback.backends.choices import Choice, tables
 from pyfeedback.backends.composite import alignment, center, im2col, layer, probes, steps
-from pyfeedback.backends.extension import depthwise, loading, ops
+from pyfeedback.backends.extension import dense, depthwise, loading, ops
 from pyfeedback.core.algorithm import Algorithm, algorithms, choose_algorithm, needs_response
 from pyfeedback.core.call import Gradients, Implementations, LayerCall, Mask
 from pyfeedback.core.coefficients import COEFFICIENTS, Coefficients
@@ -44,11 +45,13 @@ class LayerBackend(NamedTuple):
     implemented: frozenset[str]  # coefficients
     supports: Callable[..., bool] | None = None  # (geometry, input, weight, rule, algorithm); None: all layers
     reads_response: Callable[[Coefficients, str], bool] | None = None  # (rule, device type); None: as the algorithm
+    needs_terms: bool = False  # whether it supports only layers with data terms
 
 
 _LAYER_BACKENDS = {
     "composite": LayerBackend(layer.backward, layer.IMPLEMENTED),
     "im2col": LayerBackend(im2col.backward, layer.IMPLEMENTED, im2col.supports),
+    "dense": LayerBackend(dense.backward, dense.IMPLEMENTED, dense.supports, dense.reads_response, needs_terms=True),
     "extension": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.supports, depthwise.reads_response),
     "depthwise": LayerBackend(depthwise.backward, depthwise.IMPLEMENTED, depthwise.is_faster, depthwise.reads_response),
 }
@@ -75,17 +78,18 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
 _FASTEST: dict[tuple[str, str], tuple[str, ...]] = {
     **{(op, "cpu"): ("extension", "composite") for op in _IMPLEMENTATIONS},
     ("grouped layer", "cpu"): ("depthwise", "composite"),
+    ("layer", "cpu"): ("dense", "composite"),
 }
 _LAYERS = {  # the implementations of each kind of layer
     "grouped layer": ("composite", "extension", "depthwise"),
-    "layer": ("composite", "im2col", "triton", "triton-unfused"),
+    "layer": ("composite", "dense", "im2col", "triton", "triton-unfused"),
 }
 
 _NO_TERMS = Coefficients()
 
 _default = "auto"  # set by set_backend
-_innermost: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
-_open_blocks: list[str] = []  # set by the open blocks of all threads
+innermost: ContextVar[str | None] = ContextVar("pyfeedback_backend", default=None)  # set by the innermost block
+open_blocks: list[str] = []  # set by the open blocks of all threads
 
 
 @cache
@@ -154,7 +158,7 @@ def plan(
     """
     device_type = "cpu" if input.is_cpu else input.device.type  # creating the string takes 5 microseconds
     # current_backend(), inlined: a Python call less for each layer.
-    backend = backend or _innermost.get() or (current_backend() if _open_blocks else _default)
+    backend = backend or innermost.get() or (current_backend() if open_blocks else _default)
     algorithm, reads_response = Algorithm.NONE, False
     if mask[2] and input.shape[0]:
         try:
@@ -243,7 +247,8 @@ def _kind(geometry: Geometry) -> str:
 @lru_cache(maxsize=4096)
 def is_plain(geometry: Geometry, weight: Shape, device_type: str, backend: str) -> bool:
     """Whether the gradients of input and weight are those of PyTorch's own layer, with B in place of W."""
-    preferred, *_ = _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1)
+    candidates = _candidates(device_type, backend, geometry is not LINEAR and geometry.groups > 1)
+    preferred = next(candidate for candidate in candidates if not candidate.backend.needs_terms)
     return preferred.backend is _LAYER_BACKENDS["composite"] and not geometry.skips_positions(weight)
 
 
@@ -292,10 +297,10 @@ def _candidate(name: str, device_type: str, backend: str) -> Candidate:
 
 def current_backend() -> str:
     """The backend in use: that of the innermost ``backend`` block, else that of ``set_backend``, else "auto"."""
-    name = _innermost.get()
+    name = innermost.get()
     if name is not None:
         return name
-    return _default if not _open_blocks else _of_this_thread()
+    return _default if not open_blocks else _of_this_thread()
 
 
 def _of_this_thread() -> str:
@@ -305,7 +310,7 @@ def _of_this_thread() -> str:
     Its forward pass is not known, so the block that was entered last decides.
     """
     foreign = isinstance(threading.current_thread(), threading._DummyThread)
-    return next(iter(_open_blocks[-1:]), _default) if foreign else _default
+    return next(iter(open_blocks[-1:]), _default) if foreign else _default
 
 
 def set_backend(name: str) -> None:
@@ -324,6 +329,7 @@ def set_backend(name: str) -> None:
     _candidates.cache_clear()
     _candidate.cache_clear()
     is_plain.cache_clear()
+    choices.decide_again()
 
 
 @contextmanager
@@ -336,22 +342,23 @@ def backend(name: str) -> Iterator[None]:
     Raises the same errors as :func:`set_backend`.
     """
     name = _available_backend(name, 4)
-    _open_blocks.append(name)
+    open_blocks.append(name)
+    choices.decide_again()
     try:
         with use_backend(name):
             yield
     finally:
-        _open_blocks.remove(name)
+        open_blocks.remove(name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Use the backend of the forward pass, without the checks of :func:`backend`, in a backward pass."""
-    token = _innermost.set(name)
+    token = innermost.set(name)
     try:
         yield
     finally:
-        _innermost.reset(token)
+        innermost.reset(token)
 
 
 def _available_backend(name: str, stacklevel: int) -> str:
@@ -381,7 +388,8 @@ def _choose(op: str, device_type: str, backend: str) -> str:
 
 
 def _is_available(name: str, op: str, device_type: str) -> bool:
-    if name in ("extension", "depthwise"):
+    if name in ("extension", "depthwise", "dense"):
+        op = "dense_backward" if name == "dense" else op
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
         return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfeedback::extension_{op}", key)
     if name == "triton" and op == "probe_gradients":

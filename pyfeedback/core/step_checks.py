@@ -18,13 +18,12 @@ from torch import Tensor, UntypedStorage
 
 from pyfeedback.core import overlap
 from pyfeedback.core.step_options import StepOptions
-from pyfeedback.core.tensors import DTYPES
+from pyfeedback.core.tensors import DTYPES, PLAIN
 from pyfeedback.core.values import describe
 
 Tensors = Sequence[Tensor]
 Rows = Sequence[Any]  # tensors, or None for a row without that operand
 
-PLAIN = {Tensor, torch.nn.Parameter}
 _DTYPES, _STRIDED = set(DTYPES), {torch.strided}
 _facts = attrgetter("shape", "dtype", "device", "layout")
 _nbytes, _requires_grad = attrgetter("nbytes"), attrgetter("requires_grad")

@@ -6,6 +6,7 @@ from torch import Tensor
 # Whether oneDNN computes products of bfloat16 on this processor.
 CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types that are no subclass with a behavior of its own
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -83,7 +83,7 @@ class MultiheadAttention(FeedbackLayer, torch.nn.MultiheadAttention):
         if not isinstance(query, Tensor):
             options = {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
             return traced_call(self, (query, key, value, key_padding_mask, need_weights, attn_mask), options)
-        self.enter()
+        self.called = True
         sizes = masks.check_inputs(query, key, value, self.embed_dim, self.batch_first)
         detached = {id(t): self.detach_input(t) for t in (query, key, value)}
         query, key, value = (detached[id(t)] for t in (query, key, value))

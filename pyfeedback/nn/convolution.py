@@ -1,7 +1,7 @@
 """Convolutions and transposed convolutions with a feedback path, in one to three dimensions."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,17 +39,22 @@ class _ConvNd(FeedbackLayer, torch.nn.modules.conv._ConvNd):
 
 class _Conv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
+        padding: Any = self.padding
+        geometry = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
+        if not torch.compiler.is_dynamo_compiling() and (recalled := self.recalled) is not None:
+            output = recalled.repeat(self, geometry, input) if self.padding_mode == "zeros" else None
+            if output is not None:
+                return output
         if not isinstance(input, Tensor):
             return traced_call(self, (input,), {})
         feedback = self.enter()
         if feedback is None:
             return super().forward(self.detach_input(input))
-        padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
             check_padded(input, self.weight)
             input, padding = _pad(input, self.padding_mode, self._reversed_padding_repeated_twice)
-        geometry = Convolution(self.stride, padding, self.dilation, False, self.output_padding, self.groups)
-        return self.run(geometry, input, self.weight, feedback, self.bias)
+            return self.run(geometry._replace(padding=padding), input, self.weight, feedback, self.bias)
+        return self.run_and_recall(geometry, input, feedback)
 
 
 class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
@@ -70,7 +75,7 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
         sizes = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
         extra = self._output_padding(input, output_size, *sizes)  # type: ignore[arg-type]
         geometry = Convolution(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
-        return self.run(geometry, input, self.weight, feedback, self.bias)
+        return self.run_and_recall(geometry, input, feedback)
 
 
 class Conv2d(_Conv, torch.nn.Conv2d):

@@ -44,6 +44,7 @@ class FeedbackLayer(torch.nn.Module):
     called = False  # True from the first forward pass on that uses the layer
     # Of a layer that reads probes: the geometry, input and weight of a pass, and so its cost.
     last_call: tuple[Geometry, torch.Size, torch.Size] | None = None
+    recalled: functional.Recalled | None = None  # the last call in eager mode
     has_optimizer = False  # whether an optimizer of pyfeedback.optim was built for the feedback weight
     has_single_sample = False  # whether a centered rule had a single sample in the last pass, so that it read zeros
     paused = False  # whether the optimizers leave the feedback weight as it is, for an Alternation
@@ -55,7 +56,7 @@ class FeedbackLayer(torch.nn.Module):
     def attach_feedback(self, rule: str | Rule, init: Init | Callable[[Tensor], object] | None = None) -> None:
         """Give the layer a rule and a new feedback weight with the dtype, device and layout of ``weight``."""
         vars(self)["rule"], self.feedback_init = as_rule(rule), as_init(init)
-        self.scheduled = self.unscheduled = self.direct = None
+        self.scheduled = self.unscheduled = self.direct = self.recalled = None
         self.called = self.has_optimizer = self.has_single_sample = self.paused = False
         self.last_call, self.full_name, self.drawn_version = None, "", 0
         feedback, mixing, weight = None, None, self.weight
@@ -72,6 +73,8 @@ class FeedbackLayer(torch.nn.Module):
         self.reset_feedback()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("rule", "called"):
+            vars(self)["recalled"] = None
         if name == "rule":
             value, old = as_rule(value), self.rule
             if _kind(value) != _kind(old):
@@ -87,7 +90,7 @@ class FeedbackLayer(torch.nn.Module):
     def detach_feedback(self) -> None:
         """Undo :meth:`attach_feedback`."""
         del self.feedback, self.mixing, self.rule, self.feedback_init, self.scheduled, self.unscheduled, self.direct
-        del self.called, self.has_optimizer, self.has_single_sample, self.paused
+        del self.called, self.has_optimizer, self.has_single_sample, self.paused, self.recalled
         del self.last_call, self.full_name, self.drawn_version
         attached_layers.pop(self, None)
 
@@ -122,6 +125,14 @@ class FeedbackLayer(torch.nn.Module):
             return self.effective_feedback()
         rule = self.rule  # the first lines of effective_feedback, inlined to save most layers a call
         return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
+
+    def run_and_recall(self, geometry: Geometry, input: Tensor, feedback: Tensor) -> Tensor:
+        """:meth:`run` with the layer's own weight and bias, to be repeated if the next call is like it."""
+        bias: Any = self.bias
+        output = self.run(geometry, input, self.weight, feedback, bias)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "recalled", functional.Recalled.of(self, geometry, input, output))
+        return output
 
     def enter_by_use(self, computed: Tensor | None) -> None:
         """Begin a product of a forward that reads the weight, or has ``computed`` another one from it."""

@@ -15,7 +15,7 @@ the forward pass. Double backward is not supported.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from pyfeedback.core.call import DIFFERENTIATED_ONCE, Gradients, LayerCall
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Geometry
 from pyfeedback.core.response import exceeds_bias, is_costly
+from pyfeedback.core.tensors import PLAIN
 from pyfeedback.ops.schemas import LIBRARY
 
 
@@ -46,35 +47,13 @@ def refuse_double_backward() -> None:
         raise RuntimeError(DIFFERENTIATED_ONCE)
 
 
-class _InPlaceOfWeight(NamedTuple):
-    """The feedback weight that a node of PyTorch's own backward uses instead of the weight that it saved."""
-
-    feedback: Tensor
-    version: int
-    is_transposed: bool
-
-    def unpack(self, nothing: None) -> Tensor:
-        """Return the feedback weight, unless it was changed after the forward pass."""
-        if torch.is_grad_enabled():
-            refuse_double_backward()
-        feedback = self.feedback
-        if feedback._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
-                f"feedback weight {list(feedback.shape)} is at version {feedback._version}, expected {self.version}"
-            )
-        return feedback.t() if self.is_transposed else feedback
-
-
-# The attribute of each node that holds the saved weight, and whether it is the transpose.
 _SAVED_WEIGHT = {
     "ConvolutionBackward0": ("_raw_saved_weight", False),
     "AddmmBackward0": ("_raw_saved_mat2", True),
     "MmBackward0": ("_raw_saved_mat2", True),
 }
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0")  # of the output of a linear layer with more than two dimensions
-_NOTHING: dict[Tensor, None] = {}  # its get returns None for any tensor, faster than a Python function
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_pack = ().__contains__  # returns False for any tensor, faster than a Python function
 
 
 def forward_with_feedback(
@@ -82,43 +61,81 @@ def forward_with_feedback(
 ) -> Tensor | None:
     """The output of a layer whose feedback needs no gradient, with PyTorch's own backward; None if not possible."""
     if (
-        not is_plain(geometry, weight.shape, "cpu" if input.is_cpu else input.device.type, current_backend())
-        or (tables[input.device] and not stays_plain(geometry, input, weight, bias))
-        or not _PLAIN.issuperset((type(input), type(weight), type(feedback)))
-        or not ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
+        not keeps_plain(geometry, input, weight, feedback, bias)
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         or forward_ad._current_level >= 0
     ):
         return None
-    output = geometry.fprop(input, weight, bias)
+    return with_feedback(geometry.fprop(input, weight, bias), input, feedback)
+
+
+def keeps_plain(geometry: Geometry, input: Tensor, weight: Tensor, feedback: Tensor, bias: Tensor | None) -> bool:
+    """Whether PyTorch's own backward is correct and the fastest for such a layer, with B in place of W."""
+    return (
+        is_plain(geometry, weight.shape, "cpu" if input.is_cpu else input.device.type, current_backend())
+        and (not tables[input.device] or stays_plain(geometry, input, weight, bias))
+        and PLAIN.issuperset((type(input), type(weight), type(feedback)))
+        and ((input.is_contiguous() and weight.is_contiguous()) or _are_channels_last(input, weight))
+    )
+
+
+def with_feedback(output: Tensor, input: Tensor, feedback: Tensor) -> Tensor | None:
+    """The output of PyTorch's own layer, whose backward will read B in place of W; None if its node is not known."""
     node = output.grad_fn
-    if node is None:
+    if node is None or not input.requires_grad:
         return output
     if node.name() in _VIEWS:
         node = node.next_functions[0][0]
-    if node is None or node.name() not in _SAVED_WEIGHT:
+    saved = saved_weight(node)
+    if saved is None:
         return None
-    if input.requires_grad:
-        attribute, is_transposed = _SAVED_WEIGHT[node.name()]
-        replaced = _InPlaceOfWeight(feedback, feedback._version, is_transposed)
-        getattr(node, attribute).register_hooks(_NOTHING.get, replaced.unpack)
+    read_feedback(node, *saved, feedback)
     return output
 
 
+def saved_weight(node: Any) -> tuple[str, bool] | None:
+    """The attribute of a node that holds the saved weight, and whether it is the transpose; None if not known."""
+    return None if node is None else _SAVED_WEIGHT.get(node.name())
+
+
+def read_feedback(node: Any, attribute: str, is_transposed: bool, feedback: Tensor) -> None:
+    """Let the backward of a node read B in place of the weight that it saved, unless B is changed before."""
+    version = feedback._version
+
+    def unpack(packed: object) -> Tensor:
+        if torch.is_grad_enabled():
+            refuse_double_backward()
+        if feedback._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                f"feedback weight {list(feedback.shape)} is at version {feedback._version}, expected {version}"
+            )
+        return feedback.t() if is_transposed else feedback
+
+    getattr(node, attribute).register_hooks(_pack, unpack)
+
+
 class EagerLayer(torch.autograd.Function):
-    """A layer called outside of torch.func and torch.compile."""
+    """A layer called outside of torch.func and torch.compile.
+
+    The optional last argument is the plan of an earlier call, if that did not depend on the values of the output.
+    """
 
     @staticmethod
-    def forward(ctx, input, weight, feedback, bias, geometry: Geometry, rule: Coefficients):
+    def forward(
+        ctx, input, weight, feedback, bias, geometry: Geometry, rule: Coefficients, recalled: LayerCall | None = None
+    ):
         output = geometry.fprop(input, weight, bias)
         if output._is_view():
             output = output.data  # like not_a_view, which takes 3 microseconds
-        mask = ctx.needs_input_grad[:4]
-        saves = bias is None or (rule.center and is_costly(geometry, output, input, weight, rule.samples))
-        call = plan(geometry, input, weight, rule, mask, saves)
-        if saves and call.reads_response and bias is not None:
-            saves = exceeds_bias(output[: rule.samples or None], bias, geometry.channel)
-            call = call if saves else plan(geometry, input, weight, rule, mask, False)
+        call, saves = recalled, bias is None
+        if call is None:
+            mask = ctx.needs_input_grad[:4]
+            saves = saves or (rule.center and is_costly(geometry, output, input, weight, rule.samples))
+            call = plan(geometry, input, weight, rule, mask, saves)
+            if saves and call.reads_response and bias is not None:
+                saves = exceeds_bias(output[: rule.samples or None], bias, geometry.channel)
+                call = call if saves else plan(geometry, input, weight, rule, mask, False)
         ctx.call = call
         response = ctx.kept = None
         if call.reads_response and saves:
@@ -138,7 +155,7 @@ class EagerLayer(torch.autograd.Function):
             ctx.kept = None  # autograd frees what it has saved after a backward pass
             if response._version == version:  # if not, it is computed again, as in a second pass
                 saved = (*saved[:3], response)
-        return *gradients(ctx.call, grad_output, saved), None, None
+        return *gradients(ctx.call, grad_output, saved), None, None, None
 
 
 class TransformableLayer(torch.autograd.Function):

@@ -44,6 +44,12 @@ _DEPTHWISE = (
     "bool need_input, bool need_weight, bool need_feedback, bool need_bias"
 )
 
+_DENSE = (
+    "Tensor grad_output, Tensor input, Tensor weight, Tensor feedback, int[2] stride, int[2] padding, int[2] dilation, "
+    "float[] coefficients, bool center, int samples, bool need_input, bool need_weight, bool need_feedback, "
+    "bool need_bias"
+)
+
 SCHEMAS = {
     "fa_conv2d": f"({_LAYER}=None, {_WINDOW}, *, {_RULE}) -> Tensor",
     "fa_convolution": f"({_LAYER}, {_GEOMETRY}, *, {_RULE}) -> Tensor",
@@ -55,6 +61,7 @@ SCHEMAS = {
     "scheduled_layer_backward": f"({_SAVED}, Tensor coefficients, {_GEOMETRY}, *, {_SCHEDULED}, {_MASK}) -> {_GRADS}",
     "feedback_step_": f"({_STEP}) -> ()",
     "extension_adamw_step_": f"({_ADAMW}) -> ()",
+    "extension_dense_backward": f"({_DENSE}) -> {_GRADS}",
     "extension_depthwise_backward": f"({_DEPTHWISE}) -> {_GRADS}",
     "extension_feedback_step_": f"({_STEP}) -> ()",
     "extension_alignment_products": "(Tensor[] feedback, Tensor[] weight) -> Tensor",

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyfeedback import functional
 from pyfeedback.core.probes import ProbeCount
-from pyfeedback.core.step_checks import PLAIN
+from pyfeedback.core.tensors import PLAIN
 from pyfeedback.core.values import check_int, describe
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.nn.layer import warn_of_uncalled
@@ -62,6 +62,10 @@ class RowOptimizer(torch.optim.Optimizer):
         """Update the rows of one call."""
         raise NotImplementedError
 
+    def _prepare(self, columns: Columns, *options) -> Callable[[list[Tensor], float], None] | None:
+        """`_update` as a function of gradients and learning rate, the first option; None if that is not faster."""
+        return None
+
     def _update_by_torch(self, columns: Columns, *options) -> None:
         """`_update` for complex parameters and sparse gradients."""
         raise NotImplementedError
@@ -100,16 +104,16 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler, like grad_scale
-        if found_inf is None or not found_inf:
-            calls = None if self._replay is None else self._replay.calls(self)
-            examined = list(self._calls()) if calls is None else None
-            for by_torch, options, columns in calls or examined or ():
+        skipped = found_inf is not None and found_inf
+        if not skipped and (self._replay is None or not self._replay.repeat(self)):
+            calls = list(self._calls())
+            for by_torch, options, columns in calls:
                 if columns.step_size[0] is not None:
                     self._relax(columns, *options)
                 else:
                     (self._update_by_torch if by_torch else self._update)(columns, *options)
-            if examined is not None and self._can_replay:
-                self._replay = Replay.of(self, examined)
+            if self._can_replay:
+                self._replay = Replay.of(self, calls)
         return loss
 
     def time_constants(self) -> dict[str, float]:

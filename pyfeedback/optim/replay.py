@@ -4,12 +4,16 @@ Rules, weights and options rarely change between steps, but gradients always do.
 gradients and compares everything else on which the calls depend. If anything differs, the step examines all parameters.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyfeedback.backends.dispatch import current_backend
+from pyfeedback.core.tensors import PLAIN
 from pyfeedback.nn import FeedbackLayer
 from pyfeedback.optim.rows import Columns, has_hooks, is_computed
 
@@ -30,7 +34,9 @@ class Replay:
         group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._groups = [group_of[columns.param[0]] for columns in self._columns]
         self._layout = _layout(groups)
-        self._equal_options = _equal(optimizer, groups)
+        self._options = [options for _, options, _ in calls]
+        self._equal_options = _equal([optimizer._options(group) for group in groups])
+        self._backend, self._prepared = current_backend(), [_prepared(optimizer, call) for call in calls]
         self._layers = [_facts(b, layer) for b, layer in optimizer._layers.items()]
         updated = {p for columns in self._columns for p in columns.param}
         idle = [p for p in group_of if p not in updated]
@@ -61,26 +67,49 @@ class Replay:
         ]
         return cls(optimizer, calls, sources)
 
-    def calls(self, optimizer: Any) -> Iterator[Call] | None:
-        """The calls with the current gradients and options; None if they have to be found again."""
+    def repeat(self, optimizer: Any) -> bool:
+        """Make the calls with the current gradients and options; False, without any call, if they have to be found."""
         groups = optimizer.param_groups
+        options = [optimizer._options(group) for group in groups]
         if (
             torch.compiler.is_compiling()
             or getattr(optimizer, "found_inf", None) is not None
             or _layout(groups) != self._layout
-            or _equal(optimizer, groups) != self._equal_options
+            or _equal(options) != self._equal_options
             or not all(map(_is_unchanged, self._layers))
-            or any(p.grad is not None for p in self._without_gradient)
         ):
-            return None
-        found = []
-        for columns, sources, group in zip(self._columns, self._sources, self._groups, strict=True):
+            return False
+        for p in self._without_gradient:
+            if p.grad is not None:
+                return False
+        grads: list[list[Any]] = []
+        for columns, sources in zip(self._columns, self._sources, strict=True):
             read = zip(columns.grad, sources, strict=True)
-            grads = tuple(kept if source is None else source.grad for kept, source in read)
-            if any(grad is None or grad.is_sparse for grad in grads):
-                return None
-            found.append((False, optimizer._options(groups[group]), columns._replace(grad=grads)))  # type: ignore[arg-type]
-        return iter(found)
+            grads.append([kept if source is None else source.grad for kept, source in read])
+            for grad in grads[-1]:
+                if grad is None or grad.is_sparse:
+                    return False
+        is_same_backend = current_backend() == self._backend
+        for i, current in enumerate(options[group] for group in self._groups):
+            prepared = self._prepared[i] if is_same_backend else None
+            if prepared is not None and _differs_in_rate_only(current, self._options[i]):
+                prepared(grads[i], current[0])
+            else:
+                optimizer._update(self._columns[i]._replace(grad=tuple(grads[i])), *current)
+        return True
+
+
+def _prepared(optimizer: Any, call: Call) -> Callable[..., None] | None:
+    """The update of a call as a function of gradients and learning rate; None if more than these may change."""
+    _, options, columns = call
+    plain = PLAIN.issuperset(map(type, (*columns.param, *columns.weight, *columns.grad)))
+    return optimizer._prepare(columns, *options) if plain else None
+
+
+def _differs_in_rate_only(options: tuple, before: tuple) -> bool:
+    """Whether the options, of which the learning rate is the first, are those that were checked, and so is the rate."""
+    lr = options[0]
+    return type(lr) is float and 0.0 <= lr < math.inf and all(map(is_, options[1:], before[1:]))
 
 
 def _layout(groups: list[dict[str, Any]]) -> list[tuple]:
@@ -88,11 +117,12 @@ def _layout(groups: list[dict[str, Any]]) -> list[tuple]:
     return [(group.get("weight_decay"), group.get("noise"), *map(id, group["params"])) for group in groups]
 
 
-def _equal(optimizer: Any, groups: list[dict[str, Any]]) -> list[int] | None:
+def _equal(options: list[tuple]) -> list[int] | None:
     """Which groups have the same options, whatever these are; None if one is a tensor."""
-    options = [optimizer._options(group) for group in groups]
-    if any(isinstance(option, Tensor) for each in options for option in each):
-        return None
+    for each in options:
+        for option in each:
+            if isinstance(option, Tensor):
+                return None
     return [options.index(each) for each in options]
 
 

@@ -1,5 +1,6 @@
 """SGD for the feedback weights alone, to use with an optimizer of torch.optim, or for a whole model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from pyfeedback import functional
+from pyfeedback.backends.dispatch import current_implementation
+from pyfeedback.core.step_options import StepOptions
 from pyfeedback.core.values import check_flag
 from pyfeedback.optim.base import Params, RowOptimizer, check_option, feedback_of, forward_groups, listed, local
 from pyfeedback.optim.rows import Columns, Row, feedback_row, forward_row, is_tied
@@ -110,6 +113,21 @@ class FeedbackSGD(RowOptimizer):
             skip_nonfinite=skip_nonfinite, seed=int(torch.randint(2**62, ())) if noise and not on_device else 0,
             dynamic=_dynamic(lr, noise, param[0].device) if on_device else None,
         )  # fmt: skip
+
+    def _prepare(self, columns: Columns, *options) -> Callable[[list[Tensor], float], None] | None:
+        lr, momentum, nesterov, noise, skip_nonfinite = options
+        param, weight, _, decay, self_, tie, *_ = columns
+        prepare = getattr(current_implementation("feedback_step_", param[0].device.type), "prepare", None)
+        if prepare is None or noise or isinstance(lr, Tensor):
+            return None
+        coefficients = {"decay": decay, "self_": self_, "tie": tie}
+        given = StepOptions(float(lr), momentum, nesterov, skip_nonfinite=skip_nonfinite)
+        step = prepare(coefficients, given)
+
+        def update(grad: list[Tensor], lr: float) -> None:
+            step(param, weight, grad, [self._buffer(p) for p in param] if momentum else [], lr)
+
+        return update
 
     def _update_by_torch(self, columns: Columns, *options) -> None:
         rows = columns.rows()

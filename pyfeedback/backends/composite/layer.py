@@ -97,7 +97,7 @@ def _data_gradient(call: LayerCall, x: Tensor, y: Tensor | None, weight: Tensor,
     if call.rule.normalize:
         return normalized_gradient(call, x, y, weight, feedback)
     data, scale = _DATA_TERMS[call.algorithm](call, x, y, weight, feedback)
-    return data.to(acc_dtype(data.dtype)).mul_(scale / x.shape[0])
+    return (data.float() if data.itemsize == 2 else data).mul_(scale / x.shape[0])
 
 
 def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:

@@ -4,7 +4,7 @@ A kernel checks its tensors before it writes, in a fraction of the time that Pyt
 repeated in Python for an error of one line that names the argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,18 +49,36 @@ def add_centered_(self: Tensor, input: Tensor, beta: float, alpha: float) -> Non
 
 def feedback_step_(feedback, weight, grad, momentum_buffer, coefficients: dict, options: StepOptions) -> None:
     """See :func:`pyfeedback.functional.feedback_step_`."""
+    prepare_feedback_step(coefficients, options)(feedback, weight, grad, momentum_buffer, options.lr)
+
+
+def prepare_feedback_step(coefficients: dict, options: StepOptions) -> Callable[..., None]:
+    """:func:`feedback_step_` with these numbers, as a function of the tensors and the learning rate."""
     # To pass a tensor costs as much as to update a small one, and to pass a number a quarter of that.
-    factors = {name: _compact(values) for name, values in coefficients.items()}
-    read = weight if any(factors["self_"]) else [], grad if any(factors["tie"]) else []
-    buffers = momentum_buffer if options.momentum else []
-    try:
-        if not {len(weight), len(grad), len(momentum_buffer)} <= {0, len(feedback)}:
-            raise RuntimeError("lists differ in length")
-        _ops.extension_feedback_step_.default(feedback, *read, buffers, **factors, **options._asdict())
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        step_checks.check_step_tensors(feedback, weight, grad, momentum_buffer, coefficients, options)
-        raise step_checks.kernel_error(error) from None
-    torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not track these writes
+    decay, self_, tie = (_compact(values) for values in coefficients.values())
+    reads_weight, reads_grad, has_momentum = any(self_), any(tie), bool(options.momentum)
+    others = options._asdict()
+    del others["lr"]
+    op = _ops.extension_feedback_step_.default
+
+    def step(feedback, weight, grad, momentum_buffer, lr: float) -> None:
+        count, buffers = len(feedback), momentum_buffer if has_momentum else []
+        try:
+            if not {len(weight), len(grad), len(momentum_buffer)} <= {0, count}:
+                raise RuntimeError("lists differ in length")
+            read = weight if reads_weight else [], grad if reads_grad else []
+            op(feedback, *read, buffers, decay=decay, self_=self_, tie=tie, lr=lr, **others)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            step_checks.check_step_tensors(
+                feedback, weight, grad, momentum_buffer, coefficients, options._replace(lr=lr)
+            )
+            raise step_checks.kernel_error(error) from None
+        torch.autograd.graph.increment_version([*feedback, *buffers])  # PyTorch does not track these writes
+
+    return step
+
+
+setattr(feedback_step_, "prepare", prepare_feedback_step)  # noqa: B010  # for those that call it again and again
 
 
 def adamw_step_(param, weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq=(), *, step, **options) -> None:
