@@ -9,6 +9,7 @@ from cases import RULES, largest_error
 import pyfeedback
 from pyfeedback import functional, rule
 from pyfeedback.backends import dispatch
+from pyfeedback.backends.composite import layer
 from pyfeedback.core.algorithm import Algorithm, Sizes, choose_algorithm, needs_response
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import Convolution
@@ -104,3 +105,22 @@ def test_output_shape_is_torchs():
         geometry = Convolution((stride, 1), (padding, 0), (dilation, 1))
         x, w = torch.randn(2, 3, 9, 8), torch.randn(4, 3, kernel, 3)
         assert geometry.output_shape(x.shape, w.shape) == torch.conv2d(x, w, None, *geometry[:3]).shape
+
+
+@pytest.mark.parametrize("terms", [{"sparse": 0.3, "amp": 0.3}, {"sparse": 0.3, "amp": 0.2, "null": 0.1}])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_large_kernel_is_combined_in_blocks(terms, center, monkeypatch):
+    """The gradient is the same, with blocks of three of ten outputs."""
+    assert choose_algorithm(Sizes(2, 7, 10), Coefficients(**terms), True) is Algorithm.DIRECT
+    generator = torch.Generator().manual_seed(0)
+    x, weight, feedback = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((2, 1, 7), (10, 7), (10, 7))
+    )
+    feedback.requires_grad_()
+    found = []
+    for block in (layer.KERNEL_BLOCK, 25):
+        monkeypatch.setattr(layer, "KERNEL_BLOCK", block)
+        functional.fa_linear(x, weight, feedback, **terms, center=center).sum().backward()
+        found.append(feedback.grad)
+        feedback.grad = None
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)

@@ -21,8 +21,10 @@ from pyfeedback.backends.composite.centered_factors import (
 from pyfeedback.backends.composite.normalized import normalized_gradient
 from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.call import Gradients, LayerCall
+from pyfeedback.core.geometry import LINEAR
 from pyfeedback.core.tensors import CPU_HAS_BFLOAT16, acc_dtype, blend, match_strides
 
+KERNEL_BLOCK = 2**20  # elements
 IMPLEMENTED = frozenset({"decay", "amp", "null", "sparse", "self_", "tie", "normalize"})  # coefficients, options
 
 Scaled = tuple[Tensor, float]  # a product, and the factor to multiply it by
@@ -109,9 +111,9 @@ def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Ten
     rule, geometry = call.rule, call.geometry
     if rule.sparse:
         scale = max(abs(rule.sparse), abs(rule.amp))
-        kernel = blend(feedback, weight, rule.sparse / scale, rule.amp / scale).to(x.dtype)
         x = centered(x, call)
-        total = geometry.wgrad(x, geometry.fprop(x, kernel), weight)
+        response = _response_to_blend(call, x, weight, feedback, rule.sparse / scale, rule.amp / scale)
+        total = geometry.wgrad(x, response, weight)
         if rule.null:
             y = centered(y, call)
             total = total.add_(geometry.wgrad(geometry.dgrad(y, feedback, x), y, weight), alpha=rule.null / scale)
@@ -125,6 +127,20 @@ def _direct(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Ten
     if abs(rule.amp) <= abs(rule.null):
         return geometry.wgrad(combined(z, 1.0, x, -rule.amp / rule.null, call), y, weight), rule.null
     return geometry.wgrad(combined(z, -rule.null / rule.amp, x, 1.0, call), y, weight), -rule.amp
+
+
+def _response_to_blend(call: LayerCall, x: Tensor, weight: Tensor, feedback: Tensor, b: float, w: float) -> Tensor:
+    """conv(x, b B - w W), in blocks of outputs if the kernel of a linear layer is large.
+
+    On a CPU, a new tensor of the size of a large kernel costs more in page faults than in arithmetic.
+    """
+    geometry, outputs = call.geometry, weight.shape[0]
+    if geometry is not LINEAR or not x.is_cpu or weight.numel() <= KERNEL_BLOCK:
+        return geometry.fprop(x, blend(feedback, weight, b, w).to(x.dtype))
+    response, rows = x.new_empty(*x.shape[:-1], outputs), max(1, KERNEL_BLOCK // weight.shape[1])
+    for part in zip(*(t.split(rows) for t in (feedback, weight)), response.split(rows, -1), strict=True):
+        part[2].copy_(geometry.fprop(x, blend(*part[:2], b, w).to(x.dtype)))
+    return response
 
 
 def _input_gram(call: LayerCall, x: Tensor, y: Tensor, weight: Tensor, feedback: Tensor) -> Scaled:
