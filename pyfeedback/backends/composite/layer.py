@@ -138,8 +138,9 @@ def _response_to_blend(call: LayerCall, x: Tensor, weight: Tensor, feedback: Ten
     if geometry is not LINEAR or not x.is_cpu or weight.numel() <= KERNEL_BLOCK:
         return geometry.fprop(x, blend(feedback, weight, b, w).to(x.dtype))
     response, rows = x.new_empty(*x.shape[:-1], outputs), max(1, KERNEL_BLOCK // weight.shape[1])
-    for part in zip(*(t.split(rows) for t in (feedback, weight)), response.split(rows, -1), strict=True):
-        part[2].copy_(geometry.fprop(x, blend(*part[:2], b, w).to(x.dtype)))
+    for at in range(0, outputs, rows):
+        part = slice(at, at + rows)
+        response[..., part] = geometry.fprop(x, blend(feedback[part], weight[part], b, w).to(x.dtype))
     return response
 
 
