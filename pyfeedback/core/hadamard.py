@@ -5,11 +5,13 @@ from functools import cache
 PALEY = (12, 20, 28, 36, 44, 60)  # orders from squares modulo a prime
 
 
+@cache
 def basis_size(inputs: int) -> int:
     """The order of the smallest Hadamard matrix for d inputs that is Sylvester's, or its product with Paley's."""
     return min(_size(inputs, order) for order in (1, *PALEY))
 
 
+@cache
 def basis_factors(size: int) -> tuple[int, int]:
     """The order of Paley's factor of a Hadamard matrix, 1 if it has none, and the power of two of Sylvester's."""
     order = next(order for order in (1, *PALEY) if _size(size, order) == size)

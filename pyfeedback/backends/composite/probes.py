@@ -81,13 +81,19 @@ def add_null_(total: Tensor, response: Tensor, b: Tensor, rule: Coefficients, sc
         response: y [G, n, K]
     """
     n, k, d = response.shape[-2], *b.shape[-2:]
-    by_gram = n * k + k * d < 2 * n * d  # cheaper
-    spread = response.mT @ response @ b if by_gram else response.mT @ (response @ b)
-    if not rule.normalize:
-        total.add_(spread, alpha=rule.null * scale)
+    if n * k + k * d < 2 * n * d:  # the Gram matrix is cheaper
+        spread = response.mT @ response @ b
+        factor = _normalized(rule.null, b, (spread * b).sum()) if rule.normalize else rule.null * scale
+        total.add_(spread.mul_(factor))
         return
-    power = (spread * b).sum()
-    total.addcmul_(spread, torch.where(power > 0, rule.null * b.square().sum() / power, 0.0))
+    projected = response @ b
+    projected *= _normalized(rule.null, b, projected.square().sum()) if rule.normalize else rule.null * scale
+    total.baddbmm_(response.mT, projected)
+
+
+def _normalized(null: float, b: Tensor, power: Tensor) -> Tensor:
+    """null <B, B> / <B, y'y B>, or 0 if nothing responded."""
+    return torch.where(power > 0, null * b.square().sum() / power, 0.0)
 
 
 def random_signs(count: int, size: int, like: Tensor, generator: torch.Generator) -> Tensor:
