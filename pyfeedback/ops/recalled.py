@@ -66,11 +66,13 @@ class Recalled:
             or not PLAIN.issuperset(map(type, tensors))
             or any(isinstance(numbers, list) for numbers in geometry)  # may change in place
             or input.dim() < weight.dim()
+            or not weight.numel()
             or tables[input.device]
             or open_blocks
             or innermost.get() is not None
             or torch._C._is_any_autocast_enabled()
             or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
         ):
             return None
         call = None
