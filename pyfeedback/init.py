@@ -55,7 +55,7 @@ class Init:
     @torch.no_grad()
     def draw(self, feedback: Tensor, weight: Tensor, default: Callable[[Tensor], object]) -> None:
         """Initialize ``feedback`` in place; ``default`` replaces an ``init_fn`` of None."""
-        if feedback.is_meta:
+        if feedback.is_meta or not feedback.numel():
             return
         if self.seed is None:  # some functions of torch.nn.init do not support 16-bit dtypes
             drawn = torch.empty_like(feedback, dtype=torch.promote_types(feedback.dtype, torch.float32))

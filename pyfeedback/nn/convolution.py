@@ -75,7 +75,7 @@ class _ConvTranspose(_ConvNd, torch.nn.modules.conv._ConvTransposeNd):
         sizes = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
         extra = self._output_padding(input, output_size, *sizes)  # type: ignore[arg-type]
         geometry = Convolution(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)
-        return self.run_and_recall(geometry, input, feedback)
+        return self.run(geometry, input, self.weight, feedback, self.bias)
 
 
 class Conv2d(_Conv, torch.nn.Conv2d):

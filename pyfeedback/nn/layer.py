@@ -163,7 +163,7 @@ class FeedbackLayer(torch.nn.Module):
         """
         if input.dim() == weight.dim() - 1:
             return self.run(geometry, input.unsqueeze(0), weight, feedback, bias, steps).squeeze(0)
-        if torch._C._is_torch_function_mode_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch._C._is_torch_function_mode_enabled():
             with torch._C.DisableTorchFunction():  # nn.products must not see the product inside of this one
                 return self.run(geometry, input, weight, feedback, bias, steps)
         rule, scheduled = self.rule, self.scheduled

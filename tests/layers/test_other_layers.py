@@ -54,6 +54,8 @@ def test_two_dimensions_are_conv2d(number):
     assert largest_error(*results) < 1e-12
 
 
+# torch raises it about its own code.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("number", range(6))
 def test_opcheck(number):
     size, weight, bias, window = random_convolution(number)

@@ -43,7 +43,8 @@ def test_every_backend_implements_every_coefficient():
 
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 def test_a_coefficient_that_no_backend_implements_is_refused(monkeypatch, fresh_choices, coefficient):
-    missing(monkeypatch, "composite", coefficient)
+    for name in ("composite", "dense"):
+        missing(monkeypatch, name, coefficient)
     geometry, rule = Convolution(), Coefficients(**{coefficient: 0.5})
     x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 2)
     with pytest.raises(NotImplementedError, match=f"^{coefficient} is 0.5, expected 0: no backend"):

@@ -118,8 +118,7 @@ def test_it_is_a_correct_candidate_of_every_rule(name, rule):
     geometry, x, _, kernel = operands(name, "channels_last")
     rule = Coefficients(**RULES[rule])
     found = tuning.candidates(signature_of(geometry, x, kernel, rule, (True,) * 4, True), CPU)
-    assert found[0].choice.backend == "composite"
-    assert "im2col" in {each.choice.backend for each in found}
+    assert "im2col" in {each.choice.backend for each in found[1:]}  # the first is used where nothing was measured
     assert all(each.refused is None for each in found), found
 
 
