@@ -146,15 +146,6 @@ def test_the_order_of_programs_changes_no_bit(term, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
 
 
-def test_semaphores_are_left_at_zero(monkeypatch):
-    semaphores = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(launch, "semaphores", lambda count, device: semaphores)
-    first, *_ = run(CASES["channel blocks"], "cross")
-    assert not semaphores.any()
-    again, *_ = run(CASES["channel blocks"], "cross")
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
 def test_offsets_in_int64(monkeypatch):
     narrow, *_ = run(CASES["ragged"], "z")
     monkeypatch.setattr(Geometry, "wide", True)
