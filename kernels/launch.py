@@ -33,8 +33,8 @@ class Flags(NamedTuple):
     POINTWISE: bool = False
     U: int = 0  # rows of u and f
     ROWS: int = 0  # tiles that cover the rows
-    WHOLE: int = 0  # tiles whose sum is not split
-    SPLIT_TILES: int = 0  # the others, which follow them
+    WHOLE: int = 0  # tiles whose sum is not split; 0 if none is split
+    SPLIT_TILES: int = 0  # tiles whose sum is split, which follow them
     SAMPLE: int = 1  # rows of the mean
     CENTERED: bool = False  # a step reads one position of many samples
     TAIL: bool = False  # some of these samples do not exist

@@ -202,7 +202,7 @@ def wgrad_launch(
     tiles = wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric)
     split = tiles % target.processors if tile.splits > 1 else 0
     tile = tile._replace(splits=tile.splits if split else 1)
-    flags |= {"WHOLE": tiles - split, "SPLIT_TILES": split}
+    flags |= {"WHOLE": tiles - split if split else 0, "SPLIT_TILES": split}
     grid = (tiles + split * (tile.splits - 1), 1)
     writes, sums = ("dw", "f") if a else ("f",), (tile.BK if a else 0, tile.BU if u else 0)
     strides = {"W_STRIDES": w_strides, "F_STRIDES": f_strides}

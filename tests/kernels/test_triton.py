@@ -20,7 +20,6 @@ from triton_cases import (
     target,
 )
 
-from pyfeedback.kernels import launch
 from pyfeedback.kernels.dgrad import dgrad_launch
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
@@ -199,22 +198,24 @@ def test_only_the_last_wave_is_split():
 
 
 @pytest.mark.parametrize(
-    ("positions", "c", "k", "tiles", "splits", "programs"),
+    ("positions", "c", "k", "tiles", "splits"),  # whole tiles, and those whose sum is split
     [
-        (25216, 768, 3072, 144, 11, 132 + 12 * 11),  # ViT-B: a second wave of 12 tiles
-        (25216, 768, 768, 36, 3, 36 * 3),
-        (6272, 1408, 1536, 132, 1, 132),
-        (1280, 768, 3072, 144, 5, 132 + 12 * 5),  # few positions
-        (6272, 768, 2304, 108, 1, 108),
+        (25216, 768, 3072, (132, 12), 11),  # ViT-B: a second wave of 12 tiles
+        (25216, 768, 768, (0, 36), 3),
+        (6272, 1408, 1536, (132, 0), 1),
+        (1280, 768, 3072, (132, 12), 5),  # few positions
+        (6272, 768, 2304, (108, 0), 1),
     ],
 )
-def test_programs_of_the_last_wave(positions, c, k, tiles, splits, programs):
+def test_programs_of_the_last_wave(positions, c, k, tiles, splits):
     g = Geometry(positions, c, k)
     launch = wgrad_launch(g, target(2, 90), x="x", a="a", dw="dw")
     flags = launch.constants["FLAGS"]
-    assert (flags.WHOLE + flags.SPLIT_TILES, launch.tile.splits, launch.grid) == (tiles, splits, (programs, 1))
+    whole, split = tiles
+    assert (flags.WHOLE, flags.SPLIT_TILES) == (whole if split else 0, split)
+    assert (launch.tile.splits, launch.grid) == (splits, (whole + split * splits, 1))
     assert (launch.finish is None) == (splits == 1)
-    assert launch.workspace == (splits > 1) * flags.SPLIT_TILES * splits * 128 * 128
+    assert launch.workspace == split * splits * 128 * 128
 
 
 @pytest.mark.parametrize("splits", [3, 5])

@@ -5,7 +5,6 @@ import torch
 import triton_cases
 from cases import RULES
 from triton_cases import (
-    DEVICE,
     VARIANTS,
     Case,
     assert_near,

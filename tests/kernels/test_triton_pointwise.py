@@ -24,7 +24,7 @@ from triton_cases import (
 from triton_layers import ALGORITHMS, LAYERS, assert_all_near, has_algorithm, run_conv2d
 
 from pyfeedback.core.algorithm import Algorithm
-from pyfeedback.kernels import launch, plan
+from pyfeedback.kernels import plan
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.pointwise import pointwise_launch
 from pyfeedback.kernels.tiles import PointwiseTile, choose_pointwise
