@@ -74,7 +74,6 @@ def store_gradients(
             else:
                 b_f += tie * tl.load(p_dw + o_f, mask=m_f, other=0.0).to(tl.float32)
         tl.store(p_f + o_f, b_f.to(p_f.dtype.element_ty), mask=m_f)
-        if FLAGS.SYMMETRIC:
-            if mirrored:
-                o_mirror = o_u * F_STRIDES[3] + o_c * F_STRIDES[0]
-                tl.store(p_f + o_mirror, b_f.to(p_f.dtype.element_ty), mask=m_f)
+        if FLAGS.SYMMETRIC and mirrored:
+            o_mirror = o_u * F_STRIDES[3] + o_c * F_STRIDES[0]
+            tl.store(p_f + o_mirror, b_f.to(p_f.dtype.element_ty), mask=m_f)

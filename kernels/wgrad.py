@@ -132,10 +132,7 @@ def wgrad_kernel(
                     b_u = tl.where(m_u, b_u, 0.0)
             b_du = tl.dot(b_u, b_x, b_du, input_precision=FLAGS.PRECISION)
 
-    split = SPLITS > 1
-    if FLAGS.WHOLE > 0:
-        split = i_tile >= FLAGS.WHOLE
-    if split:
+    if SPLITS > 1 and (FLAGS.WHOLE == 0 or i_tile >= FLAGS.WHOLE):
         A_ROWS: tl.constexpr = BK if FLAGS.HAS_A else 0
         SIZE: tl.constexpr = (A_ROWS + (BU if FLAGS.HAS_U else 0)) * BC
         p_sums = p_workspace + ((i_tile - FLAGS.WHOLE) * SPLITS + i_split) * SIZE

@@ -212,7 +212,7 @@ def test_programs_of_the_last_wave(positions, c, k, tiles, splits):
     launch = wgrad_launch(g, target(2, 90), x="x", a="a", dw="dw")
     flags = launch.constants["FLAGS"]
     whole, split = tiles
-    assert (flags.WHOLE, flags.SPLIT_TILES) == (whole if split else 0, split)
+    assert (whole if split else 0, split) == (flags.WHOLE, flags.SPLIT_TILES)
     assert (launch.tile.splits, launch.grid) == (splits, (whole + split * splits, 1))
     assert (launch.finish is None) == (splits == 1)
     assert launch.workspace == split * splits * 128 * 128
