@@ -122,7 +122,7 @@ PROBES = {  # the kernel and the rule; the layer is that of all launches, its si
     "probes gradient with null": ("gradient_kernel", Coefficients(amp=1.0, null=1.0, normalize=True)),
 }
 FLOATS = ("workspace", "unit", "work")  # tensors in float32 whatever the dtype, and those that end with "mean"
-INTEGERS = ("N", "used", "wgrad_tiles", "dgrad_tiles", "seed_low", "seed_high", "step")
+INTEGERS = ("N", "used", "wgrad_programs", "dgrad_tiles", "seed_low", "seed_high", "step")
 
 
 def jobs(architectures: list[int | str]) -> list[Job]:
@@ -251,7 +251,7 @@ def compile_job(job: Job) -> Code:
 
 def compile_launch(launch: "Launch | ProbeLaunch", dtype: str, device: GPUTarget, wide: bool) -> Any:
     """Compile a launch whose tensors have this type and are aligned to 16 bytes; f is float32 if ``wide``."""
-    element = {"p_semaphores": "i32", "p_table": "i64"} | ({"p_f": "fp32"} if wide else {})
+    element = {"p_table": "i64"} | ({"p_f": "fp32"} if wide else {})
     signature, constants, aligned = {}, dict(launch.constants), {}
 
     def type_of(name: str, value: object, path: tuple[int, ...]) -> str:

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from pyfeedback import Rule
 from pyfeedback.backends import dispatch
 from pyfeedback.core.geometry import Convolution
-from pyfeedback.kernels.launch import Launch
+from pyfeedback.kernels.launch import Launch, in_order
 from pyfeedback.kernels.plan import Plan, Problem, plan_backward
 from pyfeedback.kernels.wgrad import wgrad_kernel
 
@@ -154,7 +154,7 @@ def traced_launches(counts: dict[str, dict[str, int]], device: Device) -> Iterat
 
     class Launcher:
         def __init__(self, plan: Plan):
-            self.launches = plan.launches
+            self.launches = in_order(plan.launches)
 
         def run(self, _: dict[str, Any]) -> None:
             works.extend(launch_work(launch, counts.get(key(launch)), device) for launch in self.launches)
@@ -174,35 +174,40 @@ def traced_launches(counts: dict[str, dict[str, int]], device: Device) -> Iterat
 def launch_work(launch: Launch, counts: dict[str, int] | None, device: Device) -> Work:
     """The work of a Triton launch; ``counts`` are its instructions, None if they were not counted."""
     moved = sum(math.prod(shape) * (4 if dtype == "float32" else 2) for shape, dtype in launch.operands.values())
-    moved += 8 * launch.workspace  # written and read
+    moved += 4 * launch.workspace  # written, or read
+    if launch.kernel.__name__.startswith("finish"):
+        given = [name for name, value in launch.arguments.items() if name.startswith("p_") and value is not None]
+        return Work(str(launch), 0.0, moved + 2 * (len(given) - 1) * launch.workspace / launch.tile.splits)
     if launch.kernel.__name__.startswith("joint"):
         return Work(str(launch), joint_products(launch), moved)
-    programs, steps, flops = programs_of(launch)
-    waves = -(-programs // device.processors)
+    tiles, waves, flops, steps = tiles_of(launch, device)
     cycles = 0.0
     if counts is not None:
-        cycles = waves * launch.tile.warps * (steps * counts["step"] + counts["once"]) / ISSUED
-    return Work(str(launch), flops, moved, cycles, programs / (waves * device.processors))
+        cycles = launch.tile.warps * (waves * steps * counts["step"] + math.ceil(waves) * counts["once"]) / ISSUED
+    return Work(str(launch), flops, moved, cycles, tiles / (waves * device.processors))
 
 
-def programs_of(launch: Launch) -> tuple[int, float, float]:
-    """Programs, steps of the main loop of each, and floating-point operations of a launch that is not joint."""
+def tiles_of(launch: Launch, device: Device) -> tuple[int, float, float, float]:
+    """Of a launch that is not joint: its tiles, the time of its waves in that of a whole tile, its floating-point
+    operations, and the steps of a whole tile."""
     g, flags, tile = launch.constants["GEO"], launch.constants["FLAGS"], launch.tile
-    programs, n = math.prod(launch.grid), launch.arguments["N"]
+    n, splits = launch.arguments["N"], getattr(tile, "splits", 1)
+    tiles = flags.WHOLE + flags.SPLIT_TILES or math.prod(launch.grid)
+    waves = -(-(tiles - flags.SPLIT_TILES) // device.processors)
+    waves += -(-flags.SPLIT_TILES * splits // device.processors) / splits
     positions = n * g.P * g.Q
     if launch.kernel.__name__.startswith("dgrad"):
         steps = g.R * g.S / math.prod(g.stride) * -(-g.K // tile.BK)
-        return programs, steps, 2.0 * (flags.HAS_DX + flags.HAS_Z) * positions * g.C * g.K * g.R * g.S
+        return tiles, waves, 2.0 * (flags.HAS_DX + flags.HAS_Z) * positions * g.C * g.K * g.R * g.S, steps
     blocks = -(-positions // tile.BP)
     if flags.CENTERED:  # of one position each
         samples = n * g.H * g.W // flags.SAMPLE
         blocks = positions // samples * -(-samples // tile.BP)
-    steps = -(-blocks // tile.splits)
     if launch.kernel.__name__.startswith("wgrad"):
         rows = g.K * flags.HAS_A + flags.U * flags.HAS_U * (0.5 if flags.SYMMETRIC else 1.0)
-        return programs, steps, 2.0 * positions * rows * g.C * g.R * g.S
+        return tiles, waves, 2.0 * positions * rows * g.C * g.R * g.S, blocks
     products = 2 * g.K + {"none": 0, "cross": g.K, "z": 2 * g.K, "gram": g.C}[flags.TERM]
-    return programs, steps, 2.0 * positions * products * g.C
+    return tiles, waves, 2.0 * positions * products * g.C, blocks
 
 
 def joint_products(launch: Launch) -> float:
@@ -217,7 +222,6 @@ def joint_products(launch: Launch) -> float:
 def key(launch: Launch) -> str:
     """What the machine code of a launch depends on, except for the number of splits, as a short text."""
     constants = {name: value for name, value in launch.constants.items() if name != "TILE"}
-    constants["FLAGS"] = launch.constants["FLAGS"]._replace(LEVELS=0) if "FLAGS" in constants else None
     tile = launch.tile._replace(splits=0) if hasattr(launch.tile, "splits") else launch.tile
     given = [value is not None for value in launch.arguments.values()]
     identity = repr((launch.kernel.__name__, sorted(constants.items()), tile, given))

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from .launch import WORKSPACE, Launch, check, needs, start, workspace
+from .launch import Launch, check, in_order, needs, start, workspace
 
 Getter = Callable[[dict[str, Any]], tuple[Any, ...]]
 
@@ -72,11 +72,11 @@ class Bound(NamedTuple):
     stream: Callable[[int], int]  # the current stream of a device
     device: int
 
-    def run(self, values: dict[str, Any], scratch: tuple[Tensor, ...]) -> bool:
+    def run(self, values: dict[str, Any]) -> bool:
         """Start the launches; False, before any, if the tensors differ from those the kernels were compiled for."""
         tensors = self.tensors(values)
         given = tensors[: len(self.dtypes)]
-        addresses = [t.data_ptr() for t in (*tensors, *scratch)]
+        addresses = [t.data_ptr() for t in tensors]
         if reduce(or_, addresses[: len(given)]) % ALIGNMENT or [t.dtype for t in given] != self.dtypes:
             return False
         named = (*addresses, *self.numbers(values), *self.constants)
@@ -96,7 +96,7 @@ class Launcher:
     """Runs launches on one device, one after another."""
 
     def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
-        self.launches = launches
+        self.launches = in_order(launches)
         self.device = device
         self.needs = needs(launches)
         self.bound: Bound | None = None
@@ -108,12 +108,11 @@ class Launcher:
             ValueError: in a call by the JIT, an operand does not have the shape, dtype and layout that the kernels
                 read.
         """
-        scratch = workspace(self.needs, self.device)
+        values |= workspace(self.needs, self.device)
         allowed = handles_allowed()
-        if allowed and self.bound is not None and self.bound.run(values, scratch):
+        if allowed and self.bound is not None and self.bound.run(values):
             return
         check(self.needs, values)
-        values |= zip(WORKSPACE, scratch, strict=False)
         compiled = [start(launch, values) for launch in self.launches]
         if allowed and self.bound is None:
             self.bound = bind(self.launches, compiled, values)
@@ -154,9 +153,8 @@ def bind(launches: Sequence[Launch], compiled: Sequence[Any], values: dict[str, 
         return None
     names = {name for launch in launches for value in launch.arguments.values() for name in names_in(value)}
     given = [name for name in GIVEN if name in names]
-    others = sorted(name for name in names - {*given, *WORKSPACE} if isinstance(values[name], Tensor))
-    scratch = [name for name in WORKSPACE if name in values]
-    tensors = [*given, *others, *scratch]
+    others = sorted(name for name in names - set(given) if isinstance(values[name], Tensor))
+    tensors = [*given, *others]
     numbers = sorted(names - set(tensors))
     # The JIT compiles for the value of an int, and for addresses that are aligned.
     if any(type(values[name]) is not float for name in numbers):

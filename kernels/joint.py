@@ -17,7 +17,7 @@ from .wgrad import wgrad_kernel
 def joint_kernel(
     wgrad_arguments,  # the arguments of wgrad_kernel, without compile-time constants
     dgrad_arguments,  # of dgrad_kernel
-    wgrad_tiles,
+    wgrad_programs,
     dgrad_tiles,
     W_STRIDES: tl.constexpr,
     F_STRIDES: tl.constexpr,
@@ -28,16 +28,12 @@ def joint_kernel(
     DGRAD_FLAGS: tl.constexpr,
     DGRAD_TILE: tl.constexpr,
 ):
-    n_wgrad = wgrad_tiles * WGRAD_TILE.splits
     n_dgrad = dgrad_tiles * (GEO.stride[0] * GEO.stride[1])
-    for i in range(tl.program_id(0), n_wgrad + n_dgrad, tl.num_programs(0)):
-        if i < n_wgrad:
-            wgrad_kernel(
-                *wgrad_arguments, W_STRIDES, F_STRIDES, GEO, WGRAD_FLAGS, WGRAD_TILE,
-                i % wgrad_tiles, i // wgrad_tiles,
-            )  # fmt: skip
+    for i in range(tl.program_id(0), wgrad_programs + n_dgrad, tl.num_programs(0)):
+        if i < wgrad_programs:
+            wgrad_kernel(*wgrad_arguments, W_STRIDES, F_STRIDES, GEO, WGRAD_FLAGS, WGRAD_TILE, i)
         else:
-            i_dgrad = i - n_wgrad
+            i_dgrad = i - wgrad_programs
             dgrad_kernel(
                 *dgrad_arguments, PHASES, GEO, DGRAD_FLAGS, DGRAD_TILE, i_dgrad % dgrad_tiles, i_dgrad // dgrad_tiles
             )
@@ -50,9 +46,9 @@ def joint_launch(wgrad: Launch, dgrad: Launch, processors: int, programs: int | 
         wgrad, dgrad: with tiles of the same number of warps and stages.
         programs: the number of programs that share the tiles; by default, as many as are resident at once.
     """
-    tiles = wgrad.grid[0] * wgrad.grid[1] + dgrad.grid[0] * dgrad.grid[1]
+    tiles = wgrad.grid[0] + dgrad.grid[0] * dgrad.grid[1]
     arguments = {"wgrad_arguments": tuple(wgrad.arguments.values()), "dgrad_arguments": tuple(dgrad.arguments.values())}
-    arguments |= {"wgrad_tiles": wgrad.grid[0], "dgrad_tiles": dgrad.grid[0]}
+    arguments |= {"wgrad_programs": wgrad.grid[0], "dgrad_tiles": dgrad.grid[0]}
     constants = {}
     for name, launch in (("WGRAD", wgrad), ("DGRAD", dgrad)):
         for constant, value in launch.constants.items():

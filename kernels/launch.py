@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .finish import finish_kernel
 from .geometry import Geometry
-from .tiles import Target, Tile
+from .tiles import Target, Tile, choose_finish
 
 DTYPES = ("float16", "bfloat16", "float32")
-WORKSPACE = ("workspace", "semaphores")  # the names of tensors that launches with a split sum share
+WORKSPACE = "workspace"  # the name of the tensor that launches with split sums share
 MOST_POSITIONS = 2**30  # positions are counted in int32, and the last block may extend past them
 
 
@@ -32,7 +33,8 @@ class Flags(NamedTuple):
     POINTWISE: bool = False
     U: int = 0  # rows of u and f
     ROWS: int = 0  # tiles that cover the rows
-    LEVELS: int = 0  # of the tree that adds the splits
+    WHOLE: int = 0  # tiles whose sum is not split; 0 if none is split
+    SPLIT_TILES: int = 0  # tiles whose sum is split, which follow them
     SAMPLE: int = 1  # rows of the mean
     CENTERED: bool = False  # a step reads one position of many samples
     TAIL: bool = False  # some of these samples do not exist
@@ -52,7 +54,7 @@ class Launch(NamedTuple):
     options: dict[str, int | bool]  # of Triton
     operands: dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of the tensors that must be contiguous
     workspace: int = 0  # elements, float32
-    semaphores: int = 0
+    finish: "Launch | None" = None  # the launch that must follow, if sums are split
 
     def __str__(self) -> str:
         return f"{self.kernel.__name__.removesuffix('_kernel')}({', '.join(self.products)})"
@@ -68,10 +70,10 @@ def make_launch(
     writes: tuple[str, ...],
     shapes: dict[str, tuple[int, ...]],
     flags: dict[str, Any],
-    sums: int = 0,
+    sums: tuple[int, int] = (0, 0),
     **constants,
 ) -> Launch:
-    """The launch of a kernel.
+    """The launch of a kernel, with the one that finishes it if its sums are split.
 
     Args:
         named: for each parameter, without ``p_``, the name of a tensor, or the name or value of a number. By default, a
@@ -79,7 +81,7 @@ def make_launch(
         writes: the parameters that are written.
         shapes: of the contiguous parameters; the mean has a row for each position of a sample. A tensor whose name ends
             with "mean" is float32.
-        sums: the number of elements that each program adds up, if the sum is split.
+        sums: the rows of a tile of dw and of f that are sums over positions.
 
     Raises:
         ValueError: the kernels do not support the sizes or the dtype.
@@ -94,24 +96,43 @@ def make_launch(
         expected = f"one for each position of a sample (a multiple of {g.H * g.W} that divides {inputs})"
         raise ValueError(f"mean has {sample} rows, expected {expected}")
     if splits > 1:
-        named = named | dict(zip(WORKSPACE, WORKSPACE, strict=True))
-    defaults = {"N": g.N, "scale": 1.0, "z_scale": 1.0}
-    arguments = {}  # in the order of the kernel's parameters, without constants and those of nested calls
-    for parameter in kernel.arg_names:
-        name = parameter.removeprefix("p_")
-        if name != parameter:
-            arguments[parameter] = named.get(name)
-        elif name in defaults or not (name.isupper() or name.startswith("i_")):
-            arguments[parameter] = named.get(name, defaults.get(name, 0.0))
+        named = named | {WORKSPACE: WORKSPACE}
+    named = {"N": g.N, "scale": 1.0, "z_scale": 1.0} | named
     found = {named[p]: shape for p, shape in shapes.items() if named.get(p)}
     operands = {name: (shape, "float32" if name.endswith("mean") else target.dtype) for name, shape in found.items()}
     products = tuple(named[p] for p in writes if named.get(p))
-    levels, programs = (splits - 1).bit_length(), grid[0] * grid[1] if splits > 1 else 0
-    constants |= {"GEO": g.constants(), "TILE": tile}
-    constants["FLAGS"] = Flags(LEVELS=levels, SAMPLE=sample, WIDE=g.wide, PRECISION=target.precision, **flags)
+    flags = Flags(SAMPLE=sample, WIDE=g.wide, PRECISION=target.precision, **flags)
+    constants |= {"GEO": g.constants(), "FLAGS": flags, "TILE": tile}
+    launch = Launch(kernel, products, grid, _arguments(kernel, named), constants, tile, _options(tile), operands)
+    if splits == 1:
+        return launch
+    last = choose_finish(*sums, tile.BC, splits)
+    finish = launch._replace(
+        kernel=finish_kernel,
+        grid=(flags.SPLIT_TILES, max(sums) // last.rows),
+        arguments=_arguments(finish_kernel, named),
+        constants=constants | {"TILE": last},
+        tile=last,
+        options=_options(last),
+        operands={},
+        workspace=flags.SPLIT_TILES * splits * sum(sums) * tile.BC,
+    )
+    return launch._replace(workspace=finish.workspace, finish=finish)
+
+
+def _arguments(kernel: Any, named: dict[str, Any]) -> dict[str, Any]:
+    """Those of a kernel, in the order of its parameters, without constants and what another kernel passes."""
+    names = {parameter: parameter.removeprefix("p_") for parameter in kernel.arg_names}
+    return {
+        parameter: named.get(name, None if name != parameter else 0.0)
+        for parameter, name in names.items()
+        if name != parameter or parameter == "N" or not (name.isupper() or name.startswith("i_"))
+    }
+
+
+def _options(tile: Tile) -> dict[str, int | bool]:
     # Multiply-add fusion is explicit because its default changes in Triton 3.10.
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return Launch(kernel, products, grid, arguments, constants, tile, options, operands, programs * sums, programs)
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 class Needs(NamedTuple):
@@ -119,16 +140,19 @@ class Needs(NamedTuple):
 
     operands: dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of the tensors that must be contiguous
     workspace: int  # elements, of the launch that uses most of it
-    semaphores: int
 
 
 def needs(launches: Sequence[Launch]) -> Needs:
-    """The needs of launches that share their operands, a workspace and semaphores."""
+    """The needs of launches that share their operands and a workspace."""
     operands = {
         name: (shape, getattr(torch, dtype)) for launch in launches for name, (shape, dtype) in launch.operands.items()
     }
-    workspace = max((launch.workspace for launch in launches), default=0)
-    return Needs(operands, workspace, max((launch.semaphores for launch in launches), default=0))
+    return Needs(operands, max((launch.workspace for launch in launches), default=0))
+
+
+def in_order(launches: Sequence[Launch]) -> list[Launch]:
+    """The launches, each followed by the one that finishes it."""
+    return [each for launch in launches for each in (launch, launch.finish) if each is not None]
 
 
 def check(needed: Needs, values: dict[str, Any]) -> None:
@@ -147,12 +171,14 @@ def check(needed: Needs, values: dict[str, Any]) -> None:
             raise ValueError(f"{name} has strides {t.stride()}, expected channels innermost and no gaps")
 
 
-def workspace(needed: Needs, device: torch.device) -> tuple[Tensor, ...]:
-    """The tensors of WORKSPACE, in which split-K reductions keep partial sums and count arrivals; or none."""
-    if not needed.semaphores:
-        return ()
-    partial_sums = torch.empty(needed.workspace, dtype=torch.float32, device=device)
-    return partial_sums, semaphores(needed.semaphores, device)
+def workspace(needed: Needs, device: torch.device) -> dict[str, Tensor]:
+    """The tensor for the partial sums of split launches, by its name; or none.
+
+    It is not kept for the next call: it would be in the memory pool of the call that made it. This may be the pool of a
+    CUDA graph, also in the warm-up of ``mode="reduce-overhead"``, which gives the memory to other tensors.
+    """
+    elements = needed.workspace
+    return {WORKSPACE: torch.empty(elements, dtype=torch.float32, device=device)} if elements else {}
 
 
 def start(launch: Launch, values: dict[str, Any]) -> Any:
@@ -165,14 +191,16 @@ def start(launch: Launch, values: dict[str, Any]) -> Any:
 
 
 def run(launch: Launch, values: dict[str, Any], device: torch.device) -> None:
-    """Run one launch on ``device``, which must be the current device.
+    """Run one launch, and the one that finishes it, on ``device``, which must be the current device.
 
     Raises:
         ValueError: as :func:`check`.
     """
     needed = needs((launch,))
     check(needed, values)
-    start(launch, values | dict(zip(WORKSPACE, workspace(needed, device), strict=False)))
+    values = values | workspace(needed, device)
+    for each in in_order((launch,)):
+        start(each, values)
 
 
 @cache
@@ -182,13 +210,3 @@ def architecture(device: torch.device) -> tuple[int, int]:
         return 90, 132
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-def semaphores(count: int, device: torch.device) -> Tensor:
-    """Counters that are zero before and after each launch, so that the launches of one layer share them.
-
-    They are not kept for the next call. A tensor that is kept would be in the memory pool of the call that made it.
-    This may be the pool of a CUDA graph, also in the warm-up of ``mode="reduce-overhead"``, which is not a capture. The
-    graph then gives the memory to other tensors; with counters that are not zero, sums are wrong.
-    """
-    return torch.zeros(count, dtype=torch.int32, device=device)

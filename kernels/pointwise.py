@@ -15,7 +15,7 @@ Means are subtracted from x, except in dW, and from y.
 import triton
 import triton.language as tl
 
-from .common import add_rule_terms, reduce_splits, subtract_mean
+from .common import store_gradients, subtract_mean
 from .geometry import Geometry
 from .launch import Launch, make_launch
 from .tiles import PointwiseTile, Target, choose_pointwise
@@ -30,12 +30,11 @@ def pointwise_kernel(
     p_weight,  # [K, C]
     p_dx,  # [N, C]: dy B
     p_dw,  # [K, C]: dy'x
-    p_f,  # [K, C]: scale * unit * the second sum + the terms of add_rule_terms; or [C, C]
+    p_f,  # [K, C]: scale * unit * the second sum + the terms of store_gradients; or [C, C]
     p_mean,  # [SAMPLE, C], of x at each position of a sample
     p_y_mean,  # [SAMPLE, K], of y
     p_unit,  # [1] float32, the value of a 1 in y or z
     p_workspace,  # [channel blocks, splits, rows of both sums, BC] float32, partial sums
-    p_semaphores,  # [channel blocks, splits] int32, zero before and after
     N,
     used,
     z_scale,
@@ -44,6 +43,8 @@ def pointwise_kernel(
     decay,
     self_,
     tie,
+    W_STRIDES: tl.constexpr,  # of p_dw and p_f as [rows, 1, 1, C]
+    F_STRIDES: tl.constexpr,
     GEO: tl.constexpr,
     FLAGS: tl.constexpr,
     TILE: tl.constexpr,
@@ -120,35 +121,19 @@ def pointwise_kernel(
             b_read = b_read.to(b_x.dtype)
             b_f = tl.dot(tl.trans(b_read), b_read, b_f, input_precision=FLAGS.PRECISION)
 
-    last = True
     if SPLITS > 1:
-        SIZE: tl.constexpr = (BK + F_ROWS) * BC
-        p_sums = p_workspace + i_column * SPLITS * SIZE
-        o_dw = tl.arange(0, BK)[:, None] * BC + tl.arange(0, BC)[None, :]
-        tl.store(p_sums + i_split * SIZE + o_dw, b_dw, cache_modifier=".cg")
+        p_sums = p_workspace + (i_column * SPLITS + i_split) * ((BK + F_ROWS) * BC)
+        tl.store(p_sums + o_k[:, None] * BC + tl.arange(0, BC)[None, :], b_dw)
         if F_ROWS > 0:
-            o_f = (BK + tl.arange(0, F_ROWS))[:, None] * BC + tl.arange(0, BC)[None, :]
-            tl.store(p_sums + i_split * SIZE + o_f, b_f, cache_modifier=".cg")
-        last = reduce_splits(p_sums, p_semaphores + i_column * SPLITS, i_split, SIZE, SPLITS, FLAGS.LEVELS)
-        if last:
-            b_dw = tl.load(p_sums + o_dw, cache_modifier=".cg")
-            if F_ROWS > 0:
-                b_f = tl.load(p_sums + o_f, cache_modifier=".cg")
-
-    if last:
-        tl.store(p_dw + o_kernel, b_dw.to(p_dw.dtype.element_ty), mask=m_kernel)
-        if TERM == "gram":
-            o_r = tl.arange(0, BC)
-            m_f = (o_r < GEO.C)[:, None] & (o_c < GEO.C)[None, :]
-            tl.store(p_f + o_r[:, None] * GEO.C + o_c[None, :], b_f, mask=m_f)
-        elif FLAGS.HAS_F:
-            b_rule = tl.full([BK, BC], 0.0, dtype=tl.float32) if TERM == "none" else b_f * scale
-            if p_unit is not None:
-                b_rule *= tl.load(p_unit)
-            b_rule = add_rule_terms(
-                b_rule, b_dw, p_dw, p_weight, p_feedback, o_kernel, m_kernel, decay, self_, tie, True, FLAGS
-            )
-            tl.store(p_f + o_kernel, b_rule.to(p_f.dtype.element_ty), mask=m_kernel)
+            tl.store(p_sums + (BK + tl.arange(0, F_ROWS))[:, None] * BC + tl.arange(0, BC)[None, :], b_f)
+    else:
+        if F_ROWS == 0:
+            b_f = b_dw  # not read
+        o_f = tl.arange(0, F_ROWS if F_ROWS > 0 else BK)
+        store_gradients(
+            b_dw, b_f, o_k[:, None], o_f[:, None], o_c[None, :], 0, False, p_dw, p_f, p_unit, p_weight, p_feedback,
+            scale, decay, self_, tie, W_STRIDES, F_STRIDES, GEO, FLAGS,
+        )  # fmt: skip
 
 
 def pointwise_launch(
@@ -187,10 +172,13 @@ def pointwise_launch(
         raise ValueError(f"tile is {tile}, expected BC >= {g.C} if the term is a Gram matrix")
     flags = {"TERM": term, "HAS_F": f, "USE_X": term == "z" and named.get("x_scale", 0) != 0}
     flags |= {"USE_FEEDBACK": decay, "USE_WEIGHT": self_, "USE_TIE": tie}
+    flags |= {"HAS_A": True, "HAS_U": term != "none", "U": g.C if term == "gram" else g.K, "ROWS": 1}
     flags |= {"CENTERED": samples > 0, "TAIL": samples % tile.BP != 0 or used not in (0, g.N)}
     inputs = (g.N, 1, 1, g.C)
     shapes = {"x": inputs, "dx": inputs, "dy": (g.N, 1, 1, g.K), "y": (used, 1, 1, g.K)}
     shapes |= {"feedback": (g.K, 1, 1, g.C), "mean": (sample, g.C), "y_mean": (sample, g.K)}
     grid, writes = (-(-g.C // tile.BC), tile.splits), ("dx", "dw", "f")
-    sums = (tile.BK + {"none": 0, "gram": tile.BC}.get(term, tile.BK)) * tile.BC
-    return make_launch(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums)
+    flags["SPLIT_TILES"] = grid[0]
+    sums = (tile.BK, {"none": 0, "gram": tile.BC}.get(term, tile.BK))
+    strides = dict.fromkeys(("W_STRIDES", "F_STRIDES"), (g.C, 0, 0, 1))
+    return make_launch(pointwise_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)

@@ -1,7 +1,7 @@
 """The choice of tiles: pure functions of a problem and an architecture.
 
 Nothing here was measured. Block sizes are the largest that compile without spills, as benchmarks/codegen.py checks.
-The number of splits fills the processors once.
+Sums are split so that the programs of the last wave fill the processors.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from .geometry import Geometry
 PROGRAMS_PER_PROCESSOR = 2  # of a joint launch
 MOST_WAVES = 4  # of small blocks of dx; with more, dx alone fills the processors
 FEWEST_BLOCKS = 4  # of positions in each split, so that the pipeline fills
+SPLITS_AT_ONCE, SUMS_AT_ONCE = 32, 2048  # of a program that adds partial sums: small, so that they fill the processors
 
 
 class Target(NamedTuple):
@@ -41,7 +42,10 @@ class Target(NamedTuple):
 
 
 class WgradTile(NamedTuple):
-    """BK and BU rows of the two operands, BC channels of one tap, BP positions per step; splits of the positions."""
+    """BK and BU rows of the two operands, BC channels of one tap, BP positions per step.
+
+    Of the tiles of the last wave that does not fill the processors, the positions are divided into ``splits``.
+    """
 
     BK: int
     BU: int
@@ -73,7 +77,21 @@ class PointwiseTile(NamedTuple):
     stages: int
 
 
-Tile = WgradTile | DgradTile | PointwiseTile
+class FinishTile(NamedTuple):
+    """Of a tile whose sum is split: BK and BU rows of both sums, BC channels; a program adds BS splits of a few rows at
+    once."""
+
+    BK: int
+    BU: int
+    BC: int
+    splits: int
+    BS: int
+    rows: int
+    warps: int = 4
+    stages: int = 1
+
+
+Tile = WgradTile | DgradTile | PointwiseTile | FinishTile
 
 
 def choose_wgrad(
@@ -105,8 +123,9 @@ def choose_wgrad(
     bc = _block(geometry.C, 16, columns)
     warps = 8 if max(bk if rows[0] else 0, bu if rows[1] else 0) * bc >= 128 * 128 else 4
     tiles = wgrad_tiles(geometry, rows, (bk, bu, bc), symmetric)
+    last = tiles if small else tiles % target.processors or tiles  # in a joint launch, dx fills the last wave
     blocks = -(-geometry.positions // depth)
-    splits = max(min(target.processors // tiles, blocks // FEWEST_BLOCKS), 1)
+    splits = max(min(target.processors // last, blocks // FEWEST_BLOCKS), 1)
     return WgradTile(bk, bu, bc, depth, splits, warps, stages)
 
 
@@ -114,6 +133,13 @@ def wgrad_tiles(geometry: Geometry, rows: tuple[int, int], blocks: tuple[int, in
     """The number of output tiles of one launch, for ``rows`` channels of a and u in blocks BK, BU, BC."""
     down = row_tiles(rows, blocks[:2])
     return down * (down + 1) // 2 if symmetric else down * geometry.R * geometry.S * -(-geometry.C // blocks[2])
+
+
+def choose_finish(bk: int, bu: int, bc: int, splits: int) -> FinishTile:
+    """How the partial sums of a tile are added: BK rows of dw and BU of f."""
+    most = 1 << (splits - 1).bit_length()
+    bs = min(most, SPLITS_AT_ONCE)
+    return FinishTile(bk, bu, bc, splits, bs, min(max(SUMS_AT_ONCE // (bs * bc), 1), max(bk, bu)))
 
 
 def row_tiles(rows: tuple[int, int], blocks: tuple[int, int]) -> int:

@@ -10,7 +10,7 @@ compile-time constants.
 import triton
 import triton.language as tl
 
-from .common import add_rule_terms, reduce_splits, subtract_mean
+from .common import place_of, store_gradients, subtract_mean
 from .geometry import Geometry
 from .launch import Launch, make_launch
 from .tiles import Target, WgradTile, choose_wgrad, row_tiles, wgrad_tiles
@@ -22,14 +22,13 @@ def wgrad_kernel(
     p_a,  # [N, P, Q, K], the output gradient
     p_u,  # [N, P, Q, U]
     p_dw,  # [K, R, S, C] by its strides: wgrad(x, a)
-    p_f,  # [U, R, S, C] by its strides: scale * unit * wgrad(x - mean, u - u_mean) + the terms of add_rule_terms
+    p_f,  # [U, R, S, C] by its strides: scale * unit * wgrad(x - mean, u - u_mean) + the terms of store_gradients
     p_mean,  # [SAMPLE, C], of x at each position of a sample
     p_u_mean,  # [PIXELS, U], of u
     p_unit,  # [1] float32, the value of a 1 in x or u
     p_weight,  # as p_f
     p_feedback,  # as p_f
-    p_workspace,  # [tiles, splits, BK + BU, BC] float32, partial sums; without the rows of an absent operand
-    p_semaphores,  # [tiles, splits] int32, zero before and after
+    p_workspace,  # [SPLIT_TILES, splits, BK + BU, BC] float32, partial sums; without the rows of an absent operand
     N,
     scale,
     decay,
@@ -40,30 +39,23 @@ def wgrad_kernel(
     GEO: tl.constexpr,
     FLAGS: tl.constexpr,
     TILE: tl.constexpr,
-    i_tile=None,  # given if another kernel calls this one
-    i_split=None,
+    i_program=None,  # given if another kernel calls this one
 ):
     BK: tl.constexpr = TILE.BK
     BU: tl.constexpr = TILE.BU
     BC: tl.constexpr = TILE.BC
     SPLITS: tl.constexpr = TILE.splits
-    CHANNEL_BLOCKS: tl.constexpr = (GEO.C + BC - 1) // BC
     # Of a sample: entries of dimension N, and output positions.
     ENTRIES: tl.constexpr = FLAGS.SAMPLE // (GEO.H * GEO.W) if FLAGS.CENTERED else 1
     PIXELS: tl.constexpr = ENTRIES * GEO.P * GEO.Q
-    if i_tile is None:
-        i_tile = tl.program_id(0)
-        i_split = tl.program_id(1)
-    if FLAGS.SYMMETRIC:
-        # Row i has i + 1 tiles; adding 4 instead of 1 keeps the root of a square away from rounding.
-        i_row = ((tl.sqrt(8.0 * i_tile + 4) - 1) / 2).to(tl.int32)
-        i_column = i_tile - i_row * (i_row + 1) // 2
-        i_tap = 0
-    else:
-        # Row tiles run fastest, so that the programs of one wave read the same positions of x.
-        i_row = i_tile % FLAGS.ROWS
-        i_column = i_tile // FLAGS.ROWS % CHANNEL_BLOCKS
-        i_tap = i_tile // FLAGS.ROWS // CHANNEL_BLOCKS
+    if i_program is None:
+        i_program = tl.program_id(0)
+    # Whole tiles run first, then the splits of the others.
+    i_split = 0
+    if SPLITS > 1:
+        i_split = tl.maximum(i_program - FLAGS.WHOLE, 0) // FLAGS.SPLIT_TILES
+    i_tile = i_program - i_split * FLAGS.SPLIT_TILES
+    i_row, i_column, i_tap = place_of(i_tile, BC, GEO, FLAGS)
     i_r = i_tap // GEO.S
     i_s = i_tap % GEO.S
     o_c = i_column * BC + tl.arange(0, BC)
@@ -75,7 +67,9 @@ def wgrad_kernel(
         blocks = (samples + TILE.BP - 1) // TILE.BP * PIXELS
     else:
         blocks = (samples * PIXELS + TILE.BP - 1) // TILE.BP
-    per_split = (blocks + SPLITS - 1) // SPLITS
+    per_split = blocks
+    if SPLITS > 1:
+        per_split = tl.where(i_tile < FLAGS.WHOLE, blocks, (blocks + SPLITS - 1) // SPLITS)
     first = i_split * per_split
     # A split without work still runs one masked block: ptxas serializes the wgmma of a loop that may run
     # zero times (Triton 3.6, sm_90, warning C7515).
@@ -138,47 +132,19 @@ def wgrad_kernel(
                     b_u = tl.where(m_u, b_u, 0.0)
             b_du = tl.dot(b_u, b_x, b_du, input_precision=FLAGS.PRECISION)
 
-    last = True
-    if SPLITS > 1:
+    if SPLITS > 1 and (FLAGS.WHOLE == 0 or i_tile >= FLAGS.WHOLE):
         A_ROWS: tl.constexpr = BK if FLAGS.HAS_A else 0
         SIZE: tl.constexpr = (A_ROWS + (BU if FLAGS.HAS_U else 0)) * BC
-        p_sums = p_workspace + i_tile.to(tl.int64) * SPLITS * SIZE
-        o_a = tl.arange(0, BK)[:, None] * BC + tl.arange(0, BC)[None, :]
-        o_b = (A_ROWS + tl.arange(0, BU))[:, None] * BC + tl.arange(0, BC)[None, :]
+        p_sums = p_workspace + ((i_tile - FLAGS.WHOLE) * SPLITS + i_split) * SIZE
         if FLAGS.HAS_A:
-            tl.store(p_sums + i_split * SIZE + o_a, b_dw, cache_modifier=".cg")
+            tl.store(p_sums + tl.arange(0, BK)[:, None] * BC + tl.arange(0, BC)[None, :], b_dw)
         if FLAGS.HAS_U:
-            tl.store(p_sums + i_split * SIZE + o_b, b_du, cache_modifier=".cg")
-        last = reduce_splits(p_sums, p_semaphores + i_tile * SPLITS, i_split, SIZE, SPLITS, FLAGS.LEVELS)
-        if last:
-            if FLAGS.HAS_A:
-                b_dw = tl.load(p_sums + o_a, cache_modifier=".cg")
-            if FLAGS.HAS_U:
-                b_du = tl.load(p_sums + o_b, cache_modifier=".cg")
-
-    if last:
-        if FLAGS.HAS_A:
-            m_dw = (o_k < GEO.K)[:, None] & (o_c < GEO.C)[None, :]
-            o_tap = i_r * W_STRIDES[1] + i_s * W_STRIDES[2]
-            o_dw = o_k[:, None] * W_STRIDES[0] + o_c[None, :] * W_STRIDES[3] + o_tap
-            tl.store(p_dw + o_dw, b_dw.to(p_dw.dtype.element_ty), mask=m_dw)
-        if FLAGS.HAS_F:
-            if FLAGS.HAS_U:
-                o_row = o_u
-                b_f = b_du * scale
-                if p_unit is not None:
-                    b_f *= tl.load(p_unit)
-            else:
-                o_row = o_k
-                b_f = tl.full([BK, BC], 0.0, dtype=tl.float32)
-            m_f = (o_row < FLAGS.U)[:, None] & (o_c < GEO.C)[None, :]
-            o_tap = i_r * F_STRIDES[1] + i_s * F_STRIDES[2]
-            o_f = o_row[:, None] * F_STRIDES[0] + o_c[None, :] * F_STRIDES[3] + o_tap
-            b_f = add_rule_terms(b_f, b_dw, p_dw, p_weight, p_feedback, o_f, m_f, decay, self_, tie, FLAGS.HAS_A, FLAGS)
-            tl.store(p_f + o_f, b_f.to(p_f.dtype.element_ty), mask=m_f)
-            if FLAGS.SYMMETRIC and i_row != i_column:
-                o_mirror = o_row[:, None] * F_STRIDES[3] + o_c[None, :] * F_STRIDES[0]
-                tl.store(p_f + o_mirror, b_f.to(p_f.dtype.element_ty), mask=m_f)
+            tl.store(p_sums + (A_ROWS + tl.arange(0, BU))[:, None] * BC + tl.arange(0, BC)[None, :], b_du)
+    else:
+        store_gradients(
+            b_dw, b_du, o_k[:, None], o_u[:, None], o_c[None, :], i_tap, i_row != i_column, p_dw, p_f, p_unit,
+            p_weight, p_feedback, scale, decay, self_, tie, W_STRIDES, F_STRIDES, GEO, FLAGS,
+        )  # fmt: skip
 
 
 def wgrad_launch(
@@ -230,7 +196,11 @@ def wgrad_launch(
     outputs = (g.N, g.P, g.Q)
     shapes = {"u": (*outputs, u_channels), "a": (*outputs, g.K), "x": (g.N, g.H, g.W, g.C), "mean": (sample, g.C)}
     shapes["u_mean"] = (sample // (g.H * g.W) * g.P * g.Q, u_channels)
-    grid = (wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric), tile.splits)
-    writes, sums = ("dw", "f") if a else ("f",), (tile.BK + tile.BU) * tile.BC
+    tiles = wgrad_tiles(g, rows, (tile.BK, tile.BU, tile.BC), symmetric)
+    split = tiles % target.processors if tile.splits > 1 else 0
+    tile = tile._replace(splits=tile.splits if split else 1)
+    flags |= {"WHOLE": tiles - split if split else 0, "SPLIT_TILES": split}
+    grid = (tiles + split * (tile.splits - 1), 1)
+    writes, sums = ("dw", "f") if a else ("f",), (tile.BK if a else 0, tile.BU if u else 0)
     strides = {"W_STRIDES": w_strides, "F_STRIDES": f_strides}
     return make_launch(wgrad_kernel, g, target, tile, grid, named, writes, shapes, flags, sums, **strides)

@@ -56,6 +56,8 @@ class Recalled:
     @classmethod
     def of(cls, layer: Any, geometry: Geometry, input: Tensor, output: Tensor) -> "Recalled | None":
         """Recall a call that returned ``output``; None if the next one may have to be computed in another way."""
+        if open_blocks:  # of backend: a later call may be outside
+            return None
         rule, weight, feedback, bias = layer.rule, layer.weight, layer.feedback, layer.bias
         tensors = (input, weight, feedback, _NO_BIAS if bias is None else bias)
         if (
@@ -68,7 +70,6 @@ class Recalled:
             or input.dim() < weight.dim()
             or not weight.numel()
             or tables[input.device]
-            or open_blocks
             or innermost.get() is not None
             or torch._C._is_any_autocast_enabled()
             or torch._C._are_functorch_transforms_active()

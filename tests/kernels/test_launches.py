@@ -22,8 +22,6 @@ FLAGS = "-shared -fPIC -O2 -std=gnu11 -Wall -Wextra -Werror -Wl,-soname,libcuda.
 MOST_HOST_TIME = {"wm, pointwise": 40, "ia, small": 34, "ia": 54}
 MOST_OF_A_LAYER = {"wm-probes, 64 layers": 20, "wm-probes, 64 layers, orthogonal": 60}
 
-LONG = pytest.mark.long  # tiles of sm_90 and sm_120 are also those of sm_100 and sm_80
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch loads a libcuda of its own"),
@@ -48,7 +46,7 @@ def run(script: str, library: Path, capability: int) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=LONG), 90, pytest.param(100, marks=LONG), 120])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_every_kernel_is_launched_as_the_device_allows(library, capability):
     """By Triton's JIT and by handles with the same arguments, which are those that were passed."""
     assert f"cases on sm_{capability}" in run("launches.py", library, capability).splitlines()[-1]

@@ -20,7 +20,6 @@ from triton_cases import (
     target,
 )
 
-from pyfeedback.kernels import launch
 from pyfeedback.kernels.dgrad import dgrad_launch
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.tiles import DgradTile, WgradTile, choose_dgrad, choose_wgrad
@@ -83,7 +82,7 @@ def channels_last(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.permute(0, 2, 3, 1)
 
 
-def run_pair(case: Case, dtype=torch.float32, tile=None, centered=False, **terms):
+def run_pair(case: Case, dtype=torch.float32, tile=None, centered=False, processors=132, **terms):
     """dW and the feedback gradient of one launch, and what they are beside: composed, and in float64."""
     t = layer(case, dtype)
     both, mean, unit = options(case, centered)
@@ -93,7 +92,7 @@ def run_pair(case: Case, dtype=torch.float32, tile=None, centered=False, **terms
     run_kernel(
         wgrad_launch, case.geometry, x=inner(t.x), a=inner(t.dy), u=inner(t.other), dw=channels_last(dw),
         f=channels_last(f), weight=channels_last(surround(t.weight)), feedback=channels_last(surround(t.feedback)),
-        tile=tile or small(case), **both, **of_u, **terms,
+        tile=tile or small(case), processors=processors, **both, **of_u, **terms,
     )  # fmt: skip
     expected = []
     for wide in (dtype, torch.float64):
@@ -171,17 +170,52 @@ def test_gram_beside_the_weight_gradient(splits):
     assert_near(dw, products(t.x, t.weight, t.dy, case, torch.float16)[1], products(t.x, t.weight, t.dy, case)[1])
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "processors"), [(1, 132), (3, 132), (3, 4)])
 @pytest.mark.parametrize("channels", [16, 40])
-def test_gram_alone(channels, splits):
+def test_gram_alone(channels, splits, processors):
     """The blocks above the diagonal are mirrored, of 40 channels the last one ragged."""
     case = CASES["1x1"]._replace(input=(2, channels, 4, 5), weight=(8, channels, 1, 1), splits=splits)
     x = inner(layer(case, torch.float16).x).view(-1, 1, 1, channels)
     gram = fresh(x.new_empty(channels, 1, 1, channels), torch.float32)
-    run_kernel(wgrad_launch, Geometry(40, channels, channels), x=x, u=x, f=gram, scale=0.5, tile=small(case))
+    run_kernel(wgrad_launch, Geometry(40, channels, channels), x=x, u=x, f=gram, scale=0.5, tile=small(case),
+               processors=processors)  # fmt: skip
     flat, gram = x.view(-1, channels), gram.view(channels, channels)
     assert_near(gram, 0.5 * (flat.float().t() @ flat.float()), 0.5 * (flat.double().t() @ flat.double()))
     assert (gram - gram.t()).tril(-16).count_nonzero() == 0
+
+
+def test_many_splits():
+    """More than a program of the finish reads at once."""
+    case = Case((2, 16, 17, 16), (16, 16, 1, 1), splits=34)
+    for ours, composed, oracle in zip(*run_pair(case, **TERMS), strict=True):
+        assert_near(ours, composed, oracle)
+
+
+def test_only_the_last_wave_is_split():
+    """Of 12 tiles on 8 processors, the sums of 4 are split in three."""
+    for ours, composed, oracle in zip(*run_pair(CASES["3x2 stride 2 and 1"], processors=8, **TERMS), strict=True):
+        assert_near(ours, composed, oracle)
+
+
+@pytest.mark.parametrize(
+    ("positions", "c", "k", "tiles", "splits"),  # whole tiles, and those whose sum is split
+    [
+        (25216, 768, 3072, (132, 12), 11),  # ViT-B: a second wave of 12 tiles
+        (25216, 768, 768, (0, 36), 3),
+        (6272, 1408, 1536, (132, 0), 1),
+        (1280, 768, 3072, (132, 12), 5),  # few positions
+        (6272, 768, 2304, (108, 0), 1),
+    ],
+)
+def test_programs_of_the_last_wave(positions, c, k, tiles, splits):
+    g = Geometry(positions, c, k)
+    launch = wgrad_launch(g, target(2, 90), x="x", a="a", dw="dw")
+    flags = launch.constants["FLAGS"]
+    whole, split = tiles
+    assert (whole if split else 0, split) == (flags.WHOLE, flags.SPLIT_TILES)
+    assert (launch.tile.splits, launch.grid) == (splits, (whole + split * splits, 1))
+    assert (launch.finish is None) == (splits == 1)
+    assert launch.workspace == split * splits * 128 * 128
 
 
 @pytest.mark.parametrize("splits", [3, 5])
@@ -192,15 +226,6 @@ def test_the_order_of_programs_changes_no_bit(splits, monkeypatch):
         with shuffled_programs(monkeypatch, seed):
             permuted, *_ = run_pair(case, **TERMS)
         assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
-
-
-def test_semaphores_are_left_at_zero(monkeypatch):
-    semaphores = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(launch, "semaphores", lambda count, device: semaphores)
-    first, *_ = run_pair(CASES["4x3 stride 3 and 2"], **TERMS)
-    assert not semaphores.any()
-    again, *_ = run_pair(CASES["4x3 stride 3 and 2"], **TERMS)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def run_dgrad(case: Case, dtype=torch.float32, tile=None, dual=True, centered=False, **scales):
@@ -388,4 +413,5 @@ def test_arguments_are_in_the_order_of_the_kernel():
     g, device = Geometry(40, 16, 16), target(4, 90)
     for made in (wgrad_launch(g, device, x="x", a="dy", dw="dW"), dgrad_launch(g, device, dy="dy", dx="dx")):
         assert [*made.arguments] == made.kernel.arg_names[: len(made.arguments)]
-        assert {*made.constants} == {*made.kernel.arg_names[len(made.arguments) : -2]}
+        rest = made.kernel.arg_names[len(made.arguments) :]
+        assert {*made.constants} == {name for name in rest if not name.startswith("i_")}

@@ -5,7 +5,6 @@ import torch
 import triton_cases
 from cases import RULES
 from triton_cases import (
-    DEVICE,
     VARIANTS,
     Case,
     assert_near,
@@ -103,13 +102,6 @@ def test_the_order_of_programs_changes_no_bit(programs, monkeypatch):
         with shuffled_programs(monkeypatch, seed):
             permuted, *_ = run(case, programs=programs)
         assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
-
-
-def test_semaphores_are_left_at_zero(monkeypatch):
-    semaphores = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(launch, "semaphores", lambda count, device: semaphores)
-    run(CASES["3x2 stride 2 and 3, dilation 3 and 2"], programs=7)
-    assert not semaphores.any()
 
 
 # The backward of a layer

@@ -24,7 +24,7 @@ from triton_cases import (
 from triton_layers import ALGORITHMS, LAYERS, assert_all_near, has_algorithm, run_conv2d
 
 from pyfeedback.core.algorithm import Algorithm
-from pyfeedback.kernels import launch, plan
+from pyfeedback.kernels import plan
 from pyfeedback.kernels.geometry import Geometry
 from pyfeedback.kernels.pointwise import pointwise_launch
 from pyfeedback.kernels.tiles import PointwiseTile, choose_pointwise
@@ -144,15 +144,6 @@ def test_the_order_of_programs_changes_no_bit(term, monkeypatch):
         with shuffled_programs(monkeypatch, seed):
             permuted, *_ = run(CASES["ragged"], term)
         assert all(torch.equal(a, b) for a, b in zip(straight, permuted, strict=True))
-
-
-def test_semaphores_are_left_at_zero(monkeypatch):
-    semaphores = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(launch, "semaphores", lambda count, device: semaphores)
-    first, *_ = run(CASES["channel blocks"], "cross")
-    assert not semaphores.any()
-    again, *_ = run(CASES["channel blocks"], "cross")
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_offsets_in_int64(monkeypatch):

@@ -137,7 +137,9 @@ def target(itemsize: int, capability: int, processors: int = 132) -> Target:
     return Target("float32" if itemsize == 4 else "bfloat16", False, capability, processors)
 
 
-def described(describe, geometry: Geometry, *args, prefix="", tile=None, **operands) -> tuple[Launch, dict]:
+def described(
+    describe, geometry: Geometry, *args, prefix="", tile=None, processors=132, **operands
+) -> tuple[Launch, dict]:
     """A launch of these tensors and numbers, by parameter, and what it names: the parameter after ``prefix``."""
     values = {prefix + name: t for name, t in operands.items() if t is not None}
     named = {name: prefix + name for name, t in operands.items() if isinstance(t, torch.Tensor)}
@@ -153,7 +155,8 @@ def described(describe, geometry: Geometry, *args, prefix="", tile=None, **opera
     elif describe.__name__ == "pointwise_launch" and y is not None:
         options["used"] = len(y)
     dtype = operands.get("x", operands.get("dy")).dtype
-    return describe(geometry, Target(str(dtype).removeprefix("torch.")), *args, tile=tile, **options, **named), values
+    device = Target(str(dtype).removeprefix("torch."), processors=processors)
+    return describe(geometry, device, *args, tile=tile, **options, **named), values
 
 
 def run_kernel(describe, geometry: Geometry, *args, **operands) -> None:
@@ -202,8 +205,9 @@ def record_launches(monkeypatch, **choices) -> list[Launch]:
 
 
 def names(launched: list[Launch]) -> list[str]:
-    """The kernels of these launches."""
-    return [str(launch).partition("(")[0] for launch in launched]
+    """The kernels of these launches, without those that finish another."""
+    found = [str(launch).partition("(")[0] for launch in launched]
+    return [name for name in found if name != "finish"]
 
 
 def terms_in_one_pass(launched: list[Launch]) -> list[str]:
