@@ -46,6 +46,7 @@ LAYERS = (
 )
 POINTWISE_LAYERS = ("64-64-1x1s1@56", "64-256-1x1s1@56", "256-64-1x1s1@56", "256-128-1x1s1@56", "512-128-1x1s1@28",
                  "512-256-1x1s1@28")  # fmt: skip
+STRIDED_LAYER = "256-512-1x1s2@56"  # only its dx has launches of its own
 SMALL_LAYERS = ("512-512-3x3s1@7", "512-2048-1x1s1@7", "64-64-3x3s1@8")
 FULL_PRECISION = ("64-256-1x1s1@56", "128-128-3x3s2@56")
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # fp16 has bf16's code, and units besides
@@ -138,6 +139,7 @@ def jobs(architectures: list[int | str]) -> list[Job]:
                 elif dtype != "bf16":
                     ops = ["wgrad pair", "wgrad pair centered", "dgrad dual"]
                 found += [Job(op, layer, dtype, capability) for op in ops]
+        found += [Job("dgrad", STRIDED_LAYER, dtype, capability) for dtype in TYPES]
         for layer in SMALL_LAYERS:
             found += [Job(op, layer, dtype, capability) for op in JOINT for dtype in TYPES if dtype != "fp16"]
         for layer in POINTWISE_LAYERS:

@@ -117,6 +117,8 @@ class _Calls(TorchDispatchMode):
         if name == "convolution_backward":
             self.works += _convolution_backward(args, out)
             return out
+        if name == "convolution":
+            args = (_read(*args[:2], args[3]), *args[1:])
         read = list(args[name in _NOT_READ :])
         read += [args[i] for i in _READ_TWICE.get(name, ())]
         moved = _bytes(read) + _bytes({k: v for k, v in kwargs.items() if k != "out"}) + _bytes(out)
@@ -127,11 +129,19 @@ class _Calls(TorchDispatchMode):
 
 def _convolution_backward(args: tuple, out: tuple) -> Iterator[Work]:
     """One kernel for each gradient."""
-    dy, x, w = args[:3]
+    dy, x, w, _, stride = args[:5]
     macs = dy.numel() * math.prod(w.shape[1:]) if not args[7] else x.numel() * math.prod(w.shape[1:])
-    for name, operands, result in (("dgrad", (dy, w), out[0]), ("wgrad", (dy, x), out[1]), ("sum", (dy,), out[2])):
+    read = {"dgrad": (dy, w), "wgrad": (dy, _read(x, w, stride)), "sum": (dy,)}
+    for (name, operands), result in zip(read.items(), out, strict=True):
         if result is not None:
             yield Work(name, 0.0 if name == "sum" else 2.0 * macs, _bytes((operands, result)))
+
+
+def _read(x: Tensor, w: Tensor, stride: list[int]) -> Tensor:
+    """The part of its input that a convolution reads: of one with a 1x1 kernel, every stride-th position."""
+    if math.prod(w.shape[2:]) > 1:
+        return x
+    return x[(..., *(slice(None, None, step) for step in stride))]
 
 
 def _bytes(tree: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from .geometry import Pair, layer_geometry
+from .geometry import Pair, layer_geometry, strided_geometry
 from .handles import Launcher
 from .launch import DTYPES, MOST_POSITIONS, architecture
 from .plan import Plan, Problem, plan_backward, scales
@@ -75,7 +75,8 @@ def layer_backward(
     precision = (torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul).fp32_precision
     target = Target(NAMES[input.dtype], precision == "tf32", *architecture(input.device))
     wanted = (need_input, need_weight, need_feedback)
-    problem = Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused)
+    strided = strided_geometry(input.shape, weight.shape, convolution)
+    problem = Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused, strided)
     plan, launcher = planned(problem, input.device)
 
     layer = _Layer(input, weight, feedback, response, convolution, geometry.pointwise, rule, n, center)
@@ -87,7 +88,7 @@ def layer_backward(
     if "dy" in plan.operands:
         values["dy"] = layer.block(grad_output)
     if need_input:
-        values["dx"] = input.new_empty(geometry.N, geometry.H, geometry.W, geometry.C)
+        values["dx"] = input.new_empty(plan.dx.N, plan.dx.H, plan.dx.W, plan.dx.C)
     if need_weight or "tie" in fields:
         # A launch of data terms may read dW: in float32, it is not rounded, and it is finite if tie * dW is.
         exact = "tie" in fields and algorithm != "none"
@@ -98,7 +99,7 @@ def layer_backward(
     with torch.cuda.device(input.device) if input.device.type == "cuda" else nullcontext():
         launcher.run(values)
     if plan.finish:
-        out.copy_(_composed_gradient(plan.finish, values, layer))
+        _composed_gradient(plan.finish, values, layer)
     grad_bias = None
     if need_bias:
         grad_bias = grad_output.sum((0, 2, 3)) if convolution else grad_output.reshape(-1, geometry.K).sum(0)
@@ -159,7 +160,7 @@ class _Layer(NamedTuple):
         """The input gradient in the layout of the input, from its block."""
         if not self.convolution:
             return match_strides(dx.view(self.input.shape), torch.empty_like(self.input))
-        n, c, h, w = self.read(self.input).shape
+        n, c, h, w = self.input.shape if dx.numel() == self.input.numel() else self.read(self.input).shape
         gradient = dx.view(n, h, w, c).permute(0, 3, 1, 2)
         if gradient.shape != self.input.shape:
             dense, gradient = gradient, torch.zeros_like(self.input)
@@ -214,27 +215,35 @@ def _samples(block: Tensor, n: int) -> Tensor:
     return block.view(n, -1, block.shape[-1])
 
 
-def _composed_gradient(finish: str, values: dict[str, Any], layer: _Layer) -> Tensor:
-    """f from the products [K, C] and the terms without data, in float32 and the shape of the weight."""
-    weight, feedback, rule, n = layer.weight, layer.feedback, layer.rule, layer.n
+def _composed_gradient(finish: str, values: dict[str, Any], layer: _Layer) -> None:
+    """Write f, from products [K, C] in float32 and the terms without data; it is rounded once."""
+    weight, feedback, rule, n, out = layer.weight, layer.feedback, layer.rule, layer.n, values["f"]
     if finish == "blend":
-        return blend(feedback, weight, rule.decay, rule.self_)
-    w, b = (t.reshape(t.shape[0], -1).float() for t in (weight, feedback))
-    rest, share = (blend(b, w, rule.decay, rule.self_), 1.0) if rule.self_ else (b, rule.decay)
-    gram = values["gram"]
+        out.copy_(blend(feedback, weight, rule.decay, rule.self_))
+        return
+    w, b, gram = weight.reshape(len(weight), -1), feedback.reshape(len(weight), -1), values["gram"]
     if finish == "input_gram":  # (sparse B - amp W) G + null W G W' B, with G = x'x
+        w = w.float()
         kernel, scale = (blend(b, w, rule.sparse, rule.amp), 1.0) if rule.sparse else (w, -rule.amp)
-        total = torch.addmm(rest, kernel, gram, beta=share, alpha=scale / n)
+        total = torch.addmm(w, kernel, gram, beta=0, alpha=scale / n)
         if rule.null:
-            mixed = w @ gram
+            mixed, b = w @ gram, b.float()
             factors = (mixed @ w.t(), b) if w.shape[0] < w.shape[1] else (mixed, w.t() @ b)
             total = total.addmm_(*factors, alpha=rule.null / n)
     else:  # null Y B - amp y'x, with Y = y'y
-        total = torch.addmm(rest, gram, b, beta=share, alpha=rule.null / n)
+        b = b.float()
+        total = torch.addmm(b, gram, b, beta=0, alpha=rule.null / n)
         if rule.amp:
             total = total.sub_(values["cross"], alpha=rule.amp / n)
     total = total.reshape(weight.shape)
-    return total.add_(values["dW"], alpha=rule.tie) if rule.tie else total
+    if rule.tie:
+        total = total.add_(values["dW"], alpha=rule.tie)
+    if rule.self_:
+        torch.add(total, blend(feedback, weight, rule.decay, rule.self_), out=out)
+    elif rule.decay:
+        torch.add(total, feedback, alpha=rule.decay, out=out)  # the sum of both dtypes is float32
+    else:
+        out.copy_(total)
 
 
 def unit_of(kernel: Tensor, dim: int) -> Tensor:

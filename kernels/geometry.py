@@ -89,8 +89,18 @@ def layer_geometry(
     """
     if convolution is None:
         return Geometry(prod(input[:-1]), weight[1], weight[0]), prod(input[1:-1])
-    stride, padding, dilation = convolution
-    geometry = conv_geometry(input, weight, stride, padding, dilation)
-    if tuple(weight[2:]) == (1, 1) and tuple(padding) == (0, 0):
+    geometry = conv_geometry(input, weight, *convolution)
+    if (geometry.R, geometry.S, geometry.padding) == (1, 1, (0, 0)):
         return Geometry(geometry.positions, geometry.C, geometry.K), geometry.P * geometry.Q
     return geometry, 1
+
+
+@lru_cache(4096)
+def strided_geometry(
+    input: tuple[int, ...], weight: tuple[int, ...], convolution: tuple[Pair, Pair, Pair] | None
+) -> Geometry | None:
+    """The geometry of a 1x1 convolution without padding but with a stride, including the positions that it does not
+    read; None for any other layer."""
+    if convolution is None or max(convolution[0]) == 1 or tuple(weight[2:]) != (1, 1) or max(convolution[1]) > 0:
+        return None
+    return conv_geometry(input, weight, *convolution)

@@ -58,6 +58,7 @@ class Problem(NamedTuple):
     strides: tuple[int, ...]  # (k, r, s, c) of dW and f
     target: Target
     fused: bool = True
+    strided: Geometry | None = None  # of a pointwise layer with a stride: with the positions that it does not read
 
     @property
     def rows_read(self) -> int:
@@ -105,6 +106,7 @@ class Plan(NamedTuple):
     launches: tuple[Launch, ...]
     finish: str  # how f is composed: "blend" (from the terms without data), "input_gram", "response_gram", or ""
     operands: frozenset[str]  # all names that the launches use
+    dx: Geometry  # of which dx is the input: with the positions that the layer does not read, or without
 
 
 @lru_cache(4096)
@@ -128,11 +130,13 @@ def plan_backward(p: Problem) -> Plan:
             launches += more
     if "dx" in remaining:
         launches.append(_dgrad(p, remaining)[0])
-    names = set()
+    names, dx = set(), p.geometry
     for launch in launches:
         for value in launch.arguments.values():
             names |= {v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)}
-    return Plan(tuple(launches), finish, frozenset(names))
+        if p.strided and launch.constants["GEO"] == p.strided.constants():
+            dx = p.strided
+    return Plan(tuple(launches), finish, frozenset(names), dx)
 
 
 def data_products(p: Problem) -> tuple[tuple[Product, ...], str]:
@@ -253,6 +257,10 @@ def _dgrad(p: Problem, remaining: frozenset[str], product: Product = DW_ALONE) -
         options |= {"dy": "dy", "dx": "dx"}
         remaining -= {"dx"}
     tiles = _joint_tiles(p, remaining, (g.K, 0), product.z is not None) if "dW" in remaining else None
+    if p.strided and product.z is None and tiles is None:  # a zero for each position that is not read
+        dgrad = dgrad_launch(p.strided, p.target, **options)
+        flat = {"dy": ((g.N, 1, 1, g.K), p.target.dtype)}  # as other launches read it
+        return dgrad._replace(operands=dgrad.operands | flat), remaining
     dgrad = dgrad_launch(g._replace(N=n), p.target, tile=tiles and tiles[1], **options)
     if tiles is None:
         return dgrad, remaining

@@ -197,11 +197,11 @@ class Run:
         return statistics.fmean(values) if values else None
 
     def _watch(self, images: Images) -> pyfeedback.Monitor:
-        probe = None
-        if self.settings.probe:
-            chosen = [images.test[i] for i in range(min(self.settings.probe, len(images.test)))]
-            inputs, labels = (torch.stack([torch.as_tensor(v) for v in side]) for side in zip(*chosen, strict=True))
-            probe = inputs.to(self.place.device, memory_format=self.loader.format), labels.to(self.place.device)
+        if not self.settings.probe:
+            return pyfeedback.Monitor(self.network, self.settings.every)
+        chosen = [images.test[i] for i in range(min(self.settings.probe, len(images.test)))]
+        inputs, labels = (torch.stack([torch.as_tensor(v) for v in side]) for side in zip(*chosen, strict=True))
+        probe = inputs.to(self.place.device, memory_format=self.loader.format), labels.to(self.place.device)
         return pyfeedback.Monitor(self.network, self.settings.every, batch=probe, loss=F.cross_entropy)
 
     def _ready(self, network: nn.Module) -> nn.Module:

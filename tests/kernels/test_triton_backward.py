@@ -39,6 +39,19 @@ def test_part_of_the_batch_without_a_response_in_another_layout(name, rule):
         assert_all_near(*run_conv2d(LAYERS[name], sampled, Algorithm.INPUT_GRAM))
 
 
+@pytest.mark.parametrize("rule", ["fa", "wm-centered", "ia", "everything"])
+def test_strided_pointwise_layer(monkeypatch, rule):
+    """A launch of dx alone also writes the zeros of the positions that are not read."""
+    launched = record_launches(monkeypatch, choose_joint=lambda *_: None, choose_pointwise=lambda *_: None)
+    for mask in ((True,) * 4, (True, False, True, False), (True, False, False, False)):
+        for algorithm in (Algorithm.NONE,) if rule == "fa" else (Algorithm.DIRECT, Algorithm.INPUT_GRAM):
+            launched.clear()
+            assert_all_near(*run_conv2d(LAYERS["1x1 stride 2 and 3"], RULES[rule], algorithm, mask))
+            apart = [launch for launch in launched if launch.products == ("dx",)]
+            assert all(launch.constants["GEO"].stride == (2, 3) for launch in apart)
+            assert apart or algorithm is Algorithm.DIRECT
+
+
 def test_gram_of_many_channels_is_launched_alone(monkeypatch):
     launched = record_launches(monkeypatch, SHARED_GRAM_CHANNELS=8)
     for rule in ("ia", "everything"):

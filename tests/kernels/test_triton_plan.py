@@ -5,7 +5,7 @@ import torch
 import triton_cases
 
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.kernels.geometry import Geometry, layer_geometry
+from pyfeedback.kernels.geometry import Geometry, layer_geometry, strided_geometry
 from pyfeedback.kernels.launch import needs
 from pyfeedback.kernels.plan import Problem, plan_backward, scales
 from pyfeedback.kernels.tiles import Target
@@ -18,6 +18,7 @@ LAYERS = {  # input, weight, convolution
     "3x3": ((256, 64, 56, 56), (64, 64, 3, 3), SAME),
     "small 3x3": ((4, 64, 7, 7), (64, 64, 3, 3), SAME),
     "1x1": ((32, 64, 56, 56), (64, 64, 1, 1), DENSE),
+    "strided 1x1": ((128, 256, 55, 56), (512, 256, 1, 1), ((2, 2), (0, 0), (1, 1))),
     "1x1 of many channels": ((256, 1024, 14, 14), (1024, 1024, 1, 1), DENSE),
     "linear": ((65536, 64), (1024, 64), None),
     "small linear": ((64, 1024), (512, 1024), None),
@@ -33,7 +34,8 @@ def problem(layer, fields, algorithm, *, part=False, wanted=(True, True, True), 
     g = geometry
     strides = (g.R * g.S * g.C, g.S * g.C, g.C, 1)
     samples = input[0] // 2 if part else input[0]
-    return Problem(geometry, rows, samples, algorithm, fields, wanted, strides, Target(dtype), fused)
+    strided = strided_geometry(input, weight, convolution)
+    return Problem(geometry, rows, samples, algorithm, fields, wanted, strides, Target(dtype), fused, strided)
 
 
 def launches(*args, **options) -> list[str]:
@@ -295,6 +297,24 @@ def test_an_unknown_algorithm_is_refused():
         launches("1x1", WM, "moment")
 
 
+def test_a_strided_pointwise_layer():
+    """Its dgrad writes the zeros of the positions that it does not read, unless the launch has z, on those it reads."""
+    p = problem("strided 1x1", WM, "input_gram")
+    read, whole = p.geometry, p.strided
+    assert (read.N, whole.N * whole.H * whole.W) == (128 * 28 * 28, 128 * 55 * 56)
+    for fields, algorithm, expected, dx in (
+        ((), "none", ["wgrad(dW, f)", "dgrad(dx)"], whole),
+        (WM, "input_gram", ["wgrad(gram)", "wgrad(dW)", "dgrad(dx)"], whole),
+        (IA, "direct", ["dgrad(dx, z)", "wgrad(f)", "wgrad(dW)"], read),
+    ):
+        plan = plan_backward(problem("strided 1x1", fields, algorithm))
+        assert [str(launch) for launch in plan.launches] == expected
+        assert plan.dx == dx
+        shapes = {name: shape for launch in plan.launches for name, (shape, _) in launch.operands.items()}
+        assert shapes["dy"] == (read.N, 1, 1, 512)
+        assert shapes["dx"] == (dx.N, dx.H, dx.W, 256)
+
+
 def test_planning_is_cached_and_touches_no_tensor(monkeypatch):
     p = problem("3x3", IA, "direct", part=True)
     plan_backward.cache_clear()
@@ -315,5 +335,9 @@ def test_layer_geometry():
     """Pointwise layers are linear layers over the positions that they read."""
     assert layer_geometry((3, 5, 16), (24, 16), None) == (Geometry(15, 16, 24), 5)
     assert layer_geometry((3, 16, 5, 4), (24, 16, 1, 1), ((2, 3), (0, 0), (1, 1))) == (Geometry(18, 16, 24), 6)
+    assert strided_geometry((3, 5, 16), (24, 16), None) is None
+    assert strided_geometry((3, 16, 5, 4), (24, 16, 1, 1), DENSE) is None
+    assert strided_geometry((3, 16, 5, 4), (24, 16, 3, 3), ((2, 2), (0, 0), (1, 1))) is None
+    assert strided_geometry((3, 16, 5, 4), (24, 16, 1, 1), ((2, 3), (0, 1), (1, 1))) is None
     padded, rows = layer_geometry((3, 16, 5, 4), (24, 16, 1, 1), ((1, 1), (1, 0), (1, 1)))
     assert (padded.H, padded.P, rows) == (5, 7, 1)
