@@ -316,7 +316,7 @@ class DepthwiseStrip {
   KernelColumn* columns_;  // sorted by `first`
   int64_t* unread_;        // the columns of the input that no window reads
   int64_t unread_count_ = 0;
-  int64_t shared_;         // bytes of both
+  int64_t shared_;  // bytes of both
 };
 
 int64_t depthwise_bytes(const DepthwiseLayer& layer, int64_t blocks) {
