@@ -1,18 +1,16 @@
-"""pyfeedback.tune: races of candidates, what is stored and when it is used, on fakes and on the CPU."""
+"""pyfeedback.tune: races of candidates on fakes and on the CPU, and the tuning of a model."""
 
 import copy
 import json
 import subprocess
 import sys
-import threading
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from tuning_cases import CPU, DIRECT, GRAM, IA, empty_folder, signature, tensors
 
 import pyfeedback
-from pyfeedback import __main__ as program
 from pyfeedback import tuning
 from pyfeedback.backends import choices, dispatch
 from pyfeedback.backends.choices import Choice
@@ -20,139 +18,7 @@ from pyfeedback.core.algorithm import Algorithm
 from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.geometry import LINEAR, Convolution
 
-CPU = torch.device("cpu")
-DIRECT, GRAM = (Choice("composite", each) for each in (Algorithm.DIRECT, Algorithm.INPUT_GRAM))
-IA = Coefficients(amp=0.5, null=0.5, decay=0.1)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder for what is measured."""
-    monkeypatch.setenv("PYFEEDBACK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PYFEEDBACK_TUNE", raising=False)
-    choices.forget()
-    yield tmp_path / "cache"
-    choices.forget()
-
-
-def tensors(*shape, outputs=8, kernel=1):
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(*shape, generator=generator)
-    return input, torch.randn(outputs, shape[1], kernel, kernel, generator=generator)
-
-
-def signature(input, weight, rule=IA, mask=(True,) * 4, saved=True, geometry=None):
-    return choices.signature_of(geometry or Convolution(), input, weight, rule, mask, saved)
-
-
-def planned(input, weight, rule=IA):
-    call = dispatch.plan(Convolution(), input, weight, rule, (True,) * 4, True)
-    return call.algorithm
-
-
-# What is stored
-
-
-def test_nothing_is_measured_until_it_is_asked_for(folder):
-    model = pyfeedback.convert(nn.Linear(4, 4), "ia")
-    model(torch.randn(2, 4)).sum().backward()
-    assert not folder.exists()
-
-
-def test_a_stored_choice_is_used_for_this_layer_only(folder):
-    input, weight = tensors(2, 16, 3, 3)
-    assert planned(input, weight) is Algorithm.RESPONSE_GRAM
-    path = choices.write(CPU, {str(signature(input, weight)): GRAM})
-    assert path.parent == folder
-    assert planned(input, weight) is Algorithm.INPUT_GRAM
-    others = {
-        "batch": (input.repeat(2, 1, 1, 1), weight, IA),
-        "rule": (input, weight, IA._replace(center=True)),
-        "dtype": (input.double(), weight.double(), IA),
-        "layout": (input.to(memory_format=torch.channels_last), weight, IA),
-    }
-    for name, (x, w, rule) in others.items():
-        assert planned(x, w, rule) is Algorithm.RESPONSE_GRAM, name
-    assert planned(input, weight, IA._replace(amp=7.0)) is Algorithm.INPUT_GRAM  # the same terms
-
-
-def test_a_forced_backend_and_the_switch_ignore_it(monkeypatch):
-    input, weight = tensors(2, 16, 3, 3)
-    choices.write(CPU, {str(signature(input, weight)): GRAM})
-    with pyfeedback.backend("composite"):
-        assert planned(input, weight) is Algorithm.RESPONSE_GRAM
-    monkeypatch.setenv("PYFEEDBACK_TUNE", "off")
-    choices.forget()
-    assert planned(input, weight) is Algorithm.RESPONSE_GRAM
-    monkeypatch.setenv("PYFEEDBACK_TUNE", "always")
-    choices.forget()
-    with pytest.raises(ValueError, match="PYFEEDBACK_TUNE is 'always', expected one of cached, off"):
-        planned(input, weight)
-
-
-def test_a_backend_that_is_missing_now_is_not_used():
-    input, weight = tensors(2, 16, 3, 3)
-    choices.write(CPU, {str(signature(input, weight)): Choice("triton", Algorithm.DIRECT)})
-    assert planned(input, weight) is Algorithm.RESPONSE_GRAM
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: text.replace(torch.__version__, "0.0"),
-        lambda text: text.replace("input_gram", "an algorithm of another release"),
-        lambda text: "[]",
-    ],
-)
-def test_a_damaged_or_foreign_file_counts_as_absent(damage):
-    input, weight = tensors(2, 16, 3, 3)
-    path = choices.write(CPU, {str(signature(input, weight)): GRAM})
-    path.write_text(damage(path.read_text()))
-    choices.forget()
-    assert planned(input, weight) is Algorithm.RESPONSE_GRAM
-    choices.write(CPU, {str(signature(input, weight)): DIRECT})  # and is replaced
-    assert planned(input, weight) is Algorithm.DIRECT
-
-
-def test_a_fingerprint_names_the_software():
-    found = choices.fingerprint(CPU)
-    assert found["torch"] == torch.__version__
-    assert {"device", "triton", "code", "machine", "capability", "threads"} <= found.keys()
-
-
-def test_threads_that_write_at_once_lose_nothing():
-    def add(number):
-        choices.write(CPU, {f"layer {number}": DIRECT})
-
-    threads = [threading.Thread(target=add, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert choices.read(CPU).keys() == {f"layer {number}" for number in range(16)}
-    assert not list(choices.folder().glob("*.tmp"))
-
-
-def test_processes_that_write_at_once_lose_nothing():
-    program = (
-        "import sys, torch\nfrom pyfeedback.backends import choices\nfrom pyfeedback.core.algorithm import Algorithm\n"
-        "torch.set_num_threads(1)\n"
-        "for i in range(20):\n"
-        "    choices.write(torch.device('cpu'), {f'{sys.argv[1]} {i}': choices.Choice('composite', Algorithm.DIRECT)})"
-    )
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        running = [subprocess.Popen([sys.executable, "-c", program, name]) for name in "ab"]
-        assert [process.wait() for process in running] == [0, 0]
-        assert len(choices.read(CPU)) == 40
-    finally:
-        torch.set_num_threads(torch_threads)
-
-
-# Races
+folder = empty_folder
 
 
 A, B, C = (Choice(name, Algorithm.NONE) for name in "abc")
@@ -185,7 +51,8 @@ def fake_backends(monkeypatch, **backwards):
 
         monkeypatch.setitem(dispatch._LAYER_BACKENDS, name, composed._replace(backward=backward))
     monkeypatch.setitem(dispatch._LAYERS, "layer", ("composite", *backwards))
-    dispatch._candidate.cache_clear()
+    monkeypatch.setitem(dispatch._FASTEST, ("layer", "cpu"), ("composite",))
+    dispatch.set_backend("auto")  # forgets the choices that were made
 
 
 def slower(composed, call, *args):
@@ -376,7 +243,7 @@ torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=ranks)
 
 def winner(times, default):
-    by_name = {choice.algorithm.value: choice for choice in times}
+    by_name = {choice.algorithm.value: choice for choice in times if choice.backend == "composite"}
     return by_name["input_gram" if rank == 0 else "direct"]
 
 tuning.winner = winner
@@ -403,60 +270,3 @@ def test_ranks_share_the_work_and_agree(tmp_path):
     assert [process.returncode for process in running] == [0, 0]
     assert printed[0] == printed[1]
     assert printed[0] == "['composite, input_gram', 'composite, direct', 'composite, input_gram']"
-
-
-# The program
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pyfeedback", *arguments], capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def test_the_program_tunes_and_checks(folder):
-    done = run("tune", "--network", "resnet20", "--batch", "1", "--budget", "0.1")
-    assert done.returncode == 0, done.stderr
-    assert "all backward passes:" in done.stdout
-    (file,) = folder.glob("*.json")
-    assert len(json.loads(file.read_text())["layers"]) == 6
-    done = run("check", "--network", "resnet20", "--batch", "1", "--dtype", "float32")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "all are correct"
-
-
-BAD_ARGUMENTS = (
-    (),
-    ("tune", "--batch", "0"),
-    ("tune", "--budget", "-1"),
-    ("check", "--dtype", "int8"),
-    ("check", "--device", "tpu7"),
-)
-
-
-@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=" ".join)
-def test_the_program_refuses_bad_arguments(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        program.main(list(arguments))
-    assert "usage: python -m pyfeedback" in capsys.readouterr().err
-
-
-def test_the_program_finds_a_wrong_kernel(monkeypatch, capsys):
-    def off(dtype, device):
-        return torch.full((4,), 1.0 if dtype == torch.float64 or pyfeedback.current_backend() == "composite" else 1.01)
-
-    monkeypatch.setattr(program, "OPS", {"an op": off})
-    monkeypatch.setitem(program.NETWORKS, "resnet20", ())
-    assert program.main(["check", "--dtype", "float32", "--device", "cpu"]) == int(pyfeedback.build_info().cpu)
-    printed = capsys.readouterr().out.splitlines()
-    if pyfeedback.build_info().cpu:
-        assert "error 1.0e-02, expected at most" in printed[-2]
-        assert printed[-1] == "1 wrong"
-
-
-def test_a_report_is_a_table():
-    input, weight = tensors(2, 16, 3, 3)
-    report = tuning.race(signature(input, weight), CPU, 0.01)
-    shown = str(tuning.Report(CPU, choices.path_of(CPU), [replace(report, refused={DIRECT: "error 1"})]))
-    assert "2x16x3x3 by 8x16x1x1, float32, decay+amp+null" in shown
-    assert "refused composite, direct: error 1" in shown
