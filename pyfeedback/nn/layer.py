@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfeedback import functional
+from pyfeedback.core.coefficients import Coefficients
 from pyfeedback.core.deprecation import renamed_keyword
 from pyfeedback.core.geometry import Geometry
 from pyfeedback.core.values import refuse_non_tensor
@@ -172,26 +173,29 @@ class FeedbackLayer(torch.nn.Module):
         if rule.center and not torch.compiler.is_compiling():
             batch = input.shape[0]
             object.__setattr__(self, "has_single_sample", (rule.samples_of(batch) or batch) == 1)
-        coefficients = rule.fixed
-        if scheduled is not None and (steps > 1 or not torch.compiler.is_compiling()):
-            scheduled = None
-        if coefficients is None or scheduled is not None:
-            positions = 1
-            if rule.reduction == "mean":
-                shape = geometry.output_shape(input.shape, weight.shape)
-                positions = math.prod(shape[2:] if geometry.channel == 1 else shape[1:-1])
-            if scheduled is not None:
-                options = {
-                    "center": rule.center,
-                    "samples": rule.samples_of(input.shape[0]),
-                    "normalize": rule.is_normalized,
-                    "positions": positions or 1,
-                }
-                return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
-            coefficients = rule.coefficients(input.shape[0], positions)
+        if scheduled is not None and steps == 1 and torch.compiler.is_compiling():
+            options = {
+                "center": rule.center,
+                "samples": rule.samples_of(input.shape[0]),
+                "normalize": rule.is_normalized,
+                "positions": self._positions(geometry, input, weight) or 1,
+            }
+            return functional.scheduled_layer(geometry, scheduled, input, weight, feedback, bias, **options)
+        coefficients = rule.fixed or self.coefficients_of(geometry, input, weight)
         if steps > 1:
             coefficients = coefficients.of_step(steps, rule.is_normalized or rule.reduction == "mean")
         return functional.layer(geometry, coefficients, input, weight, feedback, bias)
+
+    def coefficients_of(self, geometry: Geometry, input: Tensor, weight: Tensor) -> Coefficients:
+        """The coefficients of a call, under a rule for which they depend on the shapes."""
+        return self.rule.coefficients(input.shape[0], self._positions(geometry, input, weight))
+
+    def _positions(self, geometry: Geometry, input: Tensor, weight: Tensor) -> int:
+        """The output positions of a sample, if the rule takes their mean; otherwise 1."""
+        if self.rule.reduction != "mean":
+            return 1
+        shape = geometry.output_shape(input.shape, weight.shape)
+        return math.prod(shape[2:] if geometry.channel == 1 else shape[1:-1])
 
     def effective_feedback(self, random: bool = True) -> Tensor | None:
         """Return the feedback weight that a pass uses: ``feedback`` as modified by the rule.

@@ -61,8 +61,7 @@ class Recalled:
         rule, weight, feedback, bias = layer.rule, layer.weight, layer.feedback, layer.bias
         tensors = (input, weight, feedback, _NO_BIAS if bias is None else bias)
         if (
-            rule.fixed is None
-            or rule.signs != "free"
+            rule.signs != "free"
             or rule.expansion
             or any(layer._parameters.get(name) is not t for name, t in (("weight", weight), ("bias", bias)))
             or not PLAIN.issuperset(map(type, tensors))
@@ -76,16 +75,16 @@ class Recalled:
             or torch._C._get_tracing_state() is not None
         ):
             return None
-        call = None
+        call, coefficients = None, rule.fixed or layer.coefficients_of(geometry, input, weight)
         if feedback.requires_grad:
-            if bias is not None and rule.center and is_costly(geometry, output, input, weight, rule.fixed.samples):
+            if bias is not None and rule.center and is_costly(geometry, output, input, weight, coefficients.samples):
                 return None  # the values of the output decide
             mask = (input.requires_grad, weight.requires_grad, True, bias is not None and bias.requires_grad)
-            call = plan(geometry, input, weight, rule.fixed, mask, bias is None)
+            call = plan(geometry, input, weight, coefficients, mask, bias is None)
         elif not keeps_plain(geometry, input, weight, feedback, bias):
             return None
         saved = saved_weight(output.grad_fn) if input.requires_grad else None
-        return cls(tensors, geometry, rule.fixed, call, saved)
+        return cls(tensors, geometry, coefficients, call, saved)
 
     def repeat(self, layer: Any, geometry: Geometry, input: Tensor) -> Tensor | None:
         """The output of the layer for another input; None if the call differs from this one in more than values."""

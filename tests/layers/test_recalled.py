@@ -59,6 +59,21 @@ def test_a_repeated_call_is_bit_for_bit_the_first(layer_and_input, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("options", [{"samples": 0.4}, {"samples": 3}, {"reduction": "mean"}], ids=str)
+@pytest.mark.parametrize("name", ["wm", "aa"])
+def test_coefficients_that_depend_on_the_shapes(name, options, monkeypatch):
+    layer = nn.Conv2d(6, 5, 3, rule=pyfeedback.rule(name, **options))
+    for size in ((5, 6, 7, 7), (10, 6, 5, 4), (5, 6, 7, 7)):
+        x = torch.randn(size, requires_grad=True)
+        layer.recalled = None
+        first = gradients(layer, x)
+        assert repeats(layer, x, monkeypatch)
+        for a, b in zip(first, gradients(layer, x), strict=True):
+            assert torch.equal(a, b)
+        sizes = torch.randn(4, *size[1:], requires_grad=True)
+        assert not repeats(layer, sizes, monkeypatch)
+
+
 def shape(layer, x):
     return x[:, :-1]
 
