@@ -273,7 +273,9 @@ def _overheads(records: list[Record]) -> list[str]:
     for layer in _distinct(r["layer"] for r in records):
         here = [r for r in records if r["layer"] == layer]
         plain = statistics.median(r["seconds"]["plain"] for r in here if not r["optimizer"])
-        lines.append(f"step of {layer}, one thread: plain {1e6 * plain:.1f} us; * with an optimizer's step, as in plain")
+        lines.append(
+            f"step of {layer}, one thread: plain {1e6 * plain:.1f} us; * with an optimizer's step, as in plain"
+        )
         more = (1e6 * r["seconds"]["plain"] * (r["ratio_to_plain"] - 1) for r in here)
         lines.append(" " * 17 + "".join(f"{r['rule'] + '*' * r['optimizer']:>8}" for r in here))
         lines.append(f"{'  relative to it':17}" + "".join(f"{r['ratio_to_plain']:8.2f}" for r in here))
