@@ -170,7 +170,10 @@ def choose_joint(
     if MOST_WAVES * target.processors < -(-geometry.N * geometry.H * geometry.W // 64) * -(-geometry.C // 64):
         return None
     wgrad = choose_wgrad(geometry, rows, target, small=True, samples=samples)
-    return wgrad, choose_dgrad(geometry, dual, target, small=True)
+    dgrad = choose_dgrad(geometry, dual, target, small=True)
+    if samples and target.dtype == "float32" and not target.tf32:  # with FMA, 4 warps spill
+        return wgrad._replace(warps=8), dgrad._replace(warps=8)
+    return wgrad, dgrad
 
 
 def choose_pointwise(geometry: Geometry, term: str, target: Target, samples: int = 0) -> PointwiseTile | None:
