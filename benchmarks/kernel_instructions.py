@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 import pyfeedback
 from pyfeedback import Rule
-from pyfeedback.kernels.geometry import layer_geometry, strided_geometry
+from pyfeedback.kernels.geometry import layer_geometry
 from pyfeedback.kernels.launch import Launch
 from pyfeedback.kernels.plan import Problem, plan_backward
 from pyfeedback.kernels.tiles import Target
@@ -40,15 +40,13 @@ def triton_launches(layer: Layer, batch: int, rule: Rule, target: Target) -> tup
     if layer.geometry.groups != 1 or min(layer.weight[:2]) < FEWEST_CHANNELS:
         return None
     convolution = None if layer.geometry is LINEAR else layer.geometry[:3]
-    shapes = (batch, *layer.input), layer.weight
-    geometry, rows = layer_geometry(*shapes, convolution)
+    geometry, rows, strided = layer_geometry((batch, *layer.input), layer.weight, convolution)
     found = rule.coefficients(batch, 1)
     names = tuple(k for k, v in zip(found._fields, found, strict=True) if v) if found.reads_data else ()
     algorithm = layer.algorithm(batch, found).value
     strides = (geometry.R * geometry.S * geometry.C, geometry.S * geometry.C, geometry.C, 1)
     wanted = (not layer.first, True, found.reads_data)
     sizes = geometry, rows, found.samples or batch
-    strided = strided_geometry(*shapes, convolution)
     return plan_backward(Problem(*sizes, algorithm, names, wanted, strides, target, True, strided)).launches
 
 

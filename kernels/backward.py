@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from .geometry import Pair, layer_geometry, strided_geometry
+from .geometry import Pair, layer_geometry
 from .handles import Launcher
 from .launch import DTYPES, MOST_POSITIONS, architecture
 from .plan import Plan, Problem, plan_backward, scales
@@ -63,7 +63,7 @@ def layer_backward(
     Raises:
         ValueError: the rule has a coefficient that the kernels do not implement.
     """
-    geometry, rows = layer_geometry(input.shape, weight.shape, convolution)
+    geometry, rows, strided = layer_geometry(input.shape, weight.shape, convolution)
     need_input, need_weight, need_feedback, need_bias = mask[:4]
     n, fields, out, strides = rule.samples or input.shape[0], (), None, ()
     if need_feedback:
@@ -75,7 +75,6 @@ def layer_backward(
     precision = (torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul).fp32_precision
     target = Target(NAMES[input.dtype], precision == "tf32", *architecture(input.device))
     wanted = (need_input, need_weight, need_feedback)
-    strided = strided_geometry(input.shape, weight.shape, convolution)
     problem = Problem(geometry, rows, n, algorithm, fields, wanted, strides, target, fused, strided)
     plan, launcher = planned(problem, input.device)
 

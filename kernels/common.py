@@ -33,7 +33,7 @@ def store_gradients(
     b_dw, b_u, o_k, o_u, o_c, i_tap, mirrored, p_dw, p_f, p_unit, p_weight, p_feedback, scale, decay, self_, tie,
     W_STRIDES: tl.constexpr, F_STRIDES: tl.constexpr, GEO: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """dw, and f = scale * unit * b_u + decay * feedback - self_ * weight + tie * dw, in one tap.
+    """Store dw and f = scale * unit * b_u + decay * feedback - self_ * weight + tie * dw of one tap.
 
     An operand with coefficient 0 is not read. dw is ``b_dw`` if HAS_A, otherwise it is loaded.
 

@@ -13,7 +13,7 @@ from .common import place_of, store_gradients
 def sum_splits(p_sums, o, m, SIZE: tl.constexpr, TILE: tl.constexpr):
     """The sum of all splits at offsets ``o`` where ``m``: of interleaved splits first, then of those sums."""
     b = tl.full([TILE.BS, TILE.rows * TILE.BC], 0.0, dtype=tl.float32)
-    SPLITS: tl.constexpr = TILE.splits  # of a named tuple, Triton 3.6 accepts no field in the call
+    SPLITS: tl.constexpr = TILE.splits  # Triton 3.6 does not accept a field of a named tuple in static_range
     BS: tl.constexpr = TILE.BS
     for i in tl.static_range(0, SPLITS, BS):
         o_split = i + tl.arange(0, TILE.BS)

@@ -81,26 +81,17 @@ def conv_geometry(input: Sequence[int], weight: Sequence[int], stride: Pair, pad
 @lru_cache(4096)
 def layer_geometry(
     input: tuple[int, ...], weight: tuple[int, ...], convolution: tuple[Pair, Pair, Pair] | None
-) -> tuple[Geometry, int]:
-    """The geometry of a layer, and the number of entries of its dimension N that belong to one sample.
+) -> tuple[Geometry, int, Geometry | None]:
+    """The geometry of a layer, the number of entries of its dimension N that belong to one sample, and ``strided``.
 
     A linear layer (``convolution`` is None) and a 1x1 convolution without padding become linear layers over their
-    positions. If the convolution is strided, these are the positions that it reads.
+    positions. If the convolution is strided, these are the positions that it reads; ``strided`` is then the geometry
+    with all positions, and otherwise None.
     """
     if convolution is None:
-        return Geometry(prod(input[:-1]), weight[1], weight[0]), prod(input[1:-1])
+        return Geometry(prod(input[:-1]), weight[1], weight[0]), prod(input[1:-1]), None
     geometry = conv_geometry(input, weight, *convolution)
     if (geometry.R, geometry.S, geometry.padding) == (1, 1, (0, 0)):
-        return Geometry(geometry.positions, geometry.C, geometry.K), geometry.P * geometry.Q
-    return geometry, 1
-
-
-@lru_cache(4096)
-def strided_geometry(
-    input: tuple[int, ...], weight: tuple[int, ...], convolution: tuple[Pair, Pair, Pair] | None
-) -> Geometry | None:
-    """The geometry of a 1x1 convolution without padding but with a stride, including the positions that it does not
-    read; None for any other layer."""
-    if convolution is None or max(convolution[0]) == 1 or tuple(weight[2:]) != (1, 1) or max(convolution[1]) > 0:
-        return None
-    return conv_geometry(input, weight, *convolution)
+        read = Geometry(geometry.positions, geometry.C, geometry.K)
+        return read, geometry.P * geometry.Q, None if geometry.pointwise else geometry
+    return geometry, 1, None

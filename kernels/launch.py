@@ -121,7 +121,7 @@ def make_launch(
 
 
 def _arguments(kernel: Any, named: dict[str, Any]) -> dict[str, Any]:
-    """Those of a kernel, in the order of its parameters, without constants and what another kernel passes."""
+    """The arguments of a kernel in the order of its parameters, without constants and what another kernel passes."""
     names = {parameter: parameter.removeprefix("p_") for parameter in kernel.arg_names}
     return {
         parameter: named.get(name, None if name != parameter else 0.0)

@@ -78,8 +78,10 @@ class PointwiseTile(NamedTuple):
 
 
 class FinishTile(NamedTuple):
-    """Of a tile whose sum is split: BK and BU rows of both sums, BC channels; a program adds BS splits of a few rows at
-    once."""
+    """The tile of a split sum: BK and BU rows of both sums, BC channels.
+
+    A program adds BS splits of ``rows`` rows at once.
+    """
 
     BK: int
     BU: int

@@ -1,5 +1,6 @@
 """How well feedback weights align with forward weights, and how they change the gradients."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def alignment(
         A dict of :class:`LayerAlignment`; empty for a model without feedback layers.
 
     Raises:
-        ValueError: ``batch`` is given without ``loss``, or weights have no values (on the meta device).
+        ValueError: ``batch`` is given without ``loss``, or a ``loss`` that takes arguments without ``batch``; or
+            weights have no values (on the meta device).
         TypeError: an argument has the wrong type.
     """
     check_model(model)
@@ -96,6 +98,10 @@ def loss_of(model: nn.Module, batch: tuple | None, loss: Callable[..., Tensor] |
     assert loss is not None
     what = "no argument, without a batch" if batch is None else "the model's output and the target"
     check_callable("loss", loss, f"a function of {what}")
+    if batch is None and _needs_arguments(loss):
+        raise ValueError(
+            "batch is None, expected a pair (input, target), or a loss that can be called without arguments"
+        )
 
     def evaluate() -> Tensor:
         value = loss() if batch is None else loss(model(batch[0]), batch[1])
@@ -104,6 +110,17 @@ def loss_of(model: nn.Module, batch: tuple | None, loss: Callable[..., Tensor] |
         return value
 
     return evaluate
+
+
+def _needs_arguments(function: Callable[..., Tensor]) -> bool:
+    """Whether a function cannot be called without arguments; False if it has no signature."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError:  # of some functions in C
+        return False
+    return any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()
+    )
 
 
 def angle(a: Tensor, b: Tensor) -> float:

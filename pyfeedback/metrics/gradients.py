@@ -50,7 +50,8 @@ def gradient_alignment(
             and returns the loss, for models with several inputs or outputs.
 
     Raises:
-        ValueError: ``loss`` is None, or no forward parameter requires a gradient.
+        ValueError: ``loss`` is None, or takes arguments without a ``batch``; or no forward parameter requires a
+            gradient.
         TypeError: an argument has the wrong type, or ``loss`` returns something else than a tensor of one number.
     """
     check_model(model)

@@ -128,7 +128,7 @@ class FeedbackLayer(torch.nn.Module):
         return feedback if rule.signs == "free" and not rule.expansion else self.effective_feedback()
 
     def run_and_recall(self, geometry: Geometry, input: Tensor, feedback: Tensor) -> Tensor:
-        """:meth:`run` with the layer's own weight and bias, to be repeated if the next call is like it."""
+        """Call :meth:`run` with the layer's own weight and bias, and recall the call for the next one."""
         bias: Any = self.bias
         output = self.run(geometry, input, self.weight, feedback, bias)
         if not torch.compiler.is_compiling():

@@ -107,7 +107,7 @@ def _prepared(optimizer: Any, call: Call) -> Callable[..., None] | None:
 
 
 def _differs_in_rate_only(options: tuple, before: tuple) -> bool:
-    """Whether the options, of which the learning rate is the first, are those that were checked, and so is the rate."""
+    """Whether ``options`` differ from those of the earlier step only in the learning rate, and it is a valid float."""
     lr = options[0]
     return type(lr) is float and 0.0 <= lr < math.inf and all(map(is_, options[1:], before[1:]))
 

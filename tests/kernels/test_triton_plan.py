@@ -5,7 +5,7 @@ import torch
 import triton_cases
 
 from pyfeedback.core.coefficients import Coefficients
-from pyfeedback.kernels.geometry import Geometry, layer_geometry, strided_geometry
+from pyfeedback.kernels.geometry import Geometry, conv_geometry, layer_geometry
 from pyfeedback.kernels.launch import needs
 from pyfeedback.kernels.plan import Problem, plan_backward, scales
 from pyfeedback.kernels.tiles import Target
@@ -30,11 +30,10 @@ EVERYTHING = ("decay", "amp", "null", "sparse", "self_", "tie", "center")
 def problem(layer, fields, algorithm, *, part=False, wanted=(True, True, True), dtype="bfloat16", fused=True):
     """The problem of a layer whose weight has channels innermost, on an H100; ``part`` for half of the batch."""
     input, weight, convolution = LAYERS[layer]
-    geometry, rows = layer_geometry(input, weight, convolution)
+    geometry, rows, strided = layer_geometry(input, weight, convolution)
     g = geometry
     strides = (g.R * g.S * g.C, g.S * g.C, g.C, 1)
     samples = input[0] // 2 if part else input[0]
-    strided = strided_geometry(input, weight, convolution)
     return Problem(geometry, rows, samples, algorithm, fields, wanted, strides, Target(dtype), fused, strided)
 
 
@@ -333,11 +332,10 @@ def test_planning_is_cached_and_touches_no_tensor(monkeypatch):
 
 def test_layer_geometry():
     """Pointwise layers are linear layers over the positions that they read."""
-    assert layer_geometry((3, 5, 16), (24, 16), None) == (Geometry(15, 16, 24), 5)
-    assert layer_geometry((3, 16, 5, 4), (24, 16, 1, 1), ((2, 3), (0, 0), (1, 1))) == (Geometry(18, 16, 24), 6)
-    assert strided_geometry((3, 5, 16), (24, 16), None) is None
-    assert strided_geometry((3, 16, 5, 4), (24, 16, 1, 1), DENSE) is None
-    assert strided_geometry((3, 16, 5, 4), (24, 16, 3, 3), ((2, 2), (0, 0), (1, 1))) is None
-    assert strided_geometry((3, 16, 5, 4), (24, 16, 1, 1), ((2, 3), (0, 1), (1, 1))) is None
-    padded, rows = layer_geometry((3, 16, 5, 4), (24, 16, 1, 1), ((1, 1), (1, 0), (1, 1)))
-    assert (padded.H, padded.P, rows) == (5, 7, 1)
+    assert layer_geometry((3, 5, 16), (24, 16), None) == (Geometry(15, 16, 24), 5, None)
+    assert layer_geometry((3, 16, 5, 4), (24, 16, 1, 1), DENSE) == (Geometry(60, 16, 24), 20, None)
+    shapes, window = ((3, 16, 5, 4), (24, 16, 1, 1)), ((2, 3), (0, 0), (1, 1))
+    assert layer_geometry(*shapes, window) == (Geometry(18, 16, 24), 6, conv_geometry(*shapes, *window))
+    for kernel, padding in (((1, 1), (1, 0)), ((3, 3), (0, 0))):
+        shapes, window = ((3, 16, 5, 4), (24, 16, *kernel)), ((2, 2), padding, (1, 1))
+        assert layer_geometry(*shapes, window) == (conv_geometry(*shapes, *window), 1, None)

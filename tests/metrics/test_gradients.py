@@ -108,6 +108,9 @@ def test_bad_arguments():
         gradient_alignment(model)
     with pytest.raises(TypeError, match=r"loss is 3, expected a function of no argument, without a batch"):
         gradient_alignment(model, loss=3)
+    for loss in (F.cross_entropy, torch.nn.CrossEntropyLoss()):
+        with pytest.raises(ValueError, match=r"^batch is None, expected a pair \(input, target\), or a loss that can"):
+            gradient_alignment(model, loss=loss)
     with pytest.raises(TypeError, match=r"loss returned .*, expected a tensor of one number"):
         gradient_alignment(model, loss=lambda: model(torch.ones(2, 2, 4, 4)))
     with pytest.raises(ValueError, match="model has no forward parameter that requires a gradient"):
